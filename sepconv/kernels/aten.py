@@ -1,0 +1,130 @@
+"""PyTorch's own kernels behind the signatures of ours: they run everywhere, and where ours do not win.
+
+PyTorch's convolutions pad both ends of a dimension alike, so asymmetric padding is done on the tensor first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sepconv.reference import ACTIVATIONS
+
+Padding = Sequence[tuple[int, int]]
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _symmetric(x: Tensor, padding: Padding) -> tuple[Tensor, list[int]]:
+    """The tensor and the padding that PyTorch can do itself."""
+    if all(low == high for low, high in padding):
+        return x, [low for low, _ in padding]
+    amounts = [amount for pair in reversed(padding) for amount in pair]
+    return F.pad(x, amounts), [0] * len(padding)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    activation: str = "",
+    groups: int = 1,
+) -> Tensor:
+    x, amounts = _symmetric(x, padding)
+    y: Tensor = _CONV[len(stride)](x, weight, bias, stride, amounts, dilation, groups)
+    return ACTIVATIONS[activation](y)
+
+
+def depthwise_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    activation: str = "",
+) -> Tensor:
+    return conv(x, weight, bias, stride, padding, dilation, activation, groups=x.shape[1])
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: list[int],
+    dilation: Sequence[int],
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    zeros = [0] * len(stride)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad_output, x, weight, None, stride, padding, dilation, False, zeros, x.shape[1], mask
+    )
+    return grads
+
+
+def depthwise_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+) -> Tensor:
+    symmetric = all(low == high for low, high in padding)
+    size, amounts = list(input_size), [low for low, _ in padding]
+    if not symmetric:
+        size[2:] = [s + low + high for s, (low, high) in zip(size[2:], padding, strict=True)]
+        amounts = [0] * len(padding)
+    x = grad_output.new_empty(1).expand(size)
+    grad = _backward(grad_output, x, weight, stride, amounts, dilation, [True, False, False])[0]
+    if not symmetric:
+        for d, (low, _) in enumerate(padding):
+            grad = grad.narrow(2 + d, low, input_size[2 + d])
+    return grad
+
+
+def depthwise_grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+) -> Tensor:
+    x, amounts = _symmetric(x, padding)
+    weight = grad_output.new_empty(1).expand(weight_size)
+    return _backward(grad_output, x, weight, stride, amounts, dilation, [False, True, False])[1]
+
+
+def grad_bias(grad_output: Tensor) -> Tensor:
+    return grad_output.sum([0, *range(2, grad_output.dim())])
+
+
+def pointwise_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
+) -> Tensor:
+    y: Tensor = _CONV[x.dim() - 2](x, weight, bias)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
+
+
+def separable_forward(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    depthwise_activation: str,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    residual: Tensor | None = None,
+) -> Tensor:
+    hidden = depthwise_forward(x, depthwise_weight, depthwise_bias, stride, padding, dilation, depthwise_activation)
+    return pointwise_forward(hidden, pointwise_weight, pointwise_bias, activation, residual)

@@ -1,0 +1,136 @@
+"""The mathematics of the library, written as it is defined, in plain PyTorch.
+
+Every other file is tested against this one, in float64. It is slow on purpose: one loop for each word of the definition,
+and no call to PyTorch's own convolutions. The names and letters are those of the README:
+N batch, C input channels, O output channels, M depth multiplier, k filter size, one size per spatial dimension.
+
+References: Sifre 2014 (PhD thesis, separable convolution); Howard et al. 2017, arXiv:1704.04861 (MobileNet).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def filter_image(
+    image: Tensor,
+    kernel: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """One image channel under one filter: the cross-correlation that deep learning calls convolution.
+
+    Shape:
+        image: (N, H, W)    kernel: (kH, kW)    ->    (N, Ho, Wo)
+        Ho = (H + low + high - dilation*(kH-1) - 1) // stride + 1; likewise for 1 and 3 spatial dimensions.
+    """
+    amounts = [amount for pair in reversed(padding) for amount in pair]
+    padded = F.pad(image, amounts)
+    sizes = [
+        (padded.shape[1 + d] - dilation[d] * (kernel.shape[d] - 1) - 1) // stride[d] + 1
+        for d in range(kernel.dim())
+    ]
+    result = image.new_zeros((image.shape[0], *sizes))
+    for tap in itertools.product(*(range(k) for k in kernel.shape)):
+        window = padded
+        for d, position in enumerate(tap):
+            start = position * dilation[d]
+            window = window.narrow(1 + d, start, stride[d] * (sizes[d] - 1) + 1)
+            window = window[(slice(None),) * (1 + d) + (slice(None, None, stride[d]),)]
+        result = result + kernel[tap] * window
+    return result
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Normal convolution: one filter per input channel, the results added, once per output channel.
+
+    Shape:
+        x: (N, C, H, W)    weight: (O, C, kH, kW)    ->    (N, O, Ho, Wo)
+    """
+    maps = []
+    for o in range(weight.shape[0]):
+        filtered = [
+            filter_image(x[:, c], weight[o, c], stride, padding, dilation) for c in range(weight.shape[1])
+        ]
+        total = torch.stack(filtered).sum(0)
+        maps.append(total if bias is None else total + bias[o])
+    return torch.stack(maps, dim=1)
+
+
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Depthwise convolution: every channel under its own M filters, nothing added across channels.
+
+    Output channel c*M + m depends on input channel c alone.
+
+    Shape:
+        x: (N, C, H, W)    weight: (C*M, 1, kH, kW)    ->    (N, C*M, Ho, Wo)
+    """
+    multiplier = weight.shape[0] // x.shape[1]
+    maps = []
+    for o in range(weight.shape[0]):
+        filtered = filter_image(x[:, o // multiplier], weight[o, 0], stride, padding, dilation)
+        maps.append(filtered if bias is None else filtered + bias[o])
+    return torch.stack(maps, dim=1)
+
+
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Pointwise convolution: the same linear layer applied to the channel vector of every pixel.
+
+    Shape:
+        x: (N, C, *)    weight: (O, C) or (O, C, 1, 1)    ->    (N, O, *)
+    """
+    pixels = x.movedim(1, -1)
+    mixed = pixels @ weight.flatten(1).T
+    return (mixed if bias is None else mixed + bias).movedim(-1, 1)
+
+
+def separable_conv(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    depthwise_activation: str = "",
+    activation: str = "",
+) -> Tensor:
+    """Depthwise separable convolution: a depthwise convolution, then a pointwise one.
+
+    Shape:
+        x: (N, C, H, W)    weights: (C*M, 1, kH, kW) and (O, C*M, 1, 1)    ->    (N, O, Ho, Wo)
+    """
+    hidden = depthwise_conv(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    hidden = ACTIVATIONS[depthwise_activation](hidden)
+    return ACTIVATIONS[activation](pointwise_conv(hidden, pointwise_weight, pointwise_bias))

@@ -1,0 +1,97 @@
+"""What a schedule may know about a processor: vector width, registers, caches, and its Halide target.
+
+``host()`` describes this machine; ``named()`` others, to cross-compile for them and read the assembly.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+_CACHE_DIRECTORY = Path("/sys/devices/system/cpu/cpu0/cache")
+_DEFAULT_L1 = 32 * 1024
+_DEFAULT_L2 = 256 * 1024
+_UNITS = {"": 1, "K": 1024, "M": 1024 * 1024}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One processor core as a schedule sees it.
+
+    Attributes:
+        name: CPU model, part of the key of tuned schedules.
+        target: Halide target string, without the features that only JIT compilation needs.
+        lanes: float32 values in one vector register.
+        registers: vector registers the compiler may use.
+        l1_bytes, l2_bytes: data caches of one core.
+    """
+
+    name: str
+    target: str
+    lanes: int
+    registers: int
+    l1_bytes: int = _DEFAULT_L1
+    l2_bytes: int = _DEFAULT_L2
+
+
+_NAMED = {
+    "sse41": Machine("sse41", "x86-64-linux-sse41", 4, 16),
+    "avx2": Machine("avx2", "x86-64-linux-avx-avx2-f16c-fma-sse41", 8, 16),
+    "avx512": Machine(
+        "avx512", "x86-64-linux-avx-avx2-avx512-avx512_skylake-f16c-fma-sse41", 16, 32, l2_bytes=1024 * 1024
+    ),
+    "neon": Machine("neon", "arm-64-linux", 4, 32, l1_bytes=64 * 1024, l2_bytes=1024 * 1024),
+}
+
+
+def named(name: str) -> Machine:
+    """A typical machine of a family: ``sse41``, ``avx2``, ``avx512`` or ``neon``."""
+    if name not in _NAMED:
+        raise ValueError(f"machine.named: name must be one of {sorted(_NAMED)} but is {name!r}")
+    return _NAMED[name]
+
+
+@lru_cache(maxsize=1)
+def host() -> Machine:
+    """This machine. Needs Halide (see ``runtime.missing``), which knows the instruction set."""
+    import halide as hl
+
+    target = hl.get_host_target()
+    return Machine(
+        name=_cpu_name(),
+        target=str(target),
+        lanes=target.natural_vector_size(hl.Float(32)),
+        registers=_vector_registers(target),
+        l1_bytes=_cache_bytes(1, _DEFAULT_L1),
+        l2_bytes=_cache_bytes(2, _DEFAULT_L2),
+    )
+
+
+def _vector_registers(target: object) -> int:
+    return 32 if re.match("arm-64|.*avx512", str(target)) else 16
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _cache_bytes(level: int, default: int) -> int:
+    """Size of this core's data (or unified) cache as the Linux kernel reports it, else the default."""
+    for index in sorted(_CACHE_DIRECTORY.glob("index*")):
+        try:
+            kind, found = (index / "type").read_text().strip(), int((index / "level").read_text())
+            size = re.fullmatch(r"(\d+)([KM]?)", (index / "size").read_text().strip())
+        except (OSError, ValueError):
+            continue
+        if found == level and kind != "Instruction" and size:
+            return int(size[1]) * _UNITS[size[2]]
+    return default

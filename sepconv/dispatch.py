@@ -1,7 +1,7 @@
 """Which kernel computes an operation, and why a faster one does not.
 
-Each operation has a fast kernel (Halide, CPU) and PyTorch's own, which runs everywhere. The choice depends on shapes,
-strides, dtype and device alone, never on values. :func:`record` collects every choice made while it is active, so that
+Each operation has a fast kernel (Halide, on CPUs) and PyTorch's own, which runs everywhere. The choice depends on shapes,
+strides, dtype and device, never on values. :func:`record` collects every choice made while it is active, so that
 ``sepconv.explain``, the tests and the benchmarks see what really ran.
 """
 
@@ -13,11 +13,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sepconv.kernels import depthwise, pointwise, runtime, separable
-
-Pairs = tuple[tuple[int, int], ...]
+from sepconv.kernels import aten
 
 
 @dataclass(frozen=True)
@@ -52,3 +51,118 @@ def record() -> Iterator[list[Explanation]]:
         yield collected
     finally:
         _RECORD.reset(token)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` lies in memory pixel by pixel; where both readings are possible it counts as contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats.get(x.dim())
+    return (
+        memory_format is not None and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format)
+    )
+
+
+def new_output(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
+    """An empty output of an operation on ``x``: in the same layout."""
+    shape = [x.shape[0], channels, *sizes]
+    if not is_channels_last(x):
+        return x.new_empty(shape)
+    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _as_output(y: Tensor, x: Tensor) -> Tensor:
+    """Give PyTorch's result the layout that :func:`new_output` promises; no copy where it has it already."""
+    if not is_channels_last(x):
+        return y.contiguous()
+    return y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(padding[::2], padding[1::2], strict=True))
+
+
+def _note(op: str, reason: str) -> None:
+    collected = _RECORD.get()
+    if collected is not None:
+        collected.append(Explanation(op, "torch", {}, {"halide": reason}))
+
+
+_NOT_YET = "this version runs every operation through PyTorch's kernels"
+
+
+def depthwise_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    _note("depthwise_conv", _NOT_YET)
+    y = aten.depthwise_forward(x, weight, bias, stride, _pairs(padding), dilation, activation)
+    return _as_output(y, x)
+
+
+def depthwise_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    _note("depthwise_conv_grad_input", _NOT_YET)
+    grad = aten.depthwise_grad_input(grad_output, weight, input_size, stride, _pairs(padding), dilation)
+    return _as_output(grad, grad_output)
+
+
+def depthwise_grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    _note("depthwise_conv_grad_weight", _NOT_YET)
+    grad = aten.depthwise_grad_weight(grad_output, x, weight_size, stride, _pairs(padding), dilation)
+    return grad.contiguous()
+
+
+def pointwise_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    _note("pointwise_conv", _NOT_YET)
+    return _as_output(aten.pointwise_forward(x, weight, bias, activation, residual), x)
+
+
+def separable_forward(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    depthwise_activation: str,
+    activation: str,
+) -> Tensor:
+    _note("separable_conv", _NOT_YET)
+    y = aten.separable_forward(
+        x,
+        depthwise_weight,
+        depthwise_bias,
+        depthwise_activation,
+        pointwise_weight,
+        pointwise_bias,
+        activation,
+        stride,
+        _pairs(padding),
+        dilation,
+        residual,
+    )
+    return _as_output(y, x)

@@ -7,20 +7,19 @@ checkpoints, tools and exporters that know PyTorch's convolutions know these. On
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import ops
-from sepconv.reference import ACTIVATIONS
 from sepconv.shapes import Padding, Size, as_tuple
 
 Norm = str | Callable[[int], nn.Module] | None
 Activation = str | Callable[[], nn.Module] | None
+Layer = TypeVar("Layer", bound="nn.Module")
 
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+_ACTIVATION: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
     "silu": nn.SiLU,
@@ -28,26 +27,32 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "sigmoid": nn.Sigmoid,
 }
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def _check_channels(name: str, **channels: int) -> None:
-    for argument, value in channels.items():
+def _check_positive(name: str, **values: int) -> None:
+    for argument, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
 
 
-def _copy_parameters(name: str, target: nn.Module, source: nn.Module) -> None:
-    """Share the parameters of ``source`` (not copies: an optimizer that holds them keeps training them)."""
-    for key, parameter in source.named_parameters(recurse=False):
-        setattr(target, key, parameter)
+def _check_padding_mode(name: str, padding_mode: str) -> None:
+    modes = ("zeros", "reflect", "replicate", "circular")
+    if padding_mode not in modes:
+        raise ValueError(f"{name}: padding_mode must be one of {', '.join(modes)}, got {padding_mode!r}")
 
 
-class _Depthwise:
-    """What depthwise layers of 1, 2 and 3 dimensions have in common; mixed in before ``nn.Conv1d/2d/3d``."""
+def _share_parameters(target: Layer, source: nn.Module) -> Layer:
+    """Take over the parameters themselves: an optimizer that holds them goes on training them."""
+    target.weight, target.bias = source.weight, source.bias
+    return target.train(source.training)
+
+
+class _DepthwiseConv:
+    """What depthwise layers of all dimensions share; stands before ``nn.Conv1d/2d/3d`` among the bases."""
 
     dims: ClassVar[int]
+    function: ClassVar[Callable[..., Tensor]]
 
     def __init__(
         self,
@@ -64,13 +69,16 @@ class _Depthwise:
         depth_multiplier: int = 1,
     ) -> None:
         name, dims = type(self).__name__, self.dims
-        _check_channels(name, in_channels=in_channels, depth_multiplier=depth_multiplier)
+        _check_positive(name, in_channels=in_channels, depth_multiplier=depth_multiplier)
+        _check_padding_mode(name, padding_mode)
+        if not isinstance(padding, str):
+            padding = as_tuple(name, "padding", padding, dims, 0)
         super().__init__(  # type: ignore[call-arg]
             in_channels,
             in_channels * depth_multiplier,
             as_tuple(name, "kernel_size", kernel_size, dims, 1),
             as_tuple(name, "stride", stride, dims, 1),
-            padding if isinstance(padding, str) else as_tuple(name, "padding", padding, dims, 0),
+            padding,
             as_tuple(name, "dilation", dilation, dims, 1),
             groups=in_channels,
             bias=bias,
@@ -78,3 +86,383 @@ class _Depthwise:
             device=device,
             dtype=dtype,
         )
+
+    @property
+    def depth_multiplier(self: Any) -> int:
+        """Filters per input channel, M."""
+        return int(self.out_channels // self.in_channels)
+
+    def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return type(self).function(x, weight, bias, self.stride, padding, self.dilation)
+
+    @classmethod
+    def from_conv(cls: Any, conv: nn.Module) -> Any:
+        """The same layer as a depthwise ``nn.Conv`` (groups == in_channels), sharing its parameters.
+
+        Raises:
+            TypeError, ValueError: ``conv`` is not such a convolution.
+        """
+        _check_conv(cls, conv)
+        if conv.groups != conv.in_channels:
+            raise ValueError(
+                f"{cls.__name__}.from_conv: a depthwise convolution has groups == in_channels, got groups="
+                f"{conv.groups} and in_channels={conv.in_channels}"
+            )
+        layer = cls(
+            conv.in_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.bias is not None,
+            conv.padding_mode,
+            "meta",
+            depth_multiplier=conv.out_channels // conv.in_channels,
+        )
+        return _share_parameters(layer, conv)
+
+
+class DepthwiseConv1d(_DepthwiseConv, nn.Conv1d):
+    """Depthwise convolution of signals; see :class:`DepthwiseConv2d`.
+
+    Shape:
+        x: (N, C, L)    ->    (N, C*M, Lo)
+    """
+
+    dims = 1
+    function = ops.depthwise_conv1d
+
+
+class DepthwiseConv2d(_DepthwiseConv, nn.Conv2d):
+    """Depthwise convolution: every channel under its own M filters, nothing added across channels.
+
+    Equal to ``nn.Conv2d(C, C*M, kernel_size, groups=C)`` with the same state_dict.
+
+    Args:
+        in_channels: channels of the input, C.
+        kernel_size, stride, padding, dilation, bias, padding_mode: as in ``nn.Conv2d``.
+        depth_multiplier: filters per input channel, M.
+
+    Shape:
+        x: (N, C, H, W)    ->    (N, C*M, Ho, Wo),  Ho = (H + 2*padding - dilation*(kH-1) - 1) // stride + 1
+        weight: (C*M, 1, kH, kW)    bias: (C*M,)
+
+    Cost per image: C*M*kH*kW*Ho*Wo multiply-adds.
+
+    Example:
+        >>> DepthwiseConv2d(8, 3, padding=1, depth_multiplier=2)(torch.randn(1, 8, 5, 5)).shape
+        torch.Size([1, 16, 5, 5])
+
+    Reference: Sifre 2014; Howard et al. 2017, arXiv:1704.04861.
+    """
+
+    dims = 2
+    function = ops.depthwise_conv2d
+
+
+class DepthwiseConv3d(_DepthwiseConv, nn.Conv3d):
+    """Depthwise convolution of volumes; see :class:`DepthwiseConv2d`.
+
+    Shape:
+        x: (N, C, D, H, W)    ->    (N, C*M, Do, Ho, Wo)
+    """
+
+    dims = 3
+    function = ops.depthwise_conv3d
+
+
+class _PointwiseConv:
+    """What pointwise layers of all dimensions share; stands before ``nn.Conv1d/2d/3d`` among the bases."""
+
+    dims: ClassVar[int]
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: Size = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        name = type(self).__name__
+        _check_positive(name, in_channels=in_channels, out_channels=out_channels)
+        steps = as_tuple(name, "stride", stride, self.dims, 1)
+        super().__init__(  # type: ignore[call-arg]
+            in_channels, out_channels, 1, steps, bias=bias, device=device, dtype=dtype
+        )
+
+    def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return type(self).function(x, weight, bias, self.stride)
+
+    @classmethod
+    def from_conv(cls: Any, conv: nn.Module) -> Any:
+        """The same layer as a 1x1 ``nn.Conv`` (groups 1, no padding), sharing its parameters.
+
+        Raises:
+            TypeError, ValueError: ``conv`` is not such a convolution.
+        """
+        _check_conv(cls, conv)
+        padded = conv.padding not in ("same", "valid") and any(conv.padding)
+        if any(k != 1 for k in conv.kernel_size) or conv.groups != 1 or padded:
+            raise ValueError(
+                f"{cls.__name__}.from_conv: a pointwise convolution has kernel_size 1, groups 1 and padding 0, got "
+                f"kernel_size={conv.kernel_size}, groups={conv.groups}, padding={conv.padding}"
+            )
+        has_bias = conv.bias is not None
+        layer = cls(conv.in_channels, conv.out_channels, stride=conv.stride, bias=has_bias, device="meta")
+        return _share_parameters(layer, conv)
+
+
+class PointwiseConv1d(_PointwiseConv, nn.Conv1d):
+    """Pointwise convolution of signals; see :class:`PointwiseConv2d`.
+
+    Shape:
+        x: (N, C, L)    ->    (N, O, Lo)
+    """
+
+    dims = 1
+    function = ops.pointwise_conv1d
+
+
+class PointwiseConv2d(_PointwiseConv, nn.Conv2d):
+    """Pointwise (1x1) convolution: the same linear layer on the channel vector of every pixel.
+
+    Equal to ``nn.Conv2d(C, O, 1)`` with the same state_dict.
+
+    Args:
+        in_channels: channels of the input, C.
+        out_channels: channels of the output, O.
+        stride, bias: as in ``nn.Conv2d``.
+
+    Shape:
+        x: (N, C, H, W)    ->    (N, O, Ho, Wo),  Ho = (H - 1) // stride + 1
+        weight: (O, C, 1, 1)    bias: (O,)
+
+    Cost per image: C*O*Ho*Wo multiply-adds.
+
+    Example:
+        >>> PointwiseConv2d(8, 3)(torch.randn(1, 8, 5, 5)).shape
+        torch.Size([1, 3, 5, 5])
+    """
+
+    dims = 2
+    function = ops.pointwise_conv2d
+
+
+class PointwiseConv3d(_PointwiseConv, nn.Conv3d):
+    """Pointwise convolution of volumes; see :class:`PointwiseConv2d`.
+
+    Shape:
+        x: (N, C, D, H, W)    ->    (N, O, Do, Ho, Wo)
+    """
+
+    dims = 3
+    function = ops.pointwise_conv3d
+
+
+_DEPTHWISE: dict[int, Any] = {1: DepthwiseConv1d, 2: DepthwiseConv2d, 3: DepthwiseConv3d}
+_POINTWISE: dict[int, Any] = {1: PointwiseConv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
+_SEPARABLE = {1: ops.separable_conv1d, 2: ops.separable_conv2d, 3: ops.separable_conv3d}
+
+
+def _check_conv(cls: Any, conv: Any) -> None:
+    expected = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[cls.dims]
+    if not isinstance(conv, expected):
+        raise TypeError(
+            f"{cls.__name__}.from_conv: needs an nn.{expected.__name__}, got {type(conv).__name__}"
+        )
+
+
+def _make_norm(name: str, norm: Norm, dims: int, channels: int) -> nn.Module | None:
+    if norm is None:
+        return None
+    if norm == "batch":
+        return _BATCH_NORM[dims](channels)
+    if not callable(norm):
+        raise ValueError(f"{name}: norm must be None, 'batch' or a callable of the channels, got {norm!r}")
+    return norm(channels)
+
+
+def _make_activation(name: str, activation: Activation) -> nn.Module | None:
+    if activation is None:
+        return None
+    if callable(activation):
+        return activation()
+    if activation not in _ACTIVATION:
+        known = ", ".join(map(repr, _ACTIVATION))
+        raise ValueError(f"{name}: activation must be None, a callable or one of {known}, got {activation!r}")
+    return _ACTIVATION[activation]()
+
+
+class _SeparableConv(nn.Module):
+    """What separable layers of all dimensions share."""
+
+    dims: ClassVar[int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        dilation: Size = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        depth_multiplier: int = 1,
+        norm: Norm = None,
+        activation: Activation = None,
+        pointwise_layers: int = 1,
+        depthwise_bias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        name, dims = type(self).__name__, self.dims
+        _check_positive(name, out_channels=out_channels, pointwise_layers=pointwise_layers)
+        has_bias = bias if depthwise_bias is None else depthwise_bias
+        geometry = (kernel_size, stride, padding, dilation)
+        self.depthwise = _DEPTHWISE[dims](
+            in_channels, *geometry, has_bias, padding_mode, device, dtype, depth_multiplier=depth_multiplier
+        )
+        channels = self.depthwise.out_channels
+        self.depthwise_norm = _make_norm(name, norm, dims, channels)
+        factory = {"device": device, "dtype": dtype}
+        self.pointwise = _POINTWISE[dims](channels, out_channels, bias=bias, **factory)
+        self.pointwise_norm = _make_norm(name, norm, dims, out_channels)
+        self.activation = _make_activation(name, activation)
+        self.pointwise_layers = pointwise_layers
+        for i in range(2, pointwise_layers + 1):
+            layer = _POINTWISE[dims](out_channels, out_channels, bias=bias, **factory)
+            self.add_module(f"pointwise{i}", layer)
+            self.add_module(f"pointwise{i}_norm", _make_norm(name, norm, dims, out_channels))
+        for module in self.children():
+            module.to(device=device, dtype=dtype)
+        self._fused = activation if isinstance(activation, str) else None
+
+    @property
+    def in_channels(self) -> int:
+        return int(self.depthwise.in_channels)
+
+    @property
+    def out_channels(self) -> int:
+        return int(self.pointwise.out_channels)
+
+    def _is_one_operation(self) -> bool:
+        """Whether the whole layer is one fused operation: no norm, a known activation, and nobody watches its parts."""
+        d, p = self.depthwise, self.pointwise
+        plain = self.activation is None or self._fused is not None
+        watched = d._forward_hooks or d._forward_pre_hooks or p._forward_hooks or p._forward_pre_hooks
+        watched = watched or d._backward_hooks or p._backward_hooks
+        known = type(d) is _DEPTHWISE[self.dims] and type(p) is _POINTWISE[self.dims]
+        zeros = known and d.padding_mode == "zeros"
+        unnormed = self.depthwise_norm is None and self.pointwise_norm is None
+        return plain and zeros and unnormed and not watched and self.pointwise_layers == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_one_operation():
+            d, p = self.depthwise, self.pointwise
+            return _SEPARABLE[self.dims](
+                x,
+                d.weight,
+                p.weight,
+                d.bias,
+                p.bias,
+                d.stride,
+                d.padding,
+                d.dilation,
+                depthwise_activation=self._fused,
+                activation=self._fused,
+            )
+        x = self._finish(self.depthwise(x), self.depthwise_norm)
+        x = self._finish(self.pointwise(x), self.pointwise_norm)
+        for i in range(2, self.pointwise_layers + 1):
+            x = self._finish(getattr(self, f"pointwise{i}")(x), getattr(self, f"pointwise{i}_norm"))
+        return x
+
+    def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        x = x if norm is None else norm(x)
+        return x if self.activation is None else self.activation(x)
+
+    @classmethod
+    def from_conv(cls: Any, depthwise: nn.Module, pointwise: nn.Module) -> Any:
+        """A depthwise and a pointwise ``nn.Conv`` as one layer, sharing their parameters.
+
+        To separate a *normal* convolution, use ``sepconv.convert``.
+
+        Raises:
+            TypeError, ValueError: they are not such convolutions, or do not fit together.
+        """
+        first = _DEPTHWISE[cls.dims].from_conv(depthwise)
+        second = _POINTWISE[cls.dims].from_conv(pointwise)
+        if first.out_channels != second.in_channels:
+            raise ValueError(
+                f"{cls.__name__}.from_conv: the depthwise convolution has {first.out_channels} output channels but the "
+                f"pointwise one has in_channels={second.in_channels}"
+            )
+        if any(step != 1 for step in second.stride):
+            raise ValueError(f"{cls.__name__}.from_conv: the pointwise stride must be 1, got {second.stride}")
+        layer = cls(first.in_channels, second.out_channels, first.kernel_size, device="meta")
+        layer.depthwise, layer.pointwise = first, second
+        return layer.train(depthwise.training)
+
+
+class SeparableConv1d(_SeparableConv):
+    """Depthwise separable convolution of signals; see :class:`SeparableConv2d`.
+
+    Shape:
+        x: (N, C, L)    ->    (N, O, Lo)
+    """
+
+    dims = 1
+
+
+class SeparableConv2d(_SeparableConv):
+    """Depthwise separable convolution: a depthwise convolution, then a pointwise (1x1) one.
+
+    Equivalent to ``pointwise(depthwise(x))`` with a norm and an activation after each where they are asked for, as in
+    MobileNet: depthwise -> norm -> activation -> pointwise -> norm -> activation.
+
+    Args:
+        in_channels: channels of the input, C.
+        out_channels: channels of the output, O.
+        kernel_size, stride, padding, dilation, padding_mode: of the depthwise convolution, as in ``nn.Conv2d``.
+        bias: of both convolutions; ``depthwise_bias`` overrules it for the first.
+        depth_multiplier: depthwise filters per input channel, M.
+        norm: after each convolution: None, "batch", or a callable that makes a module for a number of channels.
+        activation: after each (norm): None, "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid", or a callable that
+            makes a module.
+        pointwise_layers: pointwise convolutions in a row, each with its norm and activation; the further ones are called
+            ``pointwise2``, ``pointwise3``, ...
+
+    Shape:
+        x: (N, C, H, W)    ->    (N, O, Ho, Wo),  Ho = (H + 2*padding - dilation*(kH-1) - 1) // stride + 1
+        depthwise.weight: (C*M, 1, kH, kW)    pointwise.weight: (O, C*M, 1, 1)
+
+    Cost per image: C*M*kH*kW*Ho*Wo + C*M*O*Ho*Wo multiply-adds.
+
+    Example:
+        >>> SeparableConv2d(32, 64, 3, padding=1)(torch.randn(1, 32, 8, 8)).shape
+        torch.Size([1, 64, 8, 8])
+
+    Reference: Sifre 2014; Howard et al. 2017, arXiv:1704.04861.
+    """
+
+    dims = 2
+
+
+class SeparableConv3d(_SeparableConv):
+    """Depthwise separable convolution of volumes; see :class:`SeparableConv2d`.
+
+    Shape:
+        x: (N, C, D, H, W)    ->    (N, O, Do, Ho, Wo)
+    """
+
+    dims = 3

@@ -78,14 +78,15 @@ def output_size(input_size: Sequence[int], kernel_size: Sequence[int], geometry:
 
 
 def check_tensors(name: str, dims: int, x: Tensor, **others: Tensor | None) -> None:
-    """Floating tensors of one dtype on one device, x with batch and channels in front of its spatial dimensions."""
+    """Floating tensors of one dtype on one device; x has channels, and mostly a batch, before its spatial dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
-    if not (x.is_floating_point() or x.is_complex()):
+    if not x.is_floating_point():
         raise TypeError(f"{name}: x must have a floating dtype, got {x.dtype}")
-    if x.dim() != dims + 2:
-        letters = ", ".join(["N", "C", "D", "H", "W"][:2] + ["D", "H", "W"][3 - dims :])
-        raise ValueError(f"{name}: x must have shape ({letters}), got {tuple(x.shape)}")
+    if x.dim() not in (dims + 1, dims + 2):
+        sizes = ("L",) if dims == 1 else ("D", "H", "W")[3 - dims :]
+        letters = ", ".join(("C", *sizes))
+        raise ValueError(f"{name}: x must have shape (N, {letters}) or ({letters}), got {tuple(x.shape)}")
     for argument, tensor in others.items():
         if tensor is None:
             continue

@@ -126,5 +126,7 @@ def separable_forward(
     dilation: Sequence[int],
     residual: Tensor | None = None,
 ) -> Tensor:
-    hidden = depthwise_forward(x, depthwise_weight, depthwise_bias, stride, padding, dilation, depthwise_activation)
+    hidden = depthwise_forward(
+        x, depthwise_weight, depthwise_bias, stride, padding, dilation, depthwise_activation
+    )
     return pointwise_forward(hidden, pointwise_weight, pointwise_bias, activation, residual)

@@ -1,0 +1,23 @@
+"""Depthwise separable convolution for PyTorch: fast layers, and a converter from normal CNNs to separable ones."""
+
+from sepconv.layers import DepthwiseConv1d as DepthwiseConv1d
+from sepconv.layers import DepthwiseConv2d as DepthwiseConv2d
+from sepconv.layers import DepthwiseConv3d as DepthwiseConv3d
+from sepconv.layers import PointwiseConv1d as PointwiseConv1d
+from sepconv.layers import PointwiseConv2d as PointwiseConv2d
+from sepconv.layers import PointwiseConv3d as PointwiseConv3d
+from sepconv.layers import SeparableConv1d as SeparableConv1d
+from sepconv.layers import SeparableConv2d as SeparableConv2d
+from sepconv.layers import SeparableConv3d as SeparableConv3d
+from sepconv.ops import depthwise_conv1d as depthwise_conv1d
+from sepconv.ops import depthwise_conv2d as depthwise_conv2d
+from sepconv.ops import depthwise_conv3d as depthwise_conv3d
+from sepconv.ops import explain as explain
+from sepconv.ops import pointwise_conv1d as pointwise_conv1d
+from sepconv.ops import pointwise_conv2d as pointwise_conv2d
+from sepconv.ops import pointwise_conv3d as pointwise_conv3d
+from sepconv.ops import separable_conv1d as separable_conv1d
+from sepconv.ops import separable_conv2d as separable_conv2d
+from sepconv.ops import separable_conv3d as separable_conv3d
+
+__version__ = "0.1.0.dev0"

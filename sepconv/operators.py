@@ -1,0 +1,258 @@
+"""The operators ``torch.ops.sepconv.*``: schema, shape (fake), kernel and gradient of each.
+
+Every gradient is an operator of its own, testable alone and differentiable again. ``stride`` and ``dilation`` have one entry
+per spatial dimension, ``padding`` has two (low, high). Shapes are checked before, by the public functions in ``ops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepconv import dispatch
+from sepconv.dispatch import new_output
+from sepconv.shapes import Geometry, output_size
+
+_aten = torch.ops.aten
+_LIBRARY = torch.library.Library("sepconv", "DEF")
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+
+
+def _define(name: str, schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    _LIBRARY.define(f"{name}({schema}) -> Tensor")
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sepconv::{name}", fake, lib=_LIBRARY)
+
+
+def _differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"sepconv::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _sizes(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+    return output_size(x.shape[2:], weight.shape[2:], Geometry(tuple(stride), pairs, tuple(dilation)))
+
+
+def _fake_depthwise(
+    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str
+) -> Tensor:
+    return new_output(x, weight.shape[0], _sizes(x, weight, stride, padding, dilation))
+
+
+def _fake_grad_input(
+    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any
+) -> Tensor:
+    return new_output(grad_output, input_size[1], input_size[2:])
+
+
+def _fake_grad_weight(grad_output: Tensor, x: Tensor, weight_size: Sequence[int], *geometry: Any) -> Tensor:
+    return x.new_empty(weight_size)
+
+
+def _fake_pointwise(x: Tensor, weight: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
+    return new_output(x, weight.shape[0], x.shape[2:])
+
+
+def _fake_separable(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Any,
+    pointwise_bias: Any,
+    residual: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    depthwise_activation: str,
+    activation: str,
+) -> Tensor:
+    return new_output(x, pointwise_weight.shape[0], _sizes(x, depthwise_weight, stride, padding, dilation))
+
+
+_define(
+    "depthwise_conv",
+    f"Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str activation",
+    dispatch.depthwise_forward,
+    _fake_depthwise,
+)
+_define(
+    "depthwise_conv_grad_input",
+    f"Tensor grad_output, Tensor weight, SymInt[] input_size, {_GEOMETRY}",
+    dispatch.depthwise_grad_input,
+    _fake_grad_input,
+)
+_define(
+    "depthwise_conv_grad_weight",
+    f"Tensor grad_output, Tensor x, SymInt[] weight_size, {_GEOMETRY}",
+    dispatch.depthwise_grad_weight,
+    _fake_grad_weight,
+)
+_define(
+    "pointwise_conv",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation",
+    dispatch.pointwise_forward,
+    _fake_pointwise,
+)
+_define(
+    "separable_conv",
+    "Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? depthwise_bias, Tensor? pointwise_bias, "
+    f"Tensor? residual, {_GEOMETRY}, str depthwise_activation, str activation",
+    dispatch.separable_forward,
+    _fake_separable,
+)
+_depthwise = torch.ops.sepconv.depthwise_conv.default
+_depthwise_grad_input = torch.ops.sepconv.depthwise_conv_grad_input.default
+_depthwise_grad_weight = torch.ops.sepconv.depthwise_conv_grad_weight.default
+_pointwise = torch.ops.sepconv.pointwise_conv.default
+
+# Derivatives that follow from the value behind the activation: nothing but the output need be kept.
+FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "": lambda grad, y: grad,
+    "relu": lambda grad, y: _aten.threshold_backward(grad, y, 0),
+    "relu6": lambda grad, y: _aten.hardtanh_backward(grad, y, 0, 6),
+    "sigmoid": lambda grad, y: _aten.sigmoid_backward(grad, y),
+}
+
+
+def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.silu_backward(grad, z)
+    # aten.silu_backward cannot be differentiated again; its formula can.
+    s = torch.sigmoid(z)
+    return grad * s * (1 + z * (1 - s))
+
+
+# Derivatives that need the value in front of the activation, which is computed again.
+_FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda grad, z: _silu_backward(grad, z),
+    "hardswish": lambda grad, z: _aten.hardswish_backward(grad, z),
+    "gelu": lambda grad, z: _aten.gelu_backward(grad, z),
+}
+
+
+def _before_activation(grad: Tensor, activation: str, y: Tensor, compute_z: Callable[[], Tensor]) -> Tensor:
+    if activation in FROM_OUTPUT:
+        return FROM_OUTPUT[activation](grad, y)
+    return _FROM_INPUT[activation](grad, compute_z())
+
+
+def _sum_to_bias(grad: Tensor) -> Tensor:
+    return grad.sum([0, *range(2, grad.dim())])
+
+
+def _depthwise_grads(
+    need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        _depthwise_grad_input(grad, weight, x.shape, *geometry) if need[0] else None,
+        _depthwise_grad_weight(grad, x, weight.shape, *geometry) if need[1] else None,
+        _sum_to_bias(grad) if need[2] else None,
+    )
+
+
+def _pointwise_grads(
+    need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By PyTorch's matrix products: one GEMM each, and differentiable again."""
+    grad_x = None
+    if need[0]:
+        transposed = weight.transpose(0, 1)
+        grad_x = _pointwise(grad, transposed.contiguous(), None, None, "")
+    grad_weight = None
+    if need[1]:
+        grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), x.flatten(2)).view_as(weight)
+    return grad_x, grad_weight, _sum_to_bias(grad) if need[2] else None
+
+
+def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *geometry, activation = inputs
+    ctx.save_for_backward(x, weight, bias, output if activation else None)
+    ctx.geometry, ctx.activation = tuple(geometry), activation
+
+
+def _backward_depthwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, y = ctx.saved_tensors
+    grad = _before_activation(grad, ctx.activation, y, lambda: _depthwise(x, weight, bias, *ctx.geometry, ""))
+    return *_depthwise_grads(ctx.needs_input_grad, grad, x, weight, ctx.geometry), None, None, None, None
+
+
+def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, weight, _, *geometry = inputs
+    ctx.save_for_backward(grad_output, weight)
+    ctx.geometry = tuple(geometry)
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_output, weight = ctx.saved_tensors
+    need, geometry = ctx.needs_input_grad, ctx.geometry
+    of_output = _depthwise(grad, weight, None, *geometry, "") if need[0] else None
+    of_weight = _depthwise_grad_weight(grad_output, grad, weight.shape, *geometry) if need[1] else None
+    return of_output, of_weight, None, None, None, None
+
+
+def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, x, _, *geometry = inputs
+    ctx.save_for_backward(grad_output, x)
+    ctx.geometry = tuple(geometry)
+
+
+def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_output, x = ctx.saved_tensors
+    need, geometry = ctx.needs_input_grad, ctx.geometry
+    of_output = _depthwise(x, grad, None, *geometry, "") if need[0] else None
+    of_x = _depthwise_grad_input(grad_output, grad, x.shape, *geometry) if need[1] else None
+    return of_output, of_x, None, None, None, None
+
+
+def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, residual, activation = inputs
+    from_output = activation in FROM_OUTPUT
+    ctx.save_for_backward(x, weight, bias, None if from_output else residual, output if activation else None)
+    ctx.activation = activation
+
+
+def _backward_pointwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias, residual, y = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    grad = _before_activation(grad, ctx.activation, y, lambda: _pointwise(x, weight, bias, residual, ""))
+    return *_pointwise_grads(need, grad, x, weight), grad if need[3] else None, None
+
+
+def _setup_separable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, dw, pw, dw_bias, pw_bias, residual, *geometry, dw_activation, activation = inputs
+    from_output = activation in FROM_OUTPUT
+    ctx.save_for_backward(
+        x, dw, pw, dw_bias, pw_bias, None if from_output else residual, output if activation else None
+    )
+    ctx.geometry, ctx.activations = tuple(geometry), (dw_activation, activation)
+
+
+def _backward_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The depthwise result is computed again instead of kept: it would be the largest tensor of the layer."""
+    x, dw, pw, dw_bias, pw_bias, residual, y = ctx.saved_tensors
+    need, (dw_activation, activation) = ctx.needs_input_grad, ctx.activations
+    fused = dw_activation if dw_activation in FROM_OUTPUT else ""
+    hidden = z = _depthwise(x, dw, dw_bias, *ctx.geometry, fused)
+    if dw_activation not in FROM_OUTPUT:
+        hidden = getattr(_aten, dw_activation)(z)
+    grad = _before_activation(grad, activation, y, lambda: _pointwise(hidden, pw, pw_bias, residual, ""))
+    below = need[0] or need[1] or need[3]
+    grad_hidden, grad_pw, grad_pw_bias = _pointwise_grads((below, need[2], need[4]), grad, hidden, pw)
+    grad_x = grad_dw = grad_dw_bias = None
+    if below:
+        assert grad_hidden is not None
+        grad_hidden = _before_activation(grad_hidden, dw_activation, hidden, lambda: z)
+        needs = (need[0], need[1], need[3])
+        grad_x, grad_dw, grad_dw_bias = _depthwise_grads(needs, grad_hidden, x, dw, ctx.geometry)
+    grad_residual = grad if need[5] else None
+    return grad_x, grad_dw, grad_pw, grad_dw_bias, grad_pw_bias, grad_residual, None, None, None, None, None
+
+
+_differentiate("depthwise_conv", _setup_depthwise, _backward_depthwise)
+_differentiate("depthwise_conv_grad_input", _setup_grad_input, _backward_grad_input)
+_differentiate("depthwise_conv_grad_weight", _setup_grad_weight, _backward_grad_weight)
+_differentiate("pointwise_conv", _setup_pointwise, _backward_pointwise)
+_differentiate("separable_conv", _setup_separable, _backward_separable)

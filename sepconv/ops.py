@@ -1,0 +1,414 @@
+"""The public functions: depthwise, pointwise and separable convolution in 1, 2 and 3 dimensions, and ``explain``.
+
+A function checks its arguments once (``shapes``), then calls the operator (``operators``), which calls a kernel
+(``dispatch``). While a model is exported (``torch.export``, ``torch.onnx.export``) the functions are made of PyTorch's own
+convolutions, so that any runtime can read the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv import dispatch
+from sepconv.dispatch import Explanation
+from sepconv.kernels import aten
+from sepconv.operators import FROM_OUTPUT
+from sepconv.reference import ACTIVATIONS
+from sepconv.shapes import (
+    Padding,
+    Size,
+    as_tuple,
+    check_bias,
+    check_depthwise,
+    check_output,
+    check_pointwise,
+    check_tensors,
+    resolve,
+)
+
+_depthwise = torch.ops.sepconv.depthwise_conv.default
+_pointwise = torch.ops.sepconv.pointwise_conv.default
+_separable = torch.ops.sepconv.separable_conv.default
+
+
+def _check_activation(name: str, argument: str, activation: str | None) -> str:
+    if activation is None:
+        return ""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(repr(a) for a in ACTIVATIONS if a)
+        raise ValueError(f"{name}: {argument} must be None or one of {known}, got {activation!r}")
+    return activation
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to the arguments of PyTorch's convolutions."""
+    device = next(t for t in tensors if isinstance(t, Tensor)).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+
+
+def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
+    """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
+    if activation in FROM_OUTPUT or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _depthwise_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    activation: str | None,
+) -> Tensor:
+    name = f"depthwise_conv{dims}d"
+    chosen = _check_activation(name, "activation", activation)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    check_tensors(name, dims, x, weight=weight, bias=bias)
+    if x.dim() == dims + 1:
+        unbatched = _depthwise_conv(dims, x[None], weight, bias, stride, padding, dilation, activation)
+        return unbatched[0]
+    check_depthwise(name, dims, x, weight)
+    check_bias(name, "bias", bias, weight.shape[0])
+    kernel_size = weight.shape[2:]
+    g = resolve(name, dims, kernel_size, stride, padding, dilation)
+    check_output(name, x, kernel_size, g)
+    if torch.compiler.is_exporting():
+        return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
+    if _split_for_gradient(chosen, x, weight, bias):
+        z = _depthwise(x, weight, bias, g.stride, g.flat_padding, g.dilation, "")
+        return ACTIVATIONS[chosen](z)
+    y: Tensor = _depthwise(x, weight, bias, g.stride, g.flat_padding, g.dilation, chosen)
+    return y
+
+
+def _pointwise_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    name = f"pointwise_conv{dims}d"
+    chosen = _check_activation(name, "activation", activation)
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
+    check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
+    if x.dim() == dims + 1:
+        added = None if residual is None else residual[None]
+        return _pointwise_conv(dims, x[None], weight, bias, stride, activation, added)[0]
+    check_pointwise(name, dims, x.shape[1], x, weight)
+    check_bias(name, "bias", bias, weight.shape[0])
+    steps = as_tuple(name, "stride", stride, dims, 1)
+    if any(step != 1 for step in steps):
+        # A filter of one pixel that walks in steps sees every step-th pixel and no other.
+        x = x[(..., *(slice(None, None, step) for step in steps))]
+    expected = (x.shape[0], weight.shape[0], *x.shape[2:])
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
+    if torch.compiler.is_exporting():
+        return aten.pointwise_forward(x, weight, bias, chosen, residual)
+    if _split_for_gradient(chosen, x, weight, bias, residual):
+        return ACTIVATIONS[chosen](_pointwise(x, weight, bias, residual, ""))
+    y: Tensor = _pointwise(x, weight, bias, residual, chosen)
+    return y
+
+
+def _separable_conv(
+    dims: int,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    depthwise_activation: str | None,
+    activation: str | None,
+) -> Tensor:
+    name = f"separable_conv{dims}d"
+    between = _check_activation(name, "depthwise_activation", depthwise_activation)
+    chosen = _check_activation(name, "activation", activation)
+    dw, pw, dw_bias, pw_bias = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+    x, dw, pw, dw_bias, pw_bias = _autocast(x, dw, pw, dw_bias, pw_bias)  # type: ignore[assignment]
+    check_tensors(
+        name,
+        dims,
+        x,
+        depthwise_weight=dw,
+        pointwise_weight=pw,
+        depthwise_bias=dw_bias,
+        pointwise_bias=pw_bias,
+    )
+    if x.dim() == dims + 1:
+        arguments = (stride, padding, dilation, depthwise_activation, activation)
+        return _separable_conv(dims, x[None], dw, pw, dw_bias, pw_bias, *arguments)[0]
+    check_depthwise(name, dims, x, dw, "depthwise_weight")
+    check_pointwise(name, dims, dw.shape[0], x, pw, "pointwise_weight")
+    check_bias(name, "depthwise_bias", dw_bias, dw.shape[0])
+    check_bias(name, "pointwise_bias", pw_bias, pw.shape[0])
+    g = resolve(name, dims, dw.shape[2:], stride, padding, dilation)
+    check_output(name, x, dw.shape[2:], g)
+    if torch.compiler.is_exporting():
+        geometry = (g.stride, g.padding, g.dilation)
+        return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
+    split = _split_for_gradient(chosen, x, dw, pw, dw_bias, pw_bias)
+    y: Tensor = _separable(
+        x,
+        dw,
+        pw,
+        dw_bias,
+        pw_bias,
+        None,
+        g.stride,
+        g.flat_padding,
+        g.dilation,
+        between,
+        "" if split else chosen,
+    )
+    return ACTIVATIONS[chosen](y) if split else y
+
+
+def depthwise_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise convolution of a signal; see :func:`depthwise_conv2d`.
+
+    Shape:
+        x: (N, C, L)    weight: (C*M, 1, k)    ->    (N, C*M, Lo)
+    """
+    return _depthwise_conv(1, x, weight, bias, stride, padding, dilation, activation)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise convolution: every channel under its own M filters, nothing added across channels.
+
+    Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, then the activation.
+
+    Args:
+        padding: pixels on each side, or "same" (stride 1; an odd amount has its larger half at the end) or "valid".
+        activation: None, "relu", "relu6", "silu", "hardswish", "gelu" or "sigmoid", computed in the same pass.
+
+    Shape:
+        x: (N, C, H, W)    weight: (C*M, 1, kH, kW)    bias: (C*M,)    ->    (N, C*M, Ho, Wo)
+        Ho = (H + 2*padding - dilation*(kH-1) - 1) // stride + 1; output channel c*M + m depends on input channel c alone.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
+
+    Example:
+        >>> depthwise_conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3), padding=1)[0, 0, 0, :3]
+        tensor([4., 6., 6.])
+
+    Reference: Sifre 2014; Howard et al. 2017, arXiv:1704.04861.
+    """
+    return _depthwise_conv(2, x, weight, bias, stride, padding, dilation, activation)
+
+
+def depthwise_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise convolution of a volume; see :func:`depthwise_conv2d`.
+
+    Shape:
+        x: (N, C, D, H, W)    weight: (C*M, 1, kD, kH, kW)    ->    (N, C*M, Do, Ho, Wo)
+    """
+    return _depthwise_conv(3, x, weight, bias, stride, padding, dilation, activation)
+
+
+def pointwise_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Pointwise convolution of a signal; see :func:`pointwise_conv2d`.
+
+    Shape:
+        x: (N, C, L)    weight: (O, C, 1)    ->    (N, O, Lo)
+    """
+    return _pointwise_conv(1, x, weight, bias, stride, activation, residual)
+
+
+def pointwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Pointwise (1x1) convolution: the same linear layer on the channel vector of every pixel.
+
+    Equivalent to ``activation(F.conv2d(x, weight, bias, stride) + residual)``.
+
+    Args:
+        activation: None, "relu", "relu6", "silu", "hardswish", "gelu" or "sigmoid", computed in the same pass.
+        residual: a tensor of the output's shape, added before the activation.
+
+    Shape:
+        x: (N, C, H, W)    weight: (O, C, 1, 1)    bias: (O,)    ->    (N, O, Ho, Wo),  Ho = (H - 1) // stride + 1
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
+
+    Example:
+        >>> pointwise_conv2d(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 1, 1)).flatten()
+        tensor([3., 3., 3., 3.])
+    """
+    return _pointwise_conv(2, x, weight, bias, stride, activation, residual)
+
+
+def pointwise_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Pointwise convolution of a volume; see :func:`pointwise_conv2d`.
+
+    Shape:
+        x: (N, C, D, H, W)    weight: (O, C, 1, 1, 1)    ->    (N, O, Do, Ho, Wo)
+    """
+    return _pointwise_conv(3, x, weight, bias, stride, activation, residual)
+
+
+def separable_conv1d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    depthwise_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise separable convolution of a signal; see :func:`separable_conv2d`.
+
+    Shape:
+        x: (N, C, L)    weights: (C*M, 1, k) and (O, C*M, 1)    ->    (N, O, Lo)
+    """
+    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    return _separable_conv(1, x, *weights, stride, padding, dilation, depthwise_activation, activation)
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    depthwise_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise separable convolution: a depthwise convolution, then a pointwise one.
+
+    Equivalent to ``F.conv2d(F.conv2d(x, depthwise_weight, groups=C), pointwise_weight)`` with a bias and an activation after
+    each. In training the result in the middle is computed again in the backward pass instead of kept.
+
+    Shape:
+        x: (N, C, H, W)    depthwise_weight: (C*M, 1, kH, kW)    pointwise_weight: (O, C*M, 1, 1)    ->    (N, O, Ho, Wo)
+
+    Cost: C*M*kH*kW*Ho*Wo + C*M*O*Ho*Wo multiply-adds an image, M*(1/O + 1/(kH*kW)) of the normal convolution.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
+
+    Example:
+        >>> x, depthwise, pointwise = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 3, 3), torch.ones(5, 2, 1, 1)
+        >>> separable_conv2d(x, depthwise, pointwise).shape
+        torch.Size([1, 5, 2, 2])
+
+    Reference: Sifre 2014; Howard et al. 2017, arXiv:1704.04861.
+    """
+    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    return _separable_conv(2, x, *weights, stride, padding, dilation, depthwise_activation, activation)
+
+
+def separable_conv3d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    depthwise_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Depthwise separable convolution of a volume; see :func:`separable_conv2d`.
+
+    Shape:
+        x: (N, C, D, H, W)    weights: (C*M, 1, kD, kH, kW) and (O, C*M, 1, 1, 1)    ->    (N, O, Do, Ho, Wo)
+    """
+    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    return _separable_conv(3, x, *weights, stride, padding, dilation, depthwise_activation, activation)
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Call ``op`` and say which kernels computed it and why faster ones did not.
+
+    Args:
+        op: a function of this library, or any module or function that uses them, such as a whole model.
+        args, kwargs: its arguments. Gradients are explained too where ``op`` runs a backward pass itself.
+
+    Example:
+        >>> for line in explain(depthwise_conv2d, torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3)):
+        ...     print(line.op)
+        depthwise_conv
+    """
+    if not callable(op):
+        raise TypeError(f"explain: op must be a function or a module, got {type(op).__name__}")
+    with dispatch.record() as choices:
+        op(*args, **kwargs)
+    return choices

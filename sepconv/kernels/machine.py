@@ -61,7 +61,7 @@ def host() -> Machine:
 
     target = hl.get_host_target()
     return Machine(
-        name=_cpu_name(),
+        name=cpu_name(),
         target=str(target),
         lanes=target.natural_vector_size(hl.Float(32)),
         registers=_vector_registers(target),
@@ -74,7 +74,8 @@ def _vector_registers(target: object) -> int:
     return 32 if re.match("arm-64|.*avx512", str(target)) else 16
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself; needs no Halide."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,0 +1,227 @@
+"""Data sets as batches: normalised images, labels, one training and one test split."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sepconv.augment import Augment, generator
+from sepconv.images import Images, TensorImages, one_ahead, read_images
+from sepconv.sources import Part, read_source
+from sepconv.uniform import uniform
+
+STATISTICS_IMAGES = 5000  # mean and deviation of a data set that is not in memory come from so many images
+NO_AUGMENT = Augment()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with labels, and the numbers that normalise them.
+
+    Args:
+        images: uint8 (N, C, H, W), in memory or decoded when taken.
+        labels: int64 (N,).
+        mean, std: per channel, in units of the full brightness 255.
+    """
+
+    images: Images
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.images.shape[2]
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        epoch: int = 0,
+        augment: Augment = NO_AUGMENT,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (float32 images (n, C, H, W) normalised, int64 labels (n,)).
+
+        With several processes `batch_size` is that of all of them together and process `rank` of `world` gets
+        every world-th image of each batch: order, flips and crops do not depend on the number of processes.
+
+        Args:
+            shuffle_seed: None for the order of the data set; else each `epoch` has its own order.
+            drop_last: leave out a last batch with fewer than `batch_size` images, unless it is the only one.
+        """
+        if batch_size < world:
+            raise ValueError(f"batches: batch_size {batch_size} is less than 1 for each of {world} processes")
+        n, seed = len(self), shuffle_seed or 0
+        order = torch.arange(n)
+        if shuffle_seed is not None:
+            order = torch.randperm(n, generator=generator(seed, epoch))
+        stop = n - n % batch_size if drop_last and n > batch_size else n
+
+        def batch(number: int) -> tuple[Tensor, Tensor]:
+            chosen = order[number * batch_size : min((number + 1) * batch_size, stop)]
+            draw = augment.draw(len(chosen), generator(seed, epoch, number))
+            mine = chosen[rank::world]
+            images = self.images.take(mine)
+            if augment != NO_AUGMENT:
+                images = augment(images, draw[rank::world])
+            return self.normalise(images), self.labels[mine]
+
+        made = map(batch, range(-(-stop // batch_size)))
+        return made if isinstance(self.images, TensorImages) else one_ahead(made)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> float32 with mean 0 and deviation 1 over the training split."""
+        scale = 1 / (255 * self.std)
+        shift = self.mean / self.std
+        return images.float().mul_(scale[:, None, None]).sub_(shift[:, None, None])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A training and a test split of the same classes, channels and image size.
+
+    Args:
+        name: what the data set is called.
+        classes: names of the classes, by label.
+        skipped: names of the broken images that were left out.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: list[str]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        return self.train.channels
+
+    @property
+    def image_size(self) -> int:
+        return self.train.image_size
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (C, H, W)."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def mean(self) -> Tensor:
+        return self.train.mean
+
+    @property
+    def std(self) -> Tensor:
+        return self.train.std
+
+    def calibration(self, n: int, seed: int = 0) -> Tensor:
+        """`n` different training images, normalised, without labels: float32 (n, C, H, W)."""
+        if not 1 <= n <= len(self.train):
+            raise ValueError(f"calibration: n must be from 1 to {len(self.train)} training images but is {n}")
+        chosen = torch.randperm(len(self.train), generator=generator(seed))[:n]
+        return self.train.normalise(self.train.images.take(chosen))
+
+    def read_images(self, paths: Sequence[str | Path]) -> Tensor:
+        """Image files brought to the shape and normalisation of this data set: float32 (N, C, H, W)."""
+        return self.train.normalise(read_images(paths, self.channels, self.image_size))
+
+
+def load(
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    skip_broken: bool = False,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> Data:
+    """Load a data set.
+
+    Args:
+        source: `digits` (in scikit-learn, no network); an image folder with one subfolder a class, or with
+            `train/` and `test/` (`val/`, `validation/`) of that form; `*.parquet` files or a folder of them, with
+            the columns image and label; a folder of IDX files (MNIST); or a Hugging Face data set name.
+        image_size: bring all images to squares of this side (short side resized, centre cropped).
+        skip_broken: leave broken images out and list them in `Data.skipped`, instead of an error.
+        test_fraction: share of each class that becomes the test split where the source has none.
+        seed: of that choice.
+
+    Raises:
+        FileNotFoundError: nothing of that name.
+        ValueError: no images, no labels, one class, a broken image, different sizes without `image_size`.
+        ModuleNotFoundError: the extra `sepconv[data]` is needed.
+
+    Example:
+        >>> data = load("digits")
+        >>> len(data.train), len(data.test), data.input_shape, data.num_classes
+        (1438, 359, (1, 8, 8), 10)
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"load: image_size must be at least 1 pixel but is {image_size}")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"load: test_fraction must lie between 0 and 1 but is {test_fraction}")
+    found = read_source(source)
+    if len(found.classes) < 2:
+        raise ValueError(f"load: {source} has only one class ({', '.join(found.classes)}); two are the least")
+    parts = [part for part in (found.train, found.test) if part is not None]
+    parts, skipped = uniform(parts, image_size, skip_broken, str(source))
+    empty = [name for i, name in enumerate(found.classes) if not (parts[0].labels == i).any()]
+    if empty:
+        raise ValueError(f"load: {source} has no training image of the class {empty[0]}")
+    train, test = parts if found.test is not None else _divide(parts[0], test_fraction, seed)
+    missing = [name for i, name in enumerate(found.classes) if not (test.labels == i).any()]
+    if missing:
+        names = ", ".join(missing[:5])
+        warnings.warn(f"load: no test image of {len(missing)} classes: {names}", stacklevel=2)
+    mean, std = _statistics(train.images)
+    train_split, test_split = (Split(part.images, part.labels, mean, std) for part in (train, test))
+    return Data(found.name, train_split, test_split, found.classes, skipped)
+
+
+def _divide(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
+    """Take `fraction` of each class for the test split: at least one image of two or more, never all."""
+    random = generator(seed)
+    chosen = torch.zeros(len(part.labels), dtype=torch.bool)
+    for label in part.labels.unique().tolist():
+        members = (part.labels == label).nonzero().flatten()
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        chosen[members[torch.randperm(len(members), generator=random)[:count]]] = True
+    train, test = ((~chosen).nonzero().flatten(), chosen.nonzero().flatten())
+    return part.subset(train), part.subset(test)
+
+
+def _statistics(images: Images) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel in units of full brightness; a constant channel has deviation 1."""
+    n, channels = images.shape[:2]
+    if not isinstance(images, TensorImages) and n > STATISTICS_IMAGES:
+        sample = torch.randperm(n, generator=generator(0))[:STATISTICS_IMAGES]
+    else:
+        sample = torch.arange(n)
+    total, squares, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
+    for chosen in sample.split(500):
+        pixels = images.take(chosen).double().div_(255).transpose(0, 1).flatten(1)
+        total += pixels.sum(1)
+        squares += pixels.square().sum(1)
+        count += pixels.shape[1]
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    std = torch.where(variance > 1e-8, variance.sqrt(), 1.0)
+    return mean.float(), std.float()

@@ -1,0 +1,208 @@
+"""Image files and bytes to uint8 tensors: decoding, channel count, resizing."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"})
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Images(Protocol):
+    """Square images of one size that can be taken by index: in memory, or decoded when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Shape: indices (n,) -> uint8 (n, C, H, W)."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorImages:
+    """Images in memory, uint8 (N, C, H, W)."""
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        n, c, h, w = self.tensor.shape
+        return n, c, h, w
+
+    def take(self, indices: Tensor) -> Tensor:
+        return self.tensor[indices]
+
+    def subset(self, indices: Tensor) -> TensorImages:
+        return TensorImages(self.tensor[indices])
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images as files or as encoded bytes, decoded when taken.
+
+    Args:
+        read: the encoded bytes of image i.
+        names: one name an image, for messages.
+        channels: 1 or 3; every image is converted to it.
+        side: of the square that all images are; 0 while it is not known.
+        resize: whether `side` is reached by resizing and cropping.
+    """
+
+    read: Callable[[int], bytes]
+    names: Sequence[str]
+    channels: int = 3
+    side: int = 0
+    resize: bool = False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self), self.channels, self.side, self.side
+
+    def take(self, indices: Tensor) -> Tensor:
+        return torch.stack(in_threads(self.decode, indices.tolist()))
+
+    def decode(self, index: int) -> Tensor:
+        """Image `index` as uint8 (C, H, W); a BrokenImage names the image that cannot be decoded."""
+        side = self.side if self.resize else None
+        name = self.names[index]
+        return decode(open_image(self.read(index), name), name, self.channels, side)
+
+    def subset(self, indices: Tensor) -> EncodedImages:
+        keep, read = indices.tolist(), self.read
+        return replace(self, read=lambda i: read(keep[i]), names=[self.names[i] for i in keep])
+
+
+class BrokenImage(ValueError):
+    """An image that cannot be decoded; `name` says which."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"load: broken image {name} ({reason})")
+        self.name, self.reason = name, reason
+
+
+def open_image(content: bytes, name: str) -> Image:
+    """The image behind its header, its pixels not yet decoded."""
+    from PIL import Image
+
+    # Each decoder raises errors of its own kinds (OSError, SyntaxError, struct.error, zlib.error, ...).
+    try:
+        return Image.open(io.BytesIO(content))
+    except Exception as error:
+        raise BrokenImage(name, _reason(error)) from error
+
+
+def decode(image: Image, name: str, channels: int, size: int | None) -> Tensor:
+    """The pixels of an opened image as uint8 (channels, H, W), upright as the camera's orientation tag says.
+
+    Raises:
+        BrokenImage: the image is truncated or damaged; the message holds `name`.
+    """
+    from PIL import ImageOps
+
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bits(image)
+        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except Exception as error:
+        raise BrokenImage(name, _reason(error)) from error
+    tensor = torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+    return tensor if size is None else fit(tensor, size)
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """Resize the short side to `size`, antialiased, and crop the centre.
+
+    Shape: uint8 (..., C, H, W) -> uint8 (..., C, size, size)
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    short = min(height, width)
+    target = [max(size, round(side * size / short)) for side in (height, width)]
+    batch = images.reshape(-1, *images.shape[-3:]).float()
+    resized = F.interpolate(batch, target, mode="bilinear", antialias=True, align_corners=False)
+    top, left = ((side - size) // 2 for side in target)
+    cropped = resized[..., top : top + size, left : left + size]
+    return cropped.round().clamp(0, 255).to(torch.uint8).view(*images.shape[:-2], size, size)
+
+
+def read_images(paths: Iterable[str | Path], channels: int, size: int) -> Tensor:
+    """Image files for prediction: uint8 (N, channels, size, size)."""
+    require_pillow()
+    found = [Path(path) for path in paths]
+    for path in found:
+        if not path.is_file():
+            raise FileNotFoundError(f"read_images: no such file: {path}")
+    opened = [(open_image(path.read_bytes(), str(path)), str(path)) for path in found]
+    return torch.stack([decode(image, name, channels, size) for image, name in opened])
+
+
+def require_pillow() -> None:
+    """One line instead of a traceback where Pillow is missing."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise ModuleNotFoundError(
+            "load: reading image files needs the package pillow: pip install 'sepconv[data]'"
+        ) from None
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`function` of each item, in order, on PyTorch's number of threads: decoders release the interpreter lock."""
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    if threads == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a second thread while the one before is in use."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, iterator, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc]
+
+
+def _eight_bits(image: Image) -> Image:
+    """Grey images of 16 bits keep their upper byte; Pillow's own conversion would cut them off at 255."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 257)
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

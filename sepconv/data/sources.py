@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sepconv.idx import is_idx_folder, read_idx_folder
-from sepconv.images import SUFFIXES, EncodedImages, TensorImages, require_pillow
+from sepconv.data.idx import is_idx_folder, read_idx_folder
+from sepconv.data.images import SUFFIXES, EncodedImages, TensorImages, require_pillow
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sepconv.augment import Augment, generator
-from sepconv.images import Images, TensorImages, one_ahead, read_images
-from sepconv.sources import Part, read_source
-from sepconv.uniform import uniform
+from sepconv.data.augment import Augment, generator
+from sepconv.data.images import Images, TensorImages, one_ahead, read_images
+from sepconv.data.sources import Part, read_source
+from sepconv.data.uniform import uniform
 
 STATISTICS_IMAGES = 5000  # mean and deviation of a data set that is not in memory come from so many images
 NO_AUGMENT = Augment()

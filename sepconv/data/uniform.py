@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sepconv.images import GREY_MODES, BrokenImage, EncodedImages, TensorImages, decode, fit, in_threads, open_image
-from sepconv.sources import Part
+from sepconv.data.images import GREY_MODES, BrokenImage, EncodedImages, TensorImages, decode, fit, in_threads, open_image
+from sepconv.data.sources import Part
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images; larger data sets are decoded batch by batch
 

@@ -1,5 +1,6 @@
 """Depthwise separable convolution for PyTorch: fast layers, and a converter from normal CNNs to separable ones."""
 
+from sepconv.dispatch import explain as explain
 from sepconv.layers import DepthwiseConv1d as DepthwiseConv1d
 from sepconv.layers import DepthwiseConv2d as DepthwiseConv2d
 from sepconv.layers import DepthwiseConv3d as DepthwiseConv3d
@@ -12,7 +13,6 @@ from sepconv.layers import SeparableConv3d as SeparableConv3d
 from sepconv.ops import depthwise_conv1d as depthwise_conv1d
 from sepconv.ops import depthwise_conv2d as depthwise_conv2d
 from sepconv.ops import depthwise_conv3d as depthwise_conv3d
-from sepconv.ops import explain as explain
 from sepconv.ops import pointwise_conv1d as pointwise_conv1d
 from sepconv.ops import pointwise_conv2d as pointwise_conv2d
 from sepconv.ops import pointwise_conv3d as pointwise_conv3d

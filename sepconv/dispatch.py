@@ -1,14 +1,14 @@
 """Which kernel computes an operation, and why a faster one does not.
 
-Each operation has a fast kernel (Halide, on CPUs) and PyTorch's own, which runs everywhere. The choice depends on shapes,
-strides, dtype and device, never on values. :func:`record` collects every choice made while it is active, so that
-``sepconv.explain``, the tests and the benchmarks see what really ran.
+Each operation has a fast kernel (Halide, on CPUs) and PyTorch's own, which runs everywhere. The choice depends on
+shapes, strides, dtype and device, never on values. :func:`record` collects every choice made while it is active, so
+that ``sepconv.explain``, the tests and the benchmarks see what really ran.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,12 +54,15 @@ def record() -> Iterator[list[Explanation]]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory pixel by pixel; where both readings are possible it counts as contiguous."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats.get(x.dim())
-    return (
-        memory_format is not None and not x.is_contiguous() and x.is_contiguous(memory_format=memory_format)
-    )
+    """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    least = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.shape[d], 1)
+    return True
 
 
 def new_output(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
@@ -166,3 +169,23 @@ def separable_forward(
         residual,
     )
     return _as_output(y, x)
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Call ``op`` and say which kernels computed it and why faster ones did not.
+
+    Args:
+        op: a function of this library, or any module or function that uses them, such as a whole model.
+        args, kwargs: its arguments. Gradients are explained too where ``op`` runs a backward pass itself.
+
+    Example:
+        >>> import sepconv
+        >>> layer = sepconv.DepthwiseConv2d(2, 3, dtype=torch.float64)
+        >>> print(explain(layer, torch.ones(1, 2, 5, 5, dtype=torch.float64))[0].kernel)
+        torch
+    """
+    if not callable(op):
+        raise TypeError(f"explain: op must be a function or a module, got {type(op).__name__}")
+    with record() as choices:
+        op(*args, **kwargs)
+    return choices

@@ -1,7 +1,8 @@
 """The operators ``torch.ops.sepconv.*``: schema, shape (fake), kernel and gradient of each.
 
-Every gradient is an operator of its own, testable alone and differentiable again. ``stride`` and ``dilation`` have one entry
-per spatial dimension, ``padding`` has two (low, high). Shapes are checked before, by the public functions in ``ops``.
+Every gradient is an operator of its own, testable alone and differentiable again. ``stride`` and ``dilation`` have
+one entry per spatial dimension, ``padding`` has two (low, high). Shapes are checked before, by the public functions
+in ``ops``.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def _fake_depthwise(
     return new_output(x, weight.shape[0], _sizes(x, weight, stride, padding, dilation))
 
 
-def _fake_grad_input(
-    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any
-) -> Tensor:
+def _fake_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any) -> Tensor:
     return new_output(grad_output, input_size[1], input_size[2:])
 
 

@@ -1,24 +1,20 @@
-"""The public functions: depthwise, pointwise and separable convolution in 1, 2 and 3 dimensions, and ``explain``.
+"""The public functions: depthwise, pointwise and separable convolution in 1, 2 and 3 dimensions.
 
 A function checks its arguments once (``shapes``), then calls the operator (``operators``), which calls a kernel
-(``dispatch``). While a model is exported (``torch.export``, ``torch.onnx.export``) the functions are made of PyTorch's own
-convolutions, so that any runtime can read the graph.
+(``dispatch``). While a model is exported (``torch.export``, ``torch.onnx.export``) the functions are made of
+PyTorch's own convolutions, so that any runtime can read the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sepconv import dispatch
-from sepconv.dispatch import Explanation
 from sepconv.kernels import aten
 from sepconv.operators import FROM_OUTPUT
 from sepconv.reference import ACTIVATIONS
 from sepconv.shapes import (
+    Geometry,
     Padding,
     Size,
     as_tuple,
@@ -110,14 +106,15 @@ def _pointwise_conv(
     check_pointwise(name, dims, x.shape[1], x, weight)
     check_bias(name, "bias", bias, weight.shape[0])
     steps = as_tuple(name, "stride", stride, dims, 1)
-    if any(step != 1 for step in steps):
-        # A filter of one pixel that walks in steps sees every step-th pixel and no other.
-        x = x[(..., *(slice(None, None, step) for step in steps))]
-    expected = (x.shape[0], weight.shape[0], *x.shape[2:])
+    sizes = check_output(name, x, weight.shape[2:], Geometry(steps, ((0, 0),) * dims, (1,) * dims))
+    expected = (x.shape[0], weight.shape[0], *sizes)
     if residual is not None and tuple(residual.shape) != expected:
         raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
     if torch.compiler.is_exporting():
-        return aten.pointwise_forward(x, weight, bias, chosen, residual)
+        return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
+    for d, step in enumerate(steps):
+        # A filter of one pixel that walks in steps sees every step-th pixel and no other.
+        x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
     if _split_for_gradient(chosen, x, weight, bias, residual):
         return ACTIVATIONS[chosen](_pointwise(x, weight, bias, residual, ""))
     y: Tensor = _pointwise(x, weight, bias, residual, chosen)
@@ -218,7 +215,8 @@ def depthwise_conv2d(
 
     Shape:
         x: (N, C, H, W)    weight: (C*M, 1, kH, kW)    bias: (C*M,)    ->    (N, C*M, Ho, Wo)
-        Ho = (H + 2*padding - dilation*(kH-1) - 1) // stride + 1; output channel c*M + m depends on input channel c alone.
+        Ho = (H + 2*padding - dilation*(kH-1) - 1) // stride + 1; output channel c*M + m depends on input channel c
+        alone.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
@@ -351,11 +349,12 @@ def separable_conv2d(
 ) -> Tensor:
     """Depthwise separable convolution: a depthwise convolution, then a pointwise one.
 
-    Equivalent to ``F.conv2d(F.conv2d(x, depthwise_weight, groups=C), pointwise_weight)`` with a bias and an activation after
-    each. In training the result in the middle is computed again in the backward pass instead of kept.
+    Equivalent to ``F.conv2d(F.conv2d(x, depthwise_weight, groups=C), pointwise_weight)`` with a bias and an
+    activation after each. In training the result in the middle is computed again in the backward pass instead of kept.
 
     Shape:
-        x: (N, C, H, W)    depthwise_weight: (C*M, 1, kH, kW)    pointwise_weight: (O, C*M, 1, 1)    ->    (N, O, Ho, Wo)
+        x: (N, C, H, W)    depthwise_weight: (C*M, 1, kH, kW)    pointwise_weight: (O, C*M, 1, 1)    ->    (N, O, Ho,
+        Wo)
 
     Cost: C*M*kH*kW*Ho*Wo + C*M*O*Ho*Wo multiply-adds an image, M*(1/O + 1/(kH*kW)) of the normal convolution.
 
@@ -393,22 +392,3 @@ def separable_conv3d(
     """
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     return _separable_conv(3, x, *weights, stride, padding, dilation, depthwise_activation, activation)
-
-
-def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
-    """Call ``op`` and say which kernels computed it and why faster ones did not.
-
-    Args:
-        op: a function of this library, or any module or function that uses them, such as a whole model.
-        args, kwargs: its arguments. Gradients are explained too where ``op`` runs a backward pass itself.
-
-    Example:
-        >>> for line in explain(depthwise_conv2d, torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3)):
-        ...     print(line.op)
-        depthwise_conv
-    """
-    if not callable(op):
-        raise TypeError(f"explain: op must be a function or a module, got {type(op).__name__}")
-    with dispatch.record() as choices:
-        op(*args, **kwargs)
-    return choices

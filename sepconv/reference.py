@@ -1,7 +1,7 @@
 """The mathematics of the library, written as it is defined, in plain PyTorch.
 
-Every other file is tested against this one, in float64. It is slow on purpose: one loop for each word of the definition,
-and no call to PyTorch's own convolutions. The names and letters are those of the README:
+Every other file is tested against this one, in float64. It is slow on purpose: one loop for each word of the
+definition, and no call to PyTorch's own convolutions. The names and letters are those of the README:
 N batch, C input channels, O output channels, M depth multiplier, k filter size, one size per spatial dimension.
 
 References: Sifre 2014 (PhD thesis, separable convolution); Howard et al. 2017, arXiv:1704.04861 (MobileNet).
@@ -43,8 +43,7 @@ def filter_image(
     amounts = [amount for pair in reversed(padding) for amount in pair]
     padded = F.pad(image, amounts)
     sizes = [
-        (padded.shape[1 + d] - dilation[d] * (kernel.shape[d] - 1) - 1) // stride[d] + 1
-        for d in range(kernel.dim())
+        (padded.shape[1 + d] - dilation[d] * (kernel.shape[d] - 1) - 1) // stride[d] + 1 for d in range(kernel.dim())
     ]
     result = image.new_zeros((image.shape[0], *sizes))
     for tap in itertools.product(*(range(k) for k in kernel.shape)):
@@ -72,9 +71,7 @@ def conv(
     """
     maps = []
     for o in range(weight.shape[0]):
-        filtered = [
-            filter_image(x[:, c], weight[o, c], stride, padding, dilation) for c in range(weight.shape[1])
-        ]
+        filtered = [filter_image(x[:, c], weight[o, c], stride, padding, dilation) for c in range(weight.shape[1])]
         total = torch.stack(filtered).sum(0)
         maps.append(total if bias is None else total + bias[o])
     return torch.stack(maps, dim=1)

@@ -1,7 +1,7 @@
 """The shape rule: what a convolution's arguments must be, and how large its output is.
 
-Everything that can be wrong with an argument is found here, once, before any kernel runs. Public functions, fake kernels,
-layers and the cost model all ask this file.
+Everything that can be wrong with an argument is found here, once, before any kernel runs. Public functions, fake
+kernels, layers and the cost model all ask this file.
 """
 
 from __future__ import annotations
@@ -71,14 +71,12 @@ def output_size(input_size: Sequence[int], kernel_size: Sequence[int], geometry:
     g = geometry
     return [
         (size + low + high - d * (k - 1) - 1) // s + 1
-        for size, k, s, (low, high), d in zip(
-            input_size, kernel_size, g.stride, g.padding, g.dilation, strict=True
-        )
+        for size, k, s, (low, high), d in zip(input_size, kernel_size, g.stride, g.padding, g.dilation, strict=True)
     ]
 
 
 def check_tensors(name: str, dims: int, x: Tensor, **others: Tensor | None) -> None:
-    """Floating tensors of one dtype on one device; x has channels, and mostly a batch, before its spatial dimensions."""
+    """Floating tensors of one dtype on one device; x has channels, and mostly a batch, before its pixels."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
@@ -119,9 +117,7 @@ def check_depthwise(name: str, dims: int, x: Tensor, weight: Tensor, argument: s
         raise ValueError(f"{name}: {argument} has an empty filter (shape {tuple(weight.shape)})")
 
 
-def check_pointwise(
-    name: str, dims: int, channels: int, x: Tensor, weight: Tensor, argument: str = "weight"
-) -> None:
+def check_pointwise(name: str, dims: int, channels: int, x: Tensor, weight: Tensor, argument: str = "weight") -> None:
     """The weight of a pointwise convolution: (O, C, 1, 1), one 1 per spatial dimension."""
     if weight.dim() != dims + 2 or any(k != 1 for k in weight.shape[2:]) or weight.shape[0] == 0:
         raise ValueError(

@@ -107,9 +107,14 @@ def grad_bias(grad_output: Tensor) -> Tensor:
 
 
 def pointwise_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "",
+    residual: Tensor | None = None,
+    stride: Sequence[int] | int = 1,
 ) -> Tensor:
-    y: Tensor = _CONV[x.dim() - 2](x, weight, bias)
+    y: Tensor = _CONV[x.dim() - 2](x, weight, bias, stride)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
@@ -126,7 +131,5 @@ def separable_forward(
     dilation: Sequence[int],
     residual: Tensor | None = None,
 ) -> Tensor:
-    hidden = depthwise_forward(
-        x, depthwise_weight, depthwise_bias, stride, padding, dilation, depthwise_activation
-    )
+    hidden = depthwise_forward(x, depthwise_weight, depthwise_bias, stride, padding, dilation, depthwise_activation)
     return pointwise_forward(hidden, pointwise_weight, pointwise_bias, activation, residual)

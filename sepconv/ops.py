@@ -43,7 +43,7 @@ def _check_activation(name: str, argument: str, activation: str | None) -> str:
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does to the arguments of PyTorch's convolutions."""
     device = next(t for t in tensors if isinstance(t, Tensor)).device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)

@@ -1,0 +1,36 @@
+"""Memory layouts that the kernels read in place: contiguous and channels_last, views included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    least = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.shape[d], 1)
+    return True
+
+
+def new_output(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
+    """An empty output of an operation on ``x``, in the same layout."""
+    shape = [x.shape[0], channels, *sizes]
+    if not is_channels_last(x):
+        return x.new_empty(shape)
+    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def like(tensor: Tensor, out: Tensor) -> Tensor:
+    """The tensor in the layout of ``out``, copied only where it is in another."""
+    if tensor.stride() == out.stride():
+        return tensor
+    return torch.empty_like(out).copy_(tensor)

@@ -1,0 +1,255 @@
+"""Pointwise (1x1) convolution: a matrix product with packed weights, bias, residual and activation in one pass.
+
+channels_last: pixels x channels times channels x output channels; output channels fill the vectors.
+contiguous: output channels x channels times channels x pixels; pixels fill the vectors.
+The number of pixels is not compiled in: one kernel serves every image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels import machine, packing, runtime
+from sepconv.kernels.activations import activate
+from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
+from sepconv.kernels.layout import is_channels_last, like, new_output
+from sepconv.kernels.runtime import hl
+from sepconv.kernels.schedule_gemm import Pointwise, Tile, pointwise_schedule
+
+
+class Spec(NamedTuple):
+    """All that the code of one kernel depends on."""
+
+    channels_last: bool
+    channels: int
+    out_channels: int
+    tile: Tile
+    guard: bool
+    parallel: str
+    activation: str
+    bias: bool
+    residual: bool
+
+
+def build(spec: Spec) -> tuple[Any, list[Any]]:
+    """The pipeline; arguments: chunk, x, packed weights, [bias], [residual]."""
+    return _build_channels_last(spec) if spec.channels_last else _build_contiguous(spec)
+
+
+def _result(spec: Spec, sums: Any, o: Any, index: list[Any], extra: list[Any]) -> Any:
+    """Bias, residual and activation on top of the sums; appends their parameters to ``extra``."""
+    value = sums
+    if spec.bias:
+        bias = hl.ImageParam(hl.Float(32), 1, "bias")
+        dense(bias, spec.out_channels)
+        extra.append(bias)
+        value = value + bias[o]
+    if spec.residual:
+        residual = hl.ImageParam(hl.Float(32), len(index), "residual")
+        _strides(residual, spec, spec.out_channels)
+        extra.append(residual)
+        value = value + residual[tuple(index)]
+    return activate(value, spec.activation)
+
+
+def _strides(param: Any, spec: Spec, channels: int) -> None:
+    """Channel, pixel where channels_last, else pixel, channel, image."""
+    for d in range(param.dimensions()):
+        param.dim(d).set_min(0)
+    param.dim(0).set_stride(1)
+    param.dim(0 if spec.channels_last else 1).set_extent(channels)
+
+
+def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
+    tile, chunk = spec.tile, hl.Param(hl.Int(32), "chunk")
+    x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
+    weight = packed_param("weight", tile.wide, spec.channels, spec.out_channels)
+    o, p = hl.Var("o"), hl.Var("p")
+    k = hl.RDom([hl.Range(0, spec.channels)], "k")
+
+    sums, out = hl.Func("sums"), hl.Func("pointwise")
+    sums[o, p] = hl.f32(0.0)
+    sums[o, p] += weight[o % tile.wide, k.x, o // tile.wide] * x[k.x, p]
+    extra: list[Any] = []
+    out[o, p] = _result(spec, sums[o, p], o, [o, p], extra)
+
+    block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
+    ragged = spec.out_channels % tile.wide
+    out.bound(o, 0, spec.out_channels)
+    out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    out.split(p, step, p_in, tile.scalars, hl.TailStrategy.ShiftInwards)
+    out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
+    if spec.parallel == "channels":
+        out.reorder(o_in, p_in, step, group, block).parallel(block)
+    else:
+        out.reorder(o_in, p_in, step, block, group).parallel(group)
+    out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(p_in)
+    sums.compute_at(out, step)
+    keep_in_registers(sums, o, p, [k.x], tile)
+
+    _strides(x, spec, spec.channels)
+    _strides(out.output_buffer(), spec, spec.out_channels)
+    return out, [chunk, x, weight, *extra]
+
+
+def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
+    tile, chunk = spec.tile, hl.Param(hl.Int(32), "chunk")
+    x = hl.ImageParam(hl.Float(32), 3, "x")  # pixel, channel, image
+    weight = packed_param("weight", tile.scalars, spec.channels, spec.out_channels)
+    o, p, n = hl.Var("o"), hl.Var("p"), hl.Var("n")
+    k = hl.RDom([hl.Range(0, spec.channels)], "k")
+    source = x
+    if spec.guard:  # fewer pixels than one tile: zeros beyond them
+        unbounded = hl.Range(hl.Expr(), hl.Expr())
+        pixels = hl.Range(0, x.dim(0).extent())
+        source = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [pixels, unbounded, unbounded])
+
+    # Channels lie a whole image apart; a panel of few pixels and all channels is gathered once, next to one another.
+    panel, sums, out = hl.Func("panel"), hl.Func("sums"), hl.Func("pointwise")
+    panel[p, o, n] = source[p, o, n]
+    sums[p, o, n] = hl.f32(0.0)
+    sums[p, o, n] += panel[p, k.x, n] * weight[o % tile.scalars, k.x, o // tile.scalars]
+    extra: list[Any] = []
+    out[p, o, n] = _result(spec, sums[p, o, n], o, [p, o, n], extra)
+
+    block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
+    task = hl.Var("task")
+    ragged = spec.out_channels % tile.scalars
+    tail = hl.TailStrategy.GuardWithIf if spec.guard else hl.TailStrategy.ShiftInwards
+    out.bound(o, 0, spec.out_channels)
+    out.split(o, block, o_in, tile.scalars, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    out.split(p, step, p_in, tile.wide, tail)
+    out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
+    out.reorder(p_in, o_in, block, step, group, n).fuse(group, n, task).parallel(task)
+    out.vectorize(p_in, tile.lanes).unroll(p_in).unroll(o_in)
+    panel.compute_at(out, step).bound_extent(p, tile.wide).vectorize(p, tile.lanes).unroll(p)
+    sums.compute_at(out, block)
+    keep_in_registers(sums, p, o, [k.x], tile)
+    sums.bound_extent(o, tile.scalars)
+
+    _strides(x, spec, spec.channels)
+    _strides(out.output_buffer(), spec, spec.out_channels)
+    return out, [chunk, x, weight, *extra]
+
+
+class Plan(NamedTuple):
+    """How one input is read: as (pixel, channel) where channels_last, else as (image, channel, pixel)."""
+
+    channels_last: bool
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    schedule: Pointwise
+    guard: bool
+
+    def view(self, tensor: Tensor) -> Any:
+        """A buffer over a tensor of the input's shape and layout, whatever its number of channels."""
+        return runtime.buffer(tensor.as_strided(*_matrix(tensor.shape, tensor.stride(), self.channels_last)))
+
+
+@lru_cache(maxsize=4096)
+def _matrix(shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool) -> Any:
+    """Size and strides with the pixels in one dimension, by PyTorch's own rule for views; None where they cannot be."""
+    x = torch.empty_strided(shape, stride, device="meta")
+    pixels = prod(shape[2:])
+    try:
+        view = x.movedim(1, -1).view(shape[0] * pixels, shape[1]) if channels_last else x.view(*shape[:2], pixels)
+    except RuntimeError:
+        return None
+    strides = [1 if size == 1 else step for size, step in zip(view.shape, view.stride(), strict=True)]
+    return (tuple(view.shape), tuple(strides)) if strides[-1] == 1 else None
+
+
+@lru_cache(maxsize=4096)
+def _plan(shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool, out_channels: int, threads: int) -> Any:
+    channels_last = channels_last or (prod(shape[2:]) == 1 and stride[1] == 1)
+    matrix = _matrix(shape, stride, channels_last)
+    if matrix is None:
+        return None
+    size, stride = matrix
+    images, pixels = (1, size[0]) if channels_last else (size[0], size[2])
+    schedule = pointwise_schedule(machine.host(), channels_last, shape[1], out_channels, pixels, images, threads)
+    guard = not channels_last and pixels < schedule.tile.wide
+    return Plan(channels_last, size, stride, schedule, guard)
+
+
+def _plan_for(x: Tensor, out_channels: int) -> Any:
+    return _plan(x.shape, x.stride(), is_channels_last(x), out_channels, torch.get_num_threads())
+
+
+def supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
+) -> str:
+    """Why this kernel cannot run, in a sentence; the empty string if it can."""
+    given = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    reason = runtime.missing() or runtime.unsuitable(*given)
+    if not reason and x.numel() and _plan_for(x, weight.shape[0]) is None:
+        reason = f"the pixels of x do not lie evenly spaced in memory (strides {x.stride()}); x.contiguous() would"
+    return reason
+
+
+def slower(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None) -> str:
+    """Why PyTorch's kernel is the faster one here; the empty string if it is not."""
+    return ""
+
+
+def describe(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
+) -> dict[str, Any]:
+    """The schedule that ``forward`` uses for these arguments."""
+    plan = _plan_for(x, weight.shape[0])
+    return {
+        "layout": "channels_last" if plan.channels_last else "contiguous",
+        **plan.schedule.tile._asdict(),
+        "chunk": plan.schedule.chunk,
+        "parallel": plan.schedule.parallel,
+    }
+
+
+def block(x: Tensor, out_channels: int) -> int:
+    """Output channels in one block of packed weights (``packing.pack``) for such an input."""
+    plan = _plan_for(x, out_channels)
+    return plan.schedule.tile.wide if plan.channels_last else plan.schedule.tile.scalars
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
+) -> Tensor:
+    """``activation(F.conv2d(x, weight, bias) + residual)`` for a 1x1 weight, in one, two or three dimensions.
+
+    Shape:
+        x: (N, C, ...)    weight: (O, C, 1, ...)    bias: (O,)    residual: (N, O, ...)    ->    (N, O, ...)
+    """
+    out = new_output(x, weight.shape[0], x.shape[2:])
+    if out.numel():
+        packed = packing.packed(weight, block(x, weight.shape[0]))
+        bind(x, packed, bias, activation, residual, out)()
+    return out
+
+
+def bind(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor
+) -> Callable[[], None]:
+    """The call that fills ``out`` from what is then in the other tensors: for repeated use of the same memory.
+
+    ``packed`` comes from ``packing.pack(weight, block(x, O))``.
+    """
+    channels, out_channels = x.shape[1], out.shape[1]
+    plan = _plan_for(x, out_channels)
+    schedule = plan.schedule
+    spec = Spec(
+        plan.channels_last, channels, out_channels, schedule.tile, plan.guard, schedule.parallel, activation,
+        bias is not None, residual is not None,
+    )  # fmt: skip
+    arguments = [schedule.chunk, plan.view(x), runtime.buffer(packed)]
+    if bias is not None:
+        arguments.append(runtime.buffer(bias.contiguous()))
+    if residual is not None:
+        arguments.append(plan.view(like(residual, out)))
+    call = runtime.compiled(("pointwise", spec), lambda: build(spec))
+    return partial(call, *arguments, plan.view(out))

@@ -1,0 +1,112 @@
+"""Models by name: built-in ones, timm's, and the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from sepconv.models.mobilenet_v1 import MobileNetV1, MobileNetV1Normal
+from sepconv.models.mobilenet_v2 import MobileNetV2
+from sepconv.models.resnet import ResNet
+from sepconv.models.vgg import VGGSmall
+
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v1_normal": MobileNetV1Normal,
+    "mobilenet_v2": MobileNetV2,
+    "vgg_small": VGGSmall,
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
+}
+
+
+def create(name: str, **settings: Any) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: one of ``BUILT_IN``, ``timm/NAME`` (the package timm must be installed), or ``package.module:function``
+            for any function or class that returns a module.
+        settings: its arguments, such as ``width_mult=0.5``.
+
+    Raises:
+        ValueError: unknown name (the nearest ones are named), unknown or unfit setting (the known ones are named), a
+            module that cannot be imported.
+        TypeError: the function returned something else than a module.
+
+    Example:
+        >>> type(create("mobilenet_v1", width_mult=0.25, num_classes=10)).__name__
+        'MobileNetV1'
+    """
+    if name in BUILT_IN:
+        return _build(name, BUILT_IN[name], settings)
+    if name.startswith("timm/"):
+        return _create_timm(name, settings)
+    if ":" in name:
+        return _build(name, _find(name), settings)
+    nearest = _nearest(name, BUILT_IN)
+    raise ValueError(
+        f"create: unknown model {name!r}{nearest}; known are {', '.join(BUILT_IN)}, and the forms timm/NAME and "
+        "package.module:function"
+    )
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _build(name: str, factory: Callable[..., Any], settings: dict[str, Any]) -> nn.Module:
+    parameters = inspect.signature(factory).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        allowed = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for setting in settings:
+            if setting not in allowed:
+                listed = ", ".join(allowed) or "none"
+                nearest = _nearest(setting, allowed)
+                raise ValueError(f"create: {name} has no setting {setting!r}{nearest}; its settings are {listed}")
+        needed = [p.name for p in parameters if p.name in allowed and p.default is p.empty]
+        absent = [setting for setting in needed if setting not in settings]
+        if absent:
+            raise ValueError(f"create: {name} needs the settings {', '.join(absent)}")
+    model = factory(**settings)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"create: {name} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _find(name: str) -> Callable[..., Any]:
+    """The object behind ``package.module:function``; importing runs the user's code, which may fail in any way."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"create: cannot import {module_name!r} of {name!r} ({type(error).__name__}: {error})"
+        ) from error
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        what = "is not callable" if hasattr(found, attribute) else "does not exist"
+        public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"create: {attribute!r} {what} in {module_name}{_nearest(attribute, public)}")
+    return function
+
+
+def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
+    try:
+        timm: Any = importlib.import_module("timm")
+    except ImportError as error:
+        raise ValueError(f"create: {name} needs the package timm (pip install timm): {error}") from error
+    short = name.removeprefix("timm/")
+    architecture = short.partition(".")[0]
+    known = timm.list_models()
+    if architecture not in known:
+        raise ValueError(f"create: timm has no model {architecture!r}{_nearest(architecture, known)}")
+    try:
+        return timm.create_model(short, **settings)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"create: timm cannot build {short} with {settings}: {error}") from error

@@ -1,0 +1,126 @@
+"""Weights from files: safetensors only, in our names, torchvision's or Hugging Face's."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sepconv.models.mobilenet_v1 import MobileNetV1
+
+# How files of torch.save and pickle.dump begin: a zip archive, or the pickle opcode PROTO.
+_PICKLES = (b"PK\x03\x04", b"\x80")
+_SHOWN = 3
+
+_HUGGINGFACE_PARTS = {"convolution": "", "normalization": "_norm"}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Read a safetensors file into ``model``, all of it or nothing.
+
+    Names may be ours, torchvision's for :class:`MobileNetV2` (the same) and those of Hugging Face's
+    ``MobileNetV1Model`` and ``MobileNetV1ForImageClassification`` for :class:`MobileNetV1`, which is then best built
+    with ``tf_padding=True``.
+
+    Raises:
+        ValueError: the file is missing, damaged, a pickle (never read, since reading one runs the code in it), or holds
+            weights of another architecture; the message names the first keys that differ. ``model`` is unchanged.
+
+    Example:
+        >>> import tempfile, safetensors.torch
+        >>> model = nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     safetensors.torch.save_file(model.state_dict(), f"{folder}/weights.safetensors")
+        ...     load_weights(model, f"{folder}/weights.safetensors")
+    """
+    path = Path(path)
+    given = _read(path)
+    if isinstance(model, MobileNetV1) and any(".convolution." in key for key in given):
+        given = from_huggingface(given)
+        if not model.tf_padding:
+            warnings.warn(
+                f"load_weights: {path} has Hugging Face's names; weights trained with TensorFlow's padding, as all "
+                "published ones, need MobileNetV1(tf_padding=True)",
+                stacklevel=2,
+            )
+    differences = _differences(model, given)
+    if differences:
+        raise ValueError(f"load_weights: {path} does not fit {type(model).__name__}: {'; '.join(differences)}")
+    model.load_state_dict(given, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise ValueError(f"load_weights: cannot read {path}: {error.strerror}") from error
+    if start.startswith(_PICKLES):
+        raise ValueError(
+            f"load_weights: {path} is a pickle (torch.save), which is never read because reading runs the code in it; "
+            "save the weights with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"load_weights: {path} is truncated or no safetensors file ({error})") from error
+
+
+def from_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of Hugging Face's ``MobileNetV1Model`` or ``...ForImageClassification`` in the names of ours.
+
+    ``layer.0`` to ``layer.25`` are the depthwise and pointwise layers of the 13 blocks in turn. Those networks pad as
+    TensorFlow does: build ``MobileNetV1(num_classes=1001, tf_padding=True)`` for the published ones.
+
+    Raises:
+        ValueError: a key that no MobileNet v1 of Hugging Face has.
+
+    Example:
+        >>> list(from_huggingface({"mobilenet_v1.layer.3.normalization.bias": None}))
+        ['blocks.1.pointwise_norm.bias']
+    """
+    return {_from_huggingface(key): tensor for key, tensor in state_dict.items()}
+
+
+def _from_huggingface(key: str) -> str:
+    short = key.removeprefix("mobilenet_v1.")
+    if match := re.fullmatch(r"classifier\.(weight|bias)", short):
+        return f"classifier.1.{match[1]}"
+    match = re.fullmatch(r"(conv_stem|layer\.(\d+))\.(convolution|normalization)\.(\w+)", short)
+    if match is None:
+        raise ValueError(f"from_huggingface: {key!r} is no key of a MobileNet v1 of Hugging Face")
+    _, layer, part, name = match.groups()
+    if layer is None:
+        return f"stem.{0 if part == 'convolution' else 1}.{name}"
+    kind = "pointwise" if int(layer) % 2 else "depthwise"
+    return f"blocks.{int(layer) // 2}.{kind}{_HUGGINGFACE_PARTS[part]}.{name}"
+
+
+def _differences(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the weights from fitting, one sentence per kind of difference."""
+    own = model.state_dict(keep_vars=True)
+    # A tensor that the model has under two names is stored under one; counters of old files may be missing.
+    present = {id(own[key]) for key in given if key in own}
+    missing = [
+        key
+        for key in own
+        if key not in given and id(own[key]) not in present and not key.endswith(".num_batches_tracked")
+    ]
+    unknown = [key for key in given if key not in own]
+    shapes = [
+        f"{key} is {tuple(given[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    sentences = ((missing, "keys missing in the file"), (unknown, "keys unknown to the model"), (shapes, "shapes"))
+    return [f"{len(keys)} {what}: {_first(keys)}" for keys, what in sentences if keys]
+
+
+def _first(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")

@@ -32,10 +32,10 @@ class Geometry:
 
 def as_tuple(name: str, argument: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
     """Repeat a number once per spatial dimension, or check a sequence of them."""
-    items: tuple[Any, ...] = (value,) * dims if isinstance(value, int) else tuple(value)
+    items: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(items) == 1:
         items *= dims
-    if len(items) != dims or any(isinstance(i, bool) or int(i) != i for i in items):
+    if len(items) != dims or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in items):
         raise ValueError(f"{name}: {argument} must be an integer or {dims} integers, got {value!r}")
     if any(i < least for i in items):
         raise ValueError(f"{name}: {argument} must be at least {least}, got {value!r}")

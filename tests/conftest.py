@@ -1,0 +1,39 @@
+"""Shared by all tests: fixed seeds, one thread, and the tolerance that follows from the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assert_rounding() -> Callable[..., None]:
+    """``assert_rounding(y, truth, magnitude, terms)``: ``y`` differs from the float64 truth by rounding only.
+
+    ``magnitude`` is the reference applied to absolute values. The classical bound of a sum of ``terms`` products is
+    ``terms * eps * magnitude``; a missing or doubled tap is far outside it.
+    """
+
+    def check(y: Tensor, truth: Tensor, magnitude: Tensor, terms: int = 8) -> None:
+        assert y.shape == truth.shape
+        limit = (terms + 2) * torch.finfo(y.dtype).eps * magnitude.double() + 1e-30
+        excess = (y.double() - truth.double()).abs() / limit
+        assert bool((excess <= 1).all()), f"error is {float(excess.max()):.3g} times the rounding bound"
+
+    return check
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

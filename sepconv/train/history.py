@@ -1,0 +1,68 @@
+"""What a training run reports: progress while it runs, one record an epoch, and why it stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sepconv.files import replacing
+
+LOG = "log.jsonl"
+
+
+class TrainingStopped(RuntimeError):
+    """The loss or the weights became NaN or infinite; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is.
+
+    Args:
+        epoch, step: counted from 1, of `epochs` and, in this epoch, of `steps`.
+        loss, accuracy: means over the training images of this epoch so far.
+        test_accuracy: None until the epoch is over.
+        seconds: since the start of this call.
+        remaining: seconds to the end, estimated.
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    test_accuracy: float | None
+    seconds: float
+    remaining: float
+
+
+@dataclass
+class History:
+    """What a training run did.
+
+    Args:
+        records: one an epoch, with the keys epoch, step, lr, train_loss, train_accuracy, test_loss, test_accuracy,
+            seconds and images_per_second; the lines of `log.jsonl`.
+        resumed_from: the epochs that an earlier run had finished.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    resumed_from: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """On the test split after the last epoch, from 0 to 1."""
+        return float(self.records[-1]["test_accuracy"])
+
+    @property
+    def seconds(self) -> float:
+        """Of all epochs, those before a resumption included."""
+        return float(sum(record["seconds"] for record in self.records))
+
+    def write_log(self, folder: Path) -> None:
+        """Write `log.jsonl`, a line an epoch; complete at any moment."""
+        with replacing(folder / LOG) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in self.records).encode())

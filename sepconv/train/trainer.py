@@ -1,0 +1,200 @@
+"""The state of one training run and its step: model, optimizer, running average, in one process or many."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from sepconv.data import Data
+from sepconv.data.augment import generator
+from sepconv.train.average import WeightAverage
+from sepconv.train.distill import Guide
+from sepconv.train.evaluate import Metrics, evaluate
+from sepconv.train.history import Progress, TrainingStopped
+from sepconv.train.recipe import Recipe
+
+STEPS_BETWEEN_LOOKS_ON_GPU = 20  # reading the loss makes the processor wait for the GPU
+
+
+class Trainer:
+    """Trains `model` epoch by epoch; its state can be saved and restored between epochs.
+
+    Everything random in an epoch follows from the recipe's seed and the epoch's number, so no random state is saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        guide: Guide | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.process = PartialState()
+        self.model, self.data, self.recipe, self.guide = model, data, recipe, guide
+        self.on_progress = on_progress if self.process.is_main_process else None
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.batch_size = min(recipe.batch_size, len(data.train))
+        self.steps = len(data.train) // self.batch_size
+        self.optimizer = recipe.make_optimizer(model)
+        self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
+        device = self.process.device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.mixed_precision == "fp16")
+        self.parallel = model
+        if self.process.num_processes > 1:
+            devices = [device.index] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(model, devices, broadcast_buffers=False)
+        self.begin = time.perf_counter()
+        self.steps_done = 0
+
+    def run_epoch(self, epoch: int) -> dict[str, Any]:
+        """Train for the epoch `epoch`, counted from 0, evaluate, and return its record."""
+        begin = time.perf_counter()
+        loss, accuracy = self._train_epoch(epoch)
+        trained = time.perf_counter()
+        metrics = self._evaluate(epoch)
+        last = (epoch + 1) * self.steps
+        self._report(epoch, self.steps, loss, accuracy, metrics.accuracy)
+        return {
+            "epoch": epoch + 1,
+            "step": last,
+            "lr": self.recipe.learning_rate(last - 1, self.steps),
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "test_loss": metrics.loss,
+            "test_accuracy": metrics.accuracy,
+            "seconds": time.perf_counter() - begin,
+            "images_per_second": self.steps * self.batch_size / (trained - begin),
+        }
+
+    def finish(self) -> None:
+        """Leave the model with the weights that were evaluated, in evaluation mode."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.tensors)
+        self.model.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def _train_epoch(self, epoch: int) -> tuple[float, float]:
+        """Mean loss and accuracy over the epoch's training images."""
+        rank, world = self.process.process_index, self.process.num_processes
+        torch.manual_seed(generator(self.recipe.seed, epoch, rank).initial_seed())
+        self.model.train()
+        look_every = 1 if self.process.device.type == "cpu" else STEPS_BETWEEN_LOOKS_ON_GPU
+        unseen: list[Tensor] = []
+        totals = [0.0, 0.0]
+        batches = self.data.train.batches(
+            self.batch_size,
+            shuffle_seed=self.recipe.seed,
+            epoch=epoch,
+            augment=self.recipe.augment,
+            drop_last=True,
+            rank=rank,
+            world=world,
+        )
+        for step, (images, labels) in enumerate(batches):
+            self._set_learning_rate(epoch * self.steps + step)
+            unseen.append(self._step(images, labels))
+            self.steps_done += 1
+            if (step + 1) % look_every == 0 or step + 1 == self.steps:
+                totals = [a + b for a, b in zip(totals, self._look(unseen, epoch, step), strict=True)]
+                unseen = []
+                self._report(epoch, step + 1, totals[0] / (step + 1), totals[1] / (step + 1), None)
+        return totals[0] / self.steps, totals[1] / self.steps
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One update of the weights; this process's share of the batch's mean loss and accuracy, shape (2,)."""
+        device = self.process.device
+        images = images.to(device, memory_format=self.memory_format, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with self._autocast():
+            logits = self.parallel(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+            if self.guide is not None:
+                loss = self.guide.loss(logits, images, loss)
+        share = len(images) / self.batch_size
+        # The processes' gradients are averaged: weighted so that the mean is that over all images of the batch.
+        weighted = loss if share == 1 else loss * (share * self.process.num_processes)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(weighted).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return torch.stack([loss.detach().float(), accuracy]) * share
+
+    def _look(self, unseen: list[Tensor], epoch: int, step: int) -> tuple[float, float]:
+        """Sums of the mean losses and accuracies of the steps up to `step` that nobody has looked at."""
+        values = torch.stack(unseen)
+        if self.process.num_processes > 1:
+            values = reduce(values, "sum")
+        finite = values[:, 0].isfinite().tolist()
+        if not all(finite):
+            first = step - len(finite) + 1 + finite.index(False)
+            raise TrainingStopped(
+                f"train: the loss is {values[finite.index(False), 0].item()} in epoch {epoch + 1}, step {first + 1} "
+                f"of {self.steps} (lr {self.recipe.learning_rate(epoch * self.steps + first, self.steps):.3g})"
+            )
+        loss, accuracy = values.sum(0).tolist()
+        return loss, accuracy
+
+    def _evaluate(self, epoch: int) -> Metrics:
+        self._share_statistics()
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise TrainingStopped(f"train: {name} is not finite after epoch {epoch + 1}")
+        with nullcontext() if self.average is None else self.average.in_place_of(self.model):
+            return evaluate(self.model, self.data.test, channels_last=self.recipe.channels_last)
+
+    def _share_statistics(self) -> None:
+        """Average the norms' running statistics over the processes: each has seen its share of the images."""
+        if self.process.num_processes > 1:
+            for name, value in self.model.named_buffers():
+                if value.is_floating_point():
+                    value.copy_(reduce(value, "mean"))
+                    if self.average is not None and name in self.average.tensors:
+                        average = self.average.tensors[name]
+                        average.copy_(reduce(average, "mean"))
+
+    def _set_learning_rate(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(step, self.steps)
+
+    def _autocast(self) -> Any:
+        if self.recipe.mixed_precision == "no":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.recipe.mixed_precision == "bf16" else torch.float16
+        return torch.autocast(self.process.device.type, dtype)
+
+    def _report(self, epoch: int, step: int, loss: float, accuracy: float, test: float | None) -> None:
+        if self.on_progress is None:
+            return
+        seconds = time.perf_counter() - self.begin
+        left = self.recipe.epochs * self.steps - (epoch * self.steps + step)
+        remaining = seconds / max(1, self.steps_done) * left
+        epochs, steps = self.recipe.epochs, self.steps
+        self.on_progress(Progress(epoch + 1, epochs, step, steps, loss, accuracy, test, seconds, math.ceil(remaining)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
+    return x.dim() in (4, 5) and not x.is_contiguous() and _pixel_by_pixel(x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def _pixel_by_pixel(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     least = 0
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
+    for d in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
             return False
-        least = x.stride(d) * max(x.shape[d], 1)
+        least = stride[d] * max(shape[d], 1)
     return True
 
 

@@ -1,9 +1,9 @@
-"""Weights of the pointwise product in the order in which the kernels read them, packed once per content.
+"""Weights in the order in which the kernels read them, packed once per content.
 
-The packed copy is found by the weight's place in memory *and a hash of all its bytes*. Neither PyTorch's version
+A packed copy is found by the weights' places in memory *and a hash of all their bytes*. Neither PyTorch's version
 counter nor the address alone would do: ``w.data.mul_()`` changes no version, and ``w.data = other`` may bring back an
 old address. Reading the weights once costs a small part of the product they are used in; callers whose weights
-are frozen call :func:`pack` and skip it.
+are frozen pack them themselves and skip it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from sepconv.kernels import runtime
@@ -22,25 +23,18 @@ from sepconv.kernels.runtime import hl
 MAX_PACKED = 512
 
 _LANES = 64
-_SPLIT_FROM = 1 << 16  # numbers from which hashing is shared out to threads
+_HASH_FROM = 1 << 12  # fewer numbers are compared themselves
+_SPLIT_FROM = 1 << 16  # from here on hashing is shared out to threads
 _SHARES = 8
-
-
-class _Key(NamedTuple):
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: int
-    multiplier: int
 
 
 class _Entry(NamedTuple):
     owner: Any  # weak reference: the packed copy goes when the weight goes
-    digest: bytes
-    packed: Tensor
+    digest: tuple[bytes, ...]
+    packed: list[Any]
 
 
-_cache: OrderedDict[_Key, _Entry] = OrderedDict()
+_cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.RLock()
 
 
@@ -54,34 +48,39 @@ def pack(weight: Tensor, block: int, multiplier: int = 1) -> Tensor:
     rows = weight.detach().reshape(length, depth)
     if multiplier > 1:
         rows = rows.reshape(length, -1, multiplier).transpose(1, 2).reshape(length, depth)
-    packed = rows.new_zeros(blocks * block, depth) if length % block else rows
     if length % block:
-        packed[:length] = rows
-    return packed.reshape(blocks, block, depth).transpose(1, 2).contiguous()
+        padded = rows.new_zeros(blocks * block, depth)
+        padded[:length] = rows
+        rows = padded
+    return rows.reshape(blocks, block, depth).transpose(1, 2).contiguous()
 
 
-def packed(weight: Tensor, block: int, multiplier: int = 1) -> Tensor:
-    """:func:`pack`, remembered for as long as the weight lives and its bytes stay the same."""
-    digest = fingerprint(weight)
-    key = _Key(weight.data_ptr(), tuple(weight.shape), weight.stride(), block, multiplier)
+def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> list[Any]:
+    """``make()``, kept for as long as the first weight lives and the bytes of all of them stay the same.
+
+    ``make`` must depend on nothing but the weights' values and ``variant``, and must copy what it keeps.
+    """
+    given = [weight for weight in weights if weight is not None]
+    digest = tuple([fingerprint(weight) for weight in given])
+    key = (variant, *[weight.data_ptr() for weight in given])
     with _lock:
         entry = _cache.get(key)
-        if entry is not None and entry.digest == digest and entry.owner() is not None:
+        if entry is not None and entry.digest == digest:
             _cache.move_to_end(key)
             return entry.packed
-    result = pack(weight, block, multiplier)
-    base = weight if weight._base is None else weight._base
+    result = make()
+    owner = given[0] if given[0]._base is None else given[0]._base
     with _lock:
-        _cache[key] = _Entry(weakref.ref(base, lambda owner: _forget(key, owner)), digest, result)
+        _cache[key] = _Entry(weakref.ref(owner, lambda reference: _forget(key, reference)), digest, result)
         if len(_cache) > MAX_PACKED:
             _cache.popitem(last=False)
     return result
 
 
-def _forget(key: _Key, owner: Any) -> None:
+def _forget(key: Hashable, reference: Any) -> None:
     with _lock:
         entry = _cache.get(key)
-        if entry is not None and entry.owner is owner:
+        if entry is not None and entry.owner is reference:
             del _cache[key]
 
 
@@ -91,18 +90,19 @@ def cached_weights() -> int:
 
 
 def fingerprint(weight: Tensor) -> bytes:
-    """A hash of every bit of a float32 tensor, 64 lanes of 32 bits per share of it."""
-    numbers = weight.detach().contiguous().view(-1)
-    count = numbers.numel()
+    """A hash of every bit of a float32 tensor, 64 lanes of 32 bits per share of it; its bytes where they are few."""
+    numbers = weight.detach().numpy()
+    count = numbers.size
+    if count < _HASH_FROM:
+        return numbers.tobytes()
     shares = _SHARES if count >= _SPLIT_FROM else 1
     rows = count // (_LANES * shares)
-    bits = numbers.numpy().view("uint32")
+    bits = numbers.reshape(-1).view(np.uint32)
     body = rows * _LANES * shares
-    state = torch.empty(shares, _LANES, dtype=torch.int32).numpy().view("uint32")
-    if rows:
-        call = runtime.compiled(("fingerprint",), _build_fingerprint)
-        call(rows, hl.Buffer(bits[:body]), hl.Buffer(state))
-    return (state.tobytes() if rows else b"") + bits[body:].tobytes()
+    state = np.empty((shares, _LANES), np.uint32)
+    call = runtime.compiled(("fingerprint",), _build_fingerprint)
+    call(rows, hl.Buffer(bits[:body]), hl.Buffer(state))
+    return state.tobytes() + bits[body:].tobytes()
 
 
 def _build_fingerprint() -> tuple[Any, list[Any]]:

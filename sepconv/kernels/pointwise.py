@@ -20,7 +20,7 @@ from sepconv.kernels.activations import activate
 from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
 from sepconv.kernels.layout import is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
-from sepconv.kernels.schedule_gemm import Pointwise, Tile, pointwise_schedule
+from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
 
 
 class Spec(NamedTuple):
@@ -139,17 +139,17 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
 
 
 class Plan(NamedTuple):
-    """How one input is read: as (pixel, channel) where channels_last, else as (image, channel, pixel)."""
+    """The kernel for one input: x is read as (pixel, channel) where channels_last, else as (image, channel, pixel)."""
 
-    channels_last: bool
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    schedule: Pointwise
-    guard: bool
+    spec: Spec
+    chunk: int
+    x_view: tuple[tuple[int, ...], tuple[int, ...]]
+    out_view: tuple[tuple[int, ...], tuple[int, ...]]
 
-    def view(self, tensor: Tensor) -> Any:
-        """A buffer over a tensor of the input's shape and layout, whatever its number of channels."""
-        return runtime.buffer(tensor.as_strided(*_matrix(tensor.shape, tensor.stride(), self.channels_last)))
+    @property
+    def block(self) -> int:
+        """Output channels in one block of packed weights."""
+        return self.spec.tile.wide if self.spec.channels_last else self.spec.tile.scalars
 
 
 @lru_cache(maxsize=4096)
@@ -166,20 +166,40 @@ def _matrix(shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool
 
 
 @lru_cache(maxsize=4096)
-def _plan(shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool, out_channels: int, threads: int) -> Any:
-    channels_last = channels_last or (prod(shape[2:]) == 1 and stride[1] == 1)
-    matrix = _matrix(shape, stride, channels_last)
-    if matrix is None:
+def _plan(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    channels_last: bool,
+    out_channels: int,
+    activation: str,
+    bias: bool,
+    residual: bool,
+    threads: int,
+) -> Plan | None:
+    """None where the pixels of such an input cannot be numbered."""
+    images, channels, *sizes = shape
+    channels_last = channels_last or (prod(sizes) == 1 and stride[1] == 1)
+    x_view = _matrix(shape, stride, channels_last)
+    if x_view is None:
         return None
-    size, stride = matrix
-    images, pixels = (1, size[0]) if channels_last else (size[0], size[2])
-    schedule = pointwise_schedule(machine.host(), channels_last, shape[1], out_channels, pixels, images, threads)
-    guard = not channels_last and pixels < schedule.tile.wide
-    return Plan(channels_last, size, stride, schedule, guard)
+    images, pixels = (1, x_view[0][0]) if channels_last else (images, prod(sizes))
+    schedule = pointwise_schedule(machine.host(), channels_last, channels, out_channels, pixels, images, threads)
+    tile = schedule.tile
+    guard = not channels_last and pixels < tile.wide
+    spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, bias, residual)
+    size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
+    return Plan(
+        spec, schedule.chunk, x_view, (size, (out_channels, 1) if channels_last else (out_channels * pixels, pixels, 1))
+    )
 
 
-def _plan_for(x: Tensor, out_channels: int) -> Any:
-    return _plan(x.shape, x.stride(), is_channels_last(x), out_channels, torch.get_num_threads())
+def plan(x: Tensor, out_channels: int, activation: str, bias: bool, residual: bool) -> Plan:
+    """The kernel and its schedule for such an input."""
+    threads = torch.get_num_threads()
+    found = _plan(x.shape, x.stride(), is_channels_last(x), out_channels, activation, bias, residual, threads)
+    if found is None:
+        raise ValueError(f"pointwise.plan: the pixels of x do not lie evenly spaced in memory, strides {x.stride()}")
+    return found
 
 
 def supports(
@@ -188,8 +208,10 @@ def supports(
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     given = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     reason = runtime.missing() or runtime.unsuitable(*given)
-    if not reason and x.numel() and _plan_for(x, weight.shape[0]) is None:
-        reason = f"the pixels of x do not lie evenly spaced in memory (strides {x.stride()}); x.contiguous() would"
+    if not reason and x.numel():
+        shape, stride = x.shape, x.stride()
+        if _plan(shape, stride, is_channels_last(x), weight.shape[0], "", False, False, 1) is None:
+            reason = f"the pixels of x do not lie evenly spaced in memory (strides {stride}); x.contiguous() would"
     return reason
 
 
@@ -202,19 +224,26 @@ def describe(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
 ) -> dict[str, Any]:
     """The schedule that ``forward`` uses for these arguments."""
-    plan = _plan_for(x, weight.shape[0])
-    return {
-        "layout": "channels_last" if plan.channels_last else "contiguous",
-        **plan.schedule.tile._asdict(),
-        "chunk": plan.schedule.chunk,
-        "parallel": plan.schedule.parallel,
-    }
+    found = plan(x, weight.shape[0], activation, bias is not None, residual is not None)
+    layout = "channels_last" if found.spec.channels_last else "contiguous"
+    return {"layout": layout, **found.spec.tile._asdict(), "chunk": found.chunk, "parallel": found.spec.parallel}
 
 
-def block(x: Tensor, out_channels: int) -> int:
-    """Output channels in one block of packed weights (``packing.pack``) for such an input."""
-    plan = _plan_for(x, out_channels)
-    return plan.schedule.tile.wide if plan.channels_last else plan.schedule.tile.scalars
+def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
+    """Copies of weight and bias as the kernel of this plan takes them."""
+    tensors = [packing.pack(weight, found.block)] + ([] if bias is None else [bias.detach().clone()])
+    return [runtime.buffer(tensor) for tensor in tensors]
+
+
+def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out: Tensor) -> Callable[[], None]:
+    """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
+
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``new_output(x, O, x.shape[2:])``.
+    """
+    kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
+    images = [out] if residual is None else [like(residual, out), out]
+    views = [runtime.buffer(image.as_strided(*found.out_view)) for image in images]
+    return partial(kernel, found.chunk, runtime.buffer(x.as_strided(*found.x_view)), *packed, *views)
 
 
 def forward(
@@ -227,29 +256,8 @@ def forward(
     """
     out = new_output(x, weight.shape[0], x.shape[2:])
     if out.numel():
-        packed = packing.packed(weight, block(x, weight.shape[0]))
-        bind(x, packed, bias, activation, residual, out)()
+        found = plan(x, weight.shape[0], activation, bias is not None, residual is not None)
+        variant = ("pointwise", found.block, bias is not None)
+        packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
+        bind(found, x, packed, residual, out)()
     return out
-
-
-def bind(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, out: Tensor
-) -> Callable[[], None]:
-    """The call that fills ``out`` from what is then in the other tensors: for repeated use of the same memory.
-
-    ``packed`` comes from ``packing.pack(weight, block(x, O))``.
-    """
-    channels, out_channels = x.shape[1], out.shape[1]
-    plan = _plan_for(x, out_channels)
-    schedule = plan.schedule
-    spec = Spec(
-        plan.channels_last, channels, out_channels, schedule.tile, plan.guard, schedule.parallel, activation,
-        bias is not None, residual is not None,
-    )  # fmt: skip
-    arguments = [schedule.chunk, plan.view(x), runtime.buffer(packed)]
-    if bias is not None:
-        arguments.append(runtime.buffer(bias.contiguous()))
-    if residual is not None:
-        arguments.append(plan.view(like(residual, out)))
-    call = runtime.compiled(("pointwise", spec), lambda: build(spec))
-    return partial(call, *arguments, plan.view(out))

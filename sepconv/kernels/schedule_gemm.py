@@ -12,15 +12,21 @@ from typing import NamedTuple
 
 from sepconv.kernels.machine import Machine
 
-# Two multiply-add units of four cycles latency need 8 independent sums; 14 leave slack, and more only make tails worse.
-_LEAST_SUMS = 8
+# Two multiply-add units of four cycles latency need 8 independent sums and some slack; more than 14 gain nothing.
+_LEAST_SUMS = 10
 _ENOUGH_SUMS = 14
 # A vector of half the length does its work in more instructions; it must save this factor elsewhere to be chosen.
 _HALF_VECTOR_COST = 1.2
-# Share of the time of a multiply-add that a load beside it costs.
-_LOAD_COST = 0.125
+# Time of a load over that of a multiply-add, as far as it shows: a broadcast number or a vector from L1, a vector
+# from L2. Fitted to a sweep over tiles and MobileNet layers on Zen 4.
+_L1_LOAD_COST = 0.15
+_L2_LOAD_COST = 0.35
+# A tile other than the usual one means one more kernel to compile; it must save this factor to be chosen.
+_NEW_KERNEL_COST = 1.03
 # Handing work to the thread pool a second time, as a share of the kernel's time.
 _SECOND_LOOP_COST = 1.05
+# More rows at a time gain nothing: the weights are used for thousands of pixels by then.
+_MOST_ROWS = 32
 
 
 class Tile(NamedTuple):
@@ -45,31 +51,42 @@ def _scalars(machine: Machine, vectors: int) -> int:
     return min((machine.registers - vectors - 1) // vectors, -(-_ENOUGH_SUMS // vectors))
 
 
-def _tile_cost(tile: Tile, machine: Machine, wide: int) -> float:
+def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
     """Relative time per useful multiply-add: what the tile computes beyond ``wide``, and its loads."""
-    loads = (tile.vectors + tile.scalars) / (tile.vectors * tile.scalars)
+    block_bytes = 4 * tile.wide * depth
+    vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes // 2 else _L2_LOAD_COST
+    loads = vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors
     halves = _HALF_VECTOR_COST if tile.lanes < machine.lanes else 1.0
-    return _round_up(wide, tile.wide) / wide * halves * (1.0 + _LOAD_COST * loads)
+    return _round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
+
+
+def _tiles(machine: Machine) -> list[Tile]:
+    """The register tiles that keep the multiply-add units busy."""
+    return [
+        Tile(lanes, vectors, _scalars(machine, vectors))
+        for lanes in (machine.lanes, machine.lanes // 2)
+        for vectors in (2, 3, 4, 1)
+        if lanes >= 4 and vectors * _scalars(machine, vectors) >= _LEAST_SUMS
+    ]
 
 
 @lru_cache(maxsize=1024)
-def gemm_tile(machine: Machine, wide: int) -> Tile:
-    """The register tile for a result that is ``wide`` numbers long in its vectorised dimension."""
-    tiles = [
-        Tile(lanes, vectors, _scalars(machine, vectors))
-        for lanes in (machine.lanes, max(machine.lanes // 2, 4))
-        for vectors in (2, 3, 4, 1)
-        if vectors * _scalars(machine, vectors) >= _LEAST_SUMS
-    ]
-    return min(tiles, key=lambda tile: _tile_cost(tile, machine, wide))
+def gemm_tile(machine: Machine, wide: int, depth: int) -> Tile:
+    """The register tile for sums of ``depth`` terms, ``wide`` of them along the vectorised dimension."""
+    return min(_tiles(machine), key=lambda tile: _tile_cost(tile, machine, wide, depth))
+
+
+def _shallower(tile: Tile) -> Tile:
+    """One scalar less, where that leaves enough sums."""
+    fewer = tile._replace(scalars=tile.scalars - 1)
+    return fewer if fewer.vectors * fewer.scalars >= _LEAST_SUMS else tile
 
 
 def fit_scalars(tile: Tile, count: int) -> Tile:
     """The tile, or one scalar less where that wastes less of ``count`` scalars; never more than there are."""
     if count <= tile.scalars:
         return tile._replace(scalars=max(count, 1))
-    depths = (tile.scalars, tile.scalars - 1) if tile.scalars > 2 else (tile.scalars,)
-    return tile._replace(scalars=min(depths, key=lambda depth: (_round_up(count, depth), -depth)))
+    return min((tile, _shallower(tile)), key=lambda fit: _round_up(count, fit.scalars))
 
 
 class Pointwise(NamedTuple):
@@ -86,10 +103,10 @@ def pointwise_schedule(
 ) -> Pointwise:
     """Pixels in memory order: (N * H * W) of them where channels_last, else H * W in each of ``images``."""
     if channels_last:
-        tile = fit_scalars(gemm_tile(machine, out_channels), pixels)
+        tile = fit_scalars(gemm_tile(machine, out_channels, channels), pixels)
         step, blocks, outer = tile.scalars, -(-out_channels // tile.wide), 1
     else:
-        tile = fit_scalars(gemm_tile(machine, pixels), out_channels)
+        tile = fit_scalars(gemm_tile(machine, pixels, channels), out_channels)
         step, blocks, outer = tile.wide, -(-out_channels // tile.scalars), images
     steps = -(-pixels // step)
     fitting = max(1, machine.l2_bytes // 4 // (4 * channels * step))
@@ -106,3 +123,78 @@ def pointwise_schedule(
 def _rounds(tasks: int, threads: int) -> float:
     """Time of equal tasks on so many threads, over the time if they could be shared out evenly."""
     return _round_up(tasks, threads) / tasks
+
+
+class Separable(NamedTuple):
+    """How the separable kernel walks over an image.
+
+    ``rows`` output rows at a time are filtered and multiplied; ``columns`` neighbouring pixels share their loads in
+    the depthwise loop, whose vectors hold ``depthwise_lanes`` channels; ``parallel`` is rows or channels.
+    """
+
+    tile: Tile
+    rows: int
+    columns: int
+    depthwise_lanes: int
+    parallel: str
+
+
+def channel_lanes(machine: Machine, channels: int) -> int:
+    """Lanes of a vector along the channels: shorter ones where fewer of them are wasted on the last vector."""
+    lengths = [n for n in (32, 16, 8, 4, 2, 1) if n <= min(machine.lanes, channels)]
+    return min(lengths, key=lambda n: _round_up(channels, n) * _HALF_VECTOR_COST ** lengths.index(n))
+
+
+@lru_cache(maxsize=4096)
+def separable_schedule(
+    machine: Machine,
+    channels: int,
+    multiplier: int,
+    out_channels: int,
+    images: int,
+    size: tuple[int, int],
+    threads: int,
+) -> Separable:
+    """``size`` is the output's (Ho, Wo).
+
+    The tile of depthwise results, rows * Wo * C * M numbers, shares L2 with a block of weights. Within that, the best
+    number of rows keeps threads equally busy, fills register tiles and uses the weights for many pixels.
+    """
+    height, width = size
+    depth = channels * multiplier
+    usual = gemm_tile(machine, out_channels, depth)
+    most = min(height, _MOST_ROWS, max(1, machine.l2_bytes // 2 // (4 * depth * width)))
+
+    def cost(tile: Tile, rows: int, images: int, threads: int) -> float:
+        new = 1.0 if tile == usual else _NEW_KERNEL_COST
+        return (
+            _tile_cost(tile, machine, out_channels, depth)
+            * _rows_cost(rows, height, width, images, threads, tile)
+            * new
+        )
+
+    small = fit_scalars(usual, width)
+    choices = [(cost(small, 1, images, threads), small, 1)]
+    for tile in dict.fromkeys(fit for t in _tiles(machine) for fit in (t, _shallower(t))):
+        for rows in range(1, most + 1):
+            if tile.scalars <= rows * width and (height % rows == 0 or tile.scalars <= height % rows * width):
+                choices.append((cost(tile, rows, images, threads), tile, rows))
+    least, tile, rows = min(choices)
+    parallel = "rows"
+    if threads > 1 and images == 1:
+        whole = fit_scalars(usual, height * width)
+        shared = cost(whole, height, 1, 1) * _SECOND_LOOP_COST * _rounds(-(-out_channels // whole.wide), threads)
+        if shared < least:
+            tile, rows, parallel = whole, height, "channels"
+    columns = 4 if machine.registers >= 32 else 2
+    return Separable(tile, rows, columns, channel_lanes(machine, channels), parallel)
+
+
+def _rows_cost(rows: int, height: int, width: int, images: int, threads: int, tile: Tile) -> float:
+    """Relative time with tiles of so many rows; the rows left over make one more, smaller tile of each image."""
+    tiles, left = divmod(height, rows)
+    busy = _round_up(images * tiles, threads) * rows + _round_up(images, threads) * left
+    pixels = rows * width
+    waste = _round_up(pixels, tile.scalars) / pixels
+    # The first register tile of each block waits for its weights.
+    return busy / (images * height) * waste * (1.0 + 0.5 * tile.scalars / pixels)

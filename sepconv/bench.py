@@ -1,0 +1,208 @@
+"""Verify, then time: contenders for the same network, interleaved in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+WARM_UP = 3
+SAMPLES = (10, 200)
+"""Fewest and most samples of each contender."""
+
+TOLERANCE = 1e-4
+"""Largest difference allowed between the contenders of a network, relative to the largest output."""
+
+_TORCH_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long one call takes: median, and the range that holds the middle 60 %.
+
+    Attributes:
+        layout: memory layout of images and weights in which the contender was fastest.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    samples: int
+    layout: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    network: str
+    contender: str
+    layout: str
+    module: nn.Module
+    x: Tensor
+    times: list[int]
+
+
+def with_torch_layers(model: nn.Module) -> nn.Module:
+    """A copy of `model` in which PyTorch computes every convolution: the same weights, none of our kernels."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        base = next((base for base in _TORCH_CONVOLUTIONS if isinstance(module, base)), None)
+        if base is not None and type(module).__module__.startswith("sepconv."):
+            # Our layers are nn.ConvNd with another computation; the base class gives back PyTorch's.
+            module.__class__ = base
+    return plain
+
+
+def contenders(model: nn.Module) -> dict[str, nn.Module]:
+    """PyTorch's layers with the model's weights and, where the model has layers of ours, the model as it is."""
+    plain = with_torch_layers(model)
+    own = any(type(a) is not type(b) for a, b in zip(model.modules(), plain.modules(), strict=True))
+    return {"torch": plain, "sepconv": model} if own else {"torch": plain}
+
+
+@torch.inference_mode()
+def latency_ms(
+    networks: Mapping[str, Mapping[str, nn.Module]], x: Tensor, *, threads: int, seconds: float = 3.0
+) -> dict[str, dict[str, Latency]]:
+    """Median time of one call of every contender, after checking that contenders of a network agree.
+
+    All are called in turn, so that whatever else the machine does meets them alike. Each is tried with contiguous
+    and with channels_last images; its better layout counts.
+
+    Args:
+        networks: by name, the contenders for each network by name; the first one's output is what the others must give.
+        x: images (N, C, H, W).
+        threads: that PyTorch uses meanwhile.
+        seconds: of measuring, in all; fewer where the most samples are reached before.
+
+    Raises:
+        ValueError: contenders of a network disagree; nothing was timed.
+    """
+    with threads_set_to(threads):
+        entries = [
+            _Entry(network, contender, layout, _copied(module, fmt), x.contiguous(memory_format=fmt), [])
+            for network, contenders in networks.items()
+            for contender, module in contenders.items()
+            for layout, fmt in LAYOUTS.items()
+        ]
+        for network in networks:
+            _verify([entry for entry in entries if entry.network == network])
+        _time(entries, seconds)
+    return {
+        network: {contender: _best(entries, network, contender) for contender in contenders}
+        for network, contenders in networks.items()
+    }
+
+
+@torch.inference_mode()
+def layer_ms(
+    networks: Mapping[str, nn.Module], layers: Sequence[str], x: Tensor, *, threads: int, samples: int = 15
+) -> dict[str, dict[str, float]]:
+    """Median time that each named module takes within a pass of its network, all its calls together.
+
+    Args:
+        networks: by name; each has modules of the names in `layers`. They are called in turn, channels_last.
+        x: images (N, C, H, W).
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    models = {name: _copied(model, torch.channels_last) for name, model in networks.items()}
+    times: dict[str, dict[str, list[float]]] = {name: {layer: [] for layer in layers} for name in networks}
+    with threads_set_to(threads), contextlib.ExitStack() as hooks:
+        clocks = {name: _watch(model, layers, hooks) for name, model in models.items()}
+        for sample in range(WARM_UP + samples):
+            for name, model in models.items():
+                clocks[name].update(dict.fromkeys(layers, 0))
+                model(x)
+                for layer in layers if sample >= WARM_UP else ():
+                    times[name][layer].append(clocks[name][layer] / 1e6)
+    return {
+        name: {layer: round(statistics.median(found), 4) for layer, found in rows.items()}
+        for name, rows in times.items()
+    }
+
+
+def _watch(model: nn.Module, layers: Sequence[str], hooks: contextlib.ExitStack) -> dict[str, int]:
+    """Nanoseconds spent in each named module since its entry was last set to zero."""
+    clock = dict.fromkeys(layers, 0)
+    started: dict[str, int] = {}
+
+    def start(layer: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            started[layer] = time.perf_counter_ns()
+
+        return hook
+
+    def stop(layer: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            clock[layer] += time.perf_counter_ns() - started[layer]
+
+        return hook
+
+    for layer in layers:
+        module = model.get_submodule(layer)
+        hooks.callback(module.register_forward_pre_hook(start(layer)).remove)
+        hooks.callback(module.register_forward_hook(stop(layer)).remove)
+    return clock
+
+
+@contextmanager
+def threads_set_to(count: int | None) -> Iterator[None]:
+    """Inside the block PyTorch uses so many threads; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _copied(model: nn.Module, fmt: torch.memory_format) -> nn.Module:
+    copied: nn.Module = copy.deepcopy(model).eval()
+    return copied.to(memory_format=fmt)  # type: ignore[call-overload,no-any-return]
+
+
+def _verify(entries: list[_Entry]) -> None:
+    first = entries[0]
+    expected = first.module(first.x)
+    limit = TOLERANCE * float(expected.abs().max().clamp_min(1e-30))
+    for entry in entries:
+        error = float((entry.module(entry.x) - expected).abs().max())
+        if not error <= limit:
+            raise ValueError(
+                f"latency_ms: {entry.contender} ({entry.layout}) differs from {first.contender} on the network "
+                f"{entry.network} by {error:.2g}, more than {limit:.2g}; nothing was timed"
+            )
+
+
+def _time(entries: list[_Entry], seconds: float) -> None:
+    for _ in range(WARM_UP):
+        for entry in entries:
+            entry.module(entry.x)
+    fewest, most = SAMPLES
+    end = time.perf_counter() + seconds
+    for sample in range(most):
+        if sample >= fewest and time.perf_counter() > end:
+            break
+        for entry in entries:
+            start = time.perf_counter_ns()
+            entry.module(entry.x)
+            entry.times.append(time.perf_counter_ns() - start)
+
+
+def _best(entries: list[_Entry], network: str, contender: str) -> Latency:
+    layouts = [entry for entry in entries if (entry.network, entry.contender) == (network, contender)]
+    return min((_summary(entry) for entry in layouts), key=lambda latency: latency.median_ms)
+
+
+def _summary(entry: _Entry) -> Latency:
+    times = sorted(time_ns / 1e6 for time_ns in entry.times)
+    low, median, high = (times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8))
+    return Latency(round(median, 4), round(low, 4), round(high, 4), len(times), entry.layout)

@@ -1,0 +1,59 @@
+"""The command `sepconv` itself: version, help, and one line for a mistyped command line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import sepconv
+from sepconv.cli import console
+from sepconv.cli.guard import WRONG_ARGUMENTS
+
+app = typer.Typer(
+    name="sepconv",
+    help="Depthwise separable convolution: convert, train, count, measure and export.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"sepconv {sepconv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Depthwise separable convolution: convert, train, count, measure and export."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            args=arguments, prog_name="sepconv", standalone_mode=False, obj=shlex.join(["sepconv", *arguments])
+        )
+    except Exception as error:
+        # Wrong usage is a class of Click, which newer versions of Typer carry within them: known by what it can do.
+        if not hasattr(error, "format_message"):
+            raise
+        console.error(f"{error.format_message()} (try --help)")
+        return int(getattr(error, "exit_code", WRONG_ARGUMENTS))
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the command `sepconv`."""
+    sys.exit(run())

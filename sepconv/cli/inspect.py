@@ -1,0 +1,72 @@
+"""The commands that look: count, doctor, report, bench."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sepconv.cli import arguments, options, show
+from sepconv.cli.app import app
+from sepconv.cli.console import Screen
+from sepconv.cli.guard import guarded
+from sepconv.cost import count
+from sepconv.doctor import doctor
+from sepconv.model_file import open_model
+from sepconv.report import write_report
+
+
+@app.command("count", epilog="Example: sepconv count mobilenet_v1 --input 3x224x224 --set width_mult=0.5")
+@guarded
+def count_command(
+    model: options.Model,
+    shape: Annotated[
+        str | None,
+        typer.Option("--input", metavar="CxHxW", help="One input without the batch.", show_default=False),
+    ] = None,
+    weights: options.Weights = None,
+    settings: options.Settings = None,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Parameters and multiply-adds of a network, per layer, without computing it."""
+    screen = Screen(quiet, json_file)
+    network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    found = count(network, arguments.shape_of(shape, card))
+    show.cost(screen, card.model, found)
+    totals = {"separable_params": found.separable_params, "separable_macs": found.separable_macs}
+    screen.result({"model": card.model, **asdict(found), **totals})
+
+
+@app.command("doctor", epilog="Example: sepconv doctor --json doctor.json")
+@guarded
+def doctor_command(
+    json_file: options.JsonFile = None, quiet: options.Quiet = False, debug: options.Debug = False
+) -> None:
+    """What is installed, which kernels run here, what is missing and how to get it."""
+    screen = Screen(quiet, json_file)
+    found = doctor()
+    show.diagnosis(screen, found)
+    screen.result(found.as_dict())
+
+
+@app.command("report", epilog="Example: sepconv report demo")
+@guarded
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.", show_default=False)],
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write report.html from the JSON files of a run."""
+    screen = Screen(quiet, json_file)
+    page = write_report(folder)
+    screen.say(f"Written: {page}")
+    screen.result({"report": str(page)})
+
+
+bench_app = typer.Typer(help="Measure against PyTorch and other runtimes.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")

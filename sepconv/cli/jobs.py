@@ -1,0 +1,174 @@
+"""The long commands: demo, convert, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sepconv.bench import threads_set_to
+from sepconv.cli import arguments, options, show
+from sepconv.cli.app import app
+from sepconv.cli.console import Screen
+from sepconv.cli.guard import guarded, resumable
+from sepconv.data import Data, load
+from sepconv.model_file import open_model
+from sepconv.train import Distillation, Recipe
+from sepconv.workflow import CHECKPOINTS, Job, convert_model, demo, train_model
+
+
+@app.command("demo", epilog="Example: sepconv demo --out demo")
+@guarded
+def demo_command(
+    context: typer.Context,
+    out: options.Out = Path("demo"),
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """The main job on embedded data, in about a minute: train, convert, distil, measure."""
+    screen = Screen(quiet, json_file)
+    screen.check_json()
+    with threads_set_to(threads), screen.progress() as on_progress:
+        record = demo(out, seed=seed, command=context.obj, on_progress=on_progress)
+    show.stages(screen, record)
+    show.before_and_after(screen, record, out)
+    screen.result(record)
+
+
+@app.command("convert", epilog="Example: sepconv convert runs/vgg --data photos --budget 1/8 --epochs 5 --out small")
+@guarded
+def convert_command(
+    context: typer.Context,
+    model: options.Model,
+    data: options.DataSource,
+    weights: options.Weights = None,
+    budget: Annotated[str, typer.Option("--budget", help="Share of the cost that may remain.")] = "1/8",
+    metric: Annotated[str, typer.Option("--metric", help="Cost: conv_params, macs or latency.")] = "conv_params",
+    out: options.Out = Path("separable"),
+    epochs: options.Epochs = 5,
+    settings: options.Settings = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip", metavar="NAME", help="A module that stays as it is; may be repeated.", show_default=False
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int, typer.Option("--calibration-images", min=1, help="Unlabelled images the conversion looks at.")
+    ] = 1000,
+    batch_size: options.BatchSize = 128,
+    lr: options.LearningRate = 0.05,
+    optimizer: options.Optimizer = "sgd",
+    flip: options.Flip = False,
+    crop_padding: options.Crop = 0,
+    mixed_precision: options.Precision = "no",
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the distillation.")] = 4.0,
+    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the original against the labels, 0 to 1.")] = 0.9,
+    image_size: options.ImageSize = None,
+    skip_broken: options.SkipBroken = False,
+    resume: options.Resume = False,
+    batch: options.Batch = 1,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make a trained normal network separable, distil it, measure both."""
+    recipe = None
+    if epochs:
+        recipe = Recipe(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            optimizer=optimizer,
+            flip=flip,
+            crop_padding=crop_padding,
+            mixed_precision=mixed_precision,
+            seed=seed,
+        )
+    job = Job(
+        budget=arguments.parse_budget(budget),
+        metric=metric,
+        recipe=recipe,
+        distillation=Distillation(temperature=temperature, alpha=alpha),
+        calibration_images=calibration_images,
+        skip=tuple(skip or ()),
+        batch=batch,
+        seed=seed,
+        command=context.obj,
+    )
+    screen = Screen(quiet, json_file)
+    screen.check_json()
+    images = _load(screen, data, image_size, skip_broken)
+    network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images)
+    with threads_set_to(threads), resumable(out / CHECKPOINTS, context.obj), screen.progress() as on_progress:
+        record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)
+    show.stages(screen, record)
+    show.before_and_after(screen, record, out)
+    screen.result(record)
+
+
+@app.command("train", epilog="Example: sepconv train vgg_small --data digits --epochs 12 --out runs/digits")
+@guarded
+def train_command(
+    context: typer.Context,
+    model: options.Model,
+    data: options.DataSource,
+    out: options.Out,
+    weights: options.Weights = None,
+    settings: options.Settings = None,
+    epochs: options.Epochs = 10,
+    batch_size: options.BatchSize = 128,
+    lr: options.LearningRate = 0.1,
+    optimizer: options.Optimizer = "sgd",
+    schedule: options.Schedule = "one_cycle",
+    weight_decay: options.WeightDecay = 5e-4,
+    label_smoothing: options.LabelSmoothing = 0.0,
+    flip: options.Flip = False,
+    crop_padding: options.Crop = 0,
+    mixed_precision: options.Precision = "no",
+    image_size: options.ImageSize = None,
+    skip_broken: options.SkipBroken = False,
+    resume: options.Resume = False,
+    seed: options.Seed = 0,
+    threads: options.Threads = None,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Train a network, in one process or under accelerate launch or torchrun."""
+    recipe = Recipe(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        label_smoothing=label_smoothing,
+        flip=flip,
+        crop_padding=crop_padding,
+        mixed_precision=mixed_precision,
+        seed=seed,
+    )
+    screen = Screen(quiet, json_file)
+    screen.check_json()
+    images = _load(screen, data, image_size, skip_broken)
+    network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images, seed=seed)
+    with threads_set_to(threads), resumable(out, context.obj), screen.progress() as on_progress:
+        record = train_model(
+            network, card, images, recipe, out, resume=resume, command=context.obj, on_progress=on_progress
+        )
+    show.trained(screen, record, out)
+    screen.result(record)
+
+
+def _load(screen: Screen, source: str, image_size: int | None, skip_broken: bool) -> Data:
+    found = load(source, image_size=image_size, skip_broken=skip_broken)
+    if found.skipped:
+        screen.say(f"{len(found.skipped)} broken images left out: {', '.join(found.skipped[:5])}")
+    return found

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A built-in name, timm/NAME, package.module:function, or a folder that train or convert wrote.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the model; may be repeated.", show_default=False),
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="Weights, a safetensors file.", show_default=False)
+]
+DataSource = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="D",
+        help="digits, a folder with one subfolder a class, *.parquet, an IDX folder, or a Hugging Face name.",
+        show_default=False,
+    ),
+]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", help="Resize and crop images to this side.", show_default=False)
+]
+SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out and count them.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint of an interrupted run.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads to use; PyTorch's choice if left out.", show_default=False),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images in a call when time is measured.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+Epochs = Annotated[int, typer.Option("--epochs", min=0, help="Passes over the training images.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images in a training step.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
+Optimizer = Annotated[str, typer.Option("--optimizer", help="sgd, adamw or rmsprop.")]
+Schedule = Annotated[str, typer.Option("--schedule", help="one_cycle, cosine or constant.")]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Not applied to depthwise filters, biases, norms.")]
+LabelSmoothing = Annotated[float, typer.Option("--label-smoothing", help="Share of a target spread over all classes.")]
+Flip = Annotated[bool, typer.Option("--flip", help="Mirror images at random; wrong for digits and letters.")]
+Crop = Annotated[int, typer.Option("--crop-padding", min=0, help="Shift images at random by up to so many pixels.")]
+Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is the output.", show_default=False),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

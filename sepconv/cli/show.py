@@ -1,0 +1,118 @@
+"""Results as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sepconv.cli.console import Screen
+from sepconv.cost import Cost
+from sepconv.doctor import Diagnosis
+from sepconv.predict import Prediction
+
+NAMES = {"conv_params": "convolution weights", "params": "parameters", "macs": "multiply-adds"}
+
+
+def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
+    """The main table: the network as it was, as it is, and what changed."""
+    before, after = record["normal"], record["separable"]
+    rows: list[tuple[str, str, str, str]] = [
+        (name, f"{before[key]:,}", f"{after[key]:,}", _factor(before[key], after[key])) for key, name in NAMES.items()
+    ]
+    points = 100 * (after["accuracy"] - before["accuracy"])
+    rows.append(("accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", f"{points:+.2f} points"))
+    rows += _latency_rows(before, after)
+    screen.table(f"{record['model']} on {record['data']}", ("", "normal", "separable", "change"), rows)
+    threads, batch = after["threads"], after["latency_batch"]
+    screen.say(f"Accuracy of {record['test_images']} held-out images; time of {batch} image(s) on {threads} thread(s).")
+    onnx = record["onnx"]
+    if not onnx["written"]:
+        screen.say(f"No model.onnx: {onnx['reason']}")
+    screen.say(f"Written to {out}: {', '.join(_written(out))}")
+
+
+def _latency_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for contender in dict.fromkeys([*before["latency_ms"], *after["latency_ms"]]):
+        old = before["latency_ms"].get(contender)
+        new = after["latency_ms"].get(contender)
+        base = old if old is not None else before["latency_ms"]["torch"]
+        rows.append(
+            (
+                f"milliseconds, {contender}",
+                "-" if old is None else f"{old:.3f}",
+                "-" if new is None else f"{new:.3f}",
+                "" if new is None else _factor(base, new),
+            )
+        )
+    return rows
+
+
+def _factor(before: float, after: float) -> str:
+    """How many times smaller, or larger."""
+    if not before or not after:
+        return ""
+    return f"1/{before / after:.2f}" if after <= before else f"{after / before:.2f} x"
+
+
+def _written(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir() if path.suffix in (".safetensors", ".onnx", ".html", ".json"))
+
+
+def stages(screen: Screen, record: dict[str, Any]) -> None:
+    rows = [(stage["name"], f"{stage['accuracy']:.2%}", f"{stage['seconds']:.1f}") for stage in record["stages"]]
+    screen.table("Steps", ("step", "accuracy", "seconds"), rows)
+
+
+def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:
+    normal = record["normal"]
+    rows = [(name, f"{normal[key]:,}") for key, name in NAMES.items()]
+    rows.append(("accuracy", f"{normal['accuracy']:.2%}"))
+    screen.table(f"{record['model']} on {record['data']}", ("", "trained"), rows)
+    screen.say(f"Accuracy of {record['test_images']} held-out images. Written to {out}: {', '.join(_written(out))}")
+
+
+def cost(screen: Screen, name: str, found: Cost) -> None:
+    """Layers with multiply-adds, and the totals."""
+    rows = [
+        (
+            layer.name or "(model)",
+            layer.kind,
+            "x".join(map(str, layer.output_shape)),
+            f"{layer.params:,}",
+            f"{layer.macs:,}",
+            "" if layer.ratio is None else f"{layer.ratio:.3f}",
+        )
+        for layer in found.layers
+        if layer.macs
+    ]
+    screen.table(name, ("layer", "kind", "output", "weights", "multiply-adds", "ratio"), rows)
+    totals = [
+        ("parameters", f"{found.params:,}", f"{found.separable_params:,}"),
+        ("multiply-adds", f"{found.macs:,}", f"{found.separable_macs:,}"),
+        ("convolution weights", f"{found.conv_params:,}", ""),
+        ("bytes moved", f"{found.bytes:,}", ""),
+    ]
+    screen.table("In all", ("", "as it is", "all separable"), totals)
+    screen.say("ratio: multiply-adds of the separable form / of the normal one. One image; parameters with biases.")
+
+
+def predictions(screen: Screen, found: list[Prediction]) -> None:
+    rows = [
+        (prediction.image, prediction.classes[0], f"{prediction.probabilities[0]:.1%}", _others(prediction))
+        for prediction in found
+    ]
+    screen.table("Predictions", ("image", "class", "probability", "else"), rows)
+
+
+def _others(prediction: Prediction) -> str:
+    pairs = zip(prediction.classes[1:], prediction.probabilities[1:], strict=True)
+    return ", ".join(f"{name} {probability:.1%}" for name, probability in pairs)
+
+
+def diagnosis(screen: Screen, found: Diagnosis) -> None:
+    for finding in found.findings:
+        screen.say(f"{finding.status:8}{finding.name}: {finding.detail}")
+        if finding.remedy:
+            screen.say(f"{'':8}{finding.remedy}")
+    screen.table("Kernels", ("operation", "runs on"), list(found.kernels.items()))

@@ -1,0 +1,75 @@
+"""The commands that use a trained network: export and predict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sepconv.cli import arguments, options, show
+from sepconv.cli.app import app
+from sepconv.cli.console import Screen
+from sepconv.cli.guard import guarded
+from sepconv.data import load
+from sepconv.export import export_onnx
+from sepconv.files import make_folder
+from sepconv.model_file import open_model
+from sepconv.predict import predict
+
+
+@app.command("export", epilog="Example: sepconv export small --onnx small.onnx")
+@guarded
+def export_command(
+    model: options.Model,
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.", show_default=False)],
+    weights: options.Weights = None,
+    settings: options.Settings = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--input", metavar="CxHxW", help="One input, where the weights do not say it.", show_default=False
+        ),
+    ] = None,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a network as an ONNX file of plain Conv nodes for a batch of any size."""
+    screen = Screen(quiet, json_file)
+    network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    make_folder(onnx.parent)
+    found = export_onnx(network, arguments.shape_of(shape, card), onnx)
+    checked = f"largest error {found.max_error:.2g} in {found.checked_with}" if found.checked_with else "not checked"
+    screen.say(f"Written: {found.path}, {found.size:,} bytes, {found.convolutions} Conv nodes, {checked}")
+    screen.result({**asdict(found), "path": str(found.path)})
+
+
+@app.command("predict", epilog="Example: sepconv predict small photos/cat.jpg photos/dog.jpg")
+@guarded
+def predict_command(
+    model: options.Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files.", show_default=False)],
+    weights: options.Weights = None,
+    settings: options.Settings = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="D", help="Data set with the classes, if the weights lack them.", show_default=False
+        ),
+    ] = None,
+    image_size: options.ImageSize = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes to name for each image.")] = 3,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Name the classes of image files."""
+    screen = Screen(quiet, json_file)
+    network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    if data is not None:
+        card = card.with_data(load(data, image_size=image_size))
+    found = predict(network, card, images, top)
+    show.predictions(screen, found)
+    screen.result([asdict(prediction) for prediction in found])

@@ -1,0 +1,99 @@
+"""What is compared of two networks, as plain data: cost, accuracy, time, and where they disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv import dispatch, png
+from sepconv.bench import Latency
+from sepconv.convert.plan import LayerPlan
+from sepconv.cost import Cost
+from sepconv.data import Data, Split
+from sepconv.train import Metrics
+
+MOST_DISAGREEMENTS = 24
+BATCH = 256
+
+
+def network_record(
+    model: nn.Module, cost: Cost, metrics: Metrics, latency: Mapping[str, Latency], threads: int, x: Tensor
+) -> dict[str, Any]:
+    """One network's numbers as they stand in result.json."""
+    return {
+        "conv_params": cost.conv_params,
+        "params": cost.params,
+        "macs": cost.macs,
+        "bytes": cost.bytes,
+        "accuracy": metrics.accuracy,
+        "loss": metrics.loss,
+        "latency_ms": {name: measured.median_ms for name, measured in latency.items()},
+        "latency_batch": x.shape[0],
+        "latency_layout": {name: measured.layout for name, measured in latency.items()},
+        "threads": threads,
+        "kernels": kernels(model, x),
+    }
+
+
+@torch.no_grad()
+def kernels(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Which kernels computed the operations of sepconv's own layers; empty for a network of PyTorch's layers."""
+    found: dict[str, set[str]] = {}
+    for choice in dispatch.explain(model, x):
+        found.setdefault(choice.op, set()).add(choice.kernel)
+    return {op: " and ".join(sorted(names)) for op, names in found.items()}
+
+
+def layer_record(layer: LayerPlan, costs: Mapping[str, Cost], ms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """One layer before and after, as it stands in result.json; pairs are [normal, separable]."""
+    before, after = (cost_below(costs[name], layer.name) for name in ("normal", "separable"))
+    return {
+        "name": layer.name,
+        "kind": "separable" if layer.depth_multiplier else "normal",
+        "kernel": list(layer.kernel_size),
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "rank": layer.depth_multiplier or None,
+        "error": layer.error,
+        "error_closed_form": layer.error_closed_form,
+        **{name: [before[name], after[name]] for name in before},
+        "ms": [ms[name][layer.name] for name in ("normal", "separable")],
+        "reason": layer.reason,
+    }
+
+
+def cost_below(cost: Cost, path: str) -> dict[str, int]:
+    """Cost of the module at `path` with everything in it."""
+    layers = [layer for layer in cost.layers if layer.name == path or layer.name.startswith(f"{path}.")]
+    return {name: sum(getattr(layer, name) for layer in layers) for name in ("params", "macs", "bytes")}
+
+
+@torch.no_grad()
+def answers(model: nn.Module, split: Split) -> Tensor:
+    """The class that the model gives to each image: int64 (N,)."""
+    model.eval()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = [model(images.to(device)).argmax(1).cpu() for images, _ in split.batches(BATCH)]
+    return torch.cat(found)
+
+
+def disagreements(normal: nn.Module, separable: nn.Module, data: Data) -> dict[str, Any]:
+    """How many test images the networks answer differently, and the first of them as small pictures."""
+    before, after = answers(normal, data.test), answers(separable, data.test)
+    different = (before != after).nonzero().flatten()
+    shown = different[:MOST_DISAGREEMENTS]
+    images = data.test.images.take(shown) if len(shown) else torch.empty(0)
+    rows = [
+        {
+            "image": png.data_uri(image),
+            "name": f"test image {index}",
+            "label": int(data.test.labels[index]),
+            "normal": int(before[index]),
+            "separable": int(after[index]),
+        }
+        for index, image in zip(shown.tolist(), images, strict=True)
+    ]
+    return {"test_images": len(data.test), "disagreement_count": len(different), "disagreements": rows}

@@ -1,0 +1,53 @@
+"""The classes of image files, by a trained network that knows how images are prepared for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sepconv.data.images import read_images
+from sepconv.model_file import Card, class_names
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image, best first, with their probabilities."""
+
+    image: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, card: Card, paths: Sequence[str | Path], top: int = 3) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        model: gives scores (N, classes).
+        card: how images are prepared (see ``model_file``).
+        paths: image files; each is resized and cropped to the network's input.
+        top: classes named for each image.
+
+    Raises:
+        ValueError: the card says nothing about images, or a file is no image (it is named).
+        FileNotFoundError: no such file.
+    """
+    if not card.mean or len(card.input_shape) != 3:
+        raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
+    channels, size = card.input_shape[0], card.input_shape[-1]
+    model = model.eval()
+    found: list[Prediction] = []
+    for start in range(0, len(paths), BATCH):
+        chunk = paths[start : start + BATCH]
+        scores = model(card.normalise(read_images(chunk, channels, size)))
+        names = class_names(card, scores.shape[1])
+        best = scores.softmax(1).topk(min(top, scores.shape[1]))
+        for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
+            found.append(Prediction(str(path), [names[label] for label in labels], probabilities))
+    return found

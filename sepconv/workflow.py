@@ -1,0 +1,325 @@
+"""The main job: a trained network goes in; a smaller separable one, its measurements and a page about both come out."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from sepconv import bench, environment, explanation, export, measure, model_file
+from sepconv.convert import convert
+from sepconv.cost import count
+from sepconv.data import Data, load
+from sepconv.files import make_folder, replacing
+from sepconv.model_file import Card
+from sepconv.progress import OnProgress, Step, ignore
+from sepconv.report import write_report
+from sepconv.train import Distillation, Progress, Recipe, evaluate, train
+
+RESULT = "result.json"
+ONNX = "model.onnx"
+CHECKPOINTS = "checkpoints"
+SPACE = 32 << 20
+"""Bytes that the page and the JSON files may need, beside the weights."""
+
+DEMO_MODEL = "vgg_small"
+DEMO_BUDGET = 1 / 8
+DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
+DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a network is converted and measured.
+
+    Args:
+        budget: share of the original's cost that the separable network may have.
+        metric: that cost: "conv_params", "macs" or "latency".
+        recipe: how the separable network learns from the original afterwards; None leaves it as converted.
+        distillation: what it learns.
+        calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
+        skip: names of modules that stay as they are.
+        batch: images in one call while latency is measured.
+        seed: of the choice of calibration images.
+        command: what the user typed, for the record.
+    """
+
+    budget: float = 0.125
+    metric: str = "conv_params"
+    recipe: Recipe | None = field(default_factory=Recipe)
+    distillation: Distillation = field(default_factory=Distillation)
+    calibration_images: int = 1000
+    skip: tuple[str, ...] = ()
+    batch: int = 1
+    seed: int = 0
+    command: str = ""
+
+
+@dataclass
+class Outcome:
+    """Everything a run has found so far, before it is written."""
+
+    original: nn.Module
+    separable: nn.Module
+    card: Card
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+
+    def finished(self, name: str, model: nn.Module, data: Data, seconds: float) -> None:
+        accuracy = evaluate(model, data.test).accuracy
+        self.stages.append({"name": name, "accuracy": accuracy, "seconds": round(seconds, 3)})
+
+    def learned(self, phase: str, records: list[dict[str, Any]]) -> None:
+        self.curves += [{**record, "phase": phase} for record in records]
+
+
+def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress = ignore) -> dict[str, Any]:
+    """Train a small normal network on the embedded digits, then do the whole job with it.
+
+    Returns:
+        The record that is written as ``result.json``.
+    """
+    prepare(out)
+    started = time.perf_counter()
+    data = load("digits")
+    card = Card(DEMO_MODEL, {"in_channels": data.channels, "num_classes": data.num_classes}).with_data(data)
+    torch.manual_seed(seed)
+    model = card.build()
+    history = train(model, data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))
+    outcome = Outcome(model, copy.deepcopy(model), card)
+    outcome.learned("original", history.records)
+    outcome.finished("original", model, data, time.perf_counter() - started)
+    recipe = replace(DEMO_DISTILLATION, seed=seed)
+    job = Job(budget=DEMO_BUDGET, recipe=recipe, seed=seed, command=command)
+    return _run(outcome, data, job, out, False, on_progress, started)
+
+
+def convert_model(
+    model: nn.Module,
+    card: Card,
+    data: Data,
+    job: Job,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_progress: OnProgress = ignore,
+) -> dict[str, Any]:
+    """Convert a trained network, let it learn from the original, measure both and write what came out.
+
+    Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
+    ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
+
+    Args:
+        model: trained; left as it was.
+        card: how `model` is built.
+        resume: go on with an interrupted run of the same job in `out`.
+
+    Raises:
+        ValueError: the budget cannot be reached, nothing can be converted, `out` holds another run.
+        TrainingStopped: the loss is not finite.
+        OSError: `out` cannot be written.
+
+    Returns:
+        The record that is written as ``result.json``.
+    """
+    prepare(out, model)
+    started = time.perf_counter()
+    outcome = Outcome(model, model, card.with_data(data))
+    outcome.finished("original", model.to(_device()), data, 0.0)
+    return _run(outcome, data, job, out, resume, on_progress, started)
+
+
+def train_model(
+    model: nn.Module,
+    card: Card,
+    data: Data,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    on_progress: OnProgress = ignore,
+) -> dict[str, Any]:
+    """Train a network in place; `out` gets ``model.safetensors``, ``result.json``, the log and the checkpoints.
+
+    Under `accelerate launch` or `torchrun` the main process writes.
+    """
+    prepare(out, model)
+    history = train(model, data, recipe, out, resume=resume, on_progress=_relay(on_progress, "train"))
+    metrics = evaluate(model, data.test)
+    model = model.cpu()
+    cost = count(model, data.input_shape)
+    record = {
+        **_about(card.model, data, command, history.seconds),
+        "normal": {
+            "conv_params": cost.conv_params,
+            "params": cost.params,
+            "macs": cost.macs,
+            "bytes": cost.bytes,
+            "accuracy": metrics.accuracy,
+            "loss": metrics.loss,
+        },
+        "curves": [{**record, "phase": "original"} for record in history.records],
+        "confusion": {"normal": metrics.confusion.tolist()},
+        "test_images": len(data.test),
+    }
+    if PartialState().is_main_process:
+        model_file.write(out / model_file.FILE, model, card.with_data(data))
+        _write_json(out / RESULT, record)
+    return record
+
+
+def prepare(out: Path, model: nn.Module | None = None) -> None:
+    """Make the folder and see that it can be written and has room, before any long work.
+
+    Raises:
+        OSError: it cannot, or has not.
+    """
+    make_folder(out)
+    weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    needed, free = 2 * weights + SPACE, shutil.disk_usage(out).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
+
+
+def _run(
+    outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress, started: float
+) -> dict[str, Any]:
+    plan = _convert(outcome, data, job, on_progress)
+    _distil(outcome, data, job, out, resume, on_progress)
+    measured = _measure(outcome, plan, data, job, on_progress)
+    on_progress(Step("write", 0, 1))
+    card = outcome.card.changed_to(outcome.separable)
+    model_file.write(out / model_file.FILE, outcome.separable, card)
+    record = {
+        **_about(card.model, data, job.command, time.perf_counter() - started),
+        "budget": job.budget,
+        "metric": job.metric,
+        **measured,
+        "stages": outcome.stages,
+        "curves": outcome.curves,
+        "onnx": _export(outcome.separable, data, out),
+    }
+    image = data.test.normalise(data.test.images.take(torch.tensor([0])))
+    label = data.classes[int(data.test.labels[0])]
+    _write_json(out / "explanation.json", explanation.collect(outcome.original, outcome.separable, image, label=label))
+    _write_json(out / RESULT, record)
+    write_report(out)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    on_progress(Step("write", 1, 1))
+    return record
+
+
+def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) -> Any:
+    on_progress(Step("convert", 0, 1))
+    started = time.perf_counter()
+    images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
+    outcome.original.to(_device())
+    outcome.separable, plan = convert(outcome.original, images, job.budget, metric=job.metric, skip=job.skip)
+    outcome.finished("converted", outcome.separable, data, time.perf_counter() - started)
+    on_progress(Step("convert", 1, 1, accuracy=outcome.stages[-1]["accuracy"]))
+    return plan
+
+
+def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress) -> None:
+    if job.recipe is None:
+        return
+    history = train(
+        outcome.separable,
+        data,
+        job.recipe,
+        out / CHECKPOINTS,
+        teacher=outcome.original,
+        distillation=job.distillation,
+        resume=resume,
+        on_progress=_relay(on_progress, "distil"),
+    )
+    outcome.learned("distilled", history.records)
+    outcome.finished("distilled", outcome.separable, data, history.seconds)
+
+
+def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnProgress) -> dict[str, Any]:
+    on_progress(Step("measure", 0, 1))
+    threads = torch.get_num_threads()
+    networks = {"normal": outcome.original, "separable": outcome.separable}
+    x = data.test.normalise(data.test.images.take(torch.arange(job.batch) % len(data.test)))
+    metrics = {name: evaluate(model, data.test) for name, model in networks.items()}
+    different = measure.disagreements(outcome.original, outcome.separable, data)
+    for model in networks.values():
+        model.cpu()
+    costs = {name: count(model, data.input_shape) for name, model in networks.items()}
+    latencies = bench.latency_ms(
+        {name: bench.contenders(model) for name, model in networks.items()}, x, threads=threads
+    )
+    layer_ms = bench.layer_ms(networks, [layer.name for layer in plan.layers], x, threads=threads)
+    record = {
+        **{
+            name: measure.network_record(model, costs[name], metrics[name], latencies[name], threads, x)
+            for name, model in networks.items()
+        },
+        "layers": [measure.layer_record(layer, costs, layer_ms) for layer in plan.layers],
+        "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},
+        **different,
+    }
+    on_progress(Step("measure", 1, 1))
+    return record
+
+
+def _device() -> torch.device:
+    """Where the conversion computes: in float64, which not every accelerator has."""
+    device: torch.device = PartialState().device
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _about(model: str, data: Data, command: str, seconds: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "data": data.name,
+        "command": command,
+        "seconds": round(seconds, 2),
+        "classes": data.classes,
+        "skipped_images": len(data.skipped),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+    }
+
+
+def _export(model: nn.Module, data: Data, out: Path) -> dict[str, Any]:
+    """What was exported, or the reason why not: the network is usable without it."""
+    try:
+        exported = export.export_onnx(model, data.input_shape, out / ONNX)
+    except (ModuleNotFoundError, ValueError) as error:
+        return {"written": False, "reason": str(error)}
+    return {
+        "written": True,
+        "bytes": exported.size,
+        "convolutions": exported.convolutions,
+        "max_error": exported.max_error,
+        "checked_with": exported.checked_with,
+    }
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _relay(on_progress: OnProgress, stage: str) -> Callable[[Progress], None]:
+    """Training's progress as steps of a stage of the whole job."""
+
+    def relay(now: Progress) -> None:
+        done = (now.epoch - 1) * now.steps + now.step
+        accuracy = now.accuracy if now.test_accuracy is None else now.test_accuracy
+        on_progress(Step(stage, done, now.epochs * now.steps, now.loss, accuracy))
+
+    return relay

@@ -64,13 +64,13 @@ def _span(tensor: Tensor) -> int:
     return max(1 + sum(map(mul, tensor.shape, stride)) - sum(stride), tensor.numel())
 
 
-def buffer(tensor: Tensor, index: Any = None) -> Any:
+def buffer(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Any:
     """A Halide buffer over the tensor's memory, dimensions reversed: (N, C, H, W) -> x, y, c, n. Any strides.
 
-    ``index`` is applied to the NumPy view first: ``(..., None)`` adds a dimension in a tenth of torch's time.
+    ``shape`` splits dimensions or adds some of size 1, in a tenth of the time that torch takes.
     """
     array = tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
-    return hl.Buffer(array if index is None else array[index])
+    return hl.Buffer(array if shape is None else array.reshape(shape))
 
 
 class _Entry:

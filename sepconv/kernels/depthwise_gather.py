@@ -1,0 +1,270 @@
+"""Depthwise convolution and its input gradient as one Halide pipeline, for any size of image and batch.
+
+Both are the sum that ``depthwise_taps`` describes. Dimensions are x, y, z (missing ones have size 1), c the input
+channel, m the filter of that channel (output channel c*M + m) and n the image.
+
+How memory is walked, in both layouts:
+
+1. A task is a box of output pixels of one image, for one channel (contiguous) or a block of channels (channels_last).
+2. The input under the box is copied, with its zero padding, into a tile of the thread that stays in the cache.
+   So the loops that compute have no conditions, and padding costs nothing there.
+3. A few vectors of results are kept in registers while all taps are added (``sums``): neighbouring pixels at
+   channels_last, where a vector is one pixel's channels; vectors of a row and neighbouring rows at contiguous.
+   Neighbours share the input that they load.
+4. Bias and activation are applied as the results are written.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from sepconv.kernels.activations import activate
+from sepconv.kernels.depthwise_taps import Phase
+from sepconv.kernels.runtime import hl
+from sepconv.kernels.schedule_depthwise import GatherTile
+
+
+@dataclass(frozen=True)
+class GatherSpec:
+    """What the compiled code depends on; sizes of image and batch are arguments instead."""
+
+    channels_last: bool
+    transposed: bool
+    taps: tuple[tuple[Phase, ...], ...]
+    step: tuple[int, int, int]
+    multiplier: int
+    bias: bool
+    activation: str
+    tile: GatherTile
+
+
+class Vars:
+    """The variables of a pipeline's functions and loops."""
+
+    def __init__(self) -> None:
+        self.x, self.y, self.z, self.m, self.c, self.n = (hl.Var(name) for name in "xyzmcn")
+        self.space = [self.x, self.y, self.z]
+
+
+def plane_param(name: str, multiplier: int, channels_last: bool) -> Any:
+    """A tensor (N, C*M, ...) seen as x, y, z, m, c, n; the vectorised dimension has a stride known to the compiler."""
+    param = hl.ImageParam(hl.Float(32), 6, name)
+    fix_strides(param, multiplier, channels_last)
+    return param
+
+
+def fix_strides(param: Any, multiplier: int, channels_last: bool) -> None:
+    for d in range(6):
+        param.dim(d).set_min(0)
+    param.dim(0).set_stride(hl.Expr() if channels_last else 1)
+    param.dim(3).set_extent(multiplier)
+    if channels_last:
+        param.dim(4).set_stride(multiplier)
+        if multiplier > 1:
+            param.dim(3).set_stride(1)
+
+
+def weight_param() -> Any:
+    """The weight (C*M, 1, ...) seen as x, y, z, m, c."""
+    param = hl.ImageParam(hl.Float(32), 5, "weight")
+    param.dim(0).set_stride(hl.Expr())
+    return param
+
+
+def padded_source(source: Any, base: list[Any], v: Vars, channels_last: bool) -> Any:
+    """``padded[x, ...] = source[x + base, ...]``, zero outside of the image."""
+    padded = hl.Func("padded")
+    index, within = [], []
+    for d, var in enumerate(v.space):
+        at, extent = var + base[d], source.dim(d).extent()
+        within.append((at >= 0) & (at < extent))
+        at = hl.likely(at) if d == 0 else at
+        # At contiguous a clamped index would turn vector loads into gathers; there the load is masked instead.
+        clamped = channels_last or d > 0
+        index.append((hl.clamp if clamped else hl.unsafe_promise_clamped)(at, 0, extent - 1))
+    image = hl.unsafe_promise_clamped(v.n, 0, source.dim(5).extent() - 1)
+    here = [v.x, v.y, v.z, v.m, v.c, v.n]
+    if channels_last:
+        row = hl.select(within[0], hl.likely(source[[*index, v.m, v.c, image]]), hl.f32(0.0))
+        padded[here] = hl.select(within[1] & within[2], row, hl.f32(0.0))
+    else:
+        once = hl.RDom([hl.Range(0, 1)], "once")
+        once.where(within[0] & within[1] & within[2])
+        padded[here] = hl.f32(0.0)
+        padded[here] = source[[*index, v.m, v.c, image + once.x]]
+    return padded
+
+
+def schedule_padded(padded: Any, multiplier: int, tile: Any, channels_last: bool) -> None:
+    """Storage and loops of the padded tile, after compute_at."""
+    x, y, z, m, c, n = padded.args()
+    padded.never_partition_all()
+    if channels_last:
+        padded.partition(x, hl.Partition.Always)
+        padded.reorder_storage(c, m, x, y, z, n).reorder(m, c, x, y, z, n)
+        padded.bound_extent(c, tile.block).bound_extent(m, multiplier).unroll(m).vectorize(c, tile.lanes)
+    else:
+        padded.vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
+        padded.update().vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
+
+
+def deinterleave(padded: Any, step: int, v: Vars) -> Any:
+    """Columns sorted by their remainder, so that a strided convolution reads whole vectors."""
+    phase, read = hl.Var("phase"), hl.Func("deinterleaved")
+    read[v.x, phase, v.y, v.z, v.m, v.c, v.n] = padded[v.x * step + phase, v.y, v.z, v.m, v.c, v.n]
+    return read
+
+
+def schedule_deinterleaved(read: Any, step: int, tile: Any) -> None:
+    x, phase, *_ = read.args()
+    read.bound_extent(phase, step).never_partition_all()
+    read.reorder(phase, x).unroll(phase).vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
+
+
+def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
+    """The output Func and its arguments: source, weight, bias, base (3), boxes (3), items per task."""
+    v = Vars()
+    out_multiplier = 1 if spec.transposed else spec.multiplier
+    in_multiplier = spec.multiplier if spec.transposed else 1
+    source = plane_param("source", in_multiplier, spec.channels_last)
+    weight, bias = weight_param(), hl.ImageParam(hl.Float(32), 2, "bias")
+    bias.dim(0).set_stride(hl.Expr())
+    base = [hl.Param(hl.Int(32), f"base_{d}") for d in "xyz"]
+    boxes = [hl.Param(hl.Int(32), f"box_{d}") for d in "xyz"]
+    items = hl.Param(hl.Int(32), "items")
+
+    padded = padded_source(source, base, v, spec.channels_last)
+    read = padded
+    if spec.step[0] > 1 and not spec.channels_last:
+        read = deinterleave(padded, spec.step[0], v)
+    packed = hl.Func("packed")
+    kx, ky, kz = (hl.Var(name) for name in ("kx", "ky", "kz"))
+    packed[v.c, v.m, kx, ky, kz] = weight[kx, ky, kz, v.m, v.c]
+
+    sums = _sums(spec, v, packed, read, bias)
+    out = hl.Func("out")
+    out[v.x, v.y, v.z, v.m, v.c, v.n] = activate(_pick(spec, v, sums), spec.activation)
+
+    fix_strides(out.output_buffer(), out_multiplier, spec.channels_last)
+    out.bound(v.m, 0, out_multiplier)
+    item = _schedule_out(spec, v, out, boxes, items)
+    schedule_sums = _schedule_sums_channels_last if spec.channels_last else _schedule_sums_contiguous
+    for function, domain, phases in sums.values():
+        schedule_sums(spec, v, function.compute_at(out, hl.Var("xo")), domain, phases, out_multiplier)
+    schedule_padded(padded.compute_at(out, item), in_multiplier, spec.tile, spec.channels_last)
+    if read is not padded:
+        schedule_deinterleaved(read.compute_at(out, item), spec.step[0], spec.tile)
+    if spec.channels_last:
+        packed.compute_root().bound_extent(v.m, spec.multiplier).never_partition_all()
+        packed.unroll(v.m).vectorize(v.c, spec.tile.lanes, hl.TailStrategy.GuardWithIf)
+    return out, [source, weight, bias, *base, *boxes, items]
+
+
+def _sums(spec: GatherSpec, v: Vars, packed: Any, read: Any, bias: Any) -> dict[tuple[int, ...], Any]:
+    """For every combination of phases the sum over its taps: (Func, its reduction domain, its phases)."""
+    sums: dict[tuple[int, ...], Any] = {}
+    for which in itertools.product(*(range(len(phases)) for phases in spec.taps)):
+        phases = [spec.taps[d][p] for d, p in enumerate(which)]
+        total = hl.Func("sums_" + "".join(map(str, which)))
+        here = [v.x, v.y, v.z, v.m, v.c, v.n]
+        total[here] = bias[v.m, v.c] if spec.bias else hl.f32(0.0)
+        domain = None
+        if all(p.count for p in phases):
+            ranges = [hl.Range(0, p.count) for p in phases]
+            domain = hl.RDom(ranges + [hl.Range(0, spec.multiplier)] * spec.transposed, "tap")
+            tap = [p.first + domain[d] * p.skip for d, p in enumerate(phases)]
+            moved = [p.offset + domain[d] * p.advance for d, p in enumerate(phases)]
+            at = [v.space[d] * spec.step[d] + moved[d] for d in range(3)]
+            filter_m, source_m = (domain[3], domain[3]) if spec.transposed else (v.m, 0)
+            if not spec.channels_last and spec.step[0] > 1:
+                at[:1] = [v.x + moved[0] // spec.step[0], moved[0] % spec.step[0]]
+            total[here] += packed[v.c, filter_m, tap[0], tap[1], tap[2]] * read[[*at, source_m, v.c, v.n]]
+        sums[which] = (total, domain, phases)
+    return sums
+
+
+def _pick(spec: GatherSpec, v: Vars, sums: dict[tuple[int, ...], Any]) -> Any:
+    """The sum of the phase that each output position belongs to."""
+    phases = [len(p) for p in spec.taps]
+    at = [var // count for var, count in zip(v.space, phases, strict=True)]
+
+    def choose(d: int, rest: tuple[int, ...]) -> Any:
+        if d < 0:
+            return sums[rest][0][[*at, v.m, v.c, v.n]]
+        options = [choose(d - 1, (p, *rest)) for p in range(phases[d])]
+        return options[0] if len(options) == 1 else hl.mux(v.space[d] % phases[d], options)
+
+    return choose(2, ())
+
+
+def _schedule_out(spec: GatherSpec, v: Vars, out: Any, boxes: list[Any], items: Any) -> Any:
+    """Boxes of pixels are shared out to threads; inside, registers are filled block by block."""
+    tile, (px, py, pz) = spec.tile, (len(p) for p in spec.taps)
+    guard, shift = hl.TailStrategy.GuardWithIf, hl.TailStrategy.ShiftInwards
+    xt, xo, xi, yt, yo, yi, zt, zo, zi, co, cv, ci, phase, lane, item, task = (
+        hl.Var(name) for name in "xt xo xi yt yo yi zt zo zi co cv ci phase lane item task".split()
+    )
+    out.split(v.x, xt, v.x, boxes[0] * (tile.columns * px), guard).split(v.x, xo, xi, tile.columns * px, guard)
+    out.split(v.y, yt, v.y, boxes[1] * (tile.rows * py), guard).split(v.y, yo, yi, tile.rows * py, guard)
+    out.split(v.z, zt, v.z, boxes[2] * pz, guard).split(v.z, zo, zi, pz, guard)
+    if spec.channels_last:
+        out.split(v.c, co, ci, tile.block, shift).split(ci, cv, ci, tile.lanes)
+        out.reorder(ci, v.m, xi, yi, zi, xo, yo, zo, cv, xt, yt, zt, co, v.n)
+        out.vectorize(ci).unroll(v.m).unroll(xi).unroll(yi).unroll(zi)
+        out.fuse(co, v.n, item)
+    else:
+        out.split(xi, xi, lane, tile.lanes * px, guard).split(lane, lane, phase, px, guard)
+        out.reorder(phase, lane, xi, yi, zi, xo, yo, zo, v.m, xt, yt, zt, v.c, v.n)
+        out.unroll(phase).vectorize(lane).unroll(xi).unroll(yi).unroll(zi)
+        out.fuse(v.c, v.n, item)
+    out.fuse(zt, item, item).fuse(yt, item, item).fuse(xt, item, item)
+    out.split(item, task, item, items, guard).parallel(task).never_partition_all()
+    return item
+
+
+def _schedule_sums_channels_last(
+    spec: GatherSpec, v: Vars, sums: Any, domain: Any, phases: list[Phase], multiplier: int
+) -> None:
+    tile = spec.tile
+    sums.reorder_storage(v.c, v.m, v.x, v.y, v.z, v.n)
+    sums.bound_extent(v.x, tile.columns).bound_extent(v.y, tile.rows).bound_extent(v.c, tile.lanes)
+    sums.bound_extent(v.m, multiplier).reorder(v.c, v.m, v.x, v.y, v.z, v.n)
+    stages = [sums] + ([] if domain is None else [sums.update()])
+    for stage in stages:
+        stage.vectorize(v.c).unroll(v.m).unroll(v.x).unroll(v.y)
+    if domain is not None:
+        _order_taps(stages[1], [v.c, v.m, v.x, v.y], domain, phases, spec, [0, 1, 2])
+
+
+def _schedule_sums_contiguous(
+    spec: GatherSpec, v: Vars, sums: Any, domain: Any, phases: list[Phase], multiplier: int
+) -> None:
+    tile, xv = spec.tile, hl.Var("xv")
+    sums.bound_extent(v.x, tile.columns).bound_extent(v.y, tile.rows)
+    stages = [sums] + ([] if domain is None else [sums.update()])
+    for stage in stages:
+        stage.split(v.x, xv, v.x, tile.lanes).vectorize(v.x).unroll(xv).unroll(v.y)
+    if domain is not None:
+        _order_taps(stages[1], [v.x, xv, v.y], domain, phases, spec, [1, 0, 2] if tile.rows > 1 else [0, 1, 2])
+
+
+def _order_taps(
+    stage: Any, inner: list[Any], domain: Any, phases: list[Phase], spec: GatherSpec, order: list[int]
+) -> None:
+    """Loops over taps around the registers: unrolled from the inside out while the code stays small."""
+    taps = [domain[d] for d in order]
+    outer = [domain[3]] if spec.transposed else []
+    stage.reorder(*inner, *taps, *outer)
+    copies = 1
+    for d, tap in zip(order, taps, strict=True):
+        count = phases[d].count
+        if copies * count <= spec.tile.unrolled_taps:
+            stage.unroll(tap)
+            copies *= count
+        else:
+            part = spec.tile.unrolled_taps // copies
+            if part > 1:
+                stage.unroll(tap, part, hl.TailStrategy.GuardWithIf)
+            break

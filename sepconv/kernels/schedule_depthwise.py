@@ -1,0 +1,213 @@
+"""Loop sizes of the depthwise kernels, by rule from shape, layout and machine.
+
+Nothing here is tuned to one machine: every rule speaks of lanes, registers and cache sizes. The tiles are compiled
+into a kernel and take few values, so that one kernel serves many sizes; boxes are arguments and fit each size.
+Sizes are in the order x, y, z.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from sepconv.kernels.machine import Machine
+
+Sizes = tuple[int, int, int]
+
+# Multiply-adds of straight-line code in one innermost body: enough to hide loop overhead, little enough to compile.
+_BODY = 256
+# Channels of a block in bytes: several cache lines, so that memory is read in long runs.
+_BLOCK_BYTES = 512
+# Parts that the weight gradient is cut into at least. A constant, so that results do not depend on the threads.
+_CHUNKS = 16
+# Tasks per thread: few enough to cost nothing, enough to level out what other programs take.
+_TASKS_PER_THREAD = 8
+
+
+@dataclass(frozen=True)
+class GatherTile:
+    """Loop sizes compiled into a forward or grad_input kernel.
+
+    Attributes:
+        lanes: float32 values in a vector.
+        block: channels of one task; 1 at contiguous.
+        columns, rows: results kept in registers, in positions of one phase.
+        unrolled_taps: most taps in straight-line code.
+    """
+
+    lanes: int
+    block: int
+    columns: int
+    rows: int
+    unrolled_taps: int
+
+
+@dataclass(frozen=True)
+class WeightTile:
+    """Loop sizes compiled into a grad_weight kernel.
+
+    Attributes:
+        lanes: float32 values in a vector.
+        block: channels of one task; 1 at contiguous.
+        taps_x, taps_y: the group of taps that is kept in registers.
+        columns: neighbouring pixels of straight-line code at channels_last.
+        rows: neighbouring rows of straight-line code at contiguous.
+    """
+
+    lanes: int
+    block: int
+    taps_x: int
+    taps_y: int
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class GatherShape:
+    """The sizes that a forward or grad_input schedule depends on.
+
+    ``image`` is the result's size, ``phases`` and ``taps`` (the most of a phase) describe the filter, ``reach`` is how
+    far the taps of one position lie apart in the source, ``step`` how far those of neighbouring positions do.
+    """
+
+    channels: int
+    batch: int
+    image: Sizes
+    phases: Sizes
+    taps: Sizes
+    reach: Sizes
+    step: Sizes
+    multiplier: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _floor_power_of_two(value: int) -> int:
+    return 1 << (value.bit_length() - 1)
+
+
+def _least_waste(total: int, candidates: list[int], overhead: float) -> int:
+    """The part size that covers ``total`` most cheaply, if each part costs ``overhead`` besides its size."""
+    return min(candidates, key=lambda part: (ceil_div(total, part) * (part + overhead), -part))
+
+
+def _channel_block(channels: int, machine: Machine) -> tuple[int, int]:
+    """Lanes and block at channels_last. The last block is shifted to end with the last channel."""
+    lanes = min(machine.lanes, _floor_power_of_two(channels))
+    most = min(max(1, _BLOCK_BYTES // (4 * lanes)), channels // lanes)
+    return lanes, lanes * _least_waste(ceil_div(channels, lanes), list(range(1, most + 1)), 0.1)
+
+
+def _row_lanes(width: int, machine: Machine) -> int:
+    """Lanes at contiguous: narrower vectors where a whole row does not fill half of one."""
+    lanes = machine.lanes
+    while lanes > 4 and width <= lanes // 2:
+        lanes //= 2
+    return lanes
+
+
+def gather_tile(shape: GatherShape, channels_last: bool, machine: Machine) -> GatherTile:
+    phases, multiplier = prod(shape.phases), shape.multiplier
+    width, height = (ceil_div(shape.image[d], shape.phases[d]) for d in (0, 1))
+    if channels_last:
+        lanes, block = _channel_block(shape.channels, machine)
+        room = max(1, machine.registers * 5 // 8 // (phases * multiplier))
+        columns = _least_waste(width, [c for c in (1, 2, 4, 7, 8) if c <= min(room, machine.registers // 2 - 1)], 0.3)
+        body = columns * multiplier
+        return GatherTile(lanes, block, columns, 1, max(1, _BODY // body))
+    lanes = _row_lanes(width, machine)
+    room = max(1, machine.registers // 2 // phases)
+    rows = 1
+    if shape.taps[1] > 1:
+        rows = _least_waste(height, [r for r in (1, 2, 4) if r <= room], 0.6)
+    vectors = min(_floor_power_of_two(ceil_div(width, lanes)), max(1, room // rows), 4)
+    return GatherTile(lanes, 1, lanes * vectors, rows, max(1, _BODY // (rows * vectors)))
+
+
+def _units(shape: GatherShape, tile: GatherTile) -> list[int]:
+    """Positions that the registers hold."""
+    return [tile.columns * shape.phases[0], tile.rows * shape.phases[1], shape.phases[2]]
+
+
+def boxes_in(shape: GatherShape, tile: GatherTile, boxes: Sizes) -> int:
+    """Boxes of one image."""
+    return prod(ceil_div(shape.image[d], boxes[d] * unit) for d, unit in enumerate(_units(shape, tile)))
+
+
+def gather_boxes(shape: GatherShape, tile: GatherTile, channels_last: bool, machine: Machine) -> Sizes:
+    """Pixels of a task, in units of the tile: as many rows as leave half of the cache for everything else."""
+    units = _units(shape, tile)
+    counts = [ceil_div(size, unit) for size, unit in zip(shape.image, units, strict=True)]
+    cell = 4 * tile.block * (shape.multiplier if channels_last else 1)
+    steps = [shape.step[d] * units[d] // shape.phases[d] for d in range(3)]
+    return _fit_box(counts, steps, shape.reach, cell, machine.l2_bytes // 2)
+
+
+def _fit_box(counts: list[int], steps: list[int], reach: Sizes, cell: int, budget: int) -> Sizes:
+    """The largest box, whole rows first, whose input fits into ``budget`` bytes; equal parts of the whole."""
+    limit = budget // cell
+    best: list[int] = []
+    other = (1 + reach[1]) * (1 + reach[2])
+    best.append(_balanced(counts[0], (limit // other - reach[0]) // steps[0]))
+    used = best[0] * steps[0] + reach[0]
+    best.append(_balanced(counts[1], (limit // (used * (1 + reach[2])) - reach[1]) // steps[1]))
+    used *= best[1] * steps[1] + reach[1]
+    best.append(_balanced(counts[2], (limit // used - reach[2]) // steps[2]))
+    return best[0], best[1], best[2]
+
+
+def _balanced(count: int, most: int) -> int:
+    """A part of at most ``most`` (at least 1), so that all parts are about equal."""
+    return ceil_div(count, ceil_div(count, max(1, min(most, count))))
+
+
+def items_per_task(items: int, threads: int) -> int:
+    return max(1, items // (threads * _TASKS_PER_THREAD))
+
+
+def weight_tile(
+    channels: int, width: int, height: int, kernel: Sizes, multiplier: int, channels_last: bool, machine: Machine
+) -> WeightTile:
+    room = machine.registers * 5 // 8
+    if channels_last:
+        lanes, block = _channel_block(channels, machine)
+        room = max(1, room // multiplier)
+    else:
+        lanes, block = _row_lanes(width, machine), 1
+    taps_x = _least_waste(kernel[0], list(range(1, min(room, 9) + 1)), 1.0)
+    taps_y = _least_waste(kernel[1], list(range(1, max(1, room // taps_x) + 1)), 0.2)
+    taps = taps_x * taps_y * (multiplier if channels_last else 1)
+    run = max(1, min(4, _BODY // taps))
+    if channels_last:
+        return WeightTile(lanes, block, taps_x, taps_y, _least_waste(width, [r for r in (1, 2, 4) if r <= run], 0.5), 1)
+    return WeightTile(lanes, block, taps_x, taps_y, 1, _least_waste(height, [r for r in (1, 2, 4) if r <= run], 0.5))
+
+
+@dataclass(frozen=True)
+class WeightBoxes:
+    """The walk of a grad_weight kernel, in arguments: box size in pixels, and what one chunk adds up."""
+
+    box_x: int
+    box_y: int
+    tiles_per_chunk: int
+    images_per_chunk: int
+    chunks_y: int
+    chunks_n: int
+
+
+def weight_boxes(
+    channels: int, batch: int, image: Sizes, reach: Sizes, step: Sizes, tile: WeightTile, machine: Machine
+) -> WeightBoxes:
+    unit = tile.columns if tile.block > 1 else tile.lanes
+    counts = [ceil_div(image[0], unit), ceil_div(image[1], tile.rows), 1]
+    steps = [step[0] * unit, step[1] * tile.rows, 1]
+    box_x, box_y, _ = _fit_box(counts, steps, reach, 4 * tile.block, machine.l2_bytes // 4)
+    box_x, box_y = box_x * unit, box_y * tile.rows
+    wanted = ceil_div(_CHUNKS, ceil_div(channels, tile.block))
+    images = max(1, batch // wanted)
+    chunks_n = ceil_div(batch, images)
+    tiles_y = ceil_div(image[1], box_y)
+    tiles = max(1, tiles_y * chunks_n // wanted)
+    return WeightBoxes(box_x, box_y, tiles, images, ceil_div(tiles_y, tiles), chunks_n)

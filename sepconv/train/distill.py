@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,21 +61,19 @@ class Guide:
             self.pairs = tuple(distillation.features)  # type: ignore[arg-type]
         self.student_features: dict[str, Tensor] = {}
         self.teacher_features: dict[str, Tensor] = {}
-        self.hooks = [
-            *_watch(student, [name for name, _ in self.pairs], self.student_features, "student"),
-            *_watch(teacher, [name for _, name in self.pairs], self.teacher_features, "teacher"),
-        ]
-        self.was_training = teacher.training
-        teacher.eval()
-        self.variances = self._variances(student, example)
+        with ExitStack() as stack:
+            _watch(student, [name for name, _ in self.pairs], self.student_features, "student", stack)
+            _watch(teacher, [name for _, name in self.pairs], self.teacher_features, "teacher", stack)
+            stack.callback(teacher.train, teacher.training)
+            teacher.eval()
+            self.variances = self._variances(student, example)
+            self.cleanup = stack.pop_all()
 
     def __enter__(self) -> Guide:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.teacher.train(self.was_training)
+        self.cleanup.close()
 
     def loss(self, logits: Tensor, images: Tensor, label_loss: Tensor) -> Tensor:
         """The loss of a batch, after the student has seen `images` and answered with `logits`."""
@@ -160,8 +158,8 @@ def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
     return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1 and len(shapes[0]) == 4}
 
 
-def _watch(model: nn.Module, names: Iterable[str], store: dict[str, Tensor], role: str) -> list[Any]:
-    """Keep the output of the named modules in `store` whenever they run."""
+def _watch(model: nn.Module, names: Iterable[str], store: dict[str, Tensor], role: str, stack: ExitStack) -> None:
+    """Keep the output of the named modules in `store` whenever they run, until `stack` is closed."""
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:
@@ -170,9 +168,7 @@ def _watch(model: nn.Module, names: Iterable[str], store: dict[str, Tensor], rol
 
         return hook
 
-    hooks = []
     for name in names:
         if name not in modules:
             raise ValueError(f"train: the {role} has no module called {name!r}")
-        hooks.append(modules[name].register_forward_hook(keep(name)))
-    return hooks
+        stack.callback(modules[name].register_forward_hook(keep(name)).remove)

@@ -1,0 +1,383 @@
+"""Recipes, the training loop, distillation, evaluation; several processes count and learn as one."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_run import RECIPE, network, random_data
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sepconv.data import Data, load
+from sepconv.layers import DepthwiseConv2d, SeparableConv2d
+from sepconv.train import Distillation, Progress, Recipe, evaluate, train
+from sepconv.train.average import WeightAverage
+from sepconv.train.distill import Guide, matching_features, softened_divergence
+from sepconv.train.recipe import split_parameters
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return random_data()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs must be at least 1 but is 0"),
+        ({"epochs": 1.5}, TypeError, "epochs must be an int but is 1.5"),
+        ({"seed": True}, TypeError, "seed must be an int but is True"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1 but is 0"),
+        ({"optimizer": "adam"}, ValueError, "optimizer must be one of sgd, adamw, rmsprop but is 'adam'"),
+        ({"schedule": "step"}, ValueError, "schedule must be one of cosine, one_cycle, constant but is 'step'"),
+        ({"mixed_precision": "fp8"}, ValueError, "mixed_precision must be one of no, bf16, fp16 but is 'fp8'"),
+        ({"lr": 0.0}, ValueError, "lr must be above 0 and finite but is 0.0"),
+        ({"lr": math.nan}, ValueError, "lr must be above 0 and finite but is nan"),
+        ({"lr": math.inf}, ValueError, "lr must be above 0 and finite but is inf"),
+        ({"momentum": 1.0}, ValueError, "momentum must be from 0 to below 1 but is 1.0"),
+        ({"weight_decay": -1e-4}, ValueError, "weight_decay must be at least 0 and finite but is -0.0001"),
+        ({"warmup_epochs": 11}, ValueError, "warmup_epochs must be from 0 to 10 epochs but is 11"),
+        ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be from 0 to below 1 but is 1.0"),
+        ({"crop_padding": -1}, ValueError, "crop_padding must be at least 0 but is -1"),
+        ({"ema": 1.0}, ValueError, "ema must be from 0 to below 1 but is 1.0"),
+    ],
+)
+def test_recipe_refuses(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"Recipe: {message}"):
+        Recipe(**settings)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "constant"])
+def test_schedules_rise_to_lr_and_fall_as_they_say(schedule: str) -> None:
+    recipe = Recipe(epochs=10, lr=0.5, schedule=schedule, warmup_epochs=2)
+    rates = [recipe.learning_rate(step, 10) for step in range(100)]
+    assert rates[:20] == pytest.approx([0.5 * (i + 1) / 20 for i in range(20)])
+    assert max(rates) == 0.5
+    half = {"cosine": 0.25, "one_cycle": 0.25, "constant": 0.5}[schedule]
+    assert rates[60] == pytest.approx(half)
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert (rates[-1] < 0.01) == (schedule != "constant")
+    assert min(rates) > 0
+
+
+def test_warmup_by_default() -> None:
+    assert Recipe(schedule="one_cycle").learning_rate(29, 10) == 0.1
+    assert Recipe(schedule="one_cycle").learning_rate(28, 10) < 0.1
+    assert Recipe(schedule="cosine").learning_rate(0, 10) == 0.1
+
+
+def test_depthwise_filters_biases_and_norms_are_not_decayed() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 3, groups=8),
+        DepthwiseConv2d(16, 3),
+        DepthwiseConv2d(1, 3),
+        SeparableConv2d(16, 4, 3),
+        nn.Conv2d(16, 16, 3, groups=4),
+        nn.Conv2d(1, 4, 3),
+        nn.Linear(16, 2),
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = split_parameters(model)
+    expected = ["0.weight", "5.pointwise.weight", "6.weight", "7.weight", "8.weight"]
+    assert [names[id(p)] for p in decayed] == expected
+    assert {names[id(p)] for p in free} == set(names.values()) - set(expected)
+
+
+def test_frozen_and_shared_parameters_appear_once_or_not_at_all() -> None:
+    shared = nn.Linear(3, 3)
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    decayed, free = split_parameters(nn.Sequential(shared, shared, frozen))
+    assert [id(p) for p in decayed + free] == [id(shared.weight), id(shared.bias)]
+
+
+def test_optimizer_gets_the_recipe() -> None:
+    sgd = Recipe(lr=0.3, momentum=0.8, weight_decay=0.01).make_optimizer(network())
+    assert [group["weight_decay"] for group in sgd.param_groups] == [0.01, 0.0]
+    assert all(g["nesterov"] and g["momentum"] == 0.8 and g["lr"] == 0.3 for g in sgd.param_groups)
+    assert Recipe(optimizer="rmsprop").make_optimizer(network()).param_groups[0]["momentum"] == 0.9
+    assert type(Recipe(optimizer="adamw").make_optimizer(network())).__name__ == "AdamW"
+
+
+def test_training_equals_the_plain_loop(data: Data) -> None:
+    """Without augmentation and averaging: the same weights as ten lines of PyTorch."""
+    recipe = Recipe(epochs=2, batch_size=20, lr=0.1, schedule="constant", weight_decay=0.0, momentum=0.0)
+    model, plain = network(), network().to(memory_format=torch.channels_last)
+    history = train(model, data, recipe)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for epoch in range(2):
+        losses = []
+        for images, labels in data.train.batches(20, shuffle_seed=0, epoch=epoch, drop_last=True):
+            loss = F.cross_entropy(plain(images.to(memory_format=torch.channels_last)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert history.records[epoch]["train_loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_records_and_progress(data: Data, tmp_path: Path) -> None:
+    events: list[Progress] = []
+    model = network()
+    history = train(model, data, RECIPE, tmp_path, on_progress=events.append)
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == history.records
+    assert [record["step"] for record in history.records] == [4, 8, 12]
+    assert [(e.epoch, e.step) for e in events] == [(e, s) for e in (1, 2, 3) for s in (1, 2, 3, 4, 4)]
+    assert [e.test_accuracy for e in events if e.test_accuracy is not None] == [
+        record["test_accuracy"] for record in history.records
+    ]
+    assert events[-1].remaining == 0 < events[0].remaining
+    assert events[-1].loss == history.records[-1]["train_loss"]
+    assert history.accuracy == evaluate(model, data.test).accuracy
+    assert history.seconds == sum(record["seconds"] for record in history.records)
+    assert not model.training
+
+
+def test_callers_random_state_is_left_alone(data: Data) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(36, 5, bias=False)), data, Recipe(epochs=1))
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(36, 5, bias=False))
+    after = torch.get_rng_state()
+    train(model, data, Recipe(epochs=1))
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_bf16_trains_and_fp16_is_refused_on_cpus(data: Data) -> None:
+    seen: list[torch.dtype] = []
+    model = network()
+    model[3].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    recipe = replace(RECIPE, mixed_precision="bf16", epochs=1)
+    assert train(model, data, recipe).records[0]["train_loss"] < 2
+    assert torch.bfloat16 in seen
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU; on this CPU use bf16 or no"):
+        train(model, data, replace(RECIPE, mixed_precision="fp16"))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_last_is_what_the_recipe_says(data: Data, channels_last: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 4), nn.Flatten())
+    seen = []
+    model[1].register_forward_hook(lambda m, i, o: seen.append(i[0].is_contiguous(memory_format=torch.channels_last)))
+    train(model, data, replace(RECIPE, epochs=1, channels_last=channels_last))
+    assert model[1].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert set(seen[1:]) == {channels_last}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (nn.Flatten(), {}, "train: the model has no trainable parameters"),
+        (nn.Conv2d(3, 5, 6), {}, r"the model does not take images of shape \(1, 6, 6\): Given groups=1"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), {}, r"output has shape \(2, 4\) but the data has 5 classes"),
+        (nn.Conv2d(1, 5, 3), {}, r"output has shape \(2, 5, 4, 4\) but the data has 5 classes"),
+        (network(), {"distillation": Distillation()}, "distillation needs a teacher"),
+        (network(), {"resume": True}, "resume needs out"),
+        (network(), {"teacher": nn.Sequential(nn.Flatten(), nn.Linear(36, 6))}, r"\(64, 5\), the teacher's \(64, 6\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(data: Data, model: nn.Module, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("64", "61")):
+        train(model, data, RECIPE, **settings)
+
+
+def test_evaluate_counts_every_image_once(data: Data) -> None:
+    model = network().train()
+    metrics = evaluate(model, data.test, batch_size=10)
+    images, labels = next(data.test.batches(1000))
+    logits = model.eval()(images)
+    assert metrics.accuracy == (logits.argmax(1) == labels).double().mean()
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert metrics.confusion.sum() == len(data.test) == 37
+    assert torch.equal(metrics.confusion.sum(1), labels.bincount(minlength=5))
+    assert torch.equal(metrics.confusion.sum(0), logits.argmax(1).bincount(minlength=5))
+
+
+def test_evaluate_restores_the_mode_and_needs_an_output_for_each_label(data: Data) -> None:
+    model = network(norm=True).train()
+    evaluate(model, data.test)
+    assert model.training
+    assert model[1].num_batches_tracked == 0
+    with pytest.raises(ValueError, match=r"output has shape \(37, 3\) but the data has 5 classes"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), data.test)
+
+
+def test_average_is_the_written_formula() -> None:
+    model = nn.BatchNorm1d(2)
+    average = WeightAverage(model, 0.5)
+    expected = model.weight.detach().clone()
+    for step in range(1, 20):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2))
+        average.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(average.tensors["weight"], expected)
+    last = model.weight.detach().clone()
+    with average.in_place_of(model):
+        assert torch.equal(model.weight, average.tensors["weight"])
+    assert torch.equal(model.weight, last)
+
+
+def test_averaged_weights_are_what_is_evaluated_and_returned(data: Data) -> None:
+    averaged, last = network(norm=True), network(norm=True)
+    history = train(averaged, data, RECIPE)
+    train(last, data, replace(RECIPE, ema=0.0))
+    assert not torch.equal(averaged[0].weight, last[0].weight)
+    assert history.records[-1]["test_loss"] == pytest.approx(evaluate(averaged, data.test).loss, rel=1e-6)
+
+
+def hand_made_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    p, q = ((x.double() / temperature).softmax(1) for x in (teacher, student))
+    return temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
+
+
+def test_softened_divergence_is_hintons() -> None:
+    student, teacher = torch.randn(2, 7, 5)
+    found = softened_divergence(student, teacher, 3.0)
+    torch.testing.assert_close(found.double(), hand_made_loss(student, teacher, 3.0), rtol=1e-5, atol=1e-6)
+    assert softened_divergence(teacher, teacher, 3.0).abs() < 1e-5
+
+
+def test_guide_adds_the_parts_as_documented(data: Data) -> None:
+    student, teacher = network(), network(norm=True)
+    with torch.no_grad():
+        teacher[0].weight.add_(0.3)
+    images, labels = next(data.train.batches(16))
+    settings = Distillation(2.0, 0.7, [("0", "0"), ("2", "2")], feature_weight=0.4)
+    with Guide(student, teacher, settings, images) as guide:
+        logits = student(images)
+        label_loss = F.cross_entropy(logits, labels)
+        found = guide.loss(logits, images, label_loss)
+    teacher.eval()
+    expected = 0.7 * hand_made_loss(logits, teacher(images), 2.0) + 0.3 * label_loss
+    for layer in (1, 3):
+        mine, theirs = student[:layer](images), teacher[:layer](images)
+        expected = expected + 0.2 * (mine - theirs).square().mean() / theirs.var()
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_alpha_one_uses_no_labels(data: Data) -> None:
+    shuffled = replace(data, train=replace(data.train, labels=data.train.labels.roll(1)))
+    losses = [
+        train(network(), d, RECIPE, teacher=network(), distillation=Distillation(alpha=1.0)).records[-1]["train_loss"]
+        for d in (data, shuffled)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_teacher_is_not_touched_and_hooks_are_removed(data: Data) -> None:
+    student, teacher = network(norm=True), network(norm=True, dropout=0.5).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    train(student, data, RECIPE, teacher=teacher, distillation=Distillation(features="auto"))
+    assert teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(m._forward_hooks for model in (student, teacher) for m in model.modules())
+
+
+def test_matching_features_are_the_last_of_each_size() -> None:
+    def net(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, width, 1), nn.Conv2d(width, 3, 1), nn.Flatten()
+        )
+
+    example = torch.randn(2, 1, 6, 6)
+    assert matching_features(net(5), net(7), example) == (("1", "1"), ("4", "4"))
+    with pytest.raises(ValueError, match="no module has the same name and output shape"):
+        matching_features(nn.Sequential(nn.Conv2d(1, 2, 1)), nn.Sequential(nn.Conv2d(1, 3, 1)), example)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0 but is 0.0"),
+        ({"alpha": 1.1}, "alpha must be from 0 to 1 but is 1.1"),
+        ({"feature_weight": -1.0}, "feature_weight must be at least 0 but is -1.0"),
+        ({"features": "all"}, "features must be pairs or .auto. but is 'all'"),
+    ],
+)
+def test_distillation_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Distillation: {message}"):
+        Distillation(**settings)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (("9", "0"), "the student has no module called '9'"),
+        (("0", "layer"), "the teacher has no module called 'layer'"),
+        (("0", "3"), r"features of 0 have shape \(61, 8, 6, 6\) in the student, those of 3 \(61, 8, 4, 4\)"),
+    ],
+)
+def test_features_that_do_not_fit(data: Data, pair: tuple[str, str], message: str) -> None:
+    student = network()
+    with pytest.raises(ValueError, match=message):
+        train(student, data, RECIPE, teacher=network(), distillation=Distillation(features=[pair]))
+    assert not any(m._forward_hooks for m in student.modules())
+
+
+def test_distilled_student_learns_from_the_teacher_alone(data: Data) -> None:
+    """Nine of ten labels are wrong, the teacher is right."""
+    recipe = Recipe(epochs=15, batch_size=15, lr=0.1)
+    teacher = network(norm=True)
+    assert train(teacher, data, recipe).accuracy > 0.9
+    wrong = replace(data, train=replace(data.train, labels=(data.train.labels + 1) % 5))
+    student = network(norm=True)
+    history = train(student, wrong, recipe, teacher=teacher, distillation=Distillation(alpha=1.0))
+    assert history.accuracy > 0.9
+
+
+def test_small_network_learns_the_digits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(128, 10)),
+    )
+    assert train(model, load("digits"), Recipe(epochs=6, batch_size=64, lr=0.1)).accuracy > 0.97
+
+
+def launch(processes: int, out: Path) -> list[dict[str, Any]]:
+    """Run the same training in some processes on this machine; the result of each."""
+    out.mkdir()
+    script = str(Path(__file__).with_name("distributed_run.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run([*(launcher if processes > 1 else [sys.executable]), script, str(out)], check=True, timeout=300)
+    return [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_and_count_as_one(tmp_path: Path, processes: int) -> None:
+    """Batches of 15 and 37 test images divide by neither 2 nor 4; the network has no batch statistics."""
+    (one,) = launch(1, tmp_path / "one")
+    many = launch(processes, tmp_path / "many")
+    assert all(result == many[0] for result in many)
+    assert many[0]["world"] == processes
+    assert many[0]["confusion"] == one["confusion"]
+    assert sum(map(sum, many[0]["confusion"])) == 37
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("one", "many")]
+    assert len(logs[1]) == RECIPE.epochs
+    for a, b in zip(*logs, strict=True):
+        assert (a["epoch"], a["step"], a["lr"]) == (b["epoch"], b["step"], b["lr"])
+        # Sums of at most 15 terms in another order, carried through 12 steps.
+        for key in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5)
+    assert len(list((tmp_path / "many").glob("checkpoint-*"))) == 2

@@ -16,6 +16,10 @@ from sepconv import operators as _operators  # noqa: F401  (registers the operat
 from sepconv.cost.result import Cost, Layer, Shape, closing_pair, with_separable_form
 
 _aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_ACTIVATIONS = {
+    getattr(_aten, name).default for name in ("relu", "hardtanh", "silu", "hardswish", "hardsigmoid", "gelu", "sigmoid")
+}
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.detach.default}
 
 
@@ -29,10 +33,13 @@ def _without_batch(shape: Iterable[int]) -> Shape:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func is _aten.native_batch_norm.default and args[0].is_meta and not args[5]:
-        # PyTorch's shape function of this one operation loads the compiler, which takes seconds.
-        nothing = args[0].new_empty(0)
-        return torch.empty_like(args[0]), nothing, nothing
+    """The operation, or a shorter way to its shape: PyTorch's own for these takes most of the time of a count."""
+    if args and isinstance(args[0], Tensor) and args[0].is_meta:
+        if func in _ACTIVATIONS:
+            return torch.empty_like(args[0])
+        if func is _aten.native_batch_norm.default and not args[5]:
+            nothing = args[0].new_empty(0)
+            return torch.empty_like(args[0]), nothing, nothing
     return func(*args, **kwargs)
 
 
@@ -52,11 +59,6 @@ class Counter(TorchDispatchMode):
         self._conv_weights: dict[Any, int] = {}
         self._rows: list[Layer] = []
         self._depthwise: Layer | None = None
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # PyTorch would load its compiler, which takes seconds, only to keep it away from this class.
-        return False
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module starts."""
@@ -100,6 +102,10 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = self._without_data(args, kwargs or {})
+        if func not in RULES and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            # In inference mode PyTorch leaves it to us to take composite operations apart.
+            with self:
+                return func.decompose(*args, **kwargs)
         output = _run(func, args, kwargs)
         if func.is_view or func in _COPIES:
             self._follow(_tensors(args), _tensors(output))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
         input_shape: shape of the input without the batch, such as (3, 224, 224).
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or a TorchScript one.
         ValueError: ``input_shape`` is no shape, or the forward fails on it or needs values; the message names the
             layer.
 
@@ -47,6 +46,9 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"count: model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("count: a TorchScript module cannot be observed; count the module it was made from")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     if not isinstance(input_shape, Sequence) or not all(type(size) is int and size > 0 for size in input_shape):
         raise ValueError(f"count: input_shape must be positive integers without the batch, got {input_shape!r}")
     twins = {
@@ -59,17 +61,12 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     x = torch.empty((1, *input_shape), dtype=next(dtypes, torch.get_default_dtype()), device="meta")
     with _undisturbed(model, twins), _watched(counter):
         try:
-            with torch.inference_mode(False), torch.no_grad(), _eager(), counter:
+            with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
                 model(x)
         except Exception as error:
             shape = f"input_shape = {tuple(input_shape)}, to be given without the batch"
             raise ValueError(f"count: {counter.where()}: {_summary(error)} ({shape})") from error
     return counter.result()
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Nothing is compiled. Only where the compiler is loaded can a compiled module be, and loading it takes seconds."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _summary(error: Exception) -> str:

@@ -25,7 +25,7 @@ BUILT_IN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def create(name: str, **settings: Any) -> nn.Module:
+def create(name: str, /, **settings: Any) -> nn.Module:
     """Build a model by name.
 
     Args:

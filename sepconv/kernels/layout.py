@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ def new_output(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
         return x.new_empty(shape)
     memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def array(tensor: Tensor) -> Any:
+    """The tensor's memory as a NumPy array: views of it cost a fraction of the time of a tensor's."""
+    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
 def like(tensor: Tensor, out: Tensor) -> Tensor:

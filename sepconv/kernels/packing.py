@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from sepconv.kernels import runtime
+from sepconv.kernels.layout import array
 from sepconv.kernels.runtime import hl
 
 MAX_PACKED = 512
@@ -91,7 +92,7 @@ def cached_weights() -> int:
 
 def fingerprint(weight: Tensor) -> bytes:
     """A hash of every bit of a float32 tensor, 64 lanes of 32 bits per share of it; its bytes where they are few."""
-    numbers = weight.detach().numpy()
+    numbers = array(weight)
     count = numbers.size
     if count < _HASH_FROM:
         return numbers.tobytes()

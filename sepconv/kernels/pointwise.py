@@ -18,9 +18,12 @@ from torch import Tensor
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
-from sepconv.kernels.layout import is_channels_last, like, new_output
+from sepconv.kernels.layout import array, is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
+
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Spec(NamedTuple):
@@ -144,7 +147,7 @@ class Plan(NamedTuple):
     spec: Spec
     chunk: int
     x_view: tuple[tuple[int, ...], tuple[int, ...]]
-    out_view: tuple[tuple[int, ...], tuple[int, ...]]
+    out_size: tuple[int, ...]
 
     @property
     def block(self) -> int:
@@ -188,9 +191,7 @@ def _plan(
     guard = not channels_last and pixels < tile.wide
     spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, bias, residual)
     size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
-    return Plan(
-        spec, schedule.chunk, x_view, (size, (out_channels, 1) if channels_last else (out_channels * pixels, pixels, 1))
-    )
+    return Plan(spec, schedule.chunk, x_view, size)
 
 
 def plan(x: Tensor, out_channels: int, activation: str, bias: bool, residual: bool) -> Plan:
@@ -240,10 +241,19 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``new_output(x, O, x.shape[2:])``.
     """
+    layout = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
+    if not out.is_contiguous(memory_format=layout):
+        raise ValueError(f"pointwise.bind: out must have the layout of x without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
     images = [out] if residual is None else [like(residual, out), out]
-    views = [runtime.buffer(image.as_strided(*found.out_view)) for image in images]
-    return partial(kernel, found.chunk, runtime.buffer(x.as_strided(*found.x_view)), *packed, *views)
+    views = [_pixels(array(image), found).reshape(found.out_size) for image in images]
+    source = runtime.buffer(x.as_strided(*found.x_view))
+    return partial(kernel, found.chunk, source, *packed, *[hl.Buffer(view) for view in views])
+
+
+def _pixels(image: Any, found: Plan) -> Any:
+    """Channels last where the kernel reads pixel by pixel; (N, O, 1, ...) lies in memory like that anyway."""
+    return image.transpose(0, *range(2, image.ndim), 1) if found.spec.channels_last else image
 
 
 def forward(

@@ -17,7 +17,7 @@ from torch import Tensor
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
-from sepconv.kernels.layout import like, new_output
+from sepconv.kernels.layout import array, is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, separable_schedule
 
@@ -208,10 +208,9 @@ def plan(
     images, channels, height, width = shape
     multiplier = depthwise_shape[0] // channels
     kernel_size = (depthwise_shape[2], depthwise_shape[3])
-    size = tuple(
-        (size + sum(pads) - d * (k - 1) - 1) // s + 1
-        for size, pads, k, s, d in zip((height, width), padding, kernel_size, stride, dilation, strict=True)
-    )
+    ends = zip((height, width), padding, kernel_size, stride, dilation, strict=True)
+    out_height, out_width = ((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in ends)
+    size = (out_height, out_width)
     schedule = separable_schedule(machine.host(), channels, multiplier, out_channels, images, size, threads)
     spec = Spec(
         channels, multiplier, out_channels, kernel_size, stride, dilation, schedule.tile, schedule.columns,
@@ -220,6 +219,107 @@ def plan(
     tiles, left = divmod(size[0], schedule.rows)
     calls = [(schedule.rows, 0, tiles)] + [(left, tiles * schedule.rows, 1)] * (left > 0)
     return Plan(spec, size, (padding[0][0], padding[1][0]), tuple(calls))
+
+
+def plan_for(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    depthwise_activation: str,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    residual: Tensor | None = None,
+) -> Plan:
+    """:func:`plan` for the arguments of :func:`forward`."""
+    return plan(
+        x.shape,
+        depthwise_weight.shape,
+        pointwise_weight.shape[0],
+        (stride[0], stride[1]),
+        ((padding[0][0], padding[0][1]), (padding[1][0], padding[1][1])),
+        (dilation[0], dilation[1]),
+        (depthwise_activation, activation),
+        (depthwise_bias is not None, pointwise_bias is not None),
+        residual is not None,
+        torch.get_num_threads(),
+    )
+
+
+def supports(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    depthwise_activation: str,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    residual: Tensor | None = None,
+) -> str:
+    """Why this kernel cannot run, in a sentence; the empty string if it can."""
+    given = (x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual)
+    reason = runtime.missing() or runtime.unsuitable(*[tensor for tensor in given if tensor is not None])
+    if reason:
+        return reason
+    if x.dim() != 4:
+        return f"the fused kernel is for images (N, C, H, W), got {x.dim() - 2} spatial dimensions"
+    if not is_channels_last(x):
+        return "contiguous layout: the fused kernel reads channels_last images only"
+    if x.stride(1) != 1:
+        return f"the channels of a pixel must lie next to one another, got strides {x.stride()}"
+    return ""
+
+
+def slower(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    depthwise_activation: str,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    residual: Tensor | None = None,
+) -> str:
+    """Why PyTorch's kernels are the faster ones here; the empty string if they are not."""
+    return ""
+
+
+def describe(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    depthwise_activation: str,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    activation: str,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    residual: Tensor | None = None,
+) -> dict[str, Any]:
+    """The schedule that ``forward`` uses for these arguments."""
+    found = plan_for(
+        x, depthwise_weight, depthwise_bias, depthwise_activation, pointwise_weight, pointwise_bias, activation,
+        stride, padding, dilation, residual,
+    )  # fmt: skip
+    spec = found.spec
+    rows = [rows for rows, _, _ in found.calls]
+    return {
+        **spec.tile._asdict(),
+        "rows": rows,
+        "columns": spec.columns,
+        "depthwise_lanes": spec.depthwise_lanes,
+        "parallel": spec.parallel,
+    }
 
 
 def pack(
@@ -251,11 +351,14 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``new_output(x, O, found.size)``.
     """
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"separable.bind: out must be channels_last without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("separable", found.spec), lambda: build(found.spec))
     images = [out] if residual is None else [like(residual, out), out]
-    inputs = [*found.before, runtime.buffer(x.permute(0, 2, 3, 1)), *packed]
+    inputs = [*found.before, hl.Buffer(array(x).transpose(0, 2, 3, 1)), *packed]
+    views = [array(image).transpose(0, 2, 3, 1) for image in images]
     calls = [
-        partial(kernel, found.size[1], rows, first, *inputs, *[_tiles(image, rows, first, tiles) for image in images])
+        partial(kernel, found.size[1], rows, first, *inputs, *[_tiles(view, rows, first, tiles) for view in views])
         for rows, first, tiles in found.calls
     ]
     return calls[0] if len(calls) == 1 else partial(_one_after_the_other, calls)
@@ -266,12 +369,11 @@ def _one_after_the_other(calls: Sequence[Callable[[], None]]) -> None:
         call()
 
 
-def _tiles(image: Tensor, rows: int, first: int, tiles: int) -> Any:
-    """(N, O, Ho, Wo) -> image, tile, pixel in tile, channel."""
-    images, channels, height, width = image.shape
-    line = width * channels
-    size, stride = (images, tiles, rows * width, channels), (height * line, rows * line, channels, 1)
-    return runtime.buffer(image.as_strided(size, stride, image.storage_offset() + first * line))
+def _tiles(image: Any, rows: int, first: int, tiles: int) -> Any:
+    """(N, Ho, Wo, O) -> image, tile, pixel in tile, channel."""
+    images, _, width, channels = image.shape
+    part = image[:, first : first + tiles * rows]
+    return hl.Buffer(part.reshape(images, tiles, rows * width, channels))
 
 
 def forward(
@@ -293,16 +395,14 @@ def forward(
         x: (N, C, H, W)    depthwise_weight: (C*M, 1, kH, kW)    pointwise_weight: (O, C*M, 1, 1)
         residual: (N, O, Ho, Wo)    ->    (N, O, Ho, Wo)
     """
-    out_channels = pointwise_weight.shape[0]
-    biases = (depthwise_bias is not None, pointwise_bias is not None)
-    found = plan(
-        x.shape, depthwise_weight.shape, out_channels, tuple(stride), tuple(padding), tuple(dilation),
-        (depthwise_activation, activation), biases, residual is not None, torch.get_num_threads(),
+    found = plan_for(
+        x, depthwise_weight, depthwise_bias, depthwise_activation, pointwise_weight, pointwise_bias, activation,
+        stride, padding, dilation, residual,
     )  # fmt: skip
-    out = new_output(x, out_channels, found.size)
+    out = new_output(x, pointwise_weight.shape[0], found.size)
     if out.numel():
         weights = (depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
-        variant = ("separable", found.spec.tile.wide, biases)
+        variant = ("separable", found.spec.tile.wide, found.spec.depthwise_bias, found.spec.bias)
         packed = packing.remembered(weights, variant, lambda: pack(found, *weights))
         bind(found, x, packed, residual, out)()
     return out

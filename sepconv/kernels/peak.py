@@ -1,0 +1,58 @@
+"""The most multiply-adds per second that this machine can do, measured by a loop that touches registers only."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from sepconv.kernels import machine, runtime
+from sepconv.kernels.runtime import hl
+
+# As many independent sums as the widest tiles of the real kernels: enough to hide the latency of every unit.
+_SUMS = 12
+_STEPS = 1_000_000
+
+
+def build(lanes: int) -> tuple[Any, list[Any]]:
+    """``sums = sums * factor + factor``, so many steps; one task per row of the output. Arguments: steps, factor."""
+    steps, factor = hl.Param(hl.Int(32), "steps"), hl.Param(hl.Float(32), "factor")
+    i, task = hl.Var("i"), hl.Var("task")
+    step = hl.RDom([hl.Range(0, steps)], "step")
+    sums, out = hl.Func("sums"), hl.Func("fma_peak")
+    sums[i, task] = hl.cast(hl.Float(32), i)
+    # Naming the step keeps the compiler from treating every step as the same one.
+    sums[i, task] = sums[i, task] * factor + (factor + hl.cast(hl.Float(32), step.x * 0))
+    out[i, task] = sums[i, task]
+
+    out.bound(i, 0, lanes * _SUMS).vectorize(i, lanes).unroll(i).parallel(task)
+    sums.compute_at(out, task).vectorize(i, lanes).unroll(i)
+    sums.update().reorder(i, step.x).vectorize(i, lanes).unroll(i).unroll(step.x, 4)
+    return out, [steps, factor]
+
+
+def fma_peak_gflops(threads: int, repeats: int = 20) -> float:
+    """Billions of floating-point operations per second (a multiply-add is two), the best of ``repeats``.
+
+    One repeat takes about 4 ms. ``torch.set_num_threads`` is changed meanwhile and restored.
+    """
+    if threads < 1 or repeats < 1:
+        raise ValueError(f"fma_peak_gflops: threads and repeats must be at least 1, got {threads} and {repeats}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        lanes = machine.host().lanes
+        call = runtime.compiled(("fma_peak", lanes), lambda: build(lanes))
+        out = np.empty((threads, lanes * _SUMS), np.float32)
+        best = min(_seconds(call, out) for _ in range(repeats + 1))
+    finally:
+        torch.set_num_threads(before)
+    return 2.0 * _STEPS * out.size / best / 1e9
+
+
+def _seconds(call: Any, out: Any) -> float:
+    start = time.perf_counter()
+    call(_STEPS, 0.5, hl.Buffer(out))
+    return time.perf_counter() - start

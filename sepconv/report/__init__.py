@@ -1,0 +1,34 @@
+"""The page of a run: ``write_report(folder)`` turns the JSON of a run into one self-contained ``report.html``.
+
+Only ``result.json`` must be there, and of it only "model"; a part of the page whose numbers are missing is left out.
+Read are, where they exist:
+
+``result.json``, one object. Accuracies are fractions (0 to 1), [b, a] are the numbers before and after conversion:
+
+==================  ==================================================================================================
+model, data         names
+command             what makes the result again
+seconds             of the whole run
+normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender: number}, threads,
+                    kernels: {op: name}}
+stages              [{name, accuracy, seconds}], "original" first
+layers              [{name, kind ("separable", or "normal" where it was left), kernel [kH, kW], in_channels,
+                    out_channels, rank (M), error (relative, 0 to 1), params: [b, a], macs: [b, a], bytes: [b, a],
+                    ms: [b, a], reason}]
+curves              rows of the training log {epoch, phase, train_loss, train_accuracy, test_accuracy, ...}; every
+                    number whose name ends with "loss" or "accuracy" is a curve, for each "phase" one
+classes             names
+confusion           {normal, separable}: matrices of counts, rows are labels, columns are predictions
+test_images         how many images the accuracies and disagreements are of
+disagreement_count  how many of them the networks answer differently
+disagreements       [{image: "data:image/png;base64,...", name, label, normal, separable}], labels as class numbers
+machine, versions   {name: value}
+==================  ==================================================================================================
+
+``explanation.json``: what ``sepconv.explanation.collect`` returns. ``log.jsonl``: rows of curves, used if result.json
+has none. Any other ``*.json`` with a list "records": benchmark records {suite, case, contender, pass, threads, layout,
+median_ms, low_ms, high_ms, macs, bytes, kernel}; its "machine", or the result's, gives the limits of the roofline:
+{fma_peak_gflops (of one core), memory_gb_per_s}.
+"""
+
+from sepconv.report.page import write_report as write_report

@@ -1,0 +1,131 @@
+"""From the files of a run to one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sepconv.files import replacing
+from sepconv.report import charts, facts, formats, plots, records, words
+from sepconv.report.records import Run, dicts, mapping, number, text
+
+REPORT = "report.html"
+SCRIPTS = ("page.js", "arithmetic.js", "drawing.js", "explanation.js")
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` into the folder of a run, from the JSON files there (see :mod:`sepconv.report`).
+
+    The page needs no network and no other file. It appears under its name only when it is complete.
+
+    Args:
+        folder: what ``sepconv demo``, ``convert``, ``train`` or ``bench`` wrote to.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: ``result.json`` is missing, or one of the files is damaged; the message names it.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    page = render(records.read(folder))
+    with replacing(folder / REPORT) as file:
+        file.write(page.encode("utf-8"))
+    return folder / REPORT
+
+
+def render(run: Run) -> str:
+    """The page of a run.
+
+    Raises:
+        ValueError: the numbers of the explanation are not finite.
+    """
+    result = run.result
+    layers, comparisons = facts.layers(result), facts.comparisons(result)
+    script = "\n".join(_asset(name) for name in SCRIPTS)
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            model=result["model"],
+            data=text(result.get("data")),
+            command=text(result.get("command")),
+            test_images=number(result.get("test_images")),
+            comparisons=comparisons,
+            lead=words.lead(comparisons),
+            costs=words.costs(result, layers, comparisons),
+            example=words.example(layers),
+            latencies=facts.latency_table(result),
+            kernels=facts.kernels(result),
+            stages=facts.stages(result),
+            layers=layers,
+            timed=any(None not in row["ms"] for row in layers),
+            bars=facts.bars(layers),
+            roofline=plots.roofline(layers, result, run.benchmarks),
+            curves=plots.training(dicts(result.get("curves")) or run.log),
+            confusion=facts.confusion(result),
+            disagreements=facts.disagreements(result),
+            disagreement_count=number(result.get("disagreement_count")),
+            machine=_plain(result.get("machine")),
+            versions=_plain(result.get("versions")),
+            benchmarks=facts.benchmarks(run.benchmarks),
+            explanation=_script_json(run.explanation) if dicts(run.explanation.get("layers")) else "",
+            style=Markup(_asset("style.css")),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        )
+    )
+
+
+def _plain(value: Any) -> dict[str, str]:
+    """An object's entries that are words or numbers, or lists of them."""
+    entries = {
+        key: ", ".join(map(text, entry)) if isinstance(entry, list) else text(entry)
+        for key, entry in mapping(value).items()
+    }
+    return {key: entry for key, entry in entries.items() if entry}
+
+
+def _script_json(content: Any) -> Markup:
+    """JSON that may stand in a script element: nothing in it can end the element or open a comment."""
+    try:
+        written = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise ValueError("write_report: explanation.json holds a number that is not finite") from error
+    return Markup(written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+@cache
+def _asset(name: str) -> str:
+    return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("sepconv.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (
+        formats.count,
+        formats.duration,
+        formats.figures,
+        formats.milliseconds,
+        formats.percent,
+        formats.points,
+        formats.share,
+    ):
+        environment.filters[function.__name__] = function
+    environment.globals.update(across=charts.across, up=charts.up)
+    return environment

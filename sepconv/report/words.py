@@ -1,0 +1,56 @@
+"""The sentences of the page that depend on numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sepconv.report import formats
+from sepconv.report.facts import Comparison
+from sepconv.report.records import number
+
+
+def lead(found: list[Comparison]) -> str:
+    """What was gained and what it cost, in one sentence; empty without numbers."""
+    by_kind = {comparison.name: comparison for comparison in found}
+    gains = [
+        f"{by_kind[name].change} of {words}"
+        for name, words in (
+            ("Convolution weights", "the convolution weights"),
+            ("Multiplications", "the multiplications"),
+        )
+        if name in by_kind
+    ]
+    parts = [f"Of it, {' and '.join(gains)} are left."] if gains else []
+    if accuracy := by_kind.get("Accuracy"):
+        before, after = formats.percent(accuracy.before), formats.percent(accuracy.after)
+        parts.append(f"Accuracy went from {before} to {after}.")
+    if time := by_kind.get("Time per image"):
+        before, after = formats.milliseconds(time.before), formats.milliseconds(time.after)
+        parts.append(f"An image took {before} and takes {after}.")
+    return " ".join(parts)
+
+
+def costs(result: dict[str, Any], layers: list[dict[str, Any]], found: list[Comparison]) -> list[tuple[str, str]]:
+    """What conversion took: accuracy, changed answers, layers left, time."""
+    accuracy = next((c for c in found if c.kind == "percent"), None)
+    changed, tested = number(result.get("disagreement_count")), number(result.get("test_images"))
+    rows = []
+    if accuracy:
+        rows.append(("accuracy", accuracy.change))
+    if changed is not None:
+        rows.append(("answers that changed", f"{changed}" if tested is None else f"{changed} of {tested}"))
+    left = sum(bool(row["reason"]) for row in layers)
+    if left:
+        rows.append(("layers left as they were", f"{left} of {len(layers)}"))
+    if (seconds := number(result.get("seconds"))) is not None:
+        rows.append(("time for the whole run", formats.duration(seconds)))
+    return rows
+
+
+def example(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The layer that lost the most weights; empty where none did."""
+    known = [row for row in layers if None not in row["params"] and row["kernel"] and row["channels"]]
+    best = max(known, key=lambda row: row["params"][0] - row["params"][1], default={})
+    if not best or best["params"][0] <= best["params"][1]:
+        return {}
+    return {**best, "side": 100 * (best["params"][1] / best["params"][0]) ** 0.5}

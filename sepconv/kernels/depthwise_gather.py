@@ -203,8 +203,8 @@ def _schedule_out(spec: GatherSpec, v: Vars, out: Any, boxes: list[Any], items: 
     """Boxes of pixels are shared out to threads; inside, registers are filled block by block."""
     tile, (px, py, pz) = spec.tile, (len(p) for p in spec.taps)
     guard, shift = hl.TailStrategy.GuardWithIf, hl.TailStrategy.ShiftInwards
-    xt, xo, xi, yt, yo, yi, zt, zo, zi, co, cv, ci, phase, lane, item, task = (
-        hl.Var(name) for name in "xt xo xi yt yo yi zt zo zi co cv ci phase lane item task".split()
+    xt, xo, xi, yt, yo, yi, zt, zo, zi, co, cv, ci, phase, lane, item, task = hl.vars(
+        "xt xo xi yt yo yi zt zo zi co cv ci phase lane item task"
     )
     out.split(v.x, xt, v.x, boxes[0] * (tile.columns * px), guard).split(v.x, xo, xi, tile.columns * px, guard)
     out.split(v.y, yt, v.y, boxes[1] * (tile.rows * py), guard).split(v.y, yo, yi, tile.rows * py, guard)

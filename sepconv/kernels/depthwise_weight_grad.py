@@ -93,7 +93,7 @@ def _partial(spec: WeightSpec, v: Any, loops: _Loops, grad: Any, sums: Any, firs
     partial = hl.Func("partial")
     here = [first, v.m, *loops.k, v.c, loops.chunk_y, loops.chunk_n]
     partial[here] = hl.f32(0.0)
-    partial[here] += sums[first, v.m, *loops.k, v.c, box[0], tile_y, box[2], image]
+    partial[here] += sums[[first, v.m, *loops.k, v.c, box[0], tile_y, box[2], image]]
     return partial, box
 
 
@@ -102,9 +102,11 @@ def _finish(spec: WeightSpec, v: Any, loops: _Loops, partial: Any, lanes: int) -
     order = hl.RDom([hl.Range(0, lanes), hl.Range(0, loops.chunks_y), hl.Range(0, loops.chunks_n)], "order")
     total, out = hl.Func("total"), hl.Func("out")
     first = v.c if spec.channels_last else order[0]
-    total[v.c, v.m, *loops.k] = hl.f32(0.0)
-    total[v.c, v.m, *loops.k] += partial[first, v.m, *loops.k, 0 if spec.channels_last else v.c, order[1], order[2]]
-    out[*loops.k, v.m, v.c] = total[v.c, v.m, *loops.k]
+    here = [v.c, v.m, *loops.k]
+    total[here] = hl.f32(0.0)
+    channel = 0 if spec.channels_last else v.c
+    total[here] += partial[[first, v.m, *loops.k, channel, order[1], order[2]]]
+    out[[*loops.k, v.m, v.c]] = total[here]
     for var, size in zip(loops.k, spec.kernel, strict=True):
         out.bound(var, 0, size)
     out.bound(v.m, 0, spec.multiplier).never_partition_all()
@@ -113,7 +115,6 @@ def _finish(spec: WeightSpec, v: Any, loops: _Loops, partial: Any, lanes: int) -
 
 def _build_channels_last(spec: WeightSpec, v: Any, loops: _Loops, grad: Any, padded: Any) -> Any:
     """Vectors of channels; the taps of a group times a run of neighbouring pixels are straight-line code."""
-    tile = spec.tile
     pixel = hl.RDom([hl.Range(0, loops.box_x), hl.Range(0, loops.box_y)], "pixel")
     x, y = loops.tile_x * loops.box_x + pixel[0], loops.tile_y * loops.box_y + pixel[1]
     width, height, images = (grad.dim(d).extent() for d in (0, 1, 5))
@@ -138,7 +139,7 @@ def _schedule_channels_last(
 ) -> None:
     tile, (sums, pixel), (partial, box) = spec.tile, inner, outer
     (kx, ky, kz), ch = loops.k, hl.Var("ch")
-    co, ci, cv, kxo, kxi, kyo, kyi, chunk, task = (hl.Var(n) for n in "co ci cv kxo kxi kyo kyi chunk task".split())
+    co, ci, cv, kxo, kxi, kyo, kyi, chunk, task = hl.vars("co ci cv kxo kxi kyo kyi chunk task")
     out.output_buffer().dim(0).set_stride(hl.Expr())
     out.split(v.c, co, ci, tile.block, hl.TailStrategy.ShiftInwards)
     out.reorder(kx, ky, kz, v.m, ci, co).split(co, task, co, loops.items, hl.TailStrategy.GuardWithIf).parallel(task)
@@ -204,7 +205,7 @@ def _schedule_contiguous(
 ) -> None:
     tile, (sums, pixel), (partial, box), (padded, read, near) = spec.tile, inner, outer, copies
     (kx, ky, kz), lane = loops.k, loops.lane
-    kxo, kxi, kyo, kyi, chunk = (hl.Var(n) for n in "kxo kxi kyo kyi chunk".split())
+    kxo, kxi, kyo, kyi, chunk = hl.vars("kxo kxi kyo kyi chunk")
     out.output_buffer().dim(0).set_stride(hl.Expr())
     channel, task = hl.Var("channel"), hl.Var("task")
     out.split(v.c, task, channel, loops.items, hl.TailStrategy.GuardWithIf).parallel(task)

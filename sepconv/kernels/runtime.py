@@ -93,7 +93,6 @@ def compiled(key: Hashable, build: Build) -> Any:
     output Func and the arguments (``hl.ImageParam``, ``hl.Param``) in the order in which the callable takes
     them; the output buffer comes last. A failure is remembered and raised again as BuildError.
     """
-    _follow_torch_threads()
     with _cache_lock:
         entry = _cache.get(key)
         if entry is None:
@@ -104,6 +103,7 @@ def compiled(key: Hashable, build: Build) -> Any:
             _cache.move_to_end(key)
     if entry.call is None:
         _compile(entry, key, build)
+    _follow_torch_threads()
     return entry.call
 
 
@@ -156,6 +156,7 @@ _threads = 0
 
 
 def _follow_torch_threads() -> None:
+    """Halide ignores the thread count until a first kernel is compiled, so this comes after compiling."""
     global _threads
     wanted = torch.get_num_threads()
     if wanted != _threads:

@@ -104,14 +104,10 @@ def _from_huggingface(key: str) -> str:
 def _differences(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
     """What keeps the weights from fitting, one sentence per kind of difference."""
     own = model.state_dict(keep_vars=True)
-    # A tensor that the model has under two names is stored under one; counters of old files may be missing.
+    # A tensor that the model has under two names is stored under one; the counters of batch norms may be absent.
     present = {id(own[key]) for key in given if key in own}
-    missing = [
-        key
-        for key in own
-        if key not in given and id(own[key]) not in present and not key.endswith(".num_batches_tracked")
-    ]
-    unknown = [key for key in given if key not in own]
+    missing = [key for key in own if key not in given and id(own[key]) not in present and not _is_counter(key)]
+    unknown = sorted(key for key in given if key not in own and not _is_counter(key))
     shapes = [
         f"{key} is {tuple(given[key].shape)} in the file and {tuple(own[key].shape)} in the model"
         for key in own
@@ -119,6 +115,10 @@ def _differences(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
     ]
     sentences = ((missing, "keys missing in the file"), (unknown, "keys unknown to the model"), (shapes, "shapes"))
     return [f"{len(keys)} {what}: {_first(keys)}" for keys, what in sentences if keys]
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith(".num_batches_tracked")
 
 
 def _first(keys: Iterable[str]) -> str:

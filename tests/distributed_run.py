@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from sepconv.data import Data, Split
 from sepconv.data.images import TensorImages
 from sepconv.train import Recipe, evaluate, train
+from sepconv.train.processes import processes
 
 
 def random_data(train: int = 61, test: int = 37, classes: int = 5) -> Data:
@@ -51,7 +51,7 @@ def main(out: Path, epochs: int = RECIPE.epochs) -> None:
     data, model = random_data(), network()
     train(model, data, replace(RECIPE, epochs=epochs), out, resume=True)
     metrics = evaluate(model, data.test, batch_size=10)
-    state = PartialState()
+    state = processes()
     (out / f"result-{state.process_index}.json").write_text(
         json.dumps({"world": state.num_processes, "loss": metrics.loss, "confusion": metrics.confusion.tolist()})
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.data import Split
+from sepconv.train.processes import processes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256, channels_
     """
     if not len(split):
         raise ValueError("evaluate: the split has no images")
-    state = PartialState()
+    state = processes()
     # Fewer images than processes: each counts all of them.
     shared = len(split) >= state.num_processes > 1
     rank, world = (state.process_index, state.num_processes) if shared else (0, 1)

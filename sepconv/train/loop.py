@@ -21,6 +21,7 @@ from sepconv.train import checkpoint
 from sepconv.train.distill import Distillation, Guide, evaluating
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.history import History, Progress
+from sepconv.train.processes import processes
 from sepconv.train.recipe import Recipe
 from sepconv.train.trainer import Trainer
 
@@ -57,7 +58,7 @@ def train(
         TrainingStopped: the loss or the weights are not finite; the checkpoints are of before.
         OSError: `out` cannot be written.
     """
-    process = PartialState()
+    process = processes()
     _check_arguments(data, recipe, out, teacher, distillation, resume, process)
     example = data.calibration(min(EXAMPLES, len(data.train))).to(process.device)
     _place(model, recipe, process.device)

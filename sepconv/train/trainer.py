@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,9 +21,13 @@ from sepconv.train.average import WeightAverage
 from sepconv.train.distill import Guide
 from sepconv.train.evaluate import Metrics, evaluate
 from sepconv.train.history import Progress, TrainingStopped
+from sepconv.train.processes import processes
 from sepconv.train.recipe import Recipe
 
 STEPS_BETWEEN_LOOKS_ON_GPU = 20  # reading the loss makes the processor wait for the GPU
+# Each process keeps its own running statistics within an epoch; PyTorch 2.13 renamed the argument.
+RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+OWN_STATISTICS: dict[str, Any] = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
 
 
 class Trainer:
@@ -40,7 +44,7 @@ class Trainer:
         guide: Guide | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.process = PartialState()
+        self.process = processes()
         self.model, self.data, self.recipe, self.guide = model, data, recipe, guide
         self.on_progress = on_progress if self.process.is_main_process else None
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -53,7 +57,7 @@ class Trainer:
         self.parallel = model
         if self.process.num_processes > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(model, devices, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(model, devices, **OWN_STATISTICS)
         self.begin = time.perf_counter()
         self.steps_done = 0
 

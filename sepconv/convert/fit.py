@@ -1,0 +1,110 @@
+"""Fitting the separable layers, one after the other in the order they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv.convert.calibrate import Problem, calibrate
+from sepconv.convert.factor import compose, dropped_energy, truncated_svd
+from sepconv.convert.graph import Site, norm_scale
+from sepconv.convert.passes import Images, calls
+from sepconv.convert.replace import replace, separable
+from sepconv.convert.sensitivity import output_metrics
+from sepconv.convert.statistics import Moments, pixels_per_image
+
+SENSITIVITY_IMAGES = 256
+"""Images whose gradients say how much each output channel matters."""
+
+METHODS = ("sequential", "least_squares", "svd")
+
+
+@dataclass
+class Errors:
+    """Relative output error of one layer after the closed form and after calibration (None: not measured)."""
+
+    closed_form: float
+    fitted: float | None = None
+
+
+@dataclass
+class Fit:
+    """One conversion under way.
+
+    ``old`` and ``new`` are copies of the model; layers of ``new`` become separable as :meth:`run` goes. ``metrics``
+    holds, by site, what an error at its output costs.
+    """
+
+    old: nn.Module
+    new: nn.Module
+    sites: list[Site]
+    images: Images | None
+    method: str
+    sweeps: int
+    ridge: float
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def candidates(self) -> list[Site]:
+        return [site for site in self.sites if not site.reason]
+
+    def measure_sensitivity(self) -> list[str]:
+        """Fill in ``metrics``. Returns notes for the plan."""
+        assert self.images is not None
+        found = output_metrics(self.old, self.candidates, self.images.batches(SENSITIVITY_IMAGES))
+        if all(site.name in found for site in self.candidates):
+            self.metrics = found
+            return []
+        for site in self.candidates:
+            scale = self.scale(site)
+            weight = site.conv.weight.detach().double()
+            ones = weight.new_ones(weight.shape[0])
+            self.metrics[site.name] = torch.diag(ones if scale is None else scale.square())
+        return ["the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
+
+    def scale(self, site: Site) -> Tensor | None:
+        return norm_scale(self.old, site)
+
+    def problem(self, site: Site, moments: Moments) -> Problem:
+        return moments.problem(self.metrics[site.name], self.ridge)
+
+    def run(self, ranks: dict[str, int]) -> dict[str, Errors]:
+        """Make every layer with a rank separable in ``new``."""
+        errors: dict[str, Errors] = {}
+        generator = torch.Generator().manual_seed(0)
+        for site in self.sites:
+            if ranks.get(site.name):
+                first = not errors
+                errors[site.name] = self._convert(site, ranks[site.name], first, generator)
+        return errors
+
+    def _convert(self, site: Site, rank: int, first: bool, generator: torch.Generator) -> Errors:
+        conv: Any = self.new.get_submodule(site.name)
+        weight = conv.weight.detach().double()
+        start = truncated_svd(weight, rank, self.scale(site))
+        if self.images is None or self.method == "svd":
+            replace(self.new, site.names, separable(conv, *start))
+            energy = dropped_energy(weight, self.scale(site))
+            return Errors(float(energy[rank] / energy[0].clamp_min(1e-300)))
+        moments = self.moments(site, self.method == "sequential" and not first, generator)
+        problem = self.problem(site, moments)
+        fitted = calibrate(problem, weight.flatten(2), rank, self.sweeps)
+        shift = moments.bias(compose(*fitted))
+        replace(self.new, site.names, separable(conv, *fitted, shift))
+        return Errors(problem.relative_error(compose(*start)), problem.relative_error(compose(*fitted)))
+
+    def moments(self, site: Site, asymmetric: bool, generator: torch.Generator) -> Moments:
+        """Second moments of one site on the converted network's inputs (asymmetric) or on the original's."""
+        assert self.images is not None
+        conv: Any = self.new.get_submodule(site.name)
+        moments = Moments(conv)
+        pixels = pixels_per_image(moments, self.images.count)
+        for x in self.images.batches():
+            wanted = calls(self.old, site.conv, x, site.calls)
+            given = calls(self.new, conv, x, site.calls) if asymmetric else wanted
+            for (inputs, outputs), (_, target) in zip(given, wanted, strict=False):
+                moments.add(inputs, outputs, target if asymmetric else None, pixels, generator)
+        return moments

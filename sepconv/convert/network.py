@@ -1,0 +1,159 @@
+"""A trained normal network in, a separable one out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv.convert.factor import full_rank
+from sepconv.convert.fit import METHODS, Errors, Fit
+from sepconv.convert.graph import Site, Skip, find_sites, record, trace_norms
+from sepconv.convert.options import METRICS, costs, macs, weights
+from sepconv.convert.passes import Images, evaluating
+from sepconv.convert.plan import LayerPlan, Plan
+from sepconv.convert.ranks import ranks_for_budget
+from sepconv.convert.replace import check_runs
+from sepconv.convert.stages import finish
+
+
+def convert(
+    model: nn.Module,
+    calibration: Tensor | Iterable[Any] | None = None,
+    budget: float = 1 / 8,
+    *,
+    metric: str = "conv_params",
+    method: str = "sequential",
+    depth_multiplier: int | None = None,
+    skip: Skip = (),
+    example_input: Any = None,
+    reestimate_bn: bool = True,
+    sweeps: int = 3,
+    ridge: float = 1e-3,
+) -> tuple[nn.Module, Plan]:
+    """Turn the normal convolutions of a trained network into depthwise separable ones.
+
+    No labels and no training: ranks and weights come from closed forms on the weights and on unlabelled images. The
+    model itself is left as it is. Fine-tune or distil the result for what a small budget loses.
+
+    Args:
+        model: any module; its ``nn.Conv1d/2d/3d`` layers with groups=1 and more than one tap are candidates.
+        calibration: unlabelled images as the model takes them, a float tensor (N, C, *) or an iterable of batches; some
+            hundreds to thousands. None only with ``method="svd"``.
+        budget: part of the whole network's cost in ``metric`` that may remain, over 0 and at most 1.
+        metric: "conv_params" (weights of all convolutions), "macs" (their multiply-adds) or "latency" (their measured
+            time for one image on this machine).
+        method: "sequential" regresses each layer's original output on the converted network's input, "least_squares"
+            on the original network's, "svd" uses the weights alone.
+        depth_multiplier: one M for every candidate layer instead of a budget.
+        skip: names of modules that stay as they are (with all they contain), or ``skip(name, module) -> bool``.
+        example_input: a batch of one or more images; needed where there is no calibration but the metric needs shapes.
+        reestimate_bn: give batch norms behind converted layers the statistics of the converted network.
+        sweeps: rounds of alternating least squares per layer.
+        ridge: how strongly directions that the images hardly show are held to the original weights.
+
+    Returns:
+        The converted copy and the :class:`Plan` that says what was done to each layer and why.
+
+    Raises:
+        ValueError: an argument is out of range, the budget cannot be reached (the message says what can), or no
+            convolution can be converted (the message says why).
+    """
+    _check_arguments(model, calibration, budget, metric, method, depth_multiplier, example_input)
+    old, new = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
+    images = None if calibration is None else _images(model, calibration)
+    example = example_input if images is None else next(images.batches(2))
+    with evaluating(old, new):
+        sites, notes = _sites(old, skip, example)
+        priced = {site.name: costs(site, metric) for site in sites}
+        _require_some(model, sites, priced, fixed=depth_multiplier is not None)
+        fit = Fit(old, new, sites, images, method, sweeps, ridge)
+        if images is not None and method != "svd":
+            notes += fit.measure_sensitivity()
+        if depth_multiplier is None:
+            ranks = ranks_for_budget(fit, priced, budget, metric)
+        else:
+            ranks = {site.name: min(depth_multiplier, full_rank(site.conv.weight)) for site in fit.candidates}
+        errors = fit.run(ranks)
+        if example is not None:
+            check_runs(new, [site for site in sites if ranks.get(site.name)], example)
+        stages = finish(fit, ranks, reestimate_bn)
+    for site in sites:
+        new.get_submodule(site.name).train(model.get_submodule(site.name).training)
+    rows = [_row(site, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
+    share = budget if depth_multiplier is None else None
+    return new, Plan(rows, method, metric, share, images.count if images else 0, stages, notes)
+
+
+def _check_arguments(
+    model: nn.Module,
+    calibration: Any,
+    budget: float,
+    metric: str,
+    method: str,
+    depth_multiplier: int | None,
+    example_input: Any,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not 0 < budget <= 1:
+        raise ValueError(f"convert: budget must be over 0 and at most 1, got {budget!r}")
+    if metric not in METRICS:
+        raise ValueError(f"convert: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if method not in METHODS:
+        raise ValueError(f"convert: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if depth_multiplier is not None and depth_multiplier < 1:
+        raise ValueError(f"convert: depth_multiplier must be at least 1, got {depth_multiplier!r}")
+    if calibration is None and method != "svd":
+        raise ValueError(f"convert: method={method!r} needs calibration images; without any, use method='svd'")
+    if calibration is None and example_input is None and metric != "conv_params" and depth_multiplier is None:
+        raise ValueError(f"convert: metric={metric!r} needs calibration images or an example_input")
+
+
+def _images(model: nn.Module, calibration: Any) -> Images:
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return Images(calibration, first.device, first.dtype)
+
+
+def _sites(model: nn.Module, skip: Skip, example: Any) -> tuple[list[Site], list[str]]:
+    """The convolutions, recorded on an example if there is one, else traced; with what could not be found out."""
+    sites = find_sites(model, skip)
+    if example is not None:
+        return record(model, sites, example), []
+    failure = trace_norms(model, sites)
+    if not failure:
+        return sites, []
+    return sites, [f"batch norms were not used to weigh errors: without images the model must be traceable ({failure})"]
+
+
+def _require_some(model: nn.Module, sites: list[Site], priced: dict[str, dict[int, float]], fixed: bool) -> None:
+    """Give sites that no rank makes cheaper their reason; at least one site must be left."""
+    for site in sites:
+        if not site.reason and not fixed and len(priced[site.name]) == 1:
+            site.reason = "no depth multiplier makes it cheaper"
+    if any(not site.reason for site in sites):
+        return
+    why = "; ".join(f"{site.name}: {site.reason}" for site in sites) or "it has no nn.Conv1d/2d/3d at all"
+    raise ValueError(f"convert: {type(model).__name__} has no convolution to convert ({why})")
+
+
+def _row(site: Site, rank: int, errors: Errors | None) -> LayerPlan:
+    conv = site.conv
+    known = bool(site.outputs)
+    return LayerPlan(
+        site.name,
+        conv.in_channels,
+        conv.out_channels,
+        tuple(conv.kernel_size),
+        rank,
+        weights(site, 0),
+        weights(site, rank),
+        macs(site, 0) if known else None,
+        macs(site, rank) if known else None,
+        errors.closed_form if errors else None,
+        errors.fitted if errors else None,
+        "" if rank else site.reason or "the budget is better spent on other layers",
+    )

@@ -1,0 +1,98 @@
+"""Which depth multiplier each layer gets under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sepconv.convert.budget import Option, choose, smallest
+from sepconv.convert.calibrate import calibrate
+from sepconv.convert.factor import compose, dropped_energy
+from sepconv.convert.fit import Fit
+from sepconv.convert.graph import Site
+from sepconv.convert.passes import Hooks
+from sepconv.convert.statistics import Moments, pixels_per_image
+
+GROUP_BYTES = 1 << 31
+"""Second moments held at once while errors are measured; more layers than fit need another pass over the images."""
+
+UNITS = {"conv_params": "the convolutions' weights", "macs": "the convolutions' MACs", "latency": "the measured time"}
+
+
+def ranks_for_budget(fit: Fit, costs: dict[str, dict[int, float]], budget: float, metric: str) -> dict[str, int]:
+    """The depth multipliers of least summed error with at most ``budget`` of the whole cost; 0 stays normal.
+
+    Args:
+        costs: per site the cost of staying normal (key 0) and of every cheaper depth multiplier.
+
+    Raises:
+        ValueError: the budget cannot be reached; the message names the smallest that can.
+    """
+    total = sum(cost[0] for cost in costs.values())
+    least = smallest([[Option(m, c, 0.0) for m, c in cost.items()] for cost in costs.values()])
+    if least > budget * total:
+        raise ValueError(
+            f"convert: budget {budget:.4g} of {UNITS[metric]} cannot be reached; the smallest reachable is "
+            f"{math.ceil(least / total * 1e4) / 1e4:.4f} (1/{total / least:.2f})"
+        )
+    errors = rank_errors(fit, {name: [m for m in cost if m] for name, cost in costs.items()})
+    layers = [[Option(m, c, errors[name][m]) for m, c in cost.items()] for name, cost in costs.items()]
+    chosen = choose(layers, budget * total)
+    return {name: option.depth_multiplier for name, option in zip(costs, chosen, strict=True)}
+
+
+def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[int, float]]:
+    """Error of every depth multiplier of every site on the original network's statistics; of M = 0 (normal) zero."""
+    errors = {name: {0: 0.0} for name in candidates}
+    sites = [site for site in fit.sites if candidates[site.name]]
+    if fit.images is None or fit.method == "svd":
+        for site in sites:
+            energy = dropped_energy(site.conv.weight.detach().double(), fit.scale(site))
+            errors[site.name] |= {m: float(energy[m] / energy[0]) for m in candidates[site.name]}
+        return errors
+    for group in _groups(sites):
+        for site, moments in zip(group, _moments(fit, group), strict=True):
+            problem = fit.problem(site, moments)
+            weight = site.conv.weight.detach().double().flatten(2)
+            for m in candidates[site.name]:
+                errors[site.name][m] = problem.error(compose(*calibrate(problem, weight, m, 0)))
+    return errors
+
+
+def _groups(sites: list[Site]) -> Iterator[list[Site]]:
+    """Consecutive sites whose second moments fit into memory together."""
+    group: list[Site] = []
+    size = 0
+    for site in sites:
+        bytes_needed = 8 * site.conv.weight[0].numel() ** 2
+        if group and size + bytes_needed > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(site)
+        size += bytes_needed
+    if group:
+        yield group
+
+
+def _moments(fit: Fit, sites: list[Site]) -> list[Moments]:
+    """Second moments of several sites from one pass over the images."""
+    assert fit.images is not None
+    found = [Moments(site.conv) for site in sites]
+    generator = torch.Generator().manual_seed(0)
+
+    def add(moments: Moments, pixels: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
+            moments.add(args[0], output, None, pixels, generator)
+
+        return hook
+
+    with Hooks() as hooks, torch.no_grad():
+        for site, moments in zip(sites, found, strict=True):
+            hooks.after(site.conv, add(moments, pixels_per_image(moments, fit.images.count)))
+        for x in fit.images.batches():
+            fit.old(x)
+    return found

@@ -1,0 +1,73 @@
+"""How much each output channel of a layer matters to the network's output.
+
+An error e at a layer moves the outputs by J e, so E[e^T J^T J e] is what it costs. J^T J is estimated without labels:
+for random signs v the gradient g = J^T v of v . outputs has E[g g^T] = J^T J. Errors of different layers measured in
+this metric add up in one unit (squared output change per image), which is what ranks under one budget are compared
+by; batch norms, activations and everything else behind the layer are accounted for by construction.
+
+The Kronecker form, E[g g^T] apart from E[p p^T], is that of K-FAC (Martens and Grosse 2015, arXiv:1503.05671).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv.convert.graph import Site
+from sepconv.convert.passes import Hooks
+
+FLOOR = 1e-2
+"""Part of the mean sensitivity that every direction gets, so that none is free because few images were seen."""
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in whatever a network returns."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        return [t for value in output.values() for t in tensors(value)]
+    if isinstance(output, tuple | list):
+        return [t for value in output for t in tensors(value)]
+    return []
+
+
+def output_metrics(model: nn.Module, sites: list[Site], batches: Iterable[Tensor], draws: int = 2) -> dict[str, Tensor]:
+    """J^T J of every site, by site name, summed over its pixels: (O, O) each.
+
+    ``model`` must be in eval mode with frozen parameters. A site that the gradient does not reach is missing.
+    """
+    sums: dict[str, Tensor] = {}
+    images = 0
+
+    def watch(site: Site) -> Callable[..., Tensor]:
+        def add(gradient: Tensor) -> None:
+            g = gradient.transpose(0, 1).flatten(1).double()
+            sums[site.name] = sums.get(site.name, 0) + g @ g.T
+
+        def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_().clone()
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    generator = torch.Generator().manual_seed(0)
+    with Hooks() as hooks, torch.enable_grad():
+        for site in sites:
+            hooks.after(site.conv, watch(site))
+        for x in batches:
+            images += len(x)
+            outputs = [t for t in tensors(model(x)) if t.requires_grad]
+            for draw in range(draws if outputs else 0):
+                signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in outputs]
+                torch.autograd.backward(outputs, signs, retain_graph=draw + 1 < draws)
+    return {name: _floored(total / (images * draws)) for name, total in sums.items()}
+
+
+def _floored(metric: Tensor) -> Tensor:
+    level = float(metric.diagonal().mean())
+    return metric + FLOOR * level * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)

@@ -1,0 +1,118 @@
+"""What calibration images say about one convolution: means and second moments of its patches and targets.
+
+No batch is kept. A chunk of patches is multiplied out in the model's own precision and added in float64, so memory is
+one (C*k, C*k) matrix plus one chunk. Where a layer has more pixels than its matrix needs, a seeded random choice of
+them is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from sepconv.convert.calibrate import Problem
+
+CHUNK = 1 << 24
+"""Values in one chunk of patches (64 MB in float32)."""
+
+SAMPLES = 16
+"""Patches per value of a patch that make the second moments good enough."""
+
+LEAST_PIXELS = 16
+"""Pixels taken of every image at least."""
+
+
+def patches(conv: _ConvNd, x: Tensor, sizes: Sequence[int], positions: Tensor) -> Tensor:
+    """The input values under the filter at chosen output pixels.
+
+    Args:
+        conv: an ``nn.Conv1d/2d/3d`` whose stride, padding, padding mode and dilation count.
+        x: its input.
+        sizes: its output size, one per spatial dimension.
+        positions: indices into the flattened output.
+
+    Shape:
+        x: (N, C, *), positions: (S,)    ->    (N, S, C, k)
+    """
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    index = torch.zeros(len(positions), 1, dtype=torch.long, device=x.device)
+    rest, strides = positions.to(x.device), []
+    for size in reversed(sizes):
+        strides.append(rest % size)
+        rest = rest // size
+    for d, pixel in enumerate(reversed(strides)):
+        taps = torch.arange(conv.kernel_size[d], device=x.device) * conv.dilation[d]
+        place = pixel[:, None] * conv.stride[d] + taps
+        index = (index[:, :, None] * padded.shape[2 + d] + place[:, None, :]).flatten(1)
+    return padded.flatten(2)[:, :, index].permute(0, 2, 1, 3)
+
+
+class Moments:
+    """First and second moments of one layer's patches p and of what its output lacks, r = target - conv(p).
+
+    Storing r instead of the target makes the moments of a layer that already answers right exactly zero, whatever the
+    rounding, so that an exact conversion stays exact.
+    """
+
+    def __init__(self, conv: _ConvNd) -> None:
+        self.conv = conv
+        self.weight = conv.weight.detach().double().flatten(1)
+        outputs, features = self.weight.shape
+        new = self.weight.new_zeros
+        self.xx, self.rx, self.rr = new(features, features), new(outputs, features), new(outputs, outputs)
+        self.x, self.r = new(features), new(outputs)
+        self.count = 0
+
+    def add(self, x: Tensor, y: Tensor, target: Tensor | None, pixels: int, generator: torch.Generator) -> None:
+        """Add ``pixels`` output pixels of every image.
+
+        Shape:
+            x: (N, C, *)    y = conv(x): (N, O, *)    target: like y
+        """
+        available = math.prod(y.shape[2:])
+        chosen = torch.randperm(available, generator=generator)[:pixels].sort().values
+        images = max(1, CHUNK // (len(chosen) * self.xx.shape[0]))
+        for start in range(0, x.shape[0], images):
+            part = slice(start, start + images)
+            p = patches(self.conv, x[part], y.shape[2:], chosen).flatten(2).flatten(0, 1)
+            self.xx += (p.T @ p).double()
+            self.x += p.sum(0, dtype=torch.float64)
+            self.count += len(p)
+            if target is not None:
+                index = chosen.to(y.device)
+                lack = target[part].flatten(2)[:, :, index] - y[part].flatten(2)[:, :, index]
+                lack = lack.transpose(1, 2).flatten(0, 1)
+                self.rx += (lack.T @ p).double()
+                self.rr += (lack.T @ lack).double()
+                self.r += lack.sum(0, dtype=torch.float64)
+
+    def problem(self, metric: Tensor, ridge: float) -> Problem:
+        """The centred problem; ``ridge`` (relative to the mean variance of a patch value) holds it to the weight.
+
+        The ridge is what a handful of white-noise patches would add whose target is the original layer's answer. It
+        keeps directions that the images never show (dead channels, constant borders) at their original weights.
+        """
+        n, x, r, w = self.count, self.x / self.count, self.r / self.count, self.weight
+        xx = self.xx / n - torch.outer(x, x)
+        rx = self.rx / n - torch.outer(r, x)
+        rr = self.rr / n - torch.outer(r, r)
+        level = float(xx.diagonal().mean()) or 1.0
+        xx.diagonal().add_(ridge * level)
+        wr = w @ rx.T
+        yy = w @ xx @ w.T + wr + wr.T + rr
+        return Problem(xx, w @ xx + rx, yy, metric, self.conv.in_channels)
+
+    def bias(self, weight: Tensor) -> Tensor:
+        """What to add to the original bias so that the mean output is right: (O,)."""
+        return self.r / self.count + (self.weight - weight.flatten(1)) @ (self.x / self.count)
+
+
+def pixels_per_image(moments: Moments, images: int) -> int:
+    """Pixels to take of every image so that there are about ``SAMPLES`` patches for every value of a patch."""
+    return max(LEAST_PIXELS, math.ceil(SAMPLES * moments.xx.shape[0] / images))

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sepconv.convert import statistics
+from sepconv.convert.calibrate import Problem, calibrate, solve_columns, sweep, weighted_start
+from sepconv.convert.factor import compose, truncated_svd
+from sepconv.convert.statistics import Moments, patches
+
+
+def smooth_images(channels: int, seed: int = 0, count: int = 12, size: int = 11) -> Tensor:
+    """Images whose pixels and channels are correlated, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, channels, size, size, dtype=torch.float64, generator=generator)
+    x = F.avg_pool2d(x, 3, 1, 1)
+    mix = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
+    return torch.einsum("dc,nchw->ndhw", mix, x) + 0.5
+
+
+def make_conv(seed: int = 0, **arguments: Any) -> nn.Conv2d:
+    torch.manual_seed(seed)
+    return nn.Conv2d(5, 7, 3, padding=1, **arguments).double().requires_grad_(False)
+
+
+def gather(conv: nn.Module, x: Tensor, target: Tensor | None = None, pixels: int = 10**6) -> Moments:
+    moments = Moments(conv)
+    moments.add(x, conv(x), target, pixels, torch.Generator().manual_seed(0))
+    return moments
+
+
+def make_problem(ridge: float = 1e-6, seed: int = 0, target: Tensor | None = None) -> tuple[Problem, nn.Conv2d]:
+    conv = make_conv(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    root = torch.randn(7, 7, dtype=torch.float64, generator=generator)
+    return gather(conv, smooth_images(5, seed), target).problem(root @ root.T, ridge), conv
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.one_of(st.just("same"), st.tuples(st.integers(0, 2), st.integers(0, 2))),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_patches_times_weight_is_the_convolution(
+    kernel: Any, stride: Any, dilation: Any, padding: Any, mode: str
+) -> None:
+    stride = 1 if padding == "same" else stride
+    conv = nn.Conv2d(3, 4, kernel, stride, padding, dilation, padding_mode=mode, bias=False).double()
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    y = conv(x).detach()
+    chosen = torch.randperm(y[0, 0].numel())[:13]
+    p = patches(conv, x, y.shape[2:], chosen).flatten(2)
+    torch.testing.assert_close((p @ conv.weight.detach().flatten(1).T).mT, y.flatten(2)[:, :, chosen])
+
+
+@pytest.mark.parametrize(("dims", "size"), [(1, (17,)), (3, (5, 7, 6))])
+def test_patches_of_signals_and_volumes(dims: int, size: tuple[int, ...]) -> None:
+    conv: Any = {1: nn.Conv1d, 3: nn.Conv3d}[dims](3, 4, 3, stride=2, padding=1, bias=False).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    y = conv(x).detach()
+    p = patches(conv, x, y.shape[2:], torch.arange(y[0, 0].numel())).flatten(2)
+    torch.testing.assert_close((p @ conv.weight.detach().flatten(1).T).mT, y.flatten(2))
+
+
+def test_moments_are_those_of_all_patches_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x = make_conv(), smooth_images(5)
+    target = conv(x) + torch.randn(12, 7, 11, 11, dtype=torch.float64)
+    monkeypatch.setattr(statistics, "CHUNK", 121 * 45 * 5)
+    moments = Moments(conv)
+    for part in (slice(0, 7), slice(7, 12)):
+        moments.add(x[part], conv(x[part]), target[part], 10**6, torch.Generator())
+    problem = moments.problem(torch.eye(7, dtype=torch.float64), 0.0)
+    p = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 45)
+    y = target.flatten(2).transpose(1, 2).reshape(-1, 7)
+    covariance = torch.cov(torch.cat([p, y], 1).T, correction=0)
+    torch.testing.assert_close(problem.xx, covariance[:45, :45])
+    torch.testing.assert_close(problem.yx, covariance[45:, :45])
+    torch.testing.assert_close(problem.yy, covariance[45:, 45:])
+    weight = torch.randn(7, 5, 9, dtype=torch.float64)
+    lack = y - y.mean(0) - (p - p.mean(0)) @ weight.flatten(1).T
+    torch.testing.assert_close(problem.error(weight), float(lack.square().sum() / len(p)))
+    bias = conv.bias + moments.bias(weight)
+    torch.testing.assert_close((p @ weight.flatten(1).T + bias).mean(0), y.mean(0))
+
+
+def test_moments_take_the_pixels_asked_for() -> None:
+    conv, x = make_conv(), smooth_images(5)
+    assert gather(conv, x, pixels=17).count == 12 * 17
+    assert gather(conv, x, pixels=1000).count == 12 * 121
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_each_step_lowers_the_error(rank: int) -> None:
+    problem, conv = make_problem()
+    weight = conv.weight.flatten(2)
+    errors = [problem.error(compose(*truncated_svd(conv.weight, rank)))]
+    filters, columns = weighted_start(problem, weight, rank)
+    columns = solve_columns(problem, filters)
+    errors.append(problem.error(compose(filters, columns)))
+    for _ in range(6):
+        filters, columns = sweep(problem, filters, columns)
+        errors.append(problem.error(compose(filters, columns)))
+        columns = solve_columns(problem, filters)
+        errors.append(problem.error(compose(filters, columns)))
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[-1] < 0.98 * errors[1]
+
+
+def test_columns_solve_the_normal_equations() -> None:
+    problem, conv = make_problem()
+    filters, _ = weighted_start(problem, conv.weight.flatten(2), 2)
+    columns = solve_columns(problem, filters).requires_grad_()
+    flat = compose(filters, columns).flatten(1)
+    loss = (problem.metric * (problem.yy - 2 * problem.yx @ flat.T + flat @ problem.xx @ flat.T)).sum()
+    (gradient,) = torch.autograd.grad(loss, columns)
+    assert gradient.abs().max() < 1e-8 * float((problem.metric @ problem.yx).abs().max())
+
+
+def test_a_sweep_ends_where_no_channel_can_improve() -> None:
+    problem, conv = make_problem()
+    filters, columns = calibrate(problem, conv.weight.flatten(2), 1, 300)
+    before = problem.error(compose(filters, columns))
+    filters = filters.clone().requires_grad_()
+    flat = compose(filters, columns).flatten(1)
+    loss = (problem.metric * (problem.yy - 2 * problem.yx @ flat.T + flat @ problem.xx @ flat.T)).sum()
+    (gradient,) = torch.autograd.grad(loss, filters)
+    assert (gradient * filters).abs().sum() < 1e-3 * before
+    assert (gradient.norm(dim=2) * filters.norm(dim=2)).max() < 1e-2 * before
+
+
+@pytest.mark.parametrize("rank", [1, 9])
+def test_a_reachable_target_is_reached(rank: int) -> None:
+    conv = make_conv()
+    if rank == 1:
+        conv.weight.copy_(compose(*truncated_svd(conv.weight, 1)).view_as(conv.weight))
+    problem = gather(conv, smooth_images(5)).problem(torch.eye(7, dtype=torch.float64), 1e-3)
+    fitted = compose(*calibrate(problem, conv.weight.flatten(2), rank, 2))
+    torch.testing.assert_close(fitted, conv.weight.flatten(2), rtol=1e-8, atol=1e-9)
+
+
+def test_dead_and_repeated_channels_keep_everything_finite() -> None:
+    conv, x = make_conv(), smooth_images(5)
+    x[:, 2] = 0
+    x[:, 3] = x[:, 4]
+    x[:, 0] = 1
+    problem = gather(conv, x).problem(torch.eye(7, dtype=torch.float64), 1e-3)
+    fitted = compose(*calibrate(problem, conv.weight.flatten(2), 2, 3))
+    assert fitted.isfinite().all()
+    assert problem.relative_error(fitted) < problem.relative_error(compose(*truncated_svd(conv.weight, 2)))
+    assert fitted.abs().max() < 10 * conv.weight.abs().max()
+
+
+def test_all_channels_dead() -> None:
+    conv = make_conv()
+    problem = gather(conv, torch.zeros(3, 5, 11, 11, dtype=torch.float64)).problem(
+        torch.eye(7, dtype=torch.float64), 1e-3
+    )
+    fitted = compose(*calibrate(problem, conv.weight.flatten(2), 9, 1))
+    torch.testing.assert_close(fitted, conv.weight.flatten(2))
+
+
+def test_targets_of_another_network_are_regressed_on() -> None:
+    conv, x = make_conv(), smooth_images(5)
+    goal = make_conv(seed=4)
+    moments = gather(conv, x, goal(x))
+    problem = moments.problem(torch.eye(7, dtype=torch.float64), 1e-9)
+    fitted = compose(*calibrate(problem, conv.weight.flatten(2), 9, 1))
+    torch.testing.assert_close(fitted, goal.weight.flatten(2), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(conv.bias + moments.bias(fitted), goal.bias, rtol=1e-3, atol=1e-3)

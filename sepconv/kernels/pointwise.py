@@ -22,7 +22,6 @@ from sepconv.kernels.layout import array, is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
 
-
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

@@ -198,3 +198,30 @@ def _rows_cost(rows: int, height: int, width: int, images: int, threads: int, ti
     waste = _round_up(pixels, tile.scalars) / pixels
     # The first register tile of each block waits for its weights.
     return busy / (images * height) * waste * (1.0 + 0.5 * tile.scalars / pixels)
+
+
+class Stem(NamedTuple):
+    """``rows`` output rows at a time, for which the padded input rows are copied into the cache."""
+
+    tile: Tile
+    rows: int
+
+
+@lru_cache(maxsize=4096)
+def stem_schedule(
+    machine: Machine,
+    depth: int,
+    out_channels: int,
+    images: int,
+    size: tuple[int, int],
+    row_bytes: int,
+    threads: int,
+) -> Stem:
+    """``depth`` terms in each sum; ``size`` is the output's (Ho, Wo); ``row_bytes`` of input for each output row."""
+    height, width = size
+    tile = fit_scalars(gemm_tile(machine, out_channels, depth), width)
+    most = max(1, min(height, machine.l1_bytes // 2 // row_bytes))
+    tasks = -(-height // most)
+    if images * tasks < 4 * threads:
+        tasks = min(height, -(-4 * threads // images))
+    return Stem(tile, -(-height // tasks))

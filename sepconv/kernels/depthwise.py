@@ -13,7 +13,7 @@ The result has the layout of the first tensor. Padding is one (low, high) pair p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -145,12 +145,13 @@ def _gather_plan(p: _Problem, threads: int) -> _Plan:
     )
     tile = schedule.gather_tile(shape, p.channels_last, host())
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
-    items = p.batch * schedule.ceil_div(p.channels, tile.block) * schedule.boxes_in(shape, tile, boxes)
+    blocks = schedule.ceil_div(p.channels, tile.block)
+    others = p.batch * schedule.boxes_in(shape, tile, boxes)
     spec = GatherSpec(p.channels_last, not forward, taps, step, p.multiplier, p.bias, p.activation, tile)
     return _Plan(
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
-        arguments=(*base, *boxes, schedule.items_per_task(items, threads)),
+        arguments=(*base, *boxes, schedule.items_per_task(blocks, others, threads)),
         description=asdict(tile) | {"boxes": boxes},
     )
 
@@ -170,7 +171,7 @@ def _weight_plan(p: _Problem, threads: int) -> _Plan:
     return _Plan(
         key=repr(spec),
         build=partial(depthwise_weight_grad.build, spec),
-        arguments=(*(-low for low in p.low), *asdict(boxes).values(), schedule.items_per_task(blocks, threads)),
+        arguments=(*(-low for low in p.low), *asdict(boxes).values(), schedule.items_per_task(blocks, 1, threads)),
         description=asdict(tile) | asdict(boxes),
     )
 
@@ -289,6 +290,43 @@ def _gather(
         _biases(_NO_BIAS if bias is None else bias, problem.multiplier),
         *plan.arguments,
         _planes(out, out_m),
+    )
+
+
+def bind(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    activation: str,
+    out: Tensor,
+) -> Callable[[], None]:
+    """The call of :func:`forward` that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
+
+    ``x`` and ``out`` are both contiguous or both channels_last.
+    """
+    problem = _problem(
+        "forward",
+        x.dim() > 3 and x.stride(1) == 1,
+        tuple(x.shape),
+        tuple(out.shape),
+        tuple(weight.shape),
+        tuple(stride),
+        tuple([low for low, _ in padding]),
+        tuple(dilation),
+        bias is not None,
+        activation,
+    )
+    plan = _plan(problem, torch.get_num_threads())
+    return partial(
+        runtime.compiled(plan.key, plan.build),
+        _planes(x, 1),
+        _filters(weight, problem.multiplier),
+        _biases(_NO_BIAS if bias is None else bias, problem.multiplier),
+        *plan.arguments,
+        _planes(out, problem.multiplier),
     )
 
 

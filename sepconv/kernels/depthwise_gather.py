@@ -203,24 +203,22 @@ def _schedule_out(spec: GatherSpec, v: Vars, out: Any, boxes: list[Any], items: 
     """Boxes of pixels are shared out to threads; inside, registers are filled block by block."""
     tile, (px, py, pz) = spec.tile, (len(p) for p in spec.taps)
     guard, shift = hl.TailStrategy.GuardWithIf, hl.TailStrategy.ShiftInwards
-    xt, xo, xi, yt, yo, yi, zt, zo, zi, co, cv, ci, phase, lane, item, task = hl.vars(
-        "xt xo xi yt yo yi zt zo zi co cv ci phase lane item task"
-    )
+    xt, xo, xi, yt, yo, yi, zt, zo, zi = hl.vars("xt xo xi yt yo yi zt zo zi")
+    group, item, cv, ci, phase, lane, task = hl.vars("group item cv ci phase lane task")
     out.split(v.x, xt, v.x, boxes[0] * (tile.columns * px), guard).split(v.x, xo, xi, tile.columns * px, guard)
     out.split(v.y, yt, v.y, boxes[1] * (tile.rows * py), guard).split(v.y, yo, yi, tile.rows * py, guard)
     out.split(v.z, zt, v.z, boxes[2] * pz, guard).split(v.z, zo, zi, pz, guard)
     if spec.channels_last:
-        out.split(v.c, co, ci, tile.block, shift).split(ci, cv, ci, tile.lanes)
-        out.reorder(ci, v.m, xi, yi, zi, xo, yo, zo, cv, xt, yt, zt, co, v.n)
+        out.split(v.c, item, ci, tile.block, shift).split(ci, cv, ci, tile.lanes).split(item, group, item, items, guard)
+        out.reorder(ci, v.m, xi, yi, zi, xo, yo, zo, cv, item, xt, yt, zt, group, v.n)
         out.vectorize(ci).unroll(v.m).unroll(xi).unroll(yi).unroll(zi)
-        out.fuse(co, v.n, item)
     else:
+        out.split(v.c, group, item, items, guard)
         out.split(xi, xi, lane, tile.lanes * px, guard).split(lane, lane, phase, px, guard)
-        out.reorder(phase, lane, xi, yi, zi, xo, yo, zo, v.m, xt, yt, zt, v.c, v.n)
+        out.reorder(phase, lane, xi, yi, zi, xo, yo, zo, v.m, item, xt, yt, zt, group, v.n)
         out.unroll(phase).vectorize(lane).unroll(xi).unroll(yi).unroll(zi)
-        out.fuse(v.c, v.n, item)
-    out.fuse(zt, item, item).fuse(yt, item, item).fuse(xt, item, item)
-    out.split(item, task, item, items, guard).parallel(task).never_partition_all()
+    out.fuse(group, v.n, task).fuse(zt, task, task).fuse(yt, task, task).fuse(xt, task, task)
+    out.parallel(task).never_partition_all()
     return item
 
 
@@ -230,7 +228,7 @@ def _schedule_sums_channels_last(
     tile = spec.tile
     sums.reorder_storage(v.c, v.m, v.x, v.y, v.z, v.n)
     sums.bound_extent(v.x, tile.columns).bound_extent(v.y, tile.rows).bound_extent(v.c, tile.lanes)
-    sums.bound_extent(v.m, multiplier).reorder(v.c, v.m, v.x, v.y, v.z, v.n)
+    sums.bound_extent(v.m, multiplier).bound_extent(v.z, 1).bound_extent(v.n, 1)
     stages = [sums] + ([] if domain is None else [sums.update()])
     for stage in stages:
         stage.vectorize(v.c).unroll(v.m).unroll(v.x).unroll(v.y)
@@ -243,6 +241,8 @@ def _schedule_sums_contiguous(
 ) -> None:
     tile, xv = spec.tile, hl.Var("xv")
     sums.bound_extent(v.x, tile.columns).bound_extent(v.y, tile.rows)
+    for var in (v.z, v.m, v.c, v.n):
+        sums.bound_extent(var, 1)
     stages = [sums] + ([] if domain is None else [sums.update()])
     for stage in stages:
         stage.split(v.x, xv, v.x, tile.lanes).vectorize(v.x).unroll(xv).unroll(v.y)

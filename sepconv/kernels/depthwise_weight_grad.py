@@ -160,6 +160,8 @@ def _schedule_channels_last(
 
     sums.compute_at(partial, kxo).bound_extent(ch, tile.lanes).bound_extent(v.m, spec.multiplier)
     sums.bound_extent(kx, tile.taps_x).bound_extent(ky, tile.taps_y)
+    for var in (kz, v.c, loops.tile_x, loops.tile_y, v.z, v.n):
+        sums.bound_extent(var, 1)
     sums.vectorize(ch).unroll(v.m).unroll(kx).unroll(ky).never_partition_all()
     run, step = hl.RVar("run"), hl.RVar("step")
     stage = sums.update()
@@ -227,6 +229,8 @@ def _schedule_contiguous(
 
     sums.compute_at(partial, kxo).bound_extent(lane, tile.lanes)
     sums.bound_extent(kx, tile.taps_x).bound_extent(ky, tile.taps_y)
+    for var in (kz, v.m, v.c, loops.tile_x, loops.tile_y, v.z, v.n):
+        sums.bound_extent(var, 1)
     sums.vectorize(lane).unroll(kx).unroll(ky).never_partition_all()
     run, step = hl.RVar("run"), hl.RVar("step")
     stage = sums.update()

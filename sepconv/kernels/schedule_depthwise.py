@@ -163,8 +163,9 @@ def _balanced(count: int, most: int) -> int:
     return ceil_div(count, ceil_div(count, max(1, min(most, count))))
 
 
-def items_per_task(items: int, threads: int) -> int:
-    return max(1, items // (threads * _TASKS_PER_THREAD))
+def items_per_task(blocks: int, others: int, threads: int) -> int:
+    """Channels (or blocks of them) of one task, where ``others`` tasks exist for each anyway."""
+    return max(1, min(blocks, blocks * others // (threads * _TASKS_PER_THREAD)))
 
 
 def weight_tile(

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import aten
+from sepconv.kernels import aten, depthwise, layout, pointwise, runtime, separable
 
 
 @dataclass(frozen=True)
 class Explanation:
     """One kernel choice.
 
-    ``kernel`` is "halide" or "torch"; ``schedule`` holds the parameters of the pipeline that ran; ``reasons`` maps each
-    kernel that was passed over to the sentence that says why.
+    ``kernel`` is "halide", "torch", or "depthwise, then pointwise" for a separable convolution that was not fused and whose
+    two parts follow; ``schedule`` holds the parameters of the pipeline that ran; ``reasons`` maps each kernel that was
+    passed over to the sentence that says why.
     """
 
     op: str
@@ -53,30 +54,9 @@ def record() -> Iterator[list[Explanation]]:
         _RECORD.reset(token)
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    least = 0
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.shape[d] == 0 or x.stride(d) < least or (d == 0 and least == x.stride(1)):
-            return False
-        least = x.stride(d) * max(x.shape[d], 1)
-    return True
-
-
-def new_output(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
-    """An empty output of an operation on ``x``: in the same layout."""
-    shape = [x.shape[0], channels, *sizes]
-    if not is_channels_last(x):
-        return x.new_empty(shape)
-    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-
 def _as_output(y: Tensor, x: Tensor) -> Tensor:
-    """Give PyTorch's result the layout that :func:`new_output` promises; no copy where it has it already."""
-    if not is_channels_last(x):
+    """Give PyTorch's result the layout that ``layout.new_output`` promises; no copy where it has it already."""
+    if not layout.is_channels_last(x):
         return y.contiguous()
     return y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
@@ -85,13 +65,31 @@ def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(padding[::2], padding[1::2], strict=True))
 
 
-def _note(op: str, reason: str) -> None:
+def _note(op: str, kernel: str, describe: Callable[[], dict[str, Any]], reasons: dict[str, str]) -> None:
     collected = _RECORD.get()
     if collected is not None:
-        collected.append(Explanation(op, "torch", {}, {"halide": reason}))
+        collected.append(Explanation(op, kernel, describe(), reasons))
 
 
-_NOT_YET = "this version runs every operation through PyTorch's kernels"
+def _compute(
+    op: str,
+    reason: str,
+    fast: Callable[[], Tensor],
+    describe: Callable[[], dict[str, Any]],
+    slow: Callable[[], Tensor],
+    slow_name: str = "torch",
+) -> Tensor:
+    """Run the fast kernel unless there is a reason not to; a pipeline that cannot be built is such a reason."""
+    if not reason:
+        try:
+            y = fast()
+        except runtime.BuildError as error:
+            reason = str(error)
+        else:
+            _note(op, "halide", describe, {})
+            return y
+    _note(op, slow_name, dict, {"halide": reason})
+    return slow()
 
 
 def depthwise_forward(
@@ -103,9 +101,15 @@ def depthwise_forward(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    _note("depthwise_conv", _NOT_YET)
-    y = aten.depthwise_forward(x, weight, bias, stride, _pairs(padding), dilation, activation)
-    return _as_output(y, x)
+    case = ("forward", x, weight, stride, _pairs(padding), dilation, activation)
+    arguments = (x, weight, bias, *case[3:])
+    return _compute(
+        "depthwise_conv",
+        depthwise.supports(*case) or depthwise.slower(*case),
+        lambda: depthwise.forward(*arguments),
+        lambda: depthwise.describe(*case),
+        lambda: _as_output(aten.depthwise_forward(*arguments), x),
+    )
 
 
 def depthwise_grad_input(
@@ -116,9 +120,15 @@ def depthwise_grad_input(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    _note("depthwise_conv_grad_input", _NOT_YET)
-    grad = aten.depthwise_grad_input(grad_output, weight, input_size, stride, _pairs(padding), dilation)
-    return _as_output(grad, grad_output)
+    case = ("grad_input", grad_output, weight, stride, _pairs(padding), dilation)
+    arguments = (grad_output, weight, input_size, *case[3:])
+    return _compute(
+        "depthwise_conv_grad_input",
+        depthwise.supports(*case) or depthwise.slower(*case),
+        lambda: depthwise.grad_input(*arguments),
+        lambda: depthwise.describe(*case),
+        lambda: _as_output(aten.depthwise_grad_input(*arguments), grad_output),
+    )
 
 
 def depthwise_grad_weight(
@@ -129,16 +139,28 @@ def depthwise_grad_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    _note("depthwise_conv_grad_weight", _NOT_YET)
-    grad = aten.depthwise_grad_weight(grad_output, x, weight_size, stride, _pairs(padding), dilation)
-    return grad.contiguous()
+    case = ("grad_weight", grad_output, x, stride, _pairs(padding), dilation)
+    arguments = (grad_output, x, weight_size, *case[3:])
+    return _compute(
+        "depthwise_conv_grad_weight",
+        depthwise.supports(*case) or depthwise.slower(*case),
+        lambda: depthwise.grad_weight(*arguments),
+        lambda: depthwise.describe(*case),
+        lambda: aten.depthwise_grad_weight(*arguments).contiguous(),
+    )
 
 
 def pointwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
-    _note("pointwise_conv", _NOT_YET)
-    return _as_output(aten.pointwise_forward(x, weight, bias, activation, residual), x)
+    arguments = (x, weight, bias, activation, residual)
+    return _compute(
+        "pointwise_conv",
+        pointwise.supports(*arguments) or pointwise.slower(*arguments),
+        lambda: pointwise.forward(*arguments),
+        lambda: pointwise.describe(*arguments),
+        lambda: _as_output(aten.pointwise_forward(*arguments), x),
+    )
 
 
 def separable_forward(
@@ -154,21 +176,23 @@ def separable_forward(
     depthwise_activation: str,
     activation: str,
 ) -> Tensor:
-    _note("separable_conv", _NOT_YET)
-    y = aten.separable_forward(
-        x,
-        depthwise_weight,
-        depthwise_bias,
-        depthwise_activation,
-        pointwise_weight,
-        pointwise_bias,
-        activation,
-        stride,
-        _pairs(padding),
-        dilation,
-        residual,
+    """One pipeline where there is one, else the two operations one after the other, each with its own choice."""
+    first = (x, depthwise_weight, depthwise_bias, depthwise_activation)
+    arguments = (*first, pointwise_weight, pointwise_bias, activation, stride, _pairs(padding), dilation, residual)
+
+    def separately() -> Tensor:
+        geometry = (stride, padding, dilation)
+        hidden = depthwise_forward(x, depthwise_weight, depthwise_bias, *geometry, depthwise_activation)
+        return pointwise_forward(hidden, pointwise_weight, pointwise_bias, residual, activation)
+
+    return _compute(
+        "separable_conv",
+        separable.supports(*arguments) or separable.slower(*arguments),
+        lambda: separable.forward(*arguments),
+        lambda: separable.describe(*arguments),
+        separately,
+        "depthwise, then pointwise",
     )
-    return _as_output(y, x)
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sepconv import dispatch
-from sepconv.dispatch import new_output
+from sepconv.kernels.layout import new_output
 from sepconv.shapes import Geometry, output_size
 
 _aten = torch.ops.aten

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+
+# Two test processes share two cores; tests of several threads ask for them.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +42,23 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+Run = tuple[Path, torch.nn.Module, torch.nn.Module, Tensor]
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The folder of a small run on the digits; the normal network, the separable one, and the image explained."""
+    import sample_run
+
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, *sample_run.write_digits_run(folder)
+
+
+@pytest.fixture(scope="session")
+def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same for MobileNet v1 at full size, untrained."""
+    import sample_run
+
+    folder = tmp_path_factory.mktemp("mobilenet")
+    return folder, *sample_run.write_mobilenet_run(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,11 @@ from sepconv import reference
 _DEPTHWISE = {1: sepconv.depthwise_conv1d, 2: sepconv.depthwise_conv2d, 3: sepconv.depthwise_conv3d}
 _POINTWISE = {1: sepconv.pointwise_conv1d, 2: sepconv.pointwise_conv2d, 3: sepconv.pointwise_conv3d}
 _SEPARABLE = {1: sepconv.separable_conv1d, 2: sepconv.separable_conv2d, 3: sepconv.separable_conv3d}
-_ids = [case.name for case in CASES]
+# The kernels' own tests go through all cases; here it is the way from the function to the kernel that is tested.
+_names = ("channels_above_tile", "one_pixel", "padding_larger_than_image", "stride_skips_last_column", "batch_0")
+_names += ("dilation_4_stride_2", "even_kernel_same", "multiplier_3_stride_2", "signal_k4", "volume")
+_cases = [case for case in CASES if case.name in _names]
+_ids = [case.name for case in _cases]
 _small = [
     case for case in CASES if case.name in ("stride_1_2", "even_kernel_same", "multiplier_2", "signal_k4", "volume")
 ]
@@ -46,7 +51,7 @@ def _geometry(case: Case) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=_ids)
+@pytest.mark.parametrize("case", _cases, ids=_ids)
 def test_depthwise_conv(case: Case, channels_last: bool, assert_rounding: Callable[..., None]) -> None:
     x, w, b, _, _ = _tensors(case, channels_last=channels_last)
     y = _DEPTHWISE[case.dims](x, w, b, case.stride, case.padding, case.dilation)
@@ -56,7 +61,7 @@ def test_depthwise_conv(case: Case, channels_last: bool, assert_rounding: Callab
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=_ids)
+@pytest.mark.parametrize("case", _cases, ids=_ids)
 def test_separable_conv(case: Case, channels_last: bool, assert_rounding: Callable[..., None]) -> None:
     x, dw, db, pw, pb = _tensors(case, channels_last=channels_last)
     y = _SEPARABLE[case.dims](x, dw, pw, db, pb, case.stride, case.padding, case.dilation)
@@ -67,7 +72,7 @@ def test_separable_conv(case: Case, channels_last: bool, assert_rounding: Callab
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=_ids)
+@pytest.mark.parametrize("case", _cases, ids=_ids)
 def test_depthwise_gradients(case: Case, channels_last: bool, assert_rounding: Callable[..., None]) -> None:
     x, w, b, _, _ = _tensors(case, channels_last=channels_last)
     leaves = [t.clone().requires_grad_() for t in (x, w, b)]
@@ -145,11 +150,13 @@ def test_opcheck(case: Case, channels_last: bool) -> None:
     geometry = (list(g.stride), g.flat_padding, list(g.dilation))
     ops = torch.ops.sepconv
     y = ops.depthwise_conv(x, dw, db, *geometry, "")
-    torch.library.opcheck(ops.depthwise_conv.default, (x, dw, db, *geometry, "relu"))
-    torch.library.opcheck(ops.depthwise_conv_grad_input.default, (y.detach(), dw, list(x.shape), *geometry))
-    torch.library.opcheck(ops.depthwise_conv_grad_weight.default, (y.detach(), x, list(dw.shape), *geometry))
-    torch.library.opcheck(ops.pointwise_conv.default, (y.detach(), pw, pb, None, "relu6"))
-    torch.library.opcheck(ops.separable_conv.default, (x, dw, pw, db, pb, None, *geometry, "relu6", ""))
+    # It compares gradients of two runs whose layouts, and so whose orders of summation, may differ.
+    opcheck = partial(torch.library.opcheck, rtol=1e-4, atol=1e-4)
+    opcheck(ops.depthwise_conv.default, (x, dw, db, *geometry, "relu"))
+    opcheck(ops.depthwise_conv_grad_input.default, (y.detach(), dw, list(x.shape), *geometry))
+    opcheck(ops.depthwise_conv_grad_weight.default, (y.detach(), x, list(dw.shape), *geometry))
+    opcheck(ops.pointwise_conv.default, (y.detach(), pw, pb, None, "relu6"))
+    opcheck(ops.separable_conv.default, (x, dw, pw, db, pb, None, *geometry, "relu6", ""))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -174,7 +181,7 @@ def test_unbatched_input_gives_unbatched_output() -> None:
     torch.testing.assert_close(sepconv.pointwise_conv2d(y, pw), sepconv.pointwise_conv2d(y[None], pw)[0])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.dims == 2 and c.batch], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in _cases if c.dims == 2 and c.batch], ids=lambda c: c.name)
 def test_output_has_the_layout_of_the_input(case: Case) -> None:
     x, dw, db, pw, pb = _tensors(case)
     for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,13 +11,10 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not."""
-    return x.dim() in (4, 5) and not x.is_contiguous() and _pixel_by_pixel(x.shape, x.stride())
-
-
-@lru_cache(maxsize=4096)
-def _pixel_by_pixel(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    least = 0
-    for d in (1, *range(len(shape) - 1, 1, -1), 0):
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    shape, stride, least = x.shape, x.stride(), 0
+    for d in (1, 3, 2, 0) if len(shape) == 4 else (1, 4, 3, 2, 0):
         if shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
             return False
         least = stride[d] * max(shape[d], 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
-from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
+from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
 from sepconv.kernels.layout import array
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, stem_schedule
@@ -36,11 +36,10 @@ class Spec(NamedTuple):
     stride: tuple[int, int]
     tile: Tile
     activation: str
-    bias: bool
 
 
 def build(spec: Spec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: rows per task, top and left padding, x, packed weights, [bias]."""
+    """The pipeline; arguments: rows per task, top and left padding, x, packed weights, bias."""
     rows, top, left = (hl.Param(hl.Int(32), name) for name in ("rows", "top", "left"))
     x = hl.ImageParam(hl.Float(32), 4, "x")  # channel, column, row, image, in whatever order they lie in memory
     x.dim(0).set_min(0).set_extent(spec.channels).set_stride(1 if spec.channels_last else hl.Expr())
@@ -62,21 +61,15 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
         weight[o % tile.wide, k.x + spec.channels * (k.y + width * k.z), o // tile.wide]
         * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
     )
-    arguments = [rows, top, left, x, weight]
-    value = sums[o, column, row, n]
-    if spec.bias:
-        bias = hl.ImageParam(hl.Float(32), 1, "bias")
-        dense(bias, spec.out_channels)
-        arguments.append(bias)
-        value = value + bias[o]
-    out[o, column, row, n] = activate(value, spec.activation)
+    bias = bias_param("bias", spec.out_channels)
+    out[o, column, row, n] = activate(sums[o, column, row, n] + bias[o], spec.activation)
 
     result = out.output_buffer()
     result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)
     for d in (1, 2, 3):
         result.dim(d).set_min(0)
     _schedule(spec, rows, out, sums, padded, (o, column, row, n), k)
-    return out, arguments
+    return out, [rows, top, left, x, weight, bias]
 
 
 def _schedule(spec: Spec, rows: Any, out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any) -> None:
@@ -111,7 +104,6 @@ def plan(
     shape: tuple[int, ...],
     channels_last: bool,
     weight_shape: tuple[int, ...],
-    bias: bool,
     activation: str,
     stride: tuple[int, int],
     padding: tuple[tuple[int, int], ...],
@@ -125,22 +117,19 @@ def plan(
     size = (out_height, out_width)
     depth = channels * kernel_size[0] * kernel_size[1]
     row_bytes = 4 * channels * stride[0] * stride[1] * out_width
-    schedule = stem_schedule(machine.host(), depth, out_channels, images, size, row_bytes, threads)
-    spec = Spec(
-        channels_last, channels, out_channels, (kernel_size[0], kernel_size[1]), stride, schedule.tile, activation, bias
-    )
+    schedule = stem_schedule(machine.host(), depth, out_channels, max(images, 1), size, row_bytes, threads)
+    filters = (kernel_size[0], kernel_size[1])
+    spec = Spec(channels_last, channels, out_channels, filters, stride, schedule.tile, activation)
     return Plan(spec, size, (schedule.rows, padding[0][0], padding[1][0]))
 
 
-def plan_for(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
-) -> Plan:
-    """:func:`plan` for the arguments of :func:`forward`."""
+def plan_for(x: Tensor, weight: Tensor, activation: str, stride: Sequence[int], padding: Padding) -> Plan:
+    """:func:`plan` for tensors."""
     pads = ((padding[0][0], padding[0][1]), (padding[1][0], padding[1][1]))
     one_pixel = x.shape[2] * x.shape[3] == 1  # then both strides may be 1, but columns have none
     channels_last = x.stride(1) == 1 and (one_pixel or x.stride(3) != 1)
     strides, threads = (stride[0], stride[1]), torch.get_num_threads()
-    return plan(x.shape, channels_last, weight.shape, bias is not None, activation, strides, pads, threads)
+    return plan(x.shape, channels_last, weight.shape, activation, strides, pads, threads)
 
 
 def supports(
@@ -171,7 +160,7 @@ def describe(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
 ) -> dict[str, Any]:
     """The schedule that ``forward`` uses for these arguments."""
-    found = plan_for(x, weight, bias, activation, stride, padding)
+    found = plan_for(x, weight, activation, stride, padding)
     return {**found.spec.tile._asdict(), "rows": found.numbers[0]}
 
 
@@ -184,7 +173,7 @@ def new_output(x: Tensor, found: Plan) -> Tensor:
 def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
     """Copies of weight and bias as the kernel of this plan takes them."""
     rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    tensors = [packing.pack(rows, found.spec.tile.wide)] + ([] if bias is None else [bias.detach().clone()])
+    tensors = (packing.pack(rows, found.spec.tile.wide), packing.pack_bias(bias, weight))
     return [runtime.buffer(tensor) for tensor in tensors]
 
 
@@ -193,6 +182,8 @@ def bind(found: Plan, x: Tensor, packed: list[Any], out: Tensor) -> Callable[[],
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` from :func:`new_output`.
     """
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"conv.bind: out must be channels_last without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("conv", found.spec), lambda: build(found.spec))
     source, result = (hl.Buffer(array(image).transpose(0, 2, 3, 1)) for image in (x, out))
     return partial(kernel, *found.numbers, source, *packed, result)
@@ -206,10 +197,10 @@ def forward(
     Shape:
         x: (N, C, H, W)    weight: (O, C, kH, kW)    ->    (N, O, Ho, Wo), channels_last
     """
-    found = plan_for(x, weight, bias, activation, stride, padding)
+    found = plan_for(x, weight, activation, stride, padding)
     out = new_output(x, found)
     if out.numel():
-        variant = ("conv", found.spec.tile.wide, weight.shape, bias is not None)
+        variant = ("conv", found.spec.tile.wide, weight.shape)
         packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
         bind(found, x, packed, out)()
     return out

@@ -27,12 +27,12 @@ def packed_param(name: str, block: int, depth: int, length: int) -> Any:
     return param
 
 
-def split_vector(out: Any, v: Any, outer: Any, inner: Any, tile: Tile, extent: Any, tail: Any) -> None:
-    """Split the vectorised dimension of the output into register tiles."""
-    if isinstance(extent, int):
-        tail = hl.TailStrategy.GuardWithIf if extent % tile.wide else hl.TailStrategy.RoundUp
-        out.bound(v, 0, extent)
-    out.split(v, outer, inner, tile.wide, tail)
+def bias_param(name: str, length: int) -> Any:
+    """One number per output channel. Kernels add it last of all: LLVM takes sums for numbers, never NaN, and would
+    simplify an activation of them; of a sum with something just loaded it knows nothing."""
+    param = hl.ImageParam(hl.Float(32), 1, name)
+    dense(param, length)
+    return param
 
 
 def keep_in_registers(sums: Any, v: Any, s: Any, depth: list[Any], tile: Tile) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sepconv.kernels import runtime
@@ -56,6 +57,15 @@ def pack(weight: Tensor, block: int, multiplier: int = 1) -> Tensor:
     return rows.reshape(blocks, block, depth).transpose(1, 2).contiguous()
 
 
+def pack_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """A copy of the bias; zeros where there is none."""
+    return (
+        weight.new_zeros(weight.shape[0])
+        if bias is None
+        else bias.detach().clone(memory_format=torch.contiguous_format)
+    )
+
+
 def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> list[Any]:
     """``make()``, kept for as long as the first weight lives and the bytes of all of them stay the same.
 
@@ -63,7 +73,7 @@ def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Call
     """
     given = [weight for weight in weights if weight is not None]
     digest = tuple([fingerprint(weight) for weight in given])
-    key = (variant, *[weight.data_ptr() for weight in given])
+    key = (variant, *[None if weight is None else weight.data_ptr() for weight in weights])
     with _lock:
         entry = _cache.get(key)
         if entry is not None and entry.digest == digest:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
-from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
+from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
 from sepconv.kernels.layout import array, is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
@@ -35,29 +35,22 @@ class Spec(NamedTuple):
     guard: bool
     parallel: str
     activation: str
-    bias: bool
     residual: bool
 
 
 def build(spec: Spec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: chunk, x, packed weights, [bias], [residual]."""
+    """The pipeline; arguments: chunk, x, packed weights, bias, [residual]."""
     return _build_channels_last(spec) if spec.channels_last else _build_contiguous(spec)
 
 
-def _result(spec: Spec, sums: Any, o: Any, index: list[Any], extra: list[Any]) -> Any:
-    """Bias, residual and activation on top of the sums; appends their parameters to ``extra``."""
-    value = sums
-    if spec.bias:
-        bias = hl.ImageParam(hl.Float(32), 1, "bias")
-        dense(bias, spec.out_channels)
-        extra.append(bias)
-        value = value + bias[o]
-    if spec.residual:
-        residual = hl.ImageParam(hl.Float(32), len(index), "residual")
-        _strides(residual, spec, spec.out_channels)
-        extra.append(residual)
-        value = value + residual[tuple(index)]
-    return activate(value, spec.activation)
+def _result(spec: Spec, sums: Any, o: Any, index: list[Any]) -> tuple[Any, list[Any]]:
+    """Bias, residual and activation on top of the sums, and the parameters they need."""
+    bias = bias_param("bias", spec.out_channels)
+    if not spec.residual:
+        return activate(sums + bias[o], spec.activation), [bias]
+    residual = hl.ImageParam(hl.Float(32), len(index), "residual")
+    _strides(residual, spec, spec.out_channels)
+    return activate(sums + bias[o] + residual[tuple(index)], spec.activation), [bias, residual]
 
 
 def _strides(param: Any, spec: Spec, channels: int) -> None:
@@ -78,8 +71,7 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
     sums, out = hl.Func("sums"), hl.Func("pointwise")
     sums[o, p] = hl.f32(0.0)
     sums[o, p] += weight[o % tile.wide, k.x, o // tile.wide] * x[k.x, p]
-    extra: list[Any] = []
-    out[o, p] = _result(spec, sums[o, p], o, [o, p], extra)
+    out[o, p], extra = _result(spec, sums[o, p], o, [o, p])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
     ragged = spec.out_channels % tile.wide
@@ -117,8 +109,7 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
     panel[p, o, n] = source[p, o, n]
     sums[p, o, n] = hl.f32(0.0)
     sums[p, o, n] += panel[p, k.x, n] * weight[o % tile.scalars, k.x, o // tile.scalars]
-    extra: list[Any] = []
-    out[p, o, n] = _result(spec, sums[p, o, n], o, [p, o, n], extra)
+    out[p, o, n], extra = _result(spec, sums[p, o, n], o, [p, o, n])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
     task = hl.Var("task")
@@ -174,7 +165,6 @@ def _plan(
     channels_last: bool,
     out_channels: int,
     activation: str,
-    bias: bool,
     residual: bool,
     threads: int,
 ) -> Plan | None:
@@ -188,15 +178,15 @@ def _plan(
     schedule = pointwise_schedule(machine.host(), channels_last, channels, out_channels, pixels, images, threads)
     tile = schedule.tile
     guard = not channels_last and pixels < tile.wide
-    spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, bias, residual)
+    spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, residual)
     size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
     return Plan(spec, schedule.chunk, x_view, size)
 
 
-def plan(x: Tensor, out_channels: int, activation: str, bias: bool, residual: bool) -> Plan:
+def plan(x: Tensor, out_channels: int, activation: str = "", residual: bool = False) -> Plan:
     """The kernel and its schedule for such an input."""
     threads = torch.get_num_threads()
-    found = _plan(x.shape, x.stride(), is_channels_last(x), out_channels, activation, bias, residual, threads)
+    found = _plan(x.shape, x.stride(), is_channels_last(x), out_channels, activation, residual, threads)
     if found is None:
         raise ValueError(f"pointwise.plan: the pixels of x do not lie evenly spaced in memory, strides {x.stride()}")
     return found
@@ -210,7 +200,7 @@ def supports(
     reason = runtime.missing() or runtime.unsuitable(*given)
     if not reason and x.numel():
         shape, stride = x.shape, x.stride()
-        if _plan(shape, stride, is_channels_last(x), weight.shape[0], "", False, False, 1) is None:
+        if _plan(shape, stride, is_channels_last(x), weight.shape[0], "", False, 1) is None:
             reason = f"the pixels of x do not lie evenly spaced in memory (strides {stride}); x.contiguous() would"
     return reason
 
@@ -224,14 +214,14 @@ def describe(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
 ) -> dict[str, Any]:
     """The schedule that ``forward`` uses for these arguments."""
-    found = plan(x, weight.shape[0], activation, bias is not None, residual is not None)
+    found = plan(x, weight.shape[0], activation, residual is not None)
     layout = "channels_last" if found.spec.channels_last else "contiguous"
     return {"layout": layout, **found.spec.tile._asdict(), "chunk": found.chunk, "parallel": found.spec.parallel}
 
 
 def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
     """Copies of weight and bias as the kernel of this plan takes them."""
-    tensors = [packing.pack(weight, found.block)] + ([] if bias is None else [bias.detach().clone()])
+    tensors = (packing.pack(weight, found.block), packing.pack_bias(bias, weight))
     return [runtime.buffer(tensor) for tensor in tensors]
 
 
@@ -265,8 +255,8 @@ def forward(
     """
     out = new_output(x, weight.shape[0], x.shape[2:])
     if out.numel():
-        found = plan(x, weight.shape[0], activation, bias is not None, residual is not None)
-        variant = ("pointwise", found.block, bias is not None)
+        found = plan(x, weight.shape[0], activation, residual is not None)
+        variant = ("pointwise", found.block, weight.shape)
         packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
         bind(found, x, packed, residual, out)()
     return out

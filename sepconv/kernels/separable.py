@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
-from sepconv.kernels.gemm import dense, keep_in_registers, packed_param
+from sepconv.kernels.gemm import bias_param, dense, keep_in_registers, packed_param
 from sepconv.kernels.layout import array, is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, separable_schedule
@@ -42,8 +42,6 @@ class Spec(NamedTuple):
     parallel: str
     depthwise_activation: str
     activation: str
-    depthwise_bias: bool
-    bias: bool
     residual: bool
 
 
@@ -61,12 +59,11 @@ class _Inputs:
         self.depthwise_bias = hl.ImageParam(hl.Float(32), 2, "depthwise_bias")  # channel, multiplier
         dense(self.depthwise_bias, spec.channels, spec.multiplier)
         self.weight = packed_param("weight", spec.tile.wide, depth, spec.out_channels)
-        self.bias = hl.ImageParam(hl.Float(32), 1, "bias")
-        dense(self.bias, spec.out_channels)
+        self.bias = bias_param("bias", spec.out_channels)
         self.residual = self._image("residual", 4, spec.out_channels)  # like the output: channel, pixel, tile, image
-        self.arguments = [self.width, self.rows, self.first_row, self.top, self.left, self.x, self.taps]
-        self.arguments += [self.depthwise_bias] * spec.depthwise_bias + [self.weight]
-        self.arguments += [self.bias] * spec.bias + [self.residual] * spec.residual
+        numbers = [self.width, self.rows, self.first_row, self.top, self.left]
+        images = [self.x, self.taps, self.depthwise_bias, self.weight, self.bias]
+        self.arguments = numbers + images + [self.residual] * spec.residual
 
     @staticmethod
     def _image(name: str, dims: int, channels: int) -> Any:
@@ -100,7 +97,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     hidden = hl.Func("hidden")
     hidden[c, m, q, t, n] = hl.undef(hl.Float(32))
     hidden[channel, m, x + inputs.width * row_in, t, n] = activate(
-        filtered[channel, m, x, y, n], spec.depthwise_activation
+        filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m], spec.depthwise_activation
     )
 
     k = hl.RDom([hl.Range(0, spec.channels), hl.Range(0, spec.multiplier)], "k")
@@ -108,9 +105,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     sums, out = hl.Func("sums"), hl.Func("separable")
     sums[o, q, t, n] = hl.f32(0.0)
     sums[o, q, t, n] += inputs.weight[o % wide, k.x + spec.channels * k.y, o // wide] * hidden[k.x, k.y, q, t, n]
-    value = sums[o, q, t, n]
-    if spec.bias:
-        value = value + inputs.bias[o]
+    value = sums[o, q, t, n] + inputs.bias[o]
     if spec.residual:
         value = value + inputs.residual[o, q, t, n]
     out[o, q, t, n] = activate(value, spec.activation)
@@ -134,8 +129,7 @@ def _filter(spec: Spec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, 
     tap.where(y < height)
 
     filtered = hl.Func("filtered")
-    start = inputs.depthwise_bias[c, m] if spec.depthwise_bias else hl.f32(0.0)
-    filtered[c, m, column, row, n] = start
+    filtered[c, m, column, row, n] = hl.f32(0.0)
     filtered[c, m, column, row, n] += inputs.taps[c, m, tap.x, tap.y] * padded[c, x, hl.clamp(y, 0, height - 1), n]
     return filtered, tap
 
@@ -200,7 +194,6 @@ def plan(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, int],
     activations: tuple[str, str],
-    biases: tuple[bool, bool],
     residual: bool,
     threads: int,
 ) -> Plan:
@@ -211,10 +204,10 @@ def plan(
     ends = zip((height, width), padding, kernel_size, stride, dilation, strict=True)
     out_height, out_width = ((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in ends)
     size = (out_height, out_width)
-    schedule = separable_schedule(machine.host(), channels, multiplier, out_channels, images, size, threads)
+    schedule = separable_schedule(machine.host(), channels, multiplier, out_channels, max(images, 1), size, threads)
     spec = Spec(
         channels, multiplier, out_channels, kernel_size, stride, dilation, schedule.tile, schedule.columns,
-        schedule.depthwise_lanes, schedule.parallel, *activations, *biases, residual,
+        schedule.depthwise_lanes, schedule.parallel, *activations, residual,
     )  # fmt: skip
     tiles, left = divmod(size[0], schedule.rows)
     calls = [(schedule.rows, 0, tiles)] + [(left, tiles * schedule.rows, 1)] * (left > 0)
@@ -224,17 +217,15 @@ def plan(
 def plan_for(
     x: Tensor,
     depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
     depthwise_activation: str,
     pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
     activation: str,
     stride: Sequence[int],
     padding: Padding,
     dilation: Sequence[int],
-    residual: Tensor | None = None,
+    residual: bool = False,
 ) -> Plan:
-    """:func:`plan` for the arguments of :func:`forward`."""
+    """:func:`plan` for tensors."""
     return plan(
         x.shape,
         depthwise_weight.shape,
@@ -243,8 +234,7 @@ def plan_for(
         ((padding[0][0], padding[0][1]), (padding[1][0], padding[1][1])),
         (dilation[0], dilation[1]),
         (depthwise_activation, activation),
-        (depthwise_bias is not None, pointwise_bias is not None),
-        residual is not None,
+        residual,
         torch.get_num_threads(),
     )
 
@@ -308,8 +298,8 @@ def describe(
 ) -> dict[str, Any]:
     """The schedule that ``forward`` uses for these arguments."""
     found = plan_for(
-        x, depthwise_weight, depthwise_bias, depthwise_activation, pointwise_weight, pointwise_bias, activation,
-        stride, padding, dilation, residual,
+        x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation,
+        residual is not None,
     )  # fmt: skip
     spec = found.spec
     rows = [rows for rows, _, _ in found.calls]
@@ -331,13 +321,13 @@ def pack(
 ) -> list[Any]:
     """Copies of the weights as the kernel of this plan takes them."""
     multiplier = found.spec.multiplier
-    tensors = [
+    tensors = (
         _pack_taps(depthwise_weight, multiplier),
-        None if depthwise_bias is None else _pack_taps(depthwise_bias, multiplier),
+        _pack_taps(packing.pack_bias(depthwise_bias, depthwise_weight), multiplier),
         packing.pack(pointwise_weight, found.spec.tile.wide, multiplier),
-        None if pointwise_bias is None else pointwise_bias.detach().clone(),
-    ]
-    return [runtime.buffer(tensor) for tensor in tensors if tensor is not None]
+        packing.pack_bias(pointwise_bias, pointwise_weight),
+    )
+    return [runtime.buffer(tensor) for tensor in tensors]
 
 
 def _pack_taps(weight: Tensor, multiplier: int) -> Tensor:
@@ -396,13 +386,13 @@ def forward(
         residual: (N, O, Ho, Wo)    ->    (N, O, Ho, Wo)
     """
     found = plan_for(
-        x, depthwise_weight, depthwise_bias, depthwise_activation, pointwise_weight, pointwise_bias, activation,
-        stride, padding, dilation, residual,
+        x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation,
+        residual is not None,
     )  # fmt: skip
     out = new_output(x, pointwise_weight.shape[0], found.size)
     if out.numel():
         weights = (depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
-        variant = ("separable", found.spec.tile.wide, found.spec.depthwise_bias, found.spec.bias)
+        variant = ("separable", found.spec.tile.wide, depthwise_weight.shape, pointwise_weight.shape)
         packed = packing.remembered(weights, variant, lambda: pack(found, *weights))
         bind(found, x, packed, residual, out)()
     return out

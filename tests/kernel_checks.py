@@ -1,0 +1,39 @@
+"""What the tests of the matrix-product kernels share: views, poisoned outputs, and double-precision truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MARGIN = 64
+
+
+def image(shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """Random numbers, as a view of the middle channels of a larger image."""
+    whole = torch.randn(shape[0], shape[1] + 3, *shape[2:])
+    if channels_last:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        whole = whole.contiguous(memory_format=formats[len(shape)])
+    return whole[:, 1 : 1 + shape[1]]
+
+
+def poisoned(like: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """An output full of NaN inside a larger memory full of NaN, and the check that nothing was written beside it."""
+    memory = torch.full((like.numel() + 2 * MARGIN,), torch.nan)
+    out = memory.as_strided(like.shape, like.stride(), MARGIN)
+
+    def check() -> None:
+        margins = torch.cat([memory[:MARGIN], memory[-MARGIN:]])
+        assert bool(margins.isnan().all())
+
+    return out, check
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def magnitude(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double().abs() for tensor in tensors]

@@ -1,0 +1,206 @@
+"""The separable kernel against the definition in double precision, on views and with poisoned outputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import double, image, magnitude, poisoned
+from torch import Tensor
+
+from sepconv import reference
+from sepconv.kernels import runtime, separable
+
+pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+
+Pairs = tuple[tuple[int, int], tuple[int, int]]
+ONE: Pairs = ((1, 1), (1, 1))
+NONE: Pairs = ((0, 0), (0, 0))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, int, int, int]
+    out_channels: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: Pairs = ONE
+    dilation: tuple[int, int] = (1, 1)
+    multiplier: int = 1
+    activations: tuple[str, str] = ("relu6", "relu6")
+    bias: bool = True
+    residual: bool = False
+
+
+CASES = [
+    Case("one_output_pixel", (1, 2, 2, 2), 3, stride=(2, 2)),
+    Case("channels_equal_tile", (1, 32, 14, 14), 64),
+    Case("channels_prime", (2, 17, 7, 11), 33, residual=True),
+    Case("channels_below_tile", (1, 3, 9, 7), 5, activations=("silu", ""), bias=False),
+    Case("rows_left_over", (1, 24, 61, 53), 40),
+    Case("stride_2", (1, 16, 13, 12), 24, stride=(2, 2), activations=("relu", "")),
+    Case("stride_2_1_dilation_2", (1, 9, 29, 31), 16, stride=(2, 1), padding=((2, 2), (2, 2)), dilation=(2, 2)),
+    Case("stride_1_2_kernel_3x5", (1, 48, 11, 13), 24, (3, 5), (1, 2), ((0, 2), (4, 0)), activations=("", "gelu")),
+    Case("stride_3_dilation_3", (1, 8, 12, 12), 16, stride=(3, 3), padding=NONE, dilation=(3, 3)),
+    Case("padding_larger_than_image", (2, 16, 5, 5), 16, (7, 7), padding=((9, 9), (9, 9)), activations=("gelu", "")),
+    Case("image_smaller_than_kernel", (1, 8, 2, 3), 8, (5, 5), padding=((2, 2), (2, 2))),
+    Case("multiplier_3", (1, 24, 13, 13), 40, (5, 5), (2, 2), ((1, 2), (1, 2)), multiplier=3),
+    Case("multiplier_2_channels_prime", (1, 5, 7, 9), 11, multiplier=2, activations=("hardswish", "sigmoid")),
+    Case("signal_k15", (3, 8, 1, 203), 8, (1, 15), padding=((0, 0), (7, 7))),
+    Case("kernel_13x1", (1, 8, 31, 3), 8, (13, 1), padding=((6, 6), (0, 0))),
+]
+
+
+def arguments(case: Case) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+    """x, weights, biases and residual; then what is not a tensor."""
+    channels, out_channels = case.shape[1], case.out_channels
+    depth = channels * case.multiplier
+    x = image(case.shape, channels_last=True)
+    depthwise_weight, pointwise_weight = torch.randn(depth, 1, *case.kernel), torch.randn(out_channels, depth, 1, 1)
+    biases = [torch.randn(depth), torch.randn(out_channels)] if case.bias else [None, None]
+    plan = separable.plan_for(
+        x, depthwise_weight, *case.activations[:1], pointwise_weight, case.activations[1], case.stride,
+        case.padding, case.dilation,
+    )  # fmt: skip
+    residual = torch.randn(case.shape[0], out_channels, *plan.size) if case.residual else None
+    tensors = [x, depthwise_weight, biases[0], pointwise_weight, biases[1], residual]
+    return tensors, (case.stride, case.padding, case.dilation)
+
+
+def run(tensors: list[Tensor | None], activations: tuple[str, str], geometry: tuple[Any, ...]) -> Tensor:
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, residual = tensors
+    assert x is not None
+    assert depthwise_weight is not None
+    assert pointwise_weight is not None
+    weights = (depthwise_weight, depthwise_bias, activations[0], pointwise_weight, bias, activations[1])
+    assert separable.supports(x, *weights, *geometry, residual) == ""
+    return separable.forward(x, *weights, *geometry, residual)
+
+
+def truth(tensors: list[Any], activations: tuple[str, str], geometry: tuple[Any, ...]) -> Tensor:
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, residual = tensors
+    hidden = reference.depthwise_conv(x, depthwise_weight, depthwise_bias, *geometry)
+    y = reference.pointwise_conv(reference.ACTIVATIONS[activations[0]](hidden), pointwise_weight, bias)
+    return reference.ACTIVATIONS[activations[1]](y if residual is None else y + residual)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_separable_matches_definition(case: Case, assert_rounding: Callable[..., None]) -> None:
+    tensors, geometry = arguments(case)
+    y = run(tensors, case.activations, geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    expected = truth(double(*tensors), case.activations, geometry)
+    sizes = truth(magnitude(*tensors), ("", ""), geometry) + expected.abs()
+    terms = case.kernel[0] * case.kernel[1] + case.shape[1] * case.multiplier
+    assert_rounding(y, expected, sizes, terms)
+
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, residual = tensors
+    found = separable.plan_for(
+        x, depthwise_weight, case.activations[0], pointwise_weight, case.activations[1], *geometry, case.residual
+    )
+    out, margins_untouched = poisoned(y)
+    packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    separable.bind(found, x, packed, residual, out)()
+    assert torch.equal(out, y)
+    margins_untouched()
+
+
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "parallel"), [((1, 16, 24, 24), 16, "rows"), ((1, 32, 5, 5), 128, "channels")]
+)
+def test_separable_shares_out_rows_or_channels(shape: Any, out_channels: int, parallel: str) -> None:
+    case = Case(parallel, shape, out_channels)
+    tensors, geometry = arguments(case)
+    alone = run(tensors, case.activations, geometry)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
+    assert x is not None
+    description = separable.describe(
+        x, depthwise_weight, depthwise_bias, "relu6", pointwise_weight, bias, "relu6", *geometry
+    )
+    results = [run(tensors, case.activations, geometry) for _ in range(5)]
+    torch.set_num_threads(before)
+    assert description["parallel"] == parallel
+    assert all(torch.equal(result, results[0]) for result in results)
+    torch.testing.assert_close(results[0], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_separable_kernel_serves_every_image_size() -> None:
+    kernels = []
+    for height in range(40, 60, 3):
+        case = Case("size", (1, 16, height, height + 7), 32)
+        tensors, geometry = arguments(case)
+        y = run(tensors, case.activations, geometry)
+        expected = truth(double(*tensors), case.activations, geometry)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+        kernels.append(runtime.cached_kernels())
+    assert kernels[-1] == kernels[0]
+
+
+def test_separable_runs_in_many_threads_at_once() -> None:
+    cases = [case for case in CASES if case.name in ("channels_prime", "stride_2", "multiplier_3", "rows_left_over")]
+    prepared = [(case, *arguments(case)) for case in cases]
+    expected = [run(tensors, case.activations, geometry) for case, tensors, geometry in prepared]
+    wrong: list[str] = []
+
+    def work(offset: int) -> None:
+        for step in range(24):
+            index = (offset + step) % len(prepared)
+            case, tensors, geometry = prepared[index]
+            if not torch.equal(run(tensors, case.activations, geometry), expected[index]):
+                wrong.append(case.name)
+
+    workers = [threading.Thread(target=work, args=(offset,)) for offset in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_separable_treats_special_numbers_as_the_definition(activation: str, special: float) -> None:
+    x = torch.randn(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    x[0, 1, 2, 2] = special
+    depthwise_weight, pointwise_weight = torch.rand(4, 1, 3, 3) + 0.1, torch.randn(8, 4, 1, 1)
+    tensors = [x, depthwise_weight, None, pointwise_weight, None, None]
+    activations, geometry = (activation, "relu6"), ((1, 1), NONE, (1, 1))
+    expected = truth(double(*tensors), activations, geometry).float()
+    torch.testing.assert_close(run(tensors, activations, geometry), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.randn(1, 4, 6, 6), "contiguous layout"),
+        (torch.randn(1, 4, 6), "spatial dimensions"),
+        (image((1, 4, 6, 6), True).double(), "float32"),
+        (torch.randn(1, 9, 6, 6).contiguous(memory_format=torch.channels_last)[:, 1::2], "next to one another"),
+    ],
+)
+def test_separable_says_what_it_does_not_support(x: Tensor, reason: str) -> None:
+    weights = (torch.randn(4, 1, 3, 3), None, "", torch.randn(2, 4, 1, 1), None, "")
+    assert reason in separable.supports(x, *weights, (1, 1), ONE, (1, 1))
+
+
+def test_separable_empty_batch() -> None:
+    x = torch.empty(0, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    weights = (torch.randn(4, 1, 3, 3), None, "", torch.randn(2, 4, 1, 1), None, "")
+    assert separable.forward(x, *weights, (1, 1), ONE, (1, 1)).shape == (0, 2, 6, 6)
+
+
+def test_separable_bind_refuses_an_output_in_another_layout() -> None:
+    case = Case("layout", (1, 16, 24, 24), 16)
+    tensors, geometry = arguments(case)
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
+    found = separable.plan_for(x, depthwise_weight, "relu6", pointwise_weight, "relu6", *geometry)
+    packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    with pytest.raises(ValueError, match="out must be channels_last"):
+        separable.bind(found, x, packed, None, torch.empty(1, 16, 24, 24))

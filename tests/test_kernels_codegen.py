@@ -1,0 +1,127 @@
+"""The machine code for processors that need not be here: wide multiply-adds, nothing spilled in the inner loop."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sepconv.kernels import conv, machine, pointwise, runtime, schedule_gemm, separable
+
+if runtime.missing():
+    pytest.skip(runtime.missing(), allow_module_level=True)
+
+import halide as hl
+
+MACHINES = ["avx2", "avx512", "neon"]
+
+_LABEL = re.compile(r"(\.?L[\w.$]+):")
+_BRANCH = re.compile(r"(?:j[a-z]+|b(?:\.\w+)?|cbn?z|tbn?z)\s+(?:[wx]\d+,\s*(?:#\d+,\s*)?)?(\.?L[\w.$]+)$")
+_MULTIPLY_ADD = re.compile(r"(vfmadd\w+ps|fmla)\s")
+# A fixed place on the stack; scratch arrays may lie there too, but they are indexed by a register.
+_SPILL = re.compile(r"\d*\(%rsp\)|\[sp(, #\d+)?\]")
+
+
+def inner_loops(assembly: str) -> list[list[str]]:
+    """Instructions of the loops that contain no other label."""
+    lines = [re.split(r"\s*(?:#|//)\s", line)[0].strip() for line in assembly.splitlines()]
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
+    loops = []
+    for i, line in enumerate(lines):
+        branch = _BRANCH.match(line)
+        start = labels.get(branch[1], i) if branch else i
+        body = lines[start + 1 : i + 1]
+        if start < i and not any(_LABEL.match(inside) for inside in body):
+            loops.append([instruction for instruction in body if instruction])
+    return loops
+
+
+def multiply_adds(loop: list[str]) -> list[str]:
+    return [instruction for instruction in loop if _MULTIPLY_ADD.match(instruction)]
+
+
+def product_loop(pipeline: tuple[Any, list[Any]], processor: machine.Machine, folder: Path) -> list[str]:
+    """The inner loop with the most multiply-adds."""
+    output, arguments = pipeline
+    path = folder / "kernel.s"
+    output.compile_to_assembly(str(path), arguments, "kernel", hl.Target(processor.target + "-no_runtime"))
+    return max(inner_loops(path.read_text()), key=lambda loop: len(multiply_adds(loop)))
+
+
+def register_name(processor: machine.Machine, tile: schedule_gemm.Tile) -> str:
+    if processor.name == "neon":
+        return r"v\d+\.4s"
+    return {8: r"%ymm\d+", 16: r"%zmm\d+"}[tile.lanes]
+
+
+def assert_in_registers(loop: list[str], processor: machine.Machine, tile: schedule_gemm.Tile, unrolled: int) -> None:
+    found = multiply_adds(loop)
+    assert len(found) == tile.vectors * tile.scalars * unrolled
+    assert all(re.search(register_name(processor, tile), instruction) for instruction in found)
+    assert [instruction for instruction in loop if _SPILL.search(instruction)] == []
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) -> None:
+    processor = machine.named(name)
+    plan = schedule_gemm.pointwise_schedule(processor, channels_last, 128, 128, 56 * 56, 1, 1)
+    spec = pointwise.Spec(channels_last, 128, 128, plan.tile, False, plan.parallel, "relu6", False)
+    loop = product_loop(pointwise.build(spec), processor, tmp_path)
+    assert_in_registers(loop, processor, plan.tile, 1)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(("channels", "out_channels"), [(144, 24), (512, 512)])
+def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_path: Path) -> None:
+    processor = machine.named(name)
+    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1)
+    spec = separable.Spec(
+        channels, 1, out_channels, (3, 3), (1, 1), (1, 1), plan.tile, plan.columns, plan.depthwise_lanes,
+        plan.parallel, "relu6", "relu6", False,
+    )  # fmt: skip
+    loop = product_loop(separable.build(spec), processor, tmp_path)
+    assert_in_registers(loop, processor, plan.tile, 1)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_stem_inner_loop(name: str, tmp_path: Path) -> None:
+    processor = machine.named(name)
+    plan = schedule_gemm.stem_schedule(processor, 27, 32, 1, (112, 112), 5376, 1)
+    spec = conv.Spec(False, 3, 32, (3, 3), (2, 2), plan.tile, "relu6")
+    loop = product_loop(conv.build(spec), processor, tmp_path)
+    assert_in_registers(loop, processor, plan.tile, spec.channels)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("wide", [1, 7, 16, 24, 32, 49, 96, 320, 1000, 1024])
+def test_tiles_fit_the_registers(name: str, wide: int) -> None:
+    processor = machine.named(name)
+    tile = schedule_gemm.gemm_tile(processor, wide, 256)
+    assert tile.vectors * tile.scalars + tile.vectors + 1 <= processor.registers
+    assert tile.vectors * tile.scalars >= 10
+    assert tile.lanes <= processor.lanes
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("size", [(1, 1), (1, 203), (7, 7), (13, 3), (56, 56), (61, 53)])
+def test_separable_schedule_leaves_no_tile_shorter_than_its_registers(size: tuple[int, int], threads: int) -> None:
+    for name in MACHINES:
+        for channels, out_channels in ((3, 5), (64, 128), (1024, 1024)):
+            plan = schedule_gemm.separable_schedule(machine.named(name), channels, 1, out_channels, 1, size, threads)
+            left = size[0] % plan.rows
+            assert plan.rows <= size[0]
+            assert plan.tile.scalars <= plan.rows * size[1]
+            assert left == 0 or plan.tile.scalars <= left * size[1]
+            assert plan.depthwise_lanes <= channels
+
+
+def test_inner_loops_of_a_known_program() -> None:
+    program = "\n".join(
+        [".L0:", "  movl %eax, %ebx", ".L1: ", "\tvfmadd231ps %ymm1, %ymm2, %ymm3 # a + b", "\tjne .L1", "\tjne .L0"]
+    )
+    assert inner_loops(program) == [["vfmadd231ps %ymm1, %ymm2, %ymm3", "jne .L1"]]
+    assert _SPILL.search("vmovups 32(%rsp), %ymm0")
+    assert not _SPILL.search("vmovaps 384(%rsp,%r15), %ymm8")

@@ -103,7 +103,7 @@ def compiled(key: Hashable, build: Build) -> Any:
             _cache.move_to_end(key)
     if entry.call is None:
         _compile(entry, key, build)
-    _follow_torch_threads()
+    follow_torch_threads()
     return entry.call
 
 
@@ -155,7 +155,7 @@ def _thread_setter() -> Callable[[int], int] | None:
 _threads = 0
 
 
-def _follow_torch_threads() -> None:
+def follow_torch_threads() -> None:
     """Halide ignores the thread count until a first kernel is compiled, so this comes after compiling."""
     global _threads
     wanted = torch.get_num_threads()

@@ -1,0 +1,113 @@
+"""Frozen tensors: evaluated once, found again by how they were made.
+
+A graph is captured anew for every input size, but its weights are the same. Each constant has a key: the name of a
+parameter, or the operation and the keys of its arguments. What a key stands for is kept for as long as anything uses it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+# A constant operation whose result is larger than its inputs by this many numbers is left to run each time.
+_MOST_GROWTH = 1 << 20
+_LITERAL = 16
+
+T = TypeVar("T")
+
+
+class Constant:
+    """A tensor with the key under which the store knows it."""
+
+    def __init__(self, tensor: Tensor, key: Hashable) -> None:
+        self.tensor, self.key = tensor, key
+
+
+class Store:
+    """Constants by key, shared by all graphs of a model and dropped with the last of them that uses one."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        """``names``: the names of parameters and buffers by the id of the tensor."""
+        self._names = dict(names)
+        self._known: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Constant:
+        return self.keep(("constant", key), lambda: Constant(make(), key))
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, or returned before if that is still in use."""
+        known: T | None = self._known.get(key)
+        if known is None:
+            known = self._known[key] = make()
+        return known
+
+    def frozen(self, tensor: Tensor) -> Constant:
+        """The constant for a tensor that the model holds; others, such as literals, are known by their contents."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            return self.get(("parameter", name), lambda: tensor)
+        if tensor.numel() <= _LITERAL and tensor.is_cpu:
+            contents = (tuple(tensor.shape), *tensor.flatten().tolist())
+            return self.get(("literal", str(tensor.dtype), *contents), lambda: tensor)
+        return self.get(("unnamed", object()), lambda: tensor)
+
+
+def name_of(key: Hashable) -> str:
+    """The name of the first parameter in a key, "" if there is none."""
+    if not isinstance(key, tuple):
+        return ""
+    if len(key) == 2 and key[0] == "parameter":
+        return str(key[1])
+    return next((name for part in key if (name := name_of(part))), "")
+
+
+def fold_constants(graph: fx.Graph, store: Store) -> None:
+    """Evaluate what depends on constants alone; ``node.meta["constant"]`` becomes a :class:`Constant`."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.meta["constant"] = store.frozen(node.meta["constant"])
+        elif node.op == "call_function" and _foldable(node):
+            node.meta["constant"] = store.get(_key(node), lambda node=node: _evaluate(node))
+
+
+def _foldable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not node.all_input_nodes:
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    sources = [source.meta.get("constant") for source in node.all_input_nodes]
+    if not all(isinstance(source, Constant) for source in sources):
+        return False
+    return value.numel() <= _MOST_GROWTH + max(source.tensor.numel() for source in sources)
+
+
+def _key(node: fx.Node) -> Hashable:
+    args, spec = pytree.tree_flatten((node.args, node.kwargs))
+    leaves = (arg.meta["constant"].key if isinstance(arg, fx.Node) else _hashable(arg) for arg in args)
+    return (str(node.target), str(spec), *leaves)
+
+
+def _hashable(value: Any) -> Hashable:
+    return ("value", repr(value))
+
+
+def _evaluate(node: fx.Node) -> Tensor:
+    def real(value: Any) -> Any:
+        return value.meta["constant"].tensor if isinstance(value, fx.Node) else value
+
+    with torch.no_grad():
+        target: Any = node.target
+        result: Tensor = target(*fx.node.map_arg(node.args, real), **fx.node.map_arg(node.kwargs, real))
+    return result
+
+
+def constant(node: Any) -> Constant | None:
+    """The constant behind a graph's node; None if it is none."""
+    found = node.meta.get("constant") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, Constant) else None

@@ -1,0 +1,280 @@
+"""Where every value of a graph lies: its root in the arena, its strides, and when the memory is free again.
+
+Images are channels_last, whatever layout the model used; nothing else about a value depends on it, except where an
+operation reads memory by strides (``as_strided``), which gets the layout that the model saw. Reshapes cost nothing:
+they are other strides of the same root.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sepconv.compile.constants import Constant, constant
+from sepconv.compile.groups import Convolution, Pool, Separable
+
+_aten = torch.ops.aten
+_GROUPS = (Convolution, Separable, Pool)
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+_ALIGNMENT = 64
+# Keyword under which a step keeps which results of an operation with several are used.
+RESULTS = "_results"
+
+
+@dataclass(eq=False)
+class Root:
+    """Memory that one step writes; ``first`` and ``last`` are the steps between which it must be kept."""
+
+    bytes: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+@dataclass
+class Place:
+    """A value: a tensor on the meta device that has its size and strides, and the root or the constant it lies in."""
+
+    meta: Tensor
+    root: Root | Constant
+
+
+@dataclass
+class Step:
+    """Something to compute. ``target`` is a group, an ATen operation, or None for a copy into another layout."""
+
+    target: Any
+    args: Any
+    kwargs: Any
+    outputs: list[Place]
+
+
+@dataclass
+class Layout:
+    """The steps of a graph in order, with the places of what they read and write.
+
+    ``direct`` is the number of the input that the first step reads where the caller holds it, if it does; ``given`` has
+    the strides in which the caller holds them, and ``copied`` lists the inputs that are copied to their places.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    direct: int | None = None
+    inputs: list[Place] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
+    outputs: list[tuple[Place, Tensor]] = field(default_factory=list)
+    roots: list[Root] = field(default_factory=list)
+    bytes: int = 0
+
+
+def lay_out(graph: fx.Graph) -> Layout:
+    """Choose places and steps for all nodes of a matched graph."""
+    walk = _Walk()
+    for node in graph.nodes:
+        walk.visit(node)
+    _find_copied(walk.layout)
+    _assign(walk.layout)
+    return walk.layout
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.layout = Layout()
+        self._places: dict[fx.Node, Any] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        known = constant(node)
+        if known is not None:
+            tensor = known.tensor
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self._places[node] = Place(meta, known)
+        elif node.op == "placeholder":
+            place = self._new(node.meta["val"], _dense(node.meta["val"]))
+            assert isinstance(place.root, Root)
+            place.root.first = -1
+            self.layout.inputs.append(place)
+            self.layout.given.append(node.meta["val"])
+            self._places[node] = place
+        elif node.op == "call_function":
+            self._call(node)
+        elif node.op == "output":
+            for source in node.args[0]:  # type: ignore[union-attr]
+                place = self._places[source]  # type: ignore[index]
+                self._read(place, len(self.layout.steps))
+                self.layout.outputs.append((place, source.meta["val"]))  # type: ignore[union-attr]
+
+    def _call(self, node: fx.Node) -> None:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._places[source])
+        if node.target is operator.getitem:
+            self._places[node] = args[0][args[1]]
+            return
+        if isinstance(node.target, _GROUPS):
+            self._places[node] = self._group(node, args)
+            return
+        view = self._view(node, args, kwargs)
+        self._places[node] = self._operation(node, args, kwargs) if view is None else view
+
+    def _group(self, node: fx.Node, args: tuple[Place, ...]) -> Place:
+        out = _dense(node.meta["val"])
+        x, *residual = args
+        if isinstance(node.target, Convolution) and node.target.dims == 0:
+            x = self._in_layout(x, _rows(x.meta))
+        elif not self._reads_input(node.target, x):
+            x = self._in_layout(x, _dense(x.meta))
+        read = [x, *(self._in_layout(place, out) for place in residual)]
+        return self._step(node.target, read, {}, [self._new(node.meta["val"], out)])[0]
+
+    def _reads_input(self, target: Any, x: Place) -> bool:
+        """Whether a step is the network's first and takes the input as the caller holds it, in either layout."""
+        if self.layout.steps or target.kind != "normal" or target.residual or target.dims != 2:
+            return False
+        direct = next((i for i, place in enumerate(self.layout.inputs) if place is x), None)
+        self.layout.direct = direct
+        return direct is not None
+
+    def _view(self, node: fx.Node, args: Any, kwargs: Any) -> Place | None:
+        """Another look at the same memory, if the operation is one and the strides allow it."""
+        target: Any = node.target
+        if target in _VIEWS:
+            target = _aten.view.default
+        elif not _is_view(target):
+            return None
+        source: Place = args[0]
+        if target is _aten.as_strided.default:
+            original: Any = node.args[0]
+            source = self._in_layout(source, original.meta["val"])
+        try:
+            meta = target(source.meta, *args[1:], **kwargs)
+        except (RuntimeError, ValueError):
+            return None
+        return Place(meta, source.root)
+
+    def _operation(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            out = self._new(value, _strides_for(value, _places_in((args, kwargs))))
+            return self._step(node.target, args, kwargs, [out])[0]
+        # Several results: the nodes that take them know their sizes; the others are of no use to anyone.
+        taken = {user.args[1]: user.meta["val"] for user in node.users}
+        outs = {i: self._new(value, value) for i, value in taken.items()}
+        step = self._step(node.target, args, kwargs, list(outs.values()))
+        self.layout.steps[-1].kwargs = {**kwargs, RESULTS: tuple(outs)}
+        return dict(zip(outs, step, strict=True))
+
+    def _new(self, value: Tensor, strides_like: Tensor) -> Place:
+        meta = torch.empty_strided(value.shape, strides_like.stride(), dtype=value.dtype, device="meta")
+        span = 1 + sum((size - 1) * step for size, step in zip(meta.shape, meta.stride(), strict=True))
+        index = len(self.layout.steps)
+        root = Root(span * meta.element_size() if meta.numel() else 0, index, index)
+        self.layout.roots.append(root)
+        return Place(meta, root)
+
+    def _step(self, target: Any, args: Any, kwargs: Any, outputs: list[Place]) -> list[Place]:
+        index = len(self.layout.steps)
+        for place in _places_in((args, kwargs)):
+            self._read(place, index)
+        for place in outputs:
+            assert isinstance(place.root, Root)
+            place.root.first = place.root.last = index
+        self.layout.steps.append(Step(target, args, kwargs, outputs))
+        return outputs
+
+    @staticmethod
+    def _read(place: Place, index: int) -> None:
+        if isinstance(place.root, Root):
+            place.root.last = max(place.root.last, index)
+
+    def _in_layout(self, place: Place, like: Tensor) -> Place:
+        """The value with the strides of ``like``, copied only where it has others."""
+        if _same_strides(place.meta, like):
+            return place
+        return self._step(None, [place], {}, [self._new(place.meta, like)])[0]
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of the same size lie in memory alike; steps along a size of 1 do not matter."""
+    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A meta tensor of that size in the layout that the kernels read."""
+    memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_format)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows of a matrix may lie apart, the numbers of a row may not."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else _dense(x)
+
+
+def _is_view(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    if schema is None or len(schema.returns) != 1 or not schema.arguments or target is _aten.view.dtype:
+        return False
+    shared, source = schema.returns[0].alias_info, schema.arguments[0].alias_info
+    return shared is not None and source is not None and not shared.is_write
+
+
+def _places_in(value: Any) -> list[Place]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Place)]
+
+
+def _strides_for(value: Tensor, sources: Sequence[Place]) -> Tensor:
+    """The layout of an operation's result: that of an input of the same size, else channels_last if an input is."""
+    for place in sources:
+        meta = place.meta
+        if meta.shape == value.shape and _without_gaps(meta):
+            return meta
+    if value.dim() == 4 and any(is_channels_last(place.meta) for place in sources):
+        return _dense(value)
+    return torch.empty(value.shape, device="meta")
+
+
+def _without_gaps(x: Tensor) -> bool:
+    """Whether every number has a place of its own and no place is left over."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(x.shape, x.stride(), strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return x.numel() > 0
+
+
+def _find_copied(layout: Layout) -> None:
+    """Inputs that any step but the direct one reads; the others need no memory."""
+    steps = layout.steps if layout.direct is None else layout.steps[1:]
+    read = {id(place.root) for step in steps for place in _places_in((step.args, step.kwargs))}
+    read |= {id(place.root) for place, _ in layout.outputs}
+    for i, place in enumerate(layout.inputs):
+        if id(place.root) in read:
+            layout.copied.append(i)
+        elif isinstance(place.root, Root):
+            place.root.bytes = 0
+
+
+def _assign(layout: Layout) -> None:
+    """Offsets in one arena: large roots first, each at the lowest place that is free while it lives."""
+    placed: list[Root] = []
+    for root in sorted(layout.roots, key=lambda root: -root.bytes):
+        rivals = sorted(
+            (other for other in placed if other.first <= root.last and root.first <= other.last),
+            key=lambda other: other.offset,
+        )
+        offset = 0
+        for other in rivals:
+            if offset + root.bytes <= other.offset:
+                break
+            offset = max(offset, -(-(other.offset + other.bytes) // _ALIGNMENT) * _ALIGNMENT)
+        root.offset = offset
+        placed.append(root)
+        layout.bytes = max(layout.bytes, offset + root.bytes)

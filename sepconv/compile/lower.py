@@ -1,0 +1,176 @@
+"""From a group to the call that computes it: a kernel bound to its memory, or PyTorch with the reason why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.compile.constants import Store
+from sepconv.compile.groups import Convolution, Pool, Separable
+from sepconv.compile.layout import RESULTS
+from sepconv.kernels import conv, depthwise, pointwise, pool, runtime, separable
+from sepconv.kernels.layout import array
+from sepconv.kernels.runtime import BuildError, hl
+
+
+class Call(NamedTuple):
+    """``run()`` computes the step. ``kernel`` is "halide" or "torch", ``reason`` says why not Halide.
+
+    ``holds`` keeps packed weights alive for the next plan.
+    """
+
+    run: Callable[..., None]
+    kernel: str
+    reason: str = ""
+    holds: Any = None
+
+
+class _Packed(list[Any]):
+    """Buffers over packed weights, shared between plans."""
+
+
+def lower(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor], store: Store) -> Call:
+    """The call that fills ``outputs``. ``target`` is as in ``layout.Step``."""
+    if target is None:
+        return Call(partial(outputs[0].copy_, args[0]), "copy")
+    if not isinstance(target, (Convolution, Separable, Pool)):
+        return Call(_operation(target, args, kwargs, outputs), "torch", "no kernel for this operation")
+    reason = runtime.missing() or runtime.unsuitable(outputs[0], *args) or _unfit(target, args, outputs[0])
+    if not reason:
+        try:
+            return _bind(target, args, outputs[0], store)
+        except BuildError as error:
+            reason = str(error).splitlines()[0]
+    return Call(partial(_through_torch, target, args, outputs[0]), "torch", reason)
+
+
+def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store) -> Call:
+    """The same for the first step of a network; ``run(x)`` takes any tensor with the sizes and strides of ``x``."""
+    call = lower(target, [x], {}, [out], store)
+    if call.kernel == "torch":
+        return call._replace(run=lambda given: _through_torch(target, [given], out))
+    bound: Any = call.run
+    before, after, kernel = bound.args[:3], bound.args[4:], bound.func
+    return call._replace(run=lambda given: kernel(*before, hl.Buffer(array(given).transpose(0, 2, 3, 1)), *after))
+
+
+def _through_torch(target: Any, args: Sequence[Tensor], out: Tensor) -> None:
+    with torch.no_grad():
+        out.copy_(target(*args))
+
+
+def _unfit(target: Any, args: Sequence[Tensor], out: Tensor) -> str:
+    """Why none of the kernels can compute a group, in a sentence; "" if one can."""
+    if out.numel() == 0:
+        return "the result is empty"
+    if isinstance(target, (Pool, Separable)):
+        return ""
+    x = args[0]
+    if target.kind == "grouped":
+        return f"no kernel for grouped convolutions (groups={target.groups})"
+    if target.kind == "normal":
+        if target.residual or target.groups > 1 or set(target.dilation) != {1}:
+            return "the kernel for normal convolutions has no dilation, groups and residual"
+        bias = None if target.bias is None else target.bias.tensor
+        return conv.supports(x, target.weight.tensor, bias, target.activation, target.stride, target.padding)
+    if target.kind == "pointwise" and x.dim() == 4 and x.shape[1] == 1 and out.shape[1] > 1:
+        return "with one input channel both layouts look the same to the kernel"
+    return ""
+
+
+def _bind(target: Any, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    if isinstance(target, Pool):
+        return Call(pool.bind(args[0], out), "halide")
+    if isinstance(target, Separable):
+        return _bind_separable(target, args, out, store)
+    binders = {"normal": _bind_conv, "depthwise": _bind_depthwise, "pointwise": _bind_matrix, "linear": _bind_matrix}
+    return binders[target.kind](target, args, out, store)
+
+
+def _tensor(constant: Any) -> Any:
+    return None if constant is None else constant.tensor
+
+
+def _keys(*constants: Any) -> tuple[Hashable, ...]:
+    return tuple(None if constant is None else constant.key for constant in constants)
+
+
+def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    first, second = target.depthwise, target.pointwise
+    x, residual = args[0], args[1] if target.residual else None
+    parts = (first.weight, first.bias, second.weight, second.bias)
+    found = separable.plan(
+        x.shape, first.weight.tensor.shape, second.out_channels, first.stride, first.padding, first.dilation,
+        (first.activation, second.activation), residual is not None, torch.get_num_threads(),
+    )  # fmt: skip
+    packed = store.keep(
+        ("separable", found.spec.tile.wide, *_keys(*parts)),
+        lambda: _Packed(separable.pack(found, *map(_tensor, parts))),
+    )
+    return Call(separable.bind(found, x, packed, residual, out), "halide", holds=packed)
+
+
+def _bind_conv(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    weight, bias = target.weight.tensor, _tensor(target.bias)
+    found = conv.plan_for(args[0], weight, target.activation, target.stride, target.padding)
+    packed = store.keep(
+        ("conv", found.spec.tile.wide, *_keys(target.weight, target.bias)),
+        lambda: _Packed(conv.pack(found, weight, bias)),
+    )
+    return Call(conv.bind(found, args[0], packed, out), "halide", holds=packed)
+
+
+def _bind_depthwise(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    weight, bias = target.weight.tensor, _tensor(target.bias)
+    geometry = (target.stride, target.padding, target.dilation)
+    return Call(depthwise.bind(args[0], weight, bias, *geometry, target.activation, out), "halide")
+
+
+def _bind_matrix(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    x, residual = args[0], args[1] if target.residual else None
+    weight, bias = target.weight.tensor, _tensor(target.bias)
+    found = pointwise.plan(x, target.out_channels, target.activation, residual is not None)
+    packed = store.keep(
+        ("matrix", found.block, *_keys(target.weight, target.bias)),
+        lambda: _Packed(pointwise.pack(found, weight, bias)),
+    )
+    return Call(pointwise.bind(found, x, packed, residual, out), "halide", holds=packed)
+
+
+def _operation(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], None]:
+    """An ATen operation into memory that is already there, by its ``out`` variant or by a copy."""
+    variant = _out_variant(target)
+    if variant is not None and len(outputs) == 1 and RESULTS not in kwargs:
+        operation, name = variant
+        return partial(operation, *args, **kwargs, **{name: outputs[0]})
+    return partial(_copy_results, target, args, kwargs, outputs)
+
+
+def _copy_results(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> None:
+    given = {name: value for name, value in kwargs.items() if name != RESULTS}
+    with torch.no_grad():
+        value = target(*args, **given)
+        values = [value[i] for i in kwargs[RESULTS]] if RESULTS in kwargs else [value]
+        for out, part in zip(outputs, values, strict=True):
+            out.copy_(part)
+
+
+@lru_cache(maxsize=1024)
+def _out_variant(target: Any) -> tuple[Any, str] | None:
+    """The overload that writes into a given tensor and takes the same arguments, and the name of that argument."""
+    packet = getattr(target, "overloadpacket", None)
+    if packet is None:
+        return None
+    wanted = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    for name in packet.overloads():
+        candidate = getattr(packet, name)
+        arguments = candidate._schema.arguments
+        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        read = [(a.name, str(a.type)) for a in arguments if a.name not in written]
+        if len(written) == 1 and read == wanted:
+            return candidate, written[0]
+    return None

@@ -1,0 +1,266 @@
+"""``sepconv.compile``: a trained network made fast, and the object that runs it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sepconv.compile.capture import CaptureError, capture
+from sepconv.compile.constants import Store
+from sepconv.compile.explain import Explanation, explain_plan
+from sepconv.compile.match import match
+from sepconv.compile.plan import Plan
+from sepconv.compile.verify import ThroughPyTorch, disagreement
+
+MAX_PLANS = 16
+
+# The structure of the arguments of a call with one positional argument.
+_SINGLE = pytree.tree_structure(((0,), {}))
+
+
+def compile(model: nn.Module, example_input: Any, *, threads: int | None = None, tune: bool = False) -> CompiledModel:
+    """A fast version of a trained network for inference on CPUs, with the same results up to rounding.
+
+    Batch norms are folded into the convolutions, and convolutions are computed together with their activations,
+    residuals and, where depthwise and pointwise follow one another, with each other. Operations it does not know run
+    through PyTorch. ``model`` stays as it is and its weights are copied: later changes to them have no effect.
+
+    Args:
+        model: in evaluation mode.
+        example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Batch and image sizes
+            may differ in later calls; each new size is prepared at its first call.
+        threads: number of threads to run with; None follows ``torch.set_num_threads``.
+        tune: measure alternatives for each group on the example (fused or not, our kernel or PyTorch's) and keep the
+            fastest.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model is in training mode, or does not accept the example.
+
+    Example:
+        >>> import sepconv
+        >>> model = sepconv.models.MobileNetV1(0.25, num_classes=10).eval()
+        >>> fast = sepconv.compile(model, torch.randn(1, 3, 64, 64))
+        >>> fast(torch.randn(2, 3, 96, 96)).shape
+        torch.Size([2, 10])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile: model must be a torch.nn.Module, got {type(model).__name__}")
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(f"compile: {training} is in training mode; call model.eval() first")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"compile: threads must be None or a positive integer, got {threads!r}")
+    args, kwargs = _arguments(example_input)
+    with torch.inference_mode(False), torch.no_grad():
+        compiled = CompiledModel(copy.deepcopy(model), threads, tune)
+        compiled.prepare(*args, **kwargs)
+    return compiled
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, dict):
+        return (), example
+    return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
+
+
+class CompiledModel:
+    """What :func:`compile` returns: call it like the model.
+
+    It computes no gradients. Python threads may call it at the same time, and it works after ``fork``. A copy
+    (``copy.deepcopy``) shares what never changes, which is everything but the list of prepared sizes. It cannot be
+    pickled, since compiled code belongs to one process: pickle the model and compile it again.
+    """
+
+    def __init__(self, frozen: nn.Module, threads: int | None = None, tune: bool = False) -> None:
+        """``frozen`` belongs to this object from now on."""
+        frozen.requires_grad_(False)
+        self._frozen, self._threads, self._tune = frozen, threads, tune
+        named = [*frozen.named_parameters(), *frozen.named_buffers()]
+        self._store = Store({id(tensor): name for name, tensor in named})
+        self._reason = _unsuitable([tensor for _, tensor in named])
+        self._spec: Any = None
+        self._single = False
+        self._checked: list[tuple[torch.dtype, torch.device, tuple[int, ...]] | None] = []
+        self._plans: OrderedDict[Any, Plan | str] = OrderedDict()
+        self._last: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._single and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            leaves: Sequence[Any] = args
+        else:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            if spec != self._spec:
+                raise ValueError(f"CompiledModel: compiled for arguments {_shown(self._spec)}, got {_shown(spec)}")
+        if self._threads is None:
+            return self._run(leaves)
+        with _num_threads(self._threads):
+            return self._run(leaves)
+
+    def _run(self, leaves: Sequence[Any]) -> Any:
+        plan = self._plan(self._key(leaves), leaves)
+        if isinstance(plan, str):
+            return self._eager(leaves)
+        tensors = [_as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        return plan.restore(plan.run(tensors))
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Get ready for arguments of these sizes, as the first call with them would."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self._spec is None:
+            self._spec, self._single = spec, spec == _SINGLE and isinstance(leaves[0], Tensor)
+            self._checked = [
+                (leaf.dtype, leaf.device, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None for leaf in leaves
+            ]
+        with _num_threads(self._threads):
+            self._plan(self._key(leaves), leaves)
+
+    def explain(self, *, measure: bool = False) -> Explanation:
+        """What is computed how for the size used last: groups, kernels, multiply-adds and reasons of fallbacks.
+
+        Args:
+            measure: time every group as well (about 20 runs on random numbers).
+        """
+        plan = self._plans[self._last]
+        if isinstance(plan, str):
+            return Explanation((), plan)
+        return explain_plan(plan, measure)
+
+    def _key(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        parts: list[Any] = [torch.get_num_threads()]
+        for leaf, checked in zip(leaves, self._checked, strict=True):
+            if isinstance(leaf, Tensor):
+                _check(leaf, checked)
+                parts += (leaf.shape, not leaf.is_contiguous() and _is_channels_last(leaf))
+            elif isinstance(leaf, Hashable):
+                parts += (type(leaf), leaf)
+            else:
+                raise ValueError(f"CompiledModel: arguments must be tensors or constants, got {type(leaf).__name__}")
+        return tuple(parts)
+
+    def _plan(self, key: tuple[Any, ...], leaves: Sequence[Any]) -> Plan | str:
+        plan = self._plans.get(key)
+        if plan is not None:
+            with suppress(KeyError):  # another thread may have dropped it meanwhile
+                self._plans.move_to_end(key)
+        else:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                plan = self._plans[key] = self._reason or self._make(leaves)
+            with suppress(KeyError):
+                while len(self._plans) > MAX_PLANS:
+                    self._plans.popitem(last=False)
+        self._last = key
+        return plan
+
+    def _make(self, leaves: Sequence[Any]) -> Plan | str:
+        """A plan, or why the model runs through PyTorch as a whole."""
+        empty = any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves)
+        spec, outputs_spec = self._spec, None
+        inputs = [_as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def flat(*values: Any) -> list[Any]:
+            nonlocal outputs_spec
+            args, kwargs = pytree.tree_unflatten(list(values), spec)
+            outputs, outputs_spec = pytree.tree_flatten(self._frozen(*args, **kwargs))
+            return outputs
+
+        expected = self._expected(leaves)
+        if empty:
+            return "the batch is empty"
+        try:
+            graph, results = capture(flat, inputs)
+        except CaptureError as error:
+            return f"the model cannot be captured: {error}"
+        match(graph, self._store)
+        plan = Plan(graph, self._store, results, outputs_spec)
+        got = plan.run([leaf for leaf in inputs if isinstance(leaf, Tensor)])
+        return disagreement(plan.leaves(got), expected) or plan
+
+    def _expected(self, leaves: Sequence[Any]) -> list[Any]:
+        try:
+            with ThroughPyTorch():
+                return pytree.tree_leaves(self._eager(leaves))
+        except Exception as error:  # the model's own complaint about its input, whatever it is
+            first = str(error).strip().split("\n")[0]
+            shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+            raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
+
+    def _eager(self, leaves: Sequence[Any]) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
+        with torch.no_grad():
+            return self._frozen(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        return copy.copy(self)
+
+    def __copy__(self) -> CompiledModel:
+        other = CompiledModel.__new__(CompiledModel)
+        other.__dict__.update(self.__dict__)
+        other._plans = OrderedDict(self._plans)
+        return other
+
+    def __reduce__(self) -> Any:
+        raise TypeError("CompiledModel: cannot be pickled; pickle the model and compile it again")
+
+
+def _unsuitable(tensors: Sequence[Tensor]) -> str:
+    """Why the kernels cannot compute a model with these parameters, "" if they can."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"the kernels run on CPUs and the model is on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            return f"the kernels compute in float32 and the model has parameters of {tensor.dtype}"
+    return ""
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _as_captured(x: Tensor) -> Tensor:
+    """Contiguous or channels_last, detached."""
+    x = x.detach()
+    return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
+
+
+def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]] | None) -> None:
+    if checked is None:
+        raise ValueError("CompiledModel: got a tensor where the example has none")
+    dtype, device, shape = checked
+    if x.dtype is not dtype:
+        raise ValueError(f"CompiledModel: compiled for {dtype}, got {x.dtype}; compile again for another dtype")
+    if x.device != device:
+        raise ValueError(f"CompiledModel: compiled for {device}, got a tensor on {x.device}")
+    if x.dim() != len(shape):
+        raise ValueError(f"CompiledModel: compiled for {len(shape)} dimensions {shape}, got {tuple(x.shape)}")
+    if len(shape) == 4 and x.shape[1] != shape[1]:
+        raise ValueError(f"CompiledModel: compiled for {shape[1]} channels, got {x.shape[1]} in {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"CompiledModel: got an input without pixels, {tuple(x.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("CompiledModel: computes no gradients; call it under torch.no_grad() or detach the input")
+
+
+def _shown(spec: Any) -> str:
+    args, kwargs = spec.children()
+    return f"({args.num_children} positional, keywords {list(kwargs.context)})"
+
+
+@contextmanager
+def _num_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,124 @@
+"""Everything needed to run a model on inputs of one size: the steps, and memory to run them in.
+
+A plan is made once per size and number of threads. Each of its instances has memory of its own and serves one call at a
+time; callers in several Python threads take different instances.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sepconv.compile.constants import Store
+from sepconv.compile.layout import Layout, Place, Root, lay_out
+from sepconv.compile.lower import Call, lower, lower_direct
+from sepconv.kernels import runtime
+
+
+class Plan:
+    """Steps and places for one size of the inputs; ``take`` and ``give_back`` lend memory to run them in.
+
+    ``results`` are the leaves that the model returns, with nodes where there are tensors, and ``spec`` their structure.
+    """
+
+    def __init__(self, graph: fx.Graph, store: Store, results: Sequence[Any], spec: Any) -> None:
+        self.layout: Layout = lay_out(graph)
+        self._template = [None if isinstance(result, fx.Node) else (result,) for result in results]
+        self._spec, self._single = spec, spec.is_leaf() and self._template == [None]
+        self._store = store
+        # Appending and popping of a deque are atomic: no lock that a fork could leave locked.
+        self._free: deque[Instance] = deque()
+        self.give_back(self.take())
+
+    def take(self) -> Instance:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return Instance(self.layout, self._store)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The network's outputs, in memory of their own."""
+        runtime.follow_torch_threads()
+        instance = self.take()
+        try:
+            return instance.run(inputs)
+        finally:
+            self.give_back(instance)
+
+    def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The leaves of the model's result, tensors taken from ``tensors``."""
+        remaining = iter(tensors)
+        return [next(remaining) if other is None else other[0] for other in self._template]
+
+    def restore(self, tensors: Sequence[Tensor]) -> Any:
+        """The model's result, in its structure."""
+        return tensors[0] if self._single else pytree.tree_unflatten(self.leaves(tensors), self._spec)
+
+    def give_back(self, instance: Instance) -> None:
+        self._free.append(instance)
+
+
+class Instance:
+    """One arena and the calls that are bound to it."""
+
+    def __init__(self, layout: Layout, store: Store) -> None:
+        self._arena = torch.empty(layout.bytes, dtype=torch.uint8)
+        self._layout = layout
+        self.calls = [self._bind(i, store) for i in range(len(layout.steps))]
+        direct = layout.direct is not None
+        self._head = self.calls[0].run if direct else None
+        self._runs = [call.run for call in self.calls[direct:]]
+        self._copied = [(i, self._tensor(layout.inputs[i])) for i in layout.copied]
+        self._results = [(self._tensor(place), like) for place, like in layout.outputs]
+
+    def _bind(self, i: int, store: Store) -> Call:
+        step = self._layout.steps[i]
+        outputs = [self._tensor(place) for place in step.outputs]
+        if i == 0 and self._layout.direct is not None:
+            given = self._layout.given[self._layout.direct]
+            example = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype)
+            return lower_direct(step.target, example, outputs[0], store)
+        args, kwargs = pytree.tree_map_only(Place, self._tensor, (step.args, step.kwargs))
+        return lower(step.target, args, kwargs, outputs, store)
+
+    def _tensor(self, place: Place) -> Tensor:
+        meta, root = place.meta, place.root
+        if isinstance(root, Root):
+            memory = self._arena[root.offset : root.offset + root.bytes].view(meta.dtype)
+        else:
+            memory = root.tensor
+        return memory.as_strided(meta.shape, meta.stride(), memory.storage_offset() + meta.storage_offset())
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The network's outputs, in memory of their own."""
+        for i, place in self._copied:
+            place.copy_(inputs[i])
+        if self._head is not None:
+            self._head(inputs[self._layout.direct])  # type: ignore[index]
+        for run in self._runs:
+            run()
+        return [
+            torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(tensor)
+            for tensor, like in self._results
+        ]
+
+    def measure(self, inputs: Sequence[Tensor], repeats: int) -> list[float]:
+        """Median seconds of each step, run in the network's order."""
+        samples: list[list[float]] = []
+        for _ in range(repeats):
+            self.run(inputs)
+            times = []
+            for i, call in enumerate(self.calls):
+                arguments = [inputs[self._layout.direct]] if i == 0 and self._layout.direct is not None else []
+                start = time.perf_counter()
+                call.run(*arguments)
+                times.append(time.perf_counter() - start)
+            samples.append(times)
+        return [median(times) for times in zip(*samples, strict=True)]

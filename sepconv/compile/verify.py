@@ -1,0 +1,62 @@
+"""Does a plan compute what the model computes? Asked once for every plan, on the inputs it is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sepconv.kernels import aten
+
+# Relative to the largest output. Rounding differs by far less; what the capture cannot see (NumPy code on the values, a
+# random number) changes results by more.
+AGREEMENT = 1e-2
+
+
+def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(padding[::2], padding[1::2], strict=True))
+
+
+def _depthwise(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str) -> Tensor:
+    return aten.depthwise_forward(x, weight, bias, stride, _pairs(padding), dilation, activation)
+
+
+def _pointwise(x: Any, weight: Any, bias: Any, residual: Any, activation: str) -> Tensor:
+    return aten.pointwise_forward(x, weight, bias, activation, residual)
+
+
+def _separable(
+    x: Any, dw: Any, pw: Any, dw_bias: Any, pw_bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any,
+    between: str, activation: str,
+) -> Tensor:  # fmt: skip
+    geometry = (stride, _pairs(padding), dilation)
+    return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, activation, *geometry, residual)
+
+
+_PLAIN: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.sepconv.depthwise_conv.default: _depthwise,
+    torch.ops.sepconv.pointwise_conv.default: _pointwise,
+    torch.ops.sepconv.separable_conv.default: _separable,
+}
+
+
+class ThroughPyTorch(TorchDispatchMode):
+    """Our own operations by PyTorch's kernels: nothing of ours to compile, and nothing shared with what is checked."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _PLAIN.get(op, op)(*args, **(kwargs or {}))
+
+
+def disagreement(got: Sequence[Any], expected: Sequence[Any]) -> str:
+    """In a sentence, how results differ from the model's by more than rounding; "" if they do not."""
+    for ours, models in zip(got, expected, strict=True):
+        if not isinstance(models, Tensor) or not models.is_floating_point() or not models.numel():
+            continue
+        difference = (ours - models).abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+        scale = max(models.abs().nan_to_num(0.0, 0.0, 0.0).max().item(), 1e-30)
+        if difference > AGREEMENT * scale or not torch.equal(ours.isnan(), models.isnan()):
+            return f"the captured operations give other results than the model (by {difference / scale:.2g})"
+    return ""

@@ -162,10 +162,10 @@ def _reach(phases: tuple[Phase, ...]) -> int:
 
 
 def _weight_plan(p: _Problem, threads: int) -> _Plan:
-    width, height = p.output[:2]
-    tile = schedule.weight_tile(p.channels, width, height, p.kernel, p.multiplier, p.channels_last, host())
     reach = _xyz([p.dilation[d] * (p.kernel[d] - 1) for d in (2, 1, 0)], 0)
-    boxes = schedule.weight_boxes(p.channels, p.batch, p.output, reach, p.stride, tile, host())
+    shape = schedule.WeightShape(p.channels, p.batch, p.output, p.kernel, reach, p.stride, p.multiplier)
+    tile = schedule.weight_tile(shape, p.channels_last, host())
+    boxes = schedule.weight_boxes(shape, tile, p.channels_last, host())
     spec = WeightSpec(p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile)
     blocks = schedule.ceil_div(p.channels, tile.block)
     return _Plan(

@@ -93,10 +93,16 @@ def _least_waste(total: int, candidates: list[int], overhead: float) -> int:
     return min(candidates, key=lambda part: (ceil_div(total, part) * (part + overhead), -part))
 
 
-def _channel_block(channels: int, machine: Machine) -> tuple[int, int]:
-    """Lanes and block at channels_last. The last block is shifted to end with the last channel."""
+def _channel_block(channels: int, reach: Sizes, step: Sizes, image: Sizes, machine: Machine) -> tuple[int, int]:
+    """Lanes and block at channels_last. The last block is shifted to end with the last channel.
+
+    A block is as large as memory likes, but small enough that the cache holds more rows than a filter reaches.
+    """
     lanes = min(machine.lanes, _floor_power_of_two(channels))
-    most = min(max(1, _BLOCK_BYTES // (4 * lanes)), channels // lanes)
+    across = (image[0] * step[0] + reach[0]) * (1 + reach[2])
+    rows = min(2 * reach[1], (image[1] - 1) * step[1] + reach[1]) + 1
+    most = min(_BLOCK_BYTES, machine.l2_bytes // 2 // (across * rows)) // (4 * lanes)
+    most = min(max(1, most), channels // lanes)
     return lanes, lanes * _least_waste(ceil_div(channels, lanes), list(range(1, most + 1)), 0.1)
 
 
@@ -112,7 +118,7 @@ def gather_tile(shape: GatherShape, channels_last: bool, machine: Machine) -> Ga
     phases, multiplier = prod(shape.phases), shape.multiplier
     width, height = (ceil_div(shape.image[d], shape.phases[d]) for d in (0, 1))
     if channels_last:
-        lanes, block = _channel_block(shape.channels, machine)
+        lanes, block = _channel_block(shape.channels, shape.reach, shape.step, shape.image, machine)
         room = max(1, machine.registers * 5 // 8 // (phases * multiplier))
         columns = _least_waste(width, [c for c in (1, 2, 4, 7, 8) if c <= min(room, machine.registers // 2 - 1)], 0.3)
         body = columns * multiplier
@@ -168,22 +174,34 @@ def items_per_task(blocks: int, others: int, threads: int) -> int:
     return max(1, min(blocks, blocks * others // (threads * _TASKS_PER_THREAD)))
 
 
-def weight_tile(
-    channels: int, width: int, height: int, kernel: Sizes, multiplier: int, channels_last: bool, machine: Machine
-) -> WeightTile:
+@dataclass(frozen=True)
+class WeightShape:
+    """The sizes that a grad_weight schedule depends on; see GatherShape. ``image`` is the size of grad_output."""
+
+    channels: int
+    batch: int
+    image: Sizes
+    kernel: Sizes
+    reach: Sizes
+    step: Sizes
+    multiplier: int
+
+
+def weight_tile(shape: WeightShape, channels_last: bool, machine: Machine) -> WeightTile:
+    (width, height, _), kernel, multiplier = shape.image, shape.kernel, shape.multiplier
     room = machine.registers * 5 // 8
     if channels_last:
-        lanes, block = _channel_block(channels, machine)
+        lanes, block = _channel_block(shape.channels, shape.reach, shape.step, shape.image, machine)
         room = max(1, room // multiplier)
     else:
         lanes, block = _row_lanes(width, machine), 1
     taps_x = _least_waste(kernel[0], list(range(1, min(room, 9) + 1)), 1.0)
     taps_y = _least_waste(kernel[1], list(range(1, max(1, room // taps_x) + 1)), 0.2)
     taps = taps_x * taps_y * (multiplier if channels_last else 1)
-    run = max(1, min(4, _BODY // taps))
+    runs = [run for run in (1, 2, 4, 7) if run == 1 or run * taps <= _BODY // 2]
     if channels_last:
-        return WeightTile(lanes, block, taps_x, taps_y, _least_waste(width, [r for r in (1, 2, 4) if r <= run], 0.5), 1)
-    return WeightTile(lanes, block, taps_x, taps_y, 1, _least_waste(height, [r for r in (1, 2, 4) if r <= run], 0.5))
+        return WeightTile(lanes, block, taps_x, taps_y, _least_waste(width, runs, 0.5), 1)
+    return WeightTile(lanes, block, taps_x, taps_y, 1, _least_waste(height, runs, 0.5))
 
 
 @dataclass(frozen=True)
@@ -198,17 +216,15 @@ class WeightBoxes:
     chunks_n: int
 
 
-def weight_boxes(
-    channels: int, batch: int, image: Sizes, reach: Sizes, step: Sizes, tile: WeightTile, machine: Machine
-) -> WeightBoxes:
-    unit = tile.columns if tile.block > 1 else tile.lanes
-    counts = [ceil_div(image[0], unit), ceil_div(image[1], tile.rows), 1]
-    steps = [step[0] * unit, step[1] * tile.rows, 1]
-    box_x, box_y, _ = _fit_box(counts, steps, reach, 4 * tile.block, machine.l2_bytes // 4)
+def weight_boxes(shape: WeightShape, tile: WeightTile, channels_last: bool, machine: Machine) -> WeightBoxes:
+    unit = tile.columns if channels_last else tile.lanes
+    counts = [ceil_div(shape.image[0], unit), ceil_div(shape.image[1], tile.rows), 1]
+    steps = [shape.step[0] * unit, shape.step[1] * tile.rows, 1]
+    box_x, box_y, _ = _fit_box(counts, steps, shape.reach, 4 * tile.block, machine.l2_bytes // 2)
     box_x, box_y = box_x * unit, box_y * tile.rows
-    wanted = ceil_div(_CHUNKS, ceil_div(channels, tile.block))
-    images = max(1, batch // wanted)
-    chunks_n = ceil_div(batch, images)
-    tiles_y = ceil_div(image[1], box_y)
+    wanted = ceil_div(_CHUNKS, ceil_div(shape.channels, tile.block))
+    images = max(1, shape.batch // wanted)
+    chunks_n = ceil_div(shape.batch, images)
+    tiles_y = ceil_div(shape.image[1], box_y)
     tiles = max(1, tiles_y * chunks_n // wanted)
     return WeightBoxes(box_x, box_y, tiles, images, ceil_div(tiles_y, tiles), chunks_n)

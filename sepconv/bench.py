@@ -166,7 +166,7 @@ def threads_set_to(count: int | None) -> Iterator[None]:
 
 def _copied(model: nn.Module, fmt: torch.memory_format) -> nn.Module:
     copied: nn.Module = copy.deepcopy(model).eval()
-    return copied.to(memory_format=fmt)  # type: ignore[call-overload,no-any-return]
+    return copied.to(memory_format=fmt)  # type: ignore[call-overload]
 
 
 def _verify(entries: list[_Entry]) -> None:

@@ -110,7 +110,7 @@ def _halide() -> Finding:
 def _cache() -> Finding:
     folder = Path(platformdirs.user_cache_dir("sepconv"))
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(nearest, os.W_OK):
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
         return Finding("cache", "ok", str(folder))
     return Finding("cache", "slow", f"{folder} cannot be written", "set XDG_CACHE_HOME to a writable folder")
 

@@ -84,7 +84,9 @@ def write(path: Path, model: nn.Module, card: Card) -> None:
         description = json.dumps(asdict(card))
     except TypeError as error:
         raise ValueError(f"write: the settings of {card.model} cannot be saved: {error}") from error
-    content = save(_unshared(model), metadata={_KEY: description})
+    # Copies, since safetensors takes no tensors that share memory: tied weights are written under each of their names.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    content = save(tensors, metadata={_KEY: description})
     with replacing(path) as file:
         file.write(content)
 
@@ -168,17 +170,6 @@ def _may_have_card(path: Path) -> bool:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return file.read(1) == b"{" and length < path.stat().st_size
-
-
-def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """Each tensor under its first name only, as safetensors wants it; views become tensors of their own."""
-    kept: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept[name] = tensor.detach().cpu().contiguous().clone()
-    return kept
 
 
 def class_names(card: Card, outputs: int) -> Sequence[str]:

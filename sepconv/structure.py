@@ -63,8 +63,10 @@ def _compare(
         raise ValueError(
             f"differences: {path or 'the model'} became a {type(after).__name__}, which cannot be described"
         )
-    for name, child in after.named_children():
-        _compare(before._modules.get(name), child, f"{path}.{name}".lstrip("."), found, first)
+    # Not named_children, which passes over a module that stands there under a second name.
+    for name, child in after._modules.items():
+        if child is not None:
+            _compare(before._modules.get(name), child, f"{path}.{name}".lstrip("."), found, first)
 
 
 def describe(module: nn.Module) -> Description | None:

@@ -25,6 +25,7 @@ from sepconv.model_file import Card
 from sepconv.progress import OnProgress, Step, ignore
 from sepconv.report import write_report
 from sepconv.train import Distillation, Progress, Recipe, evaluate, train
+from sepconv.train.evaluate import check_outputs
 
 RESULT = "result.json"
 ONNX = "model.onnx"
@@ -132,6 +133,7 @@ def convert_model(
     Returns:
         The record that is written as ``result.json``.
     """
+    _check_fits(model, data)
     prepare(out, model)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data))
@@ -190,6 +192,17 @@ def prepare(out: Path, model: nn.Module | None = None) -> None:
     needed, free = 2 * weights + SPACE, shutil.disk_usage(out).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
+
+
+def _check_fits(model: nn.Module, data: Data) -> None:
+    """ValueError unless the model takes the data's images and has an output for each class."""
+    try:
+        with torch.no_grad():
+            scores = model.eval()(data.calibration(2))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"convert: the model does not take images of shape {data.input_shape}: {reason}") from error
+    check_outputs(scores, data.num_classes)
 
 
 def _run(

@@ -50,12 +50,15 @@ class Screen:
         """A table whose first column is text and whose other columns are numbers."""
         if not self.shows_results:
             return
-        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False, title_style="bold")
+        table = Table(
+            title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", title_style="bold"
+        )
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(str, row))
         self.out.print(table)
+        self.out.print()
 
     def result(self, record: Any) -> None:
         """The result for machines, if a file was asked for."""

@@ -18,7 +18,7 @@ from sepconv.cli import console
 FAILED, WRONG_ARGUMENTS, INTERRUPTED = 1, 2, 130
 
 # What the library raises when it is asked for something that is not there or makes no sense.
-_ARGUMENT_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ModuleNotFoundError)
+_ARGUMENT_ERRORS = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)
 _FAILURES = (OSError, RuntimeError)
 
 
@@ -68,7 +68,7 @@ def _warnings_as_lines() -> Iterator[None]:
         console.note(f"sepconv: warning: {message}")
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
 
 

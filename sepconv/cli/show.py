@@ -69,7 +69,8 @@ def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows = [(name, f"{normal[key]:,}") for key, name in NAMES.items()]
     rows.append(("accuracy", f"{normal['accuracy']:.2%}"))
     screen.table(f"{record['model']} on {record['data']}", ("", "trained"), rows)
-    screen.say(f"Accuracy of {record['test_images']} held-out images. Written to {out}: {', '.join(_written(out))}")
+    screen.say(f"Accuracy of {record['test_images']} held-out images.")
+    screen.say(f"Written to {out}: {', '.join(_written(out))}")
 
 
 def cost(screen: Screen, name: str, found: Cost) -> None:
@@ -94,7 +95,7 @@ def cost(screen: Screen, name: str, found: Cost) -> None:
         ("bytes moved", f"{found.bytes:,}", ""),
     ]
     screen.table("In all", ("", "as it is", "all separable"), totals)
-    screen.say("ratio: multiply-adds of the separable form / of the normal one. One image; parameters with biases.")
+    screen.say("ratio: multiply-adds of the separable form / of the normal one, for one image.")
 
 
 def predictions(screen: Screen, found: list[Prediction]) -> None:

@@ -1,0 +1,96 @@
+"""Nothing is timed that does not agree, and contenders are treated alike. No test looks at how long anything took."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sepconv import bench, dispatch
+from sepconv.layers import SeparableConv2d
+
+
+def _network() -> nn.Module:
+    return nn.Sequential(SeparableConv2d(3, 8, 3, padding=1, activation="relu"), nn.Conv2d(8, 4, 3)).eval()
+
+
+def test_contenders_are_torchs_layers_and_ours() -> None:
+    network = _network()
+    found = bench.contenders(network)
+    assert list(found) == ["torch", "sepconv"]
+    assert dispatch.explain(found["torch"], torch.randn(1, 3, 9, 9)) == []
+    assert [choice.op for choice in dispatch.explain(found["sepconv"], torch.randn(1, 3, 9, 9))] == ["separable_conv"]
+    assert list(bench.contenders(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))) == ["torch"]
+
+
+def test_torchs_layers_have_the_same_weights_and_leave_the_network_alone() -> None:
+    network, x = _network(), torch.randn(2, 3, 9, 9)
+    plain = bench.with_torch_layers(network)
+    assert type(plain[0].depthwise) is nn.Conv2d
+    assert type(network[0].depthwise) is not nn.Conv2d
+    torch.testing.assert_close(plain(x), network(x))
+    assert plain.state_dict().keys() == network.state_dict().keys()
+
+
+def test_disagreeing_contender_is_refused_before_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = _network()
+    other = _network()
+    monkeypatch.setattr(bench, "_time", lambda entries, seconds: pytest.fail("was timed"))
+    with pytest.raises(ValueError, match=r"latency_ms: b \(contiguous\) differs from a on the network n by"):
+        bench.latency_ms({"n": {"a": network, "b": other}}, torch.randn(2, 3, 9, 9), threads=1)
+
+
+def test_nan_is_a_disagreement() -> None:
+    class Nan(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float("nan")
+
+    with pytest.raises(ValueError, match="differs"):
+        bench.latency_ms({"n": {"a": nn.Identity(), "b": Nan()}}, torch.randn(2, 3, 9, 9), threads=1)
+
+
+def test_latency_of_each_contender_in_its_better_layout() -> None:
+    networks = {"n": bench.contenders(_network()), "other": {"torch": nn.Identity()}}
+    before = torch.get_num_threads()
+    found = bench.latency_ms(networks, torch.randn(2, 3, 9, 9), threads=2, seconds=0.0)
+    assert torch.get_num_threads() == before
+    assert {name: set(row) for name, row in found.items()} == {"n": {"torch", "sepconv"}, "other": {"torch"}}
+    for row in found.values():
+        for latency in row.values():
+            assert 0 < latency.low_ms <= latency.median_ms <= latency.high_ms
+            assert latency.samples == bench.SAMPLES[0]
+            assert latency.layout in bench.LAYOUTS
+
+
+def test_every_contender_is_called_equally_often_with_the_threads_asked_for() -> None:
+    calls: dict[str, list[int]] = {"a": [], "b": []}
+
+    class Counts(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls[self.name].append(torch.get_num_threads())
+            return x
+
+    bench.latency_ms({"n": {"a": Counts("a"), "b": Counts("b")}}, torch.randn(1, 1, 2, 2), threads=2, seconds=0.0)
+    per_layout = 1 + bench.WARM_UP + bench.SAMPLES[0]
+    assert calls["b"] == [2] * (2 * per_layout)
+    assert calls["a"] == [2] * (2 * per_layout + 1)
+
+
+def test_median_and_range_of_known_times() -> None:
+    entry = bench._Entry("n", "c", "contiguous", nn.Identity(), torch.empty(0), [3_000_000, 1_000_000, 2_000_000])
+    found = bench._summary(entry)
+    assert (found.low_ms, found.median_ms, found.high_ms, found.samples) == (1.0, 2.0, 2.0, 3)
+
+
+def test_layer_times_add_all_calls_of_a_shared_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that ticks once a reading, a layer called twice takes two ticks and one called once takes one."""
+    ticks = iter(range(0, 10**9, 1_000_000))
+    monkeypatch.setattr(bench.time, "perf_counter_ns", lambda: next(ticks))
+    shared = nn.Conv2d(4, 4, 1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), shared, shared)
+    found = bench.layer_ms({"n": network}, ["0", "1"], torch.randn(1, 3, 5, 5), threads=1)
+    assert found == {"n": {"0": 1.0, "1": 2.0}}

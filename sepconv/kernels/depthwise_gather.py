@@ -80,20 +80,18 @@ def padded_source(source: Any, base: list[Any], v: Vars, channels_last: bool) ->
     for d, var in enumerate(v.space):
         at, extent = var + base[d], source.dim(d).extent()
         within.append((at >= 0) & (at < extent))
-        at = hl.likely(at) if d == 0 else at
-        # At contiguous a clamped index would turn vector loads into gathers; there the load is masked instead.
-        clamped = channels_last or d > 0
-        index.append((hl.clamp if clamped else hl.unsafe_promise_clamped)(at, 0, extent - 1))
-    image = hl.unsafe_promise_clamped(v.n, 0, source.dim(5).extent() - 1)
+        index.append(hl.clamp(hl.likely(at) if d == 0 else at, 0, extent - 1))
+    image = hl.clamp(v.n, 0, source.dim(5).extent() - 1)
     here = [v.x, v.y, v.z, v.m, v.c, v.n]
     if channels_last:
         row = hl.select(within[0], hl.likely(source[[*index, v.m, v.c, image]]), hl.f32(0.0))
         padded[here] = hl.select(within[1] & within[2], row, hl.f32(0.0))
     else:
-        once = hl.RDom([hl.Range(0, 1)], "once")
-        once.where(within[0] & within[1] & within[2])
+        # Whole rows are copied in vectors; a clamped column would turn their loads into gathers.
+        column = hl.RDom([hl.Range(0, source.dim(0).extent())], "column")
+        column.where(within[1] & within[2])
         padded[here] = hl.f32(0.0)
-        padded[here] = source[[*index, v.m, v.c, image + once.x]]
+        padded[[column.x - base[0], *here[1:]]] = source[[column.x, *index[1:], v.m, v.c, image]]
     return padded
 
 
@@ -107,7 +105,10 @@ def schedule_padded(padded: Any, multiplier: int, tile: Any, channels_last: bool
         padded.bound_extent(c, tile.block).bound_extent(m, multiplier).unroll(m).vectorize(c, tile.lanes)
     else:
         padded.vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
-        padded.update().vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
+        column, whole, lane = padded.rvars(0)[0], hl.RVar("whole"), hl.RVar("lane")
+        update = padded.update().allow_race_conditions()
+        update.split(column, whole, lane, tile.lanes, hl.TailStrategy.Predicate)
+        update.reorder(lane, whole, y, z, m, c, n).vectorize(lane)
 
 
 def deinterleave(padded: Any, step: int, v: Vars) -> Any:

@@ -2,7 +2,8 @@
 
 Nothing that the page can compute is stored: a layer is its padded input, the filters of a few output channels of the
 normal convolution, and the depthwise and pointwise weights of the separable one. Batch norms that directly follow a
-convolution are folded into its weights and bias, as an inference engine does, so that maps of both networks mean the same.
+convolution are folded into its weights and bias, as an inference engine does, so that maps of both networks mean the
+same.
 """
 
 from __future__ import annotations

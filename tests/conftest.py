@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 # Two test processes share two cores; tests of several threads ask for them.
 torch.set_num_threads(1)
 
@@ -42,6 +41,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
 
 Run = tuple[Path, torch.nn.Module, torch.nn.Module, Tensor]
 

@@ -141,7 +141,7 @@ def confusion(labels: Tensor, answers: Tensor, classes: int) -> list[list[int]]:
     return torch.bincount(labels * classes + answers, minlength=classes**2).view(classes, classes).tolist()
 
 
-def write_digits_run(folder: Path, epochs: int = 3) -> tuple[nn.Module, nn.Module, Tensor]:
+def write_digits_run(folder: Path, epochs: int = 2) -> tuple[nn.Module, nn.Module, Tensor]:
     """A small network trained on the digits and its separable form; returns both and the explained image."""
     started = time.perf_counter()
     torch.manual_seed(0)

@@ -9,11 +9,11 @@ Read are, where they exist:
 model, data         names
 command             what makes the result again
 seconds             of the whole run
-normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender: number}, threads,
-                    kernels: {op: name}}
+normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender: number}, latency_batch, threads,
+                    kernels: {op: name}}; one of them alone, for example after a training, is shown without comparison
 stages              [{name, accuracy, seconds}], "original" first
 layers              [{name, kind ("separable", or "normal" where it was left), kernel [kH, kW], in_channels,
-                    out_channels, rank (M), error (relative, 0 to 1), params: [b, a], macs: [b, a], bytes: [b, a],
+                    out_channels, rank (M), error (share of the variance), params: [b, a], macs: [b, a], bytes: [b, a],
                     ms: [b, a], reason}]
 curves              rows of the training log {epoch, phase, train_loss, train_accuracy, test_accuracy, ...}; every
                     number whose name ends with "loss" or "accuracy" is a curve, for each "phase" one

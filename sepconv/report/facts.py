@@ -58,8 +58,23 @@ def comparisons(result: dict[str, Any]) -> list[Comparison]:
     if fastest[0] and fastest[1]:
         (first, before), (second, after) = fastest[0], fastest[1]
         notes = (f"{first}{_threads(normal)}", f"{second}{_threads(separable)}")
-        found.append(Comparison("Time per image", "milliseconds", before, after, formats.share(before, after), notes))
+        batch = number(normal.get("latency_batch")) or 1
+        name = "Time per image" if batch == 1 else f"Time for {batch} images"
+        found.append(Comparison(name, "milliseconds", before, after, formats.share(before, after), notes))
     return found
+
+
+def single(result: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """The numbers of a run with one network, such as a training: name, kind, number."""
+    network = mapping(result.get("normal")) or mapping(result.get("separable"))
+    rows = (
+        ("Convolution weights", "count", "conv_params"),
+        ("Weights", "count", "params"),
+        ("Multiplications", "count", "macs"),
+        ("Accuracy", "percent", "accuracy"),
+    )
+    known = [(name, kind, number(network.get(key))) for name, kind, key in rows]
+    return [row for row in known if row[2] is not None]
 
 
 def _of_all(network: dict[str, Any]) -> str:
@@ -114,12 +129,16 @@ def layers(result: dict[str, Any]) -> list[dict[str, Any]]:
             or text(row.get("kernel")),
             "channels": " → ".join(filter(None, (text(row.get("in_channels")), text(row.get("out_channels"))))),
             "rank": number(row.get("rank")),
-            "error": number(row.get("error")),
+            "error": _first(row.get("error"), row.get("error_closed_form")),
             "reason": text(row.get("reason")),
             **{key: _pair(row.get(key)) for key in ("params", "macs", "bytes", "ms")},
         }
         for row in dicts(result.get("layers"))
     ]
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in map(number, values) if value is not None), None)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -152,12 +171,10 @@ def class_name(result: dict[str, Any], index: Any) -> str:
 
 
 def confusion(result: dict[str, Any]) -> dict[str, Any]:
-    """Matrices of both networks for few classes, the most frequent confusions for many; empty without counts."""
+    """Matrices of both networks for few classes, the most frequent confusions for many."""
     found = {key: _matrix(mapping(result.get("confusion")).get(key)) for key in ("normal", "separable")}
     known = {key: matrix for key, matrix in found.items() if matrix}
-    if not known:
-        return {}
-    size = max(len(matrix) for matrix in known.values())
+    size = max((len(matrix) for matrix in known.values()), default=0)
     names = [class_name(result, i) for i in range(size)]
     drawn = known if size <= MATRIX_CLASSES else {}
     return {"names": names, "matrices": drawn, "pairs": list(_confused(found, names))}

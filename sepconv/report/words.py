@@ -20,13 +20,13 @@ def lead(found: list[Comparison]) -> str:
         )
         if name in by_kind
     ]
-    parts = [f"Of it, {' and '.join(gains)} are left."] if gains else []
+    parts = [f"It now has {' and '.join(gains)}."] if gains else []
     if accuracy := by_kind.get("Accuracy"):
         before, after = formats.percent(accuracy.before), formats.percent(accuracy.after)
         parts.append(f"Accuracy went from {before} to {after}.")
-    if time := by_kind.get("Time per image"):
+    if time := next((c for c in found if c.kind == "milliseconds"), None):
         before, after = formats.milliseconds(time.before), formats.milliseconds(time.after)
-        parts.append(f"An image took {before} and takes {after}.")
+        parts.append(f"{time.name}: {before} before, {after} after.")
     return " ".join(parts)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv import SeparableConv1d, SeparableConv2d, SeparableConv3d
-from sepconv.convert import Plan, convert, options
+from sepconv.convert import Plan, convert, network, options
 from sepconv.convert.graph import find_sites, record
 from sepconv.convert.options import latencies
 
@@ -323,6 +323,15 @@ def test_each_convolution_that_stays_has_its_reason() -> None:
     torch.testing.assert_close(new(images()), model(images()))
     _, plan = convert(model, images(), depth_multiplier=9, skip=lambda name, module: name == "skipped.0")
     assert {row.name: row.reason for row in plan.layers} == REASONS
+
+
+def test_a_layer_too_large_to_calibrate_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "LARGEST", 90)
+    _, plan = convert(trained(plain), images(), depth_multiplier=1)
+    assert [row.depth_multiplier for row in plan.layers] == [1, 1, 0]
+    assert plan.layers[2].reason == "too large to calibrate: 108 values in a patch, at most 90"
+    _, plan = convert(trained(plain), images(), depth_multiplier=1, method="svd")
+    assert [row.depth_multiplier for row in plan.layers] == [1, 1, 1]
 
 
 def test_nothing_to_convert() -> None:

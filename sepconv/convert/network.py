@@ -18,6 +18,7 @@ from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.convert.ranks import ranks_for_budget
 from sepconv.convert.replace import check_runs
 from sepconv.convert.stages import finish
+from sepconv.convert.statistics import LARGEST
 
 
 def convert(
@@ -68,6 +69,8 @@ def convert(
     example = example_input if images is None else next(images.batches(2))
     with evaluating(old, new):
         sites, notes = _sites(old, skip, example)
+        if images is not None and method != "svd":
+            _leave_large(sites)
         priced = {site.name: costs(site, metric) for site in sites}
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         fit = Fit(old, new, sites, images, method, sweeps, ridge)
@@ -127,6 +130,13 @@ def _sites(model: nn.Module, skip: Skip, example: Any) -> tuple[list[Site], list
     if not failure:
         return sites, []
     return sites, [f"batch norms were not used to weigh errors: without images the model must be traceable ({failure})"]
+
+
+def _leave_large(sites: list[Site]) -> None:
+    for site in sites:
+        values = site.conv.weight[0].numel()
+        if values > LARGEST:
+            site.reason = site.reason or f"too large to calibrate: {values} values in a patch, at most {LARGEST}"
 
 
 def _require_some(model: nn.Module, sites: list[Site], priced: dict[str, dict[int, float]], fixed: bool) -> None:

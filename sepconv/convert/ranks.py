@@ -58,8 +58,9 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
         for site, moments in zip(group, _moments(fit, group), strict=True):
             problem = fit.problem(site, moments)
             weight = site.conv.weight.detach().double().flatten(2)
+            measure = problem.relative_error if fit.relative else problem.error
             for m in candidates[site.name]:
-                errors[site.name][m] = problem.error(compose(*calibrate(problem, weight, m, 0)))
+                errors[site.name][m] = measure(compose(*calibrate(problem, weight, m, 0)))
     return errors
 
 

@@ -26,6 +26,9 @@ SAMPLES = 16
 LEAST_PIXELS = 16
 """Pixels taken of every image at least."""
 
+LARGEST = 1 << 14
+"""Values of a patch, C*k, that a layer may have: its second moments then take 2 GB."""
+
 
 def patches(conv: _ConvNd, x: Tensor, sizes: Sequence[int], positions: Tensor) -> Tensor:
     """The input values under the filter at chosen output pixels.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +140,23 @@ def test_pointwise_plan_and_bind_refuse_wrong_memory() -> None:
     found = pointwise.plan(x, 2)
     with pytest.raises(ValueError, match="layout of x"):
         pointwise.bind(found, x, pointwise.pack(found, torch.randn(2, 4, 1, 1), None), None, torch.empty(1, 2, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "reason"),
+    [
+        ((1, 16, 8, 8), 16, "16,384 multiply-adds"),
+        ((1, 2048, 6, 6), 2048, "on 36 pixels"),
+        ((1, 64, 112, 112), 64, ""),
+    ],
+)
+def test_pointwise_says_where_pytorch_is_faster(shape: Any, out_channels: int, reason: str) -> None:
+    x, weight = torch.empty(shape), torch.empty(out_channels, shape[1], 1, 1)
+    sentence = pointwise.slower(x, weight, None)
+    assert reason in sentence
+    assert bool(sentence) == bool(reason)
+
+
+def test_pointwise_refuses_an_output_beyond_32_bits() -> None:
+    x = torch.empty(1).expand(1, 1, 1 << 16, 1 << 14)
+    assert "2147483648 elements" in pointwise.supports(x, torch.empty(2, 1, 1, 1), None)

@@ -204,3 +204,11 @@ def test_separable_bind_refuses_an_output_in_another_layout() -> None:
     packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
     with pytest.raises(ValueError, match="out must be channels_last"):
         separable.bind(found, x, packed, None, torch.empty(1, 16, 24, 24))
+
+
+@pytest.mark.parametrize(("columns", "reason"), [(7, ""), (15, "filters wider than 7 columns")])
+def test_separable_says_where_two_kernels_are_faster(columns: int, reason: str) -> None:
+    x = image((1, 4, 6, 20), True)
+    weights = (torch.randn(4, 1, 3, columns), None, "", torch.randn(2, 4, 1, 1), None, "")
+    assert reason in separable.slower(x, *weights, (1, 1), ONE, (1, 1))
+    assert bool(reason) == bool(separable.slower(x, *weights, (1, 1), ONE, (1, 1)))

@@ -146,7 +146,8 @@ def supports(
         return f"the kernel is for images of at most {MAX_CHANNELS} channels and no groups, got {x.shape[1]} channels"
     if 1 not in (x.stride(1), x.stride(3)):
         return f"neither columns nor channels of x lie next to one another in memory (strides {x.stride()})"
-    return ""
+    size = plan_for(x, weight, activation, stride, padding).size
+    return runtime.too_large((x.shape[0], weight.shape[0], *size))
 
 
 def slower(

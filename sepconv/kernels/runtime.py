@@ -12,8 +12,9 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from math import prod
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ def unsuitable(*tensors: Tensor) -> str:
         if _span(tensor) > MAX_ELEMENTS:
             return f"the kernel indexes with 32 bits but the tensor spans {_span(tensor)} elements"
     return ""
+
+
+def too_large(shape: Sequence[int]) -> str:
+    """Why an output of this shape cannot be written, in a sentence; the empty string if it can."""
+    elements = prod(shape)
+    return f"the kernel indexes with 32 bits but the output has {elements} elements" if elements > MAX_ELEMENTS else ""
 
 
 def _span(tensor: Tensor) -> int:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.data import Data, load
+from sepconv.data.images import TensorImages
 from sepconv.layers import DepthwiseConv2d, SeparableConv2d
-from sepconv.train import Distillation, Progress, Recipe, evaluate, train
+from sepconv.train import Distillation, Progress, Recipe, default_recipe, evaluate, train
 from sepconv.train.average import WeightAverage
 from sepconv.train.distill import Guide, matching_features, softened_divergence
 from sepconv.train.recipe import split_parameters
@@ -72,6 +73,13 @@ def test_warmup_by_default() -> None:
     assert Recipe(schedule="one_cycle").learning_rate(29, 10) == 0.1
     assert Recipe(schedule="one_cycle").learning_rate(28, 10) < 0.1
     assert Recipe(schedule="cosine").learning_rate(0, 10) == 0.1
+
+
+def test_default_recipe_mirrors_photographs_but_no_digits(data: Data) -> None:
+    assert not default_recipe(data).flip
+    images = TensorImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    photographs = replace(data, train=replace(data.train, images=images))
+    assert (default_recipe(photographs).flip, default_recipe(photographs).crop_padding) == (True, 4)
 
 
 def test_depthwise_filters_biases_and_norms_are_not_decayed() -> None:

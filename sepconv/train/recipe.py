@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
-from sepconv.data import Augment
+from sepconv.data import Augment, Data
 from sepconv.layers import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
 
 CHOICES = {
@@ -42,7 +42,7 @@ class Recipe:
         seed: of order, augmentation and dropout. The weights are the caller's.
 
     Example:
-        >>> Recipe(epochs=2, lr=0.2).learning_rate(step=5, steps_per_epoch=10)
+        >>> Recipe(epochs=2, lr=0.2).learning_rate(step=4, steps_per_epoch=10)
         0.166...
     """
 
@@ -120,6 +120,14 @@ class Recipe:
             raise ValueError("train: mixed_precision fp16 needs a GPU; on this CPU use bf16 or no")
         if self.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError("train: this GPU has no bf16; use mixed_precision fp16 or no")
+
+
+def default_recipe(data: Data) -> Recipe:
+    """A recipe to begin with: for small grey images such as digits, or for photographs, which may be mirrored."""
+    if data.channels == 1:
+        return Recipe(epochs=12, batch_size=64, lr=0.1)
+    padding = max(1, data.image_size // 8)
+    return Recipe(epochs=10, batch_size=128, lr=0.1, label_smoothing=0.1, flip=True, crop_padding=padding)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

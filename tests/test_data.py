@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from sepconv.data import Augment, BrokenImage, Data, load, uniform
-from sepconv.data.augment import generator
 from sepconv.data.images import EncodedImages, TensorImages, fit
 
 
@@ -361,20 +360,6 @@ def test_missing_package_says_how_to_get_it(
         load(source)
 
 
-def test_calibration_gives_different_training_images(digits: Data) -> None:
-    images = digits.calibration(64, seed=3)
-    assert images.shape == (64, 1, 8, 8)
-    assert torch.equal(images, digits.calibration(64, seed=3))
-    assert not torch.equal(images, digits.calibration(64, seed=4))
-    train = {bytes(row) for row in digits.train.images.take(torch.arange(1438)).view(-1, 64).numpy()}
-    pixels = ((images * digits.std + digits.mean) * 255).round().to(torch.uint8).view(-1, 64)
-    rows = [bytes(row) for row in pixels.numpy()]
-    assert set(rows) <= train
-    assert len(set(rows)) == 64
-    with pytest.raises(ValueError, match="n must be from 1 to 1438 training images but is 1439"):
-        digits.calibration(1439)
-
-
 def test_images_for_prediction_match_the_training_images(flowers: Path) -> None:
     data = load(flowers)
     files = sorted(flowers.rglob("*.png"))
@@ -383,62 +368,6 @@ def test_images_for_prediction_match_the_training_images(flowers: Path) -> None:
     torch.testing.assert_close((images * data.std[0] + data.mean[0]).mul(255)[-1, 0, 0, 0].item(), 204.0)
     with pytest.raises(FileNotFoundError, match=r"no such file: .*gone.png"):
         data.read_images([flowers / "gone.png"])
-
-
-def test_every_epoch_has_its_own_order_and_every_image_once(digits: Data) -> None:
-    def labels(**settings: int) -> torch.Tensor:
-        return torch.cat([y for _, y in digits.train.batches(100, **settings)])
-
-    first, second = labels(shuffle_seed=0, epoch=0), labels(shuffle_seed=0, epoch=1)
-    assert torch.equal(first, labels(shuffle_seed=0, epoch=0))
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, labels(shuffle_seed=1, epoch=0))
-    assert torch.equal(first.bincount(), digits.train.labels.bincount())
-    assert torch.equal(labels(), digits.train.labels)
-
-
-@pytest.mark.parametrize("world", [2, 3, 7])
-def test_batches_do_not_depend_on_the_number_of_processes(digits: Data, world: int) -> None:
-    settings = dict(shuffle_seed=4, epoch=2, augment=Augment(flip=True, crop_padding=2), world=world)
-    shares = [digits.test.batches(50, rank=rank, **settings) for rank in range(world)]
-    whole = digits.test.batches(50, **(settings | {"world": 1}))
-    count = 0
-    for (images, labels), *parts in zip(whole, *shares, strict=True):
-        for rank, (x, y) in enumerate(parts):
-            assert torch.equal(x, images[rank::world])
-            assert torch.equal(y, labels[rank::world])
-            count += len(y)
-    assert count == len(digits.test)
-    with pytest.raises(ValueError, match="batch_size 2 is less than 1 for each of 3 processes"):
-        digits.test.batches(2, world=3)
-
-
-def test_drop_last_keeps_an_only_batch(digits: Data) -> None:
-    assert [len(y) for _, y in digits.test.batches(100, drop_last=True)] == [100, 100, 100]
-    assert [len(y) for _, y in digits.test.batches(100)] == [100, 100, 100, 59]
-    assert [len(y) for _, y in digits.test.batches(1000, drop_last=True)] == [359]
-
-
-def test_augment_moves_and_mirrors_and_pads_with_zeros() -> None:
-    images = torch.randint(1, 256, (9, 2, 5, 5), dtype=torch.uint8)
-    centre = torch.tensor([[2, 2, 0]]).expand(9, 3)
-    augment = Augment(flip=True, crop_padding=2)
-    assert torch.equal(augment(images, centre), images)
-    assert torch.equal(augment(images, torch.tensor([[2, 2, 1]]).expand(9, 3)), images.flip(3))
-    moved = augment(images, torch.tensor([[0, 3, 0]]).expand(9, 3))
-    assert (moved[:, :, :2] == 0).all()
-    assert (moved[:, :, :, -1] == 0).all()
-    assert torch.equal(moved[:, :, 2:, :-1], images[:, :, :3, 1:])
-
-
-def test_augment_draws_every_offset_and_half_the_flips() -> None:
-    draw = Augment(flip=True, crop_padding=1).draw(3000, generator(0))
-    assert draw[:, 0].bincount(minlength=3).min() > 900
-    assert draw[:, 1].bincount(minlength=3).min() > 900
-    assert 1400 < draw[:, 2].sum() < 1600
-    assert Augment().draw(5, generator(0)).eq(0).all()
-    with pytest.raises(ValueError, match="crop_padding must be at least 0 but is -1"):
-        Augment(crop_padding=-1)
 
 
 def test_constant_images_are_not_divided_by_zero(tmp_path: Path) -> None:

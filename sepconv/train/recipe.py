@@ -125,7 +125,7 @@ class Recipe:
 def default_recipe(data: Data) -> Recipe:
     """A recipe to begin with: for small grey images such as digits, or for photographs, which may be mirrored."""
     if data.channels == 1:
-        return Recipe(epochs=12, batch_size=64, lr=0.1)
+        return Recipe(epochs=12, batch_size=64, lr=0.1, label_smoothing=0.1, crop_padding=1)
     padding = max(1, data.image_size // 8)
     return Recipe(epochs=10, batch_size=128, lr=0.1, label_smoothing=0.1, flip=True, crop_padding=padding)
 

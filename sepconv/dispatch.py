@@ -124,9 +124,9 @@ def depthwise_grad_input(
     arguments = (grad_output, weight, input_size, *case[3:])
     return _compute(
         "depthwise_conv_grad_input",
-        depthwise.supports(*case) or depthwise.slower(*case),
+        depthwise.supports(*case) or depthwise.slower(*case, size=input_size),
         lambda: depthwise.grad_input(*arguments),
-        lambda: depthwise.describe(*case),
+        lambda: depthwise.describe(*case, size=input_size),
         lambda: _as_output(aten.depthwise_grad_input(*arguments), grad_output),
     )
 
@@ -143,9 +143,9 @@ def depthwise_grad_weight(
     arguments = (grad_output, x, weight_size, *case[3:])
     return _compute(
         "depthwise_conv_grad_weight",
-        depthwise.supports(*case) or depthwise.slower(*case),
+        depthwise.supports(*case) or depthwise.slower(*case, size=weight_size),
         lambda: depthwise.grad_weight(*arguments),
-        lambda: depthwise.describe(*case),
+        lambda: depthwise.describe(*case, size=weight_size),
         lambda: aten.depthwise_grad_weight(*arguments).contiguous(),
     )
 

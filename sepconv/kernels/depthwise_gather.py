@@ -30,6 +30,7 @@ from sepconv.kernels.schedule_depthwise import GatherTile
 class GatherSpec:
     """What the compiled code depends on; sizes of image and batch are arguments instead."""
 
+    dims: int
     channels_last: bool
     transposed: bool
     taps: tuple[tuple[Phase, ...], ...]
@@ -48,22 +49,30 @@ class Vars:
         self.space = [self.x, self.y, self.z]
 
 
-def plane_param(name: str, multiplier: int, channels_last: bool) -> Any:
+def plane_param(name: str, dims: int, multiplier: int, channels_last: bool) -> Any:
     """A tensor (N, C*M, ...) seen as x, y, z, m, c, n; the vectorised dimension has a stride known to the compiler."""
     param = hl.ImageParam(hl.Float(32), 6, name)
-    fix_strides(param, multiplier, channels_last)
+    fix_layout(param, dims, multiplier, channels_last)
     return param
 
 
-def fix_strides(param: Any, multiplier: int, channels_last: bool) -> None:
+def fix_layout(param: Any, dims: int, multiplier: int, channels_last: bool) -> None:
     for d in range(6):
         param.dim(d).set_min(0)
+    for d in range(dims, 3):
+        param.dim(d).set_extent(1)
     param.dim(0).set_stride(hl.Expr() if channels_last else 1)
     param.dim(3).set_extent(multiplier)
     if channels_last:
         param.dim(4).set_stride(multiplier)
         if multiplier > 1:
             param.dim(3).set_stride(1)
+
+
+def space_params(name: str, dims: int, missing: int) -> list[Any]:
+    """One argument per spatial dimension of the tensor, and a constant for those it does not have."""
+    params = [hl.Param(hl.Int(32), f"{name}_{d}") for d in "xyz"[:dims]]
+    return params + [hl.cast(hl.Int(32), missing)] * (3 - dims)
 
 
 def weight_param() -> Any:
@@ -125,15 +134,14 @@ def schedule_deinterleaved(read: Any, step: int, tile: Any) -> None:
 
 
 def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
-    """The output Func and its arguments: source, weight, bias, base (3), boxes (3), items per task."""
+    """The output Func and its arguments: source, weight, bias, base, boxes, items per task."""
     v = Vars()
     out_multiplier = 1 if spec.transposed else spec.multiplier
     in_multiplier = spec.multiplier if spec.transposed else 1
-    source = plane_param("source", in_multiplier, spec.channels_last)
+    source = plane_param("source", spec.dims, in_multiplier, spec.channels_last)
     weight, bias = weight_param(), hl.ImageParam(hl.Float(32), 2, "bias")
     bias.dim(0).set_stride(hl.Expr())
-    base = [hl.Param(hl.Int(32), f"base_{d}") for d in "xyz"]
-    boxes = [hl.Param(hl.Int(32), f"box_{d}") for d in "xyz"]
+    base, boxes = space_params("base", spec.dims, 0), space_params("box", spec.dims, 1)
     items = hl.Param(hl.Int(32), "items")
 
     padded = padded_source(source, base, v, spec.channels_last)
@@ -144,12 +152,14 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     kx, ky, kz = (hl.Var(name) for name in ("kx", "ky", "kz"))
     packed[v.c, v.m, kx, ky, kz] = weight[kx, ky, kz, v.m, v.c]
 
-    sums = _sums(spec, v, packed, read, bias)
+    sums = _sums(spec, v, packed, read, bias, base, source.dim(1).extent())
     out = hl.Func("out")
     out[v.x, v.y, v.z, v.m, v.c, v.n] = activate(_pick(spec, v, sums), spec.activation)
 
-    fix_strides(out.output_buffer(), out_multiplier, spec.channels_last)
+    fix_layout(out.output_buffer(), spec.dims, out_multiplier, spec.channels_last)
     out.bound(v.m, 0, out_multiplier)
+    for var in v.space[spec.dims :]:
+        out.bound(var, 0, 1)
     item = _schedule_out(spec, v, out, boxes, items)
     schedule_sums = _schedule_sums_channels_last if spec.channels_last else _schedule_sums_contiguous
     for function, domain, phases in sums.values():
@@ -160,10 +170,12 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     if spec.channels_last:
         packed.compute_root().bound_extent(v.m, spec.multiplier).never_partition_all()
         packed.unroll(v.m).vectorize(v.c, spec.tile.lanes, hl.TailStrategy.GuardWithIf)
-    return out, [source, weight, bias, *base, *boxes, items]
+    return out, [source, weight, bias, *base[: spec.dims], *boxes[: spec.dims], items]
 
 
-def _sums(spec: GatherSpec, v: Vars, packed: Any, read: Any, bias: Any) -> dict[tuple[int, ...], Any]:
+def _sums(
+    spec: GatherSpec, v: Vars, packed: Any, read: Any, bias: Any, base: list[Any], height: Any
+) -> dict[tuple[int, ...], Any]:
     """For every combination of phases the sum over its taps: (Func, its reduction domain, its phases)."""
     sums: dict[tuple[int, ...], Any] = {}
     for which in itertools.product(*(range(len(phases)) for phases in spec.taps)):
@@ -178,6 +190,9 @@ def _sums(spec: GatherSpec, v: Vars, packed: Any, read: Any, bias: Any) -> dict[
             tap = [p.first + domain[d] * p.skip for d, p in enumerate(phases)]
             moved = [p.offset + domain[d] * p.advance for d, p in enumerate(phases)]
             at = [v.space[d] * spec.step[d] + moved[d] for d in range(3)]
+            if spec.channels_last and 2 * phases[0].count > spec.tile.unrolled_taps:
+                # Filters this wide are added row by row; rows of padding are left out.
+                domain.where((at[1] + base[1] >= 0) & (at[1] + base[1] < height))
             filter_m, source_m = (domain[3], domain[3]) if spec.transposed else (v.m, 0)
             if not spec.channels_last and spec.step[0] > 1:
                 at[:1] = [v.x + moved[0] // spec.step[0], moved[0] % spec.step[0]]
@@ -232,6 +247,7 @@ def _schedule_sums_channels_last(
     sums.bound_extent(v.m, multiplier).bound_extent(v.z, 1).bound_extent(v.n, 1)
     stages = [sums] + ([] if domain is None else [sums.update()])
     for stage in stages:
+        stage.never_partition_all()
         stage.vectorize(v.c).unroll(v.m).unroll(v.x).unroll(v.y)
     if domain is not None:
         _order_taps(stages[1], [v.c, v.m, v.x, v.y], domain, phases, spec, [0, 1, 2])
@@ -246,6 +262,7 @@ def _schedule_sums_contiguous(
         sums.bound_extent(var, 1)
     stages = [sums] + ([] if domain is None else [sums.update()])
     for stage in stages:
+        stage.never_partition_all()
         stage.split(v.x, xv, v.x, tile.lanes).vectorize(v.x).unroll(xv).unroll(v.y)
     if domain is not None:
         _order_taps(stages[1], [v.x, xv, v.y], domain, phases, spec, [1, 0, 2] if tile.rows > 1 else [0, 1, 2])
@@ -254,18 +271,19 @@ def _schedule_sums_contiguous(
 def _order_taps(
     stage: Any, inner: list[Any], domain: Any, phases: list[Phase], spec: GatherSpec, order: list[int]
 ) -> None:
-    """Loops over taps around the registers: unrolled from the inside out while the code stays small."""
-    taps = [domain[d] for d in order]
-    outer = [domain[3]] if spec.transposed else []
-    stage.reorder(*inner, *taps, *outer)
+    """Loops over taps around the registers, unrolled from the inside out while the code stays small.
+
+    The innermost one may make twice as much code, because neighbouring taps share what they load.
+    """
+    counts, taps = [phases[d].count for d in order], [domain[d] for d in order]
+    stage.reorder(*inner, *taps, *([domain[3]] if spec.transposed else []))
+    limit = spec.tile.unrolled_taps
+    if counts[0] > 2 * limit:
+        stage.unroll(taps[0], 2 * limit, hl.TailStrategy.GuardWithIf)
+        return
     copies = 1
-    for d, tap in zip(order, taps, strict=True):
-        count = phases[d].count
-        if copies * count <= spec.tile.unrolled_taps:
-            stage.unroll(tap)
-            copies *= count
-        else:
-            part = spec.tile.unrolled_taps // copies
-            if part > 1:
-                stage.unroll(tap, part, hl.TailStrategy.GuardWithIf)
-            break
+    for count, tap in zip(counts, taps, strict=True):
+        if copies > 1 and copies * count > limit:
+            return
+        stage.unroll(tap)
+        copies *= count

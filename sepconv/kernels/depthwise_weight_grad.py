@@ -25,6 +25,7 @@ from sepconv.kernels.depthwise_gather import (
     plane_param,
     schedule_deinterleaved,
     schedule_padded,
+    space_params,
 )
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_depthwise import WeightTile
@@ -34,6 +35,7 @@ from sepconv.kernels.schedule_depthwise import WeightTile
 class WeightSpec:
     """What the compiled code depends on; sizes of image and batch are arguments instead."""
 
+    dims: int
     channels_last: bool
     kernel: tuple[int, int, int]
     step: tuple[int, int, int]
@@ -63,17 +65,17 @@ class _Loops:
 
 
 def build(spec: WeightSpec) -> tuple[Any, list[Any]]:
-    """The output Func and its arguments: source, grad, base (3), box (2), tiles and images per chunk, chunks (2)."""
+    """The output Func and its arguments: source, grad, base, box (2), tiles and images per chunk, chunks (2)."""
     v, loops = Vars(), _Loops()
-    source = plane_param("source", 1, spec.channels_last)
-    grad = plane_param("grad", spec.multiplier, spec.channels_last)
-    base = [hl.Param(hl.Int(32), f"base_{d}") for d in "xyz"]
+    source = plane_param("source", spec.dims, 1, spec.channels_last)
+    grad = plane_param("grad", spec.dims, spec.multiplier, spec.channels_last)
+    base = space_params("base", spec.dims, 0)
     padded = padded_source(source, base, v, spec.channels_last)
     if spec.channels_last:
         out = _build_channels_last(spec, v, loops, grad, padded)
     else:
         out = _build_contiguous(spec, v, loops, grad, padded)
-    return out, [source, grad, *base, *loops.params]
+    return out, [source, grad, *base[: spec.dims], *loops.params]
 
 
 def _source_index(spec: WeightSpec, loops: _Loops, at: list[Any]) -> list[Any]:
@@ -149,7 +151,7 @@ def _schedule_channels_last(
     partial.compute_at(out, co).bound_extent(ch, tile.block).bound_extent(v.m, spec.multiplier)
     partial.bound_extent(v.c, 1).vectorize(ch, tile.lanes).never_partition_all()
     _bound_taps(partial, loops, spec)
-    update = partial.update()
+    update = partial.update().never_partition_all()
     update.split(ch, cv, ci, tile.lanes)
     update.split(kx, kxo, kxi, tile.taps_x, hl.TailStrategy.GuardWithIf)
     update.split(ky, kyo, kyi, tile.taps_y, hl.TailStrategy.GuardWithIf)
@@ -164,7 +166,7 @@ def _schedule_channels_last(
         sums.bound_extent(var, 1)
     sums.vectorize(ch).unroll(v.m).unroll(kx).unroll(ky).never_partition_all()
     run, step = hl.RVar("run"), hl.RVar("step")
-    stage = sums.update()
+    stage = sums.update().never_partition_all()
     stage.split(pixel[0], run, step, tile.columns)
     stage.reorder(ch, v.m, kx, ky, step, run, pixel[1])
     stage.vectorize(ch).unroll(v.m).unroll(kx).unroll(ky).unroll(step)
@@ -216,7 +218,7 @@ def _schedule_contiguous(
     partial.compute_at(out, channel).bound_extent(lane, tile.lanes).bound_extent(v.m, spec.multiplier)
     partial.bound_extent(v.c, 1).vectorize(lane).never_partition_all()
     _bound_taps(partial, loops, spec)
-    update = partial.update()
+    update = partial.update().never_partition_all()
     update.split(kx, kxo, kxi, tile.taps_x, hl.TailStrategy.GuardWithIf)
     update.split(ky, kyo, kyi, tile.taps_y, hl.TailStrategy.GuardWithIf)
     update.reorder(lane, kxi, kyi, kxo, kyo, kz, v.m, v.c, *(box[d] for d in range(4)), loops.chunk_y, loops.chunk_n)
@@ -233,7 +235,7 @@ def _schedule_contiguous(
         sums.bound_extent(var, 1)
     sums.vectorize(lane).unroll(kx).unroll(ky).never_partition_all()
     run, step = hl.RVar("run"), hl.RVar("step")
-    stage = sums.update()
+    stage = sums.update().never_partition_all()
     stage.split(pixel[1], run, step, tile.rows)
     stage.reorder(lane, kx, ky, step, pixel[0], run)
     stage.vectorize(lane).unroll(kx).unroll(ky).unroll(step)

@@ -14,8 +14,9 @@ from sepconv.kernels.machine import Machine
 
 Sizes = tuple[int, int, int]
 
-# Multiply-adds of straight-line code in one innermost body: enough to hide loop overhead, little enough to compile.
-_BODY = 256
+# Multiply-adds of straight-line code in one innermost body: enough to hide the loop, few enough to stay in registers
+# (of longer bodies the compiler moves the loads away from their use).
+_BODY = 128
 # Channels of a block in bytes: several cache lines, so that memory is read in long runs.
 _BLOCK_BYTES = 512
 # Parts that the weight gradient is cut into at least. A constant, so that results do not depend on the threads.
@@ -71,7 +72,6 @@ class GatherShape:
     """
 
     channels: int
-    batch: int
     image: Sizes
     phases: Sizes
     taps: Sizes
@@ -103,7 +103,7 @@ def _channel_block(channels: int, reach: Sizes, step: Sizes, image: Sizes, machi
     rows = min(2 * reach[1], (image[1] - 1) * step[1] + reach[1]) + 1
     most = min(_BLOCK_BYTES, machine.l2_bytes // 2 // (across * rows)) // (4 * lanes)
     most = min(max(1, most), channels // lanes)
-    return lanes, lanes * _least_waste(ceil_div(channels, lanes), list(range(1, most + 1)), 0.1)
+    return lanes, lanes * _least_waste(ceil_div(channels, lanes), list(range(1, most + 1)), 0.5)
 
 
 def _row_lanes(width: int, machine: Machine) -> int:
@@ -198,10 +198,12 @@ def weight_tile(shape: WeightShape, channels_last: bool, machine: Machine) -> We
     taps_x = _least_waste(kernel[0], list(range(1, min(room, 9) + 1)), 1.0)
     taps_y = _least_waste(kernel[1], list(range(1, max(1, room // taps_x) + 1)), 0.2)
     taps = taps_x * taps_y * (multiplier if channels_last else 1)
-    runs = [run for run in (1, 2, 4, 7) if run == 1 or run * taps <= _BODY // 2]
     if channels_last:
-        return WeightTile(lanes, block, taps_x, taps_y, _least_waste(width, runs, 0.5), 1)
-    return WeightTile(lanes, block, taps_x, taps_y, 1, _least_waste(height, runs, 0.5))
+        columns = _least_waste(width, [run for run in (1, 2, 4, 7) if run == 1 or run * taps <= _BODY], 0.5)
+        return WeightTile(lanes, block, taps_x, taps_y, columns, 1)
+    # The body is compiled twice, for whole vectors and for the row's end.
+    rows = _least_waste(height, [run for run in (1, 2, 4) if run == 1 or run * taps <= _BODY // 3], 0.5)
+    return WeightTile(lanes, block, taps_x, taps_y, 1, rows)
 
 
 @dataclass(frozen=True)

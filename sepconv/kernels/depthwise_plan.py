@@ -1,0 +1,156 @@
+"""From the shapes of a depthwise convolution to a kernel and the numbers it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+from sepconv.kernels import depthwise_gather, depthwise_weight_grad
+from sepconv.kernels import schedule_depthwise as schedule
+from sepconv.kernels.depthwise_gather import GatherSpec
+from sepconv.kernels.depthwise_taps import Phase, forward_taps, transposed_taps
+from sepconv.kernels.depthwise_weight_grad import WeightSpec
+from sepconv.kernels.machine import host
+from sepconv.kernels.schedule_depthwise import Sizes
+
+Numbers = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One pass of a depthwise convolution. ``image`` is the size of x, ``output`` that of the convolution's result.
+
+    Sizes are in the order x, y, z; the first ``dims`` of them are the tensor's, the rest are those of one pixel.
+    """
+
+    which: str
+    dims: int
+    channels_last: bool
+    batch: int
+    channels: int
+    multiplier: int
+    image: Sizes
+    output: Sizes
+    kernel: Sizes
+    stride: Sizes
+    low: Sizes
+    dilation: Sizes
+    bias: bool
+    activation: str
+
+    @property
+    def bytes(self) -> int:
+        """Size of x and of the result in float32."""
+        return 4 * self.batch * self.channels * (prod(self.image) + self.multiplier * prod(self.output))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``build`` makes the kernel for ``key``; ``arguments`` are its numbers; ``description`` is for people."""
+
+    key: str
+    build: Callable[[], tuple[Any, list[Any]]]
+    arguments: Numbers
+    description: dict[str, Any]
+
+
+def _xyz(values: Sequence[int], missing: int) -> Sizes:
+    x, y, z = (*reversed(values), missing, missing)[:3]
+    return x, y, z
+
+
+@lru_cache(maxsize=4096)
+def problem(
+    which: str,
+    channels_last: bool,
+    image: Numbers,
+    output: Numbers,
+    weight: Numbers,
+    stride: Numbers,
+    low: Numbers,
+    dilation: Numbers,
+    bias: bool = False,
+    activation: str = "",
+) -> Problem:
+    """The problem with tensors of these shapes; arguments are in PyTorch's order."""
+    return Problem(
+        which,
+        len(stride),
+        channels_last,
+        batch=image[0],
+        channels=image[1],
+        multiplier=weight[0] // image[1],
+        image=_xyz(image[2:], 1),
+        output=_xyz(output[2:], 1),
+        kernel=_xyz(weight[2:], 1),
+        stride=_xyz(stride, 1),
+        low=_xyz(low, 0),
+        dilation=_xyz(dilation, 1),
+        bias=bias,
+        activation=activation,
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan(p: Problem, threads: int) -> Plan:
+    return _weight_plan(p, threads) if p.which == "grad_weight" else _gather_plan(p, threads)
+
+
+def _taps(p: Problem) -> list[tuple[Phase, ...]]:
+    if p.which == "forward":
+        return [forward_taps(p.kernel[d], p.dilation[d]) for d in range(3)]
+    return [transposed_taps(p.kernel[d], p.stride[d], p.dilation[d], p.low[d]) for d in range(3)]
+
+
+def _reach(phases: tuple[Phase, ...]) -> int:
+    ends = [p.offset + j * p.advance for p in phases if p.count for j in (0, p.count - 1)]
+    return max(ends) - min(ends)
+
+
+def _sizes(values: Sequence[int]) -> Sizes:
+    x, y, z = values
+    return x, y, z
+
+
+def _gather_plan(p: Problem, threads: int) -> Plan:
+    taps, forward = _taps(p), p.which == "forward"
+    step = p.stride if forward else (1, 1, 1)
+    base = [-p.low[d] if forward else p.low[d] // p.stride[d] for d in range(p.dims)]
+    shape = schedule.GatherShape(
+        channels=p.channels,
+        image=p.output if forward else p.image,
+        phases=_sizes([len(phases) for phases in taps]),
+        taps=_sizes([max(phase.count for phase in phases) for phases in taps]),
+        reach=_sizes([_reach(phases) for phases in taps]),
+        step=step,
+        multiplier=p.multiplier,
+    )
+    tile = schedule.gather_tile(shape, p.channels_last, host())
+    boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
+    blocks = schedule.ceil_div(p.channels, tile.block)
+    items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
+    spec = GatherSpec(p.dims, p.channels_last, not forward, tuple(taps), step, p.multiplier, p.bias, p.activation, tile)
+    return Plan(
+        key=repr(spec),
+        build=partial(depthwise_gather.build, spec),
+        arguments=(*base, *boxes[: p.dims], items),
+        description=asdict(tile) | {"boxes": boxes, "blocks_per_task": items},
+    )
+
+
+def _weight_plan(p: Problem, threads: int) -> Plan:
+    reach = _sizes([p.dilation[d] * (p.kernel[d] - 1) for d in range(3)])
+    shape = schedule.WeightShape(p.channels, p.batch, p.output, p.kernel, reach, p.stride, p.multiplier)
+    tile = schedule.weight_tile(shape, p.channels_last, host())
+    boxes = schedule.weight_boxes(shape, tile, p.channels_last, host())
+    items = schedule.items_per_task(schedule.ceil_div(p.channels, tile.block), 1, threads)
+    spec = WeightSpec(p.dims, p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile)
+    return Plan(
+        key=repr(spec),
+        build=partial(depthwise_weight_grad.build, spec),
+        arguments=(*(-low for low in p.low[: p.dims]), *asdict(boxes).values(), items),
+        description=asdict(tile) | asdict(boxes) | {"blocks_per_task": items},
+    )

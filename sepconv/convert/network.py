@@ -32,7 +32,7 @@ def convert(
     skip: Skip = (),
     example_input: Any = None,
     reestimate_bn: bool = True,
-    sweeps: int = 3,
+    sweeps: int = 10,
     ridge: float = 1e-3,
 ) -> tuple[nn.Module, Plan]:
     """Turn the normal convolutions of a trained network into depthwise separable ones.

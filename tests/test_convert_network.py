@@ -190,7 +190,7 @@ def test_latency_as_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(options, "_median_time", pretend)
     model = nn.Sequential(conv(4, 8, 3), nn.ReLU(), conv(8, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    _, plan = convert(model, images(dtype=torch.float32)[:, [0, 1, 2, 0]], (3 + 0.7) / 8, metric="latency")
+    _, plan = convert(model.double(), images()[:, [0, 1, 2, 0]], (3 + 0.7) / 8, metric="latency")
     assert [row.depth_multiplier for row in plan.layers] == [0, 5]
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from sepconv.convert.batch_norm import reestimate
 from sepconv.convert.graph import find_sites
 from sepconv.convert.passes import Images, calls, evaluating
+from sepconv.convert.probe import Probe
 from sepconv.convert.sensitivity import FLOOR, output_metrics, tensors
 
 CPU = torch.device("cpu")
@@ -128,3 +130,21 @@ def test_reestimate_undoes_shifts_and_scales_of_channels() -> None:
 def test_reestimate_leaves_norms_without_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     assert reestimate(model, model, Images(torch.randn(9, 3, 5, 5), CPU, torch.float32)) == 0
+
+
+def test_a_probe_is_the_network_with_that_layer_changed() -> None:
+    old, new, images = networks()
+    old.requires_grad_(False)
+    probe = Probe(old, images)
+    assert probe.sees_outputs
+    (first, _) = find_sites(old)
+    before = first.conv.weight.clone()
+    weight, shift = torch.randn(4, 3, 9, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    with torch.no_grad():
+        new[0].weight.copy_(weight.view(4, 3, 3, 3))
+        new[0].bias += shift
+        expected = sum(float((old(x) - new(x)).square().sum()) for x in images.batches(256))
+    assert probe.error(first, weight, shift) == pytest.approx(expected)
+    assert torch.equal(first.conv.weight, before)
+    assert probe.error(first, before.flatten(2), torch.zeros(4)) == 0
+    assert not first.conv._forward_hooks

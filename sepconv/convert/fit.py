@@ -35,7 +35,7 @@ class Fit:
     """One conversion under way.
 
     ``old`` and ``new`` are copies of the model; layers of ``new`` become separable as :meth:`run` goes. ``metrics``
-    holds, by site, what an error at its output costs; ``relative`` says that those of different sites share no unit.
+    holds, by site, what an error at its output costs.
     """
 
     old: nn.Module
@@ -46,7 +46,6 @@ class Fit:
     sweeps: int
     ridge: float
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    relative: bool = False
 
     @property
     def candidates(self) -> list[Site]:
@@ -59,7 +58,6 @@ class Fit:
         if all(site.name in found for site in self.candidates):
             self.metrics = found
             return []
-        self.relative = True
         for site in self.candidates:
             scale = self.scale(site)
             weight = site.conv.weight.detach().double()

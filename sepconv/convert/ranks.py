@@ -15,10 +15,14 @@ from sepconv.convert.factor import compose, dropped_energy
 from sepconv.convert.fit import Fit
 from sepconv.convert.graph import Site
 from sepconv.convert.passes import Hooks
+from sepconv.convert.probe import Probe
 from sepconv.convert.statistics import Moments, pixels_per_image
 
 GROUP_BYTES = 1 << 31
 """Second moments held at once while errors are measured; more layers than fit need another pass over the images."""
+
+SWEEPS = 1
+"""Calibration sweeps before an error is measured: fewer than for the layer that is kept in the end."""
 
 UNITS = {"conv_params": "the convolutions' weights", "macs": "the convolutions' MACs", "latency": "the measured time"}
 
@@ -46,7 +50,11 @@ def ranks_for_budget(fit: Fit, costs: dict[str, dict[int, float]], budget: float
 
 
 def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[int, float]]:
-    """Error of every depth multiplier of every site on the original network's statistics; of M = 0 (normal) zero."""
+    """Output error of the network with one site alone converted, for every site and M; for M = 0 (normal) zero.
+
+    Without images it is the relative dropped energy; where the network's outputs show no error (class numbers, say),
+    the relative error of the layer's own output.
+    """
     errors = {name: {0: 0.0} for name in candidates}
     sites = [site for site in fit.sites if candidates[site.name]]
     if fit.images is None or fit.method == "svd":
@@ -54,13 +62,17 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
             energy = dropped_energy(site.conv.weight.detach().double(), fit.scale(site))
             errors[site.name] |= {m: float(energy[m] / energy[0]) for m in candidates[site.name]}
         return errors
+    probe = Probe(fit.old, fit.images)
     for group in _groups(sites):
         for site, moments in zip(group, _moments(fit, group), strict=True):
             problem = fit.problem(site, moments)
             weight = site.conv.weight.detach().double().flatten(2)
-            measure = problem.relative_error if fit.relative else problem.error
             for m in candidates[site.name]:
-                errors[site.name][m] = measure(compose(*calibrate(problem, weight, m, 0)))
+                fitted = compose(*calibrate(problem, weight, m, SWEEPS))
+                if probe.sees_outputs:
+                    errors[site.name][m] = probe.error(site, fitted, moments.bias(fitted))
+                else:
+                    errors[site.name][m] = problem.relative_error(fitted)
     return errors
 
 

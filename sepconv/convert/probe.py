@@ -1,0 +1,59 @@
+"""What an approximation of one layer does to the network's output: not estimated but run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv.convert.graph import Site
+from sepconv.convert.passes import Hooks, Images
+from sepconv.convert.sensitivity import tensors
+
+VALUES = 1 << 20
+"""Input values to probe with, by which large images are fewer; 32 to 256 images."""
+
+
+class Probe:
+    """Output errors of a network with one layer changed, on some of the images.
+
+    ``model`` must be in evaluation mode. Its weights are exchanged while it runs, and put back.
+    """
+
+    def __init__(self, model: nn.Module, images: Images) -> None:
+        self._model = model
+        size = next(images.batches(1))[0].numel()
+        self._batches = list(images.batches(min(256, max(32, VALUES // max(1, size)))))
+        with torch.no_grad():
+            self._wanted = [tensors(model(x)) for x in self._batches]
+
+    @property
+    def sees_outputs(self) -> bool:
+        """Whether the network has outputs in which an error shows (floating point tensors)."""
+        return any(self._wanted)
+
+    def error(self, site: Site, weight: Tensor, shift: Tensor) -> float:
+        """Squared change of the outputs, summed over the images, if the site had this weight and ``shift`` on its bias.
+
+        Shape:
+            weight: (O, C, k)    shift: (O,)
+        """
+        conv = site.conv
+        original = conv.weight.data
+        shape = (-1, *[1] * len(conv.kernel_size))
+
+        def add(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output + shift.to(output).view(shape)
+
+        error = 0.0
+        try:
+            conv.weight.data = weight.view_as(original).to(original, memory_format=torch.preserve_format)
+            with Hooks() as hooks, torch.no_grad():
+                hooks.after(conv, add)
+                for x, wanted in zip(self._batches, self._wanted, strict=True):
+                    for want, have in zip(wanted, tensors(self._model(x)), strict=True):
+                        error += float((want.double() - have.double()).square().sum())
+        finally:
+            conv.weight.data = original
+        return error

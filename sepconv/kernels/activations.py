@@ -18,8 +18,12 @@ def _limit(x: Any, low: float, high: float) -> Any:
 
 
 def _exp_of_minus(x: Any) -> Any:
-    """exp(-x); Halide's exp is wrong for NaN and minus infinity. exp(89) is already infinite in float32."""
-    return hl.select(hl.is_nan(x), x, hl.exp(-_limit(x, -89.0, 104.0)))
+    """exp(-x); Halide's exp is wrong for NaN and minus infinity. exp(89) is already infinite in float32.
+
+    NaN is told by its bits: ``hl.is_nan`` and comparisons with itself are simplified away, ``strict_float`` or not.
+    """
+    number = (hl.reinterpret(hl.UInt(32), x) & hl.u32(0x7FFFFFFF)) <= hl.u32(0x7F800000)
+    return hl.select(number, hl.exp(-_limit(x, -89.0, 104.0)), x)
 
 
 def _gelu(x: Any) -> Any:

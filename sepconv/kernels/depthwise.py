@@ -13,7 +13,8 @@ The result has the layout of the first tensor. Padding is one (low, high) pair p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,6 +148,40 @@ def forward(
     return _gather(p, x, 1, weight, bias, (x.shape[0], weight.shape[0], *sizes), p.multiplier)
 
 
+def bind(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    activation: str,
+    out: Tensor,
+) -> Callable[[], None]:
+    """The call of :func:`forward` that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
+
+    ``x`` and ``out`` are both contiguous, or both channels_last images.
+    """
+    channels_last = x.dim() == 4 and not (x.is_contiguous() and out.is_contiguous())
+    layout = _FORMATS[x.dim()] if channels_last else torch.contiguous_format
+    if not (x.is_contiguous(memory_format=layout) and out.is_contiguous(memory_format=layout)):
+        raise ValueError(f"depthwise.bind: x and out must have one layout, got {x.stride()} and {out.stride()}")
+    low = tuple([low for low, _ in padding])
+    p = problem(
+        "forward", channels_last, tuple(x.shape), tuple(out.shape), tuple(weight.shape), tuple(stride), low,
+        tuple(dilation), bias is not None, activation,
+    )  # fmt: skip
+    chosen = plan(p, torch.get_num_threads())
+    return partial(
+        runtime.compiled(chosen.key, chosen.build),
+        _planes(x, 1),
+        _filters(weight, p.multiplier),
+        _biases(_NO_BIAS if bias is None else bias, p.multiplier),
+        *chosen.arguments,
+        _planes(out, p.multiplier),
+    )
+
+
 def grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -207,6 +242,8 @@ def _gather(
 
 def _reads_in_place(tensor: Tensor, channels_last: bool) -> bool:
     """Whether the dimension that vectors run along lies side by side in memory."""
+    if tensor.shape[-1] == 1 and not channels_last:
+        return tensor.is_contiguous()  # the stride of a single element says nothing
     return tensor.stride(1 if channels_last else -1) == 1
 
 

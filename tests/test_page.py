@@ -194,6 +194,9 @@ def test_theme_can_be_changed_and_maps_follow(visit):
 def test_prints_in_light_with_its_tables_open(browser, digits_page):
     visit = Visit(browser, digits_page, theme="dark")
     visit.page.emulate_media(media="print")
+    # The width of A4 paper between its margins.
+    visit.page.set_viewport_size({"width": 718, "height": 1000})
+    assert visit.page.evaluate("document.documentElement.scrollWidth") == 718
     assert visit.style("main", "color") == "rgb(29, 32, 36)"
     assert not visit.page.locator("nav").is_visible()
     visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -96,7 +96,7 @@ function drawMaps() {
   if (others > 0) {
     const rest = addMaps(layer, parts.filter((_, c) => !shown.includes(c)), 0);
     const view = mapView(rest, Math.max(partLimit, largest(rest.values)), "output");
-    tiles.push(element("li", {class: "tile rest"}, view, element("span", {class: "name"}, `${others} others, added`)));
+    tiles.push(element("li", {class: "tile rest"}, view, element("span", {class: "name"}, `${others} others,\nadded`)));
   }
   byId("normal-tiles").replaceChildren(...tiles);
   const zLimit = largest(...hidden.map((h) => hiddenMaps[h].values));
@@ -104,7 +104,7 @@ function drawMaps() {
   byId("depthwise-tiles").replaceChildren(...hidden.map((h) => {
     const c = Math.floor(h / m);
     const views = [inputView(layer, c, inputLimit), filterView(layer, depthwiseFilter(layer, h), wLimit), mapView(hiddenMaps[h], zLimit, "output")];
-    const made = tile(m === 1 ? `channel ${c}` : `channel ${c}, filter ${h % m}`, views, h === state.hidden);
+    const made = tile(m === 1 ? `channel ${c}` : `channel ${c}\nfilter ${h % m}`, views, h === state.hidden);
     made.firstChild.addEventListener("click", () => selectChannel(c, h));
     made.dataset.hidden = h;
     return made;

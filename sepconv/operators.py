@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sepconv import dispatch
-from sepconv.kernels.layout import new_output
+from sepconv.kernels.layout import is_channels_last, new_output
 from sepconv.shapes import Geometry, output_size
 
 _aten = torch.ops.aten
@@ -152,16 +152,23 @@ def _depthwise_grads(
     )
 
 
+def _pixels(x: Tensor) -> Tensor:
+    """(N, C, *) -> (pixels, C), without a copy where x is channels_last."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
 def _pointwise_grads(
     need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By PyTorch's matrix products: one GEMM each, and differentiable again."""
-    grad_x = None
-    if need[0]:
-        transposed = weight.transpose(0, 1)
-        grad_x = _pointwise(grad, transposed.contiguous(), None, None, "")
-    grad_weight = None
-    if need[1]:
+    """By PyTorch's matrix products, which need no packed copy of weights that change in every step."""
+    matrix, grad_x, grad_weight = weight.flatten(1), None, None
+    if need[0] and is_channels_last(grad):
+        grad_x = (_pixels(grad) @ matrix).unflatten(0, (grad.shape[0], *grad.shape[2:])).movedim(-1, 1)
+    elif need[0]:
+        grad_x = (matrix.T @ grad.flatten(2)).unflatten(2, grad.shape[2:])
+    if need[1] and is_channels_last(grad):
+        grad_weight = (_pixels(grad).T @ _pixels(x)).view_as(weight)
+    elif need[1]:
         grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), x.flatten(2)).view_as(weight)
     return grad_x, grad_weight, _sum_to_bias(grad) if need[2] else None
 

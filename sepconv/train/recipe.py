@@ -127,7 +127,7 @@ def default_recipe(data: Data) -> Recipe:
     if data.channels == 1:
         return Recipe(epochs=12, batch_size=64, lr=0.1, label_smoothing=0.1, crop_padding=1)
     padding = max(1, data.image_size // 8)
-    return Recipe(epochs=10, batch_size=128, lr=0.1, label_smoothing=0.1, flip=True, crop_padding=padding)
+    return Recipe(epochs=10, batch_size=128, lr=0.2, label_smoothing=0.1, flip=True, crop_padding=padding)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sepconv.compile import compile
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 3
 SAMPLES = (10, 200)
@@ -22,6 +24,7 @@ SAMPLES = (10, 200)
 TOLERANCE = 1e-4
 """Largest difference allowed between the contenders of a network, relative to the largest output."""
 
+Contender = Callable[[Tensor], Tensor]
 _TORCH_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -45,7 +48,7 @@ class _Entry:
     network: str
     contender: str
     layout: str
-    module: nn.Module
+    call: Contender
     x: Tensor
     times: list[int]
 
@@ -61,16 +64,15 @@ def with_torch_layers(model: nn.Module) -> nn.Module:
     return plain
 
 
-def contenders(model: nn.Module) -> dict[str, nn.Module]:
-    """PyTorch's layers with the model's weights and, where the model has layers of ours, the model as it is."""
-    plain = with_torch_layers(model)
-    own = any(type(a) is not type(b) for a, b in zip(model.modules(), plain.modules(), strict=True))
-    return {"torch": plain, "sepconv": model} if own else {"torch": plain}
+def contenders(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """The network in PyTorch's layers as it stands in a program, and by ``sepconv.compile`` for images like `x`."""
+    model = model.eval()
+    return {"torch": with_torch_layers(model), "sepconv": compile(model, x)}
 
 
 @torch.inference_mode()
 def latency_ms(
-    networks: Mapping[str, Mapping[str, nn.Module]], x: Tensor, *, threads: int, seconds: float = 3.0
+    networks: Mapping[str, Mapping[str, Contender]], x: Tensor, *, threads: int, seconds: float = 3.0
 ) -> dict[str, dict[str, Latency]]:
     """Median time of one call of every contender, after checking that contenders of a network agree.
 
@@ -88,9 +90,9 @@ def latency_ms(
     """
     with threads_set_to(threads):
         entries = [
-            _Entry(network, contender, layout, _copied(module, fmt), x.contiguous(memory_format=fmt), [])
+            _Entry(network, contender, layout, _copied(call, fmt), x.contiguous(memory_format=fmt), [])
             for network, contenders in networks.items()
-            for contender, module in contenders.items()
+            for contender, call in contenders.items()
             for layout, fmt in LAYOUTS.items()
         ]
         for network in networks:
@@ -113,7 +115,7 @@ def layer_ms(
         x: images (N, C, H, W).
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    models = {name: _copied(model, torch.channels_last) for name, model in networks.items()}
+    models: dict[str, Any] = {name: _copied(model, torch.channels_last) for name, model in networks.items()}
     times: dict[str, dict[str, list[float]]] = {name: {layer: [] for layer in layers} for name in networks}
     with threads_set_to(threads), contextlib.ExitStack() as hooks:
         clocks = {name: _watch(model, layers, hooks) for name, model in models.items()}
@@ -164,17 +166,20 @@ def threads_set_to(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _copied(model: nn.Module, fmt: torch.memory_format) -> nn.Module:
-    copied: nn.Module = copy.deepcopy(model).eval()
-    return copied.to(memory_format=fmt)  # type: ignore[call-overload]
+def _copied(call: Contender, fmt: torch.memory_format) -> Contender:
+    """A module with its weights in this layout, the caller's left alone; anything else lays out its weights itself."""
+    if not isinstance(call, nn.Module):
+        return call
+    module: nn.Module = copy.deepcopy(call).eval()
+    return module.to(memory_format=fmt)  # type: ignore[call-overload]
 
 
 def _verify(entries: list[_Entry]) -> None:
     first = entries[0]
-    expected = first.module(first.x)
+    expected = first.call(first.x)
     limit = TOLERANCE * float(expected.abs().max().clamp_min(1e-30))
     for entry in entries:
-        error = float((entry.module(entry.x) - expected).abs().max())
+        error = float((entry.call(entry.x) - expected).abs().max())
         if not error <= limit:
             raise ValueError(
                 f"latency_ms: {entry.contender} ({entry.layout}) differs from {first.contender} on the network "
@@ -185,7 +190,7 @@ def _verify(entries: list[_Entry]) -> None:
 def _time(entries: list[_Entry], seconds: float) -> None:
     for _ in range(WARM_UP):
         for entry in entries:
-            entry.module(entry.x)
+            entry.call(entry.x)
     fewest, most = SAMPLES
     end = time.perf_counter() + seconds
     for sample in range(most):
@@ -193,7 +198,7 @@ def _time(entries: list[_Entry], seconds: float) -> None:
             break
         for entry in entries:
             start = time.perf_counter_ns()
-            entry.module(entry.x)
+            entry.call(entry.x)
             entry.times.append(time.perf_counter_ns() - start)
 
 

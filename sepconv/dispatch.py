@@ -23,9 +23,9 @@ from sepconv.kernels import aten, depthwise, layout, pointwise, runtime, separab
 class Explanation:
     """One kernel choice.
 
-    ``kernel`` is "halide", "torch", or "depthwise, then pointwise" for a separable convolution that was not fused and whose
-    two parts follow; ``schedule`` holds the parameters of the pipeline that ran; ``reasons`` maps each kernel that was
-    passed over to the sentence that says why.
+    ``kernel`` is "halide", "torch", or "depthwise, then pointwise" for a separable convolution that was not fused and
+    whose two parts follow; ``schedule`` holds the parameters of the pipeline that ran; ``reasons`` maps each kernel
+    that was passed over to the sentence that says why.
     """
 
     op: str

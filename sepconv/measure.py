@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv import dispatch, png
+from sepconv import png
 from sepconv.bench import Latency
+from sepconv.compile import CompiledModel
 from sepconv.convert.plan import LayerPlan
 from sepconv.cost import Cost
 from sepconv.data import Data, Split
@@ -20,7 +21,7 @@ BATCH = 256
 
 
 def network_record(
-    model: nn.Module, cost: Cost, metrics: Metrics, latency: Mapping[str, Latency], threads: int, x: Tensor
+    cost: Cost, metrics: Metrics, latency: Mapping[str, Latency], compiled: CompiledModel, threads: int, batch: int
 ) -> dict[str, Any]:
     """One network's numbers as they stand in result.json."""
     return {
@@ -31,20 +32,19 @@ def network_record(
         "accuracy": metrics.accuracy,
         "loss": metrics.loss,
         "latency_ms": {name: measured.median_ms for name, measured in latency.items()},
-        "latency_batch": x.shape[0],
+        "latency_batch": batch,
         "latency_layout": {name: measured.layout for name, measured in latency.items()},
         "threads": threads,
-        "kernels": kernels(model, x),
+        "kernels": kernels(compiled),
     }
 
 
-@torch.no_grad()
-def kernels(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Which kernels computed the operations of sepconv's own layers; empty for a network of PyTorch's layers."""
+def kernels(compiled: CompiledModel) -> dict[str, str]:
+    """What computes each kind of step of a compiled network."""
     found: dict[str, set[str]] = {}
-    for choice in dispatch.explain(model, x):
-        found.setdefault(choice.op, set()).add(choice.kernel)
-    return {op: " and ".join(sorted(names)) for op, names in found.items()}
+    for group in compiled.explain().groups:
+        found.setdefault(group.kind, set()).add(group.kernel)
+    return {kind: " and ".join(sorted(names)) for kind, names in found.items()}
 
 
 def layer_record(layer: LayerPlan, costs: Mapping[str, Cost], ms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

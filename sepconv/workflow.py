@@ -271,14 +271,15 @@ def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnP
     for model in networks.values():
         model.cpu()
     costs = {name: count(model, data.input_shape) for name, model in networks.items()}
-    latencies = bench.latency_ms(
-        {name: bench.contenders(model) for name, model in networks.items()}, x, threads=threads
-    )
+    contenders = {name: bench.contenders(model, x) for name, model in networks.items()}
+    latencies = bench.latency_ms(contenders, x, threads=threads)
     layer_ms = bench.layer_ms(networks, [layer.name for layer in plan.layers], x, threads=threads)
     record = {
         **{
-            name: measure.network_record(model, costs[name], metrics[name], latencies[name], threads, x)
-            for name, model in networks.items()
+            name: measure.network_record(
+                costs[name], metrics[name], latencies[name], contenders[name]["sepconv"], threads, len(x)
+            )
+            for name in networks
         },
         "layers": [measure.layer_record(layer, costs, layer_ms) for layer in plan.layers],
         "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +64,42 @@ def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     folder = tmp_path_factory.mktemp("mobilenet")
     return folder, *sample_run.write_mobilenet_run(folder)
+
+
+@pytest.fixture(scope="session")
+def digits_page(digits_run: Run) -> Path:
+    from sepconv.report import write_report
+
+    return write_report(digits_run[0])
+
+
+@pytest.fixture(scope="session")
+def mobilenet_page(mobilenet_run: Run) -> Path:
+    from sepconv.report import write_report
+
+    return write_report(mobilenet_run[0])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium as the system has it; tests that need it are skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed (make browser)")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, digits_page: Path) -> Iterator[Any]:
+    """The page of the digits, which must have nothing to complain about in the end."""
+    from visit import Visit
+
+    visit = Visit(browser, digits_page)
+    yield visit
+    visit.page.close()
+    assert visit.complaints == []

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sepconv import bench, dispatch
+from sepconv.compile import CompiledModel
 from sepconv.layers import SeparableConv2d
 
 
@@ -14,13 +15,14 @@ def _network() -> nn.Module:
     return nn.Sequential(SeparableConv2d(3, 8, 3, padding=1, activation="relu"), nn.Conv2d(8, 4, 3)).eval()
 
 
-def test_contenders_are_torchs_layers_and_ours() -> None:
-    network = _network()
-    found = bench.contenders(network)
+def test_contenders_are_torchs_layers_and_the_compiled_network() -> None:
+    network, x = _network(), torch.randn(1, 3, 9, 9)
+    found = bench.contenders(network, x)
     assert list(found) == ["torch", "sepconv"]
-    assert dispatch.explain(found["torch"], torch.randn(1, 3, 9, 9)) == []
-    assert [choice.op for choice in dispatch.explain(found["sepconv"], torch.randn(1, 3, 9, 9))] == ["separable_conv"]
-    assert list(bench.contenders(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))) == ["torch"]
+    assert dispatch.explain(found["torch"], x) == []
+    assert [choice.op for choice in dispatch.explain(network, x)] == ["separable_conv"]
+    assert isinstance(found["sepconv"], CompiledModel)
+    torch.testing.assert_close(found["sepconv"](x), network(x).detach())
 
 
 def test_torchs_layers_have_the_same_weights_and_leave_the_network_alone() -> None:
@@ -50,9 +52,10 @@ def test_nan_is_a_disagreement() -> None:
 
 
 def test_latency_of_each_contender_in_its_better_layout() -> None:
-    networks = {"n": bench.contenders(_network()), "other": {"torch": nn.Identity()}}
+    x = torch.randn(2, 3, 9, 9)
+    networks = {"n": bench.contenders(_network(), x), "other": {"torch": nn.Identity()}}
     before = torch.get_num_threads()
-    found = bench.latency_ms(networks, torch.randn(2, 3, 9, 9), threads=2, seconds=0.0)
+    found = bench.latency_ms(networks, x, threads=2, seconds=0.0)
     assert torch.get_num_threads() == before
     assert {name: set(row) for name, row in found.items()} == {"n": {"torch", "sepconv"}, "other": {"torch"}}
     for row in found.values():

@@ -66,6 +66,14 @@ def test_help_names_every_command() -> None:
         assert command in out
 
 
+@pytest.mark.parametrize("arguments_", [(), ("bench",)])
+def test_no_arguments_show_the_help(arguments_: tuple[str, ...]) -> None:
+    ran = run(*arguments_)
+    assert ran.code == 2
+    assert "Usage: sepconv" in ran.out + ran.err
+    assert "sepconv: " not in ran.err
+
+
 def test_version() -> None:
     assert run("--version").out == f"sepconv {sepconv.__version__}\n"
 

@@ -232,7 +232,7 @@ def test_a_fused_layer_counts_as_its_parts(dims: int) -> None:
     parts = nn.Sequential(conv(3, 6, 3, 2, 1, groups=3), nn.ReLU(), conv(6, 7, 1), nn.ReLU())
     with sepconv.dispatch.record() as choices:
         fused(torch.zeros(1, 3, *(5,) * dims))
-    assert [choice.op for choice in choices] == ["separable_conv"]
+    assert choices[0].op == "separable_conv"
     shape = (3, *(5,) * dims)
     rows, expected = count(fused, shape).layers, count(parts, shape).layers
     assert [layer.name for layer in rows] == ["depthwise", "pointwise"]

@@ -59,28 +59,22 @@ def _classes(model: nn.Module) -> int:
 
 
 @small
-def test_every_parameter_gets_a_finite_gradient(build: Callable[[], nn.Module]) -> None:
+def test_every_parameter_gets_a_finite_gradient_and_a_batch_is_learnt(build: Callable[[], nn.Module]) -> None:
     model = build()
-    y = model(_images(model))
-    assert y.shape == (3, _classes(model))
-    assert y.isfinite().all()
-    F.cross_entropy(y, torch.tensor([0, 1, 2])).backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.isfinite().all(), name
-        assert p.grad.count_nonzero() > 0, name
-
-
-@small
-def test_training_learns_a_batch(build: Callable[[], nn.Module]) -> None:
-    model = build()
-    x, target = _images(model, batch=8), torch.arange(8) % 4
+    x, target = _images(model), torch.tensor([0, 1, 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     losses = []
     for _ in range(8):
-        loss = F.cross_entropy(model(x), target)
+        y = model(x)
+        assert y.shape == (3, _classes(model))
+        assert y.isfinite().all()
+        loss = F.cross_entropy(y, target)
         optimizer.zero_grad()
         loss.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+            assert p.grad.count_nonzero() > 0, name
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.85 * losses[0]
@@ -96,7 +90,7 @@ def test_evaluation_is_deterministic_and_per_image(build: Callable[[], nn.Module
     with torch.no_grad():
         y = model(x)
         assert torch.equal(model(x), y)
-        torch.testing.assert_close(model(x[1:2]), y[1:2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x.flip(0)), y.flip(0), rtol=1e-4, atol=1e-4)
         assert y.std(0).max() > 0
 
 
@@ -117,7 +111,7 @@ def test_copies_and_files_give_the_same_outputs(build: Callable[[], nn.Module], 
 
 
 @small
-@pytest.mark.parametrize("size", [(8, 8), (28, 28), (31, 67)])
+@pytest.mark.parametrize("size", [(8, 8), (31, 67)])
 def test_image_sizes(build: Callable[[], nn.Module], size: tuple[int, int]) -> None:
     model = build().eval()
     y = model(_images(model, *size, batch=1))
@@ -249,7 +243,7 @@ def _huggingface_state(widths: list[int], classes: int) -> dict[str, Tensor]:
         state[f"{norm}.weight"] = torch.rand(channels) + 0.5
         state[f"{norm}.bias"] = torch.randn(channels)
         state[f"{norm}.running_mean"] = torch.randn(channels) * 0.1
-        state[f"{norm}.running_var"] = torch.rand(channels) * 0.01
+        state[f"{norm}.running_var"] = torch.rand(channels) + 0.5
         state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
 
     layer("conv_stem", torch.randn(widths[0], 3, 3, 3) / 5)
@@ -285,9 +279,11 @@ def test_mobilenet_v1_loads_hugging_faces_weights(tmp_path: Path) -> None:
     model = MobileNetV1(0.25, 1001, tf_padding=True).eval()
     assert list(from_huggingface(state)) == list(model.state_dict())
     load_weights(model, path)
+    # In float64, since thirty layers in a row magnify rounding.
+    double = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     for size in (48, 65):
-        x = torch.randn(2, 3, size, size)
-        torch.testing.assert_close(model(x), _huggingface_forward(state, x), rtol=1e-4, atol=1e-4)
+        x = torch.randn(2, 3, size, size, dtype=torch.float64)
+        torch.testing.assert_close(model.double()(x), _huggingface_forward(double, x), rtol=1e-9, atol=1e-9)
     with pytest.warns(UserWarning, match=r"has Hugging Face's names; .* need MobileNetV1\(tf_padding=True\)"):
         load_weights(MobileNetV1(0.25, 1001), path)
     with pytest.raises(

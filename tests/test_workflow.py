@@ -71,10 +71,12 @@ def test_stages_end_with_the_accuracy_reported(record: dict[str, Any]) -> None:
 
 
 def test_latency_is_of_both_contenders(record: dict[str, Any]) -> None:
-    assert set(record["normal"]["latency_ms"]) == {"torch"}
-    assert set(record["separable"]["latency_ms"]) == {"torch", "sepconv"}
-    assert record["separable"]["latency_batch"] == 2
-    assert record["separable"]["kernels"].keys() == {"separable_conv"}
+    for name in ("normal", "separable"):
+        assert set(record[name]["latency_ms"]) == {"torch", "sepconv"}
+        assert all(ms > 0 for ms in record[name]["latency_ms"].values())
+        assert record[name]["latency_batch"] == 2
+    assert "normal" in record["normal"]["kernels"]
+    assert "separable" in record["separable"]["kernels"]
 
 
 def test_onnx_file_was_checked(record: dict[str, Any]) -> None:

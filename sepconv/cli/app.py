@@ -49,7 +49,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # Wrong usage is a class of Click, which newer versions of Typer carry within them: known by what it can do.
         if not hasattr(error, "format_message"):
             raise
-        console.error(f"{error.format_message()} (try --help)")
+        # Without any arguments the help was shown already, and there is nothing to add.
+        if message := error.format_message():
+            console.error(f"{message} (try --help)")
         return int(getattr(error, "exit_code", WRONG_ARGUMENTS))
     return code if isinstance(code, int) else 0
 

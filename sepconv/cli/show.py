@@ -32,20 +32,10 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
 
 
 def _latency_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    rows = []
-    for contender in dict.fromkeys([*before["latency_ms"], *after["latency_ms"]]):
-        old = before["latency_ms"].get(contender)
-        new = after["latency_ms"].get(contender)
-        base = old if old is not None else before["latency_ms"]["torch"]
-        rows.append(
-            (
-                f"milliseconds, {contender}",
-                "-" if old is None else f"{old:.3f}",
-                "-" if new is None else f"{new:.3f}",
-                "" if new is None else _factor(base, new),
-            )
-        )
-    return rows
+    pairs = {name: (before["latency_ms"][name], after["latency_ms"][name]) for name in after["latency_ms"]}
+    return [
+        (f"milliseconds, {name}", f"{old:.3f}", f"{new:.3f}", _factor(old, new)) for name, (old, new) in pairs.items()
+    ]
 
 
 def _factor(before: float, after: float) -> str:

@@ -73,8 +73,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[fx.Graph, list[Any]]:
-    """Record ``function(*inputs)``, which returns a list; also returns that list with nodes in place of tensors.
+def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.Graph:
+    """Record ``function(*inputs)``, which returns a list; the tensors in it are the graph's outputs.
 
     Placeholders stand for the tensors among ``inputs``, in order; other values are constants. ``node.meta["val"]`` is
     a fake tensor with the value's shape, strides and dtype, ``node.meta["constant"]`` the tensor of a constant.
@@ -96,6 +96,5 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[fx.Gra
         except Exception as error:  # any code of the model may fail on tensors without data, in any way
             first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise CaptureError(f"it does not run on tensors without data ({first})") from error
-    results = [recorder.node(value) for value in outputs]
-    recorder.graph.output([result for result in results if isinstance(result, fx.Node)])
-    return recorder.graph, results
+    recorder.graph.output([recorder.node(value) for value in outputs if isinstance(value, Tensor)])
+    return recorder.graph

@@ -1,7 +1,8 @@
 """Frozen tensors: evaluated once, found again by how they were made.
 
 A graph is captured anew for every input size, but its weights are the same. Each constant has a key: the name of a
-parameter, or the operation and the keys of its arguments. What a key stands for is kept for as long as anything uses it.
+parameter, or the operation and the keys of its arguments. What a key stands for is kept for as long as anything uses
+it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Group:
 
     Attributes:
         name: the modules it comes from, "" if it has no parameters.
-        kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "copy", or the ATen operation.
+        kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "copy", or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
         kernel: "halide" or "torch".
         reason: why not Halide.

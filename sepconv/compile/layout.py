@@ -73,11 +73,15 @@ class Layout:
     bytes: int = 0
 
 
-def lay_out(graph: fx.Graph) -> Layout:
-    """Choose places and steps for all nodes of a matched graph."""
+def lay_out(graph: fx.Graph, results: Sequence[Tensor]) -> Layout:
+    """Choose places and steps for all nodes of a matched graph; outputs get the strides of ``results``."""
     walk = _Walk()
     for node in graph.nodes:
         walk.visit(node)
+    for place, like in zip(walk.outputs, results, strict=True):
+        dense = like if _without_gaps(like) else torch.empty(like.shape, device="meta")
+        meta = torch.empty_strided(like.shape, dense.stride(), dtype=like.dtype, device="meta")
+        walk.layout.outputs.append((place, meta))
     _find_copied(walk.layout)
     _assign(walk.layout)
     return walk.layout
@@ -90,6 +94,7 @@ def is_channels_last(x: Tensor) -> bool:
 class _Walk:
     def __init__(self) -> None:
         self.layout = Layout()
+        self.outputs: list[Place] = []
         self._places: dict[fx.Node, Any] = {}
 
     def visit(self, node: fx.Node) -> None:
@@ -111,7 +116,7 @@ class _Walk:
             for source in node.args[0]:  # type: ignore[union-attr]
                 place = self._places[source]  # type: ignore[index]
                 self._read(place, len(self.layout.steps))
-                self.layout.outputs.append((place, source.meta["val"]))  # type: ignore[union-attr]
+                self.outputs.append(place)
 
     def _call(self, node: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: self._places[source])
@@ -122,7 +127,9 @@ class _Walk:
             self._places[node] = self._group(node, args)
             return
         view = self._view(node, args, kwargs)
-        self._places[node] = self._operation(node, args, kwargs) if view is None else view
+        # A reshape that the strides do not allow copies, as ``contiguous().view()`` of the model did.
+        target = _aten.reshape.default if node.target in _VIEWS else node.target
+        self._places[node] = self._operation(node, target, args, kwargs) if view is None else view
 
     def _group(self, node: fx.Node, args: tuple[Place, ...]) -> Place:
         out = _dense(node.meta["val"])
@@ -159,15 +166,15 @@ class _Walk:
             return None
         return Place(meta, source.root)
 
-    def _operation(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _operation(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             out = self._new(value, _strides_for(value, _places_in((args, kwargs))))
-            return self._step(node.target, args, kwargs, [out])[0]
+            return self._step(target, args, kwargs, [out])[0]
         # Several results: the nodes that take them know their sizes; the others are of no use to anyone.
         taken = {user.args[1]: user.meta["val"] for user in node.users}
         outs = {i: self._new(value, value) for i, value in taken.items()}
-        step = self._step(node.target, args, kwargs, list(outs.values()))
+        step = self._step(target, args, kwargs, list(outs.values()))
         self.layout.steps[-1].kwargs = {**kwargs, RESULTS: tuple(outs)}
         return dict(zip(outs, step, strict=True))
 

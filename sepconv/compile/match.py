@@ -88,7 +88,8 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     if chain:
         return
     gamma, beta, mean, variance = (None if c is None else c.tensor.double() for c in known)
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     factor = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
     shift = (0.0 if beta is None else beta) - mean * factor
     key = ("norm", *(None if c is None else c.key for c in known), eps)

@@ -79,13 +79,16 @@ class CompiledModel:
     pickled, since compiled code belongs to one process: pickle the model and compile it again.
     """
 
-    def __init__(self, frozen: nn.Module, threads: int | None = None, tune: bool = False) -> None:
-        """``frozen`` belongs to this object from now on."""
+    def __init__(
+        self, frozen: nn.Module, threads: int | None = None, tune: bool = False, same_channels: bool = True
+    ) -> None:
+        """``frozen`` belongs to this object from now on; ``same_channels``: an image's channels may not change."""
         frozen.requires_grad_(False)
         self._frozen, self._threads, self._tune = frozen, threads, tune
         named = [*frozen.named_parameters(), *frozen.named_buffers()]
         self._store = Store({id(tensor): name for name, tensor in named})
         self._reason = _unsuitable([tensor for _, tensor in named])
+        self._same_channels = same_channels
         self._spec: Any = None
         self._single = False
         self._checked: list[tuple[torch.dtype, torch.device, tuple[int, ...]] | None] = []
@@ -137,7 +140,7 @@ class CompiledModel:
         parts: list[Any] = [torch.get_num_threads()]
         for leaf, checked in zip(leaves, self._checked, strict=True):
             if isinstance(leaf, Tensor):
-                _check(leaf, checked)
+                _check(leaf, checked, self._same_channels)
                 parts += (leaf.shape, not leaf.is_contiguous() and _is_channels_last(leaf))
             elif isinstance(leaf, Hashable):
                 parts += (type(leaf), leaf)
@@ -175,11 +178,11 @@ class CompiledModel:
         if empty:
             return "the batch is empty"
         try:
-            graph, results = capture(flat, inputs)
+            graph = capture(flat, inputs)
         except CaptureError as error:
             return f"the model cannot be captured: {error}"
         match(graph, self._store)
-        plan = Plan(graph, self._store, results, outputs_spec)
+        plan = Plan(graph, self._store, expected, outputs_spec)
         got = plan.run([leaf for leaf in inputs if isinstance(leaf, Tensor)])
         return disagreement(plan.leaves(got), expected) or plan
 
@@ -230,7 +233,7 @@ def _as_captured(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
 
 
-def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]] | None) -> None:
+def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]] | None, same_channels: bool) -> None:
     if checked is None:
         raise ValueError("CompiledModel: got a tensor where the example has none")
     dtype, device, shape = checked
@@ -240,7 +243,7 @@ def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]]
         raise ValueError(f"CompiledModel: compiled for {device}, got a tensor on {x.device}")
     if x.dim() != len(shape):
         raise ValueError(f"CompiledModel: compiled for {len(shape)} dimensions {shape}, got {tuple(x.shape)}")
-    if len(shape) == 4 and x.shape[1] != shape[1]:
+    if same_channels and len(shape) == 4 and x.shape[1] != shape[1]:
         raise ValueError(f"CompiledModel: compiled for {shape[1]} channels, got {x.shape[1]} in {tuple(x.shape)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"CompiledModel: got an input without pixels, {tuple(x.shape)}")

@@ -25,12 +25,13 @@ from sepconv.kernels import runtime
 class Plan:
     """Steps and places for one size of the inputs; ``take`` and ``give_back`` lend memory to run them in.
 
-    ``results`` are the leaves that the model returns, with nodes where there are tensors, and ``spec`` their structure.
+    ``results`` are the leaves that the model returns, of which tensors serve as examples, and ``spec`` their structure.
     """
 
     def __init__(self, graph: fx.Graph, store: Store, results: Sequence[Any], spec: Any) -> None:
-        self.layout: Layout = lay_out(graph)
-        self._template = [None if isinstance(result, fx.Node) else (result,) for result in results]
+        tensors = [result for result in results if isinstance(result, Tensor)]
+        self.layout: Layout = lay_out(graph, tensors)
+        self._template = [None if isinstance(result, Tensor) else (result,) for result in results]
         self._spec, self._single = spec, spec.is_leaf() and self._template == [None]
         self._store = store
         # Appending and popping of a deque are atomic: no lock that a fork could leave locked.

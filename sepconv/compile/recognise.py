@@ -114,6 +114,12 @@ def _limits(node: fx.Node) -> tuple[Any, Any]:
     return low, high
 
 
+def _upper_limit(node: fx.Node) -> Any:
+    """The limit of a clamp that has no lower one."""
+    low, high = _limits(node)
+    return high if low is None else None
+
+
 def _between(low: Any, high: Any) -> str:
     if low is None or float(low) != 0.0:
         return ""
@@ -124,15 +130,17 @@ def _between(low: Any, high: Any) -> str:
 
 def _spell_activations(graph: fx.Graph) -> None:
     """Activations written out, ``x * sigmoid(x)`` and the like, become the operation of that name."""
-    for node in calls(graph, _aten.clamp_max.default, _aten.minimum.default):
+    for node in calls(graph, _aten.clamp_max.default, _aten.clamp.default):
         below: Any = node.args[0]
-        if _number(node.args[1]) == 6.0 and activation_of(below) == "relu":
+        high = node.args[1] if node.target is _aten.clamp_max.default else _upper_limit(node)
+        if high is not None and float(high) == 6.0 and activation_of(below) == "relu":
             swap(node, _aten.hardtanh.default, (below.args[0], 0.0, 6.0))
     for node in calls(graph, _aten.mul.Tensor, _aten.div.Tensor):
         for spelled in (_silu(node), _hardswish(node)):
             if spelled is not None:
                 swap(node, *spelled)
                 break
+    graph.eliminate_dead_code()
 
 
 def _silu(node: fx.Node) -> Any:

@@ -94,7 +94,7 @@ class MobileNetV1(_MobileNetV1Body):
 
     Example:
         >>> import torch
-        >>> MobileNetV1(0.25, num_classes=10)(torch.randn(1, 3, 64, 64)).shape
+        >>> MobileNetV1(0.25, num_classes=10).eval()(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 10])
 
     Reference: Howard et al. 2017, arXiv:1704.04861; ReLU6 and norm_eps as in its TF-slim code.

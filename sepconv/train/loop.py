@@ -109,7 +109,7 @@ def _check_arguments(
 def _place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
     model.to(device)
     if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _try_model(model: nn.Module, example: Tensor, data: Data) -> None:

@@ -1,0 +1,218 @@
+"""Buffers, the cache of kernels, threads and forks, and the description of machines."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sepconv.kernels import depthwise, machine, runtime
+
+pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+
+_WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
+
+
+def _doubling() -> tuple[Any, list[Any]]:
+    import halide as hl
+
+    x, y = hl.vars("x y")
+    source, out = hl.ImageParam(hl.Float(32), 2, "source"), hl.Func("out")
+    source.dim(0).set_stride(hl.Expr())
+    out[x, y] = source[x, y] * 2
+    out.output_buffer().dim(0).set_stride(hl.Expr())
+    return out, [source]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[1:, ::3],
+        lambda t: t[:1].expand(5, -1),
+        lambda t: t.requires_grad_(),
+        lambda t: t[2:3, 4:5],
+    ],
+    ids=["whole", "transposed", "strided", "expanded", "leaf", "one_element"],
+)
+def test_buffers_are_views(view: Any) -> None:
+    tensor = view(torch.randn(7, 11))
+    out = torch.full(tensor.shape, float("nan"))
+    call = runtime.compiled("doubling", _doubling)
+    call(runtime.buffer(tensor), runtime.buffer(out))
+    torch.testing.assert_close(out, tensor.detach() * 2, rtol=0, atol=0)
+
+
+def test_buffer_splits_and_adds_dimensions() -> None:
+    buffer = runtime.buffer(torch.empty(2, 6, 5, 7), (2, 3, 2, 1, 5, 7))
+    assert [buffer.dim(d).extent() for d in range(6)] == [7, 5, 1, 2, 3, 2]
+    assert [buffer.dim(d).stride() for d in (0, 1, 3, 4, 5)] == [1, 7, 35, 70, 210]
+
+
+def test_a_wrong_buffer_raises_instead_of_crashing() -> None:
+    import halide as hl
+
+    call = runtime.compiled("doubling", _doubling)
+    with pytest.raises(hl.HalideError, match="beyond the max"):
+        call(runtime.buffer(torch.empty(3, 3)), runtime.buffer(torch.empty(3, 4)))
+
+
+def test_a_kernel_is_built_once() -> None:
+    built = []
+
+    def build() -> tuple[Any, list[Any]]:
+        built.append(1)
+        return _doubling()
+
+    runtime.clear_cache()
+    starters = [threading.Thread(target=runtime.compiled, args=("once", build)) for _ in range(8)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join()
+    assert built == [1]
+    assert runtime.cached_kernels() == 1
+
+
+def test_a_failed_build_is_a_reason_and_is_remembered() -> None:
+    attempts = []
+
+    def broken() -> tuple[Any, list[Any]]:
+        import halide as hl
+
+        attempts.append(1)
+        func, arguments = _doubling()
+        func.vectorize(hl.Var("no_such_loop"))
+        return func, arguments
+
+    for _ in range(2):
+        with pytest.raises(runtime.BuildError, match="cannot build broken"):
+            runtime.compiled("broken", broken)
+    assert attempts == [1]
+
+
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.clear_cache()
+    monkeypatch.setattr(runtime, "MAX_KERNELS", 3)
+    for number in range(5):
+        runtime.compiled(number, _doubling)
+        runtime.compiled(0, _doubling)
+    assert runtime.cached_kernels() == 3
+    assert 0 in runtime._cache
+    assert 2 not in runtime._cache
+
+
+def test_unsuitable_names_what_is_wrong() -> None:
+    assert runtime.unsuitable(torch.empty(2), torch.empty(3)[::2]) == ""
+    assert "float64" in runtime.unsuitable(torch.empty(2).double())
+    assert "meta" in runtime.unsuitable(torch.empty(2, device="meta"))
+    assert "strided" in runtime.unsuitable(torch.eye(2).to_sparse())
+    assert "32 bits" in runtime.unsuitable(torch.empty(1).expand(2**31))
+    assert "32 bits" in runtime.unsuitable(torch.empty(2, device="cpu").as_strided((1, 2), (1, 1)).expand(2**30, 2))
+    assert runtime.unsuitable(torch.empty(1).expand(2**31 - 1)) == ""
+
+
+def test_without_halide_everything_imports_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "hl", None)
+    monkeypatch.setattr(runtime, "_IMPORT_ERROR", "no module", raising=False)
+    assert "pip install halide" in runtime.missing()
+    x = torch.randn(1, 4, 5, 5)
+    assert "halide" in depthwise.supports("forward", x, torch.randn(4, 1, 3, 3), *_WALK)
+
+
+def _many_calls(results: list[bool]) -> None:
+    generator = torch.Generator().manual_seed(len(results))
+    for channels, side in [(16, 9), (32, 13), (16, 9), (48, 7)] * 5:
+        x = torch.randn(2, channels, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, 1, 3, 3, generator=generator)
+        y = depthwise.forward(x, weight, None, *_WALK)
+        truth = torch.conv2d(x, weight, None, 1, 1, 1, channels)
+        results.append(bool((y - truth).abs().max() < 1e-4))
+
+
+@pytest.mark.usefixtures("threads")
+def test_eight_python_threads_at_once() -> None:
+    results: list[list[bool]] = [[] for _ in range(8)]
+    workers = [threading.Thread(target=_many_calls, args=(result,)) for result in results]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [len(result) for result in results] == [20] * 8
+    assert all(all(result) for result in results)
+
+
+def test_the_thread_count_follows_torch() -> None:
+    import ctypes
+
+    import halide as hl
+
+    name = "_ZN6Halide8Internal16JITSharedRuntime15get_num_threadsEv"
+    libraries = list(Path(hl.__file__).parent.glob("**/libHalide*.so"))
+    if not libraries:
+        pytest.skip("Halide's library has another name here")
+    get = getattr(ctypes.CDLL(str(libraries[0])), name)
+    before = torch.get_num_threads()
+    try:
+        for count in (2, 1, 3):
+            torch.set_num_threads(count)
+            runtime.compiled("doubling", _doubling)
+            assert get() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_computes_after_its_parent_did() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _many_calls([])
+        child = os.fork()
+        if child == 0:
+            results: list[bool] = []
+            _many_calls(results)
+            os._exit(0 if results and all(results) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_lock_held_at_the_fork_does_not_stop_the_child() -> None:
+    with runtime._cache_lock:
+        runtime._after_fork()
+        runtime.compiled("doubling", _doubling)
+
+
+def test_host_is_described() -> None:
+    host = machine.host()
+    assert host.lanes in (4, 8, 16)
+    assert host.registers in (16, 32)
+    assert 8 * 1024 <= host.l1_bytes <= host.l2_bytes
+
+
+def test_named_machines() -> None:
+    assert (machine.named("avx2").lanes, machine.named("avx2").registers) == (8, 16)
+    assert (machine.named("avx512").lanes, machine.named("avx512").registers) == (16, 32)
+    assert (machine.named("neon").lanes, machine.named("neon").registers) == (4, 32)
+    with pytest.raises(ValueError, match="name must be one of"):
+        machine.named("z80")
+
+
+def test_cache_sizes_come_from_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, (kind, level, size) in enumerate([("Instruction", 1, "64K"), ("Data", 1, "48K"), ("Unified", 2, "2M")]):
+        directory = tmp_path / f"index{index}"
+        directory.mkdir()
+        for name, value in (("type", kind), ("level", level), ("size", size)):
+            (directory / name).write_text(f"{value}\n")
+    (tmp_path / "index9").mkdir()
+    monkeypatch.setattr(machine, "_CACHE_DIRECTORY", tmp_path)
+    assert machine._cache_bytes(1, 5) == 48 * 1024
+    assert machine._cache_bytes(2, 5) == 2 * 1024 * 1024
+    assert machine._cache_bytes(3, 5) == 5

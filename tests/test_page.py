@@ -1,4 +1,4 @@
-"""The report in a real browser: it opens quietly, works by mouse and keyboard, is accessible and says what was measured."""
+"""The report in a real browser: it opens quietly, works by mouse and keyboard, and says what was measured."""
 
 from __future__ import annotations
 

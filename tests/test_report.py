@@ -166,6 +166,14 @@ def test_the_page_says_what_the_result_says(tmp_path):
         assert expected in text, expected
 
 
+def test_an_accuracy_that_stays_is_said_to_stay(tmp_path):
+    result = copy.deepcopy(SMALL)
+    result["separable"]["accuracy"] = result["normal"]["accuracy"] - 1e-9
+    text = report_of(tmp_path, result).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Accuracy stayed at 90.00 %." in text
+    assert "accuracy unchanged" in text
+
+
 @pytest.mark.parametrize("missing", [key for key in SMALL if key != "model"])
 def test_a_missing_part_is_left_out(tmp_path, missing):
     result = {key: value for key, value in SMALL.items() if key != missing}

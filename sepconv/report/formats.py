@@ -17,7 +17,7 @@ def figures(value: Any, digits: int = 3) -> str:
     """A number with so many significant digits, in powers of ten only below 1/10,000.
 
     Example:
-        >>> figures(1234.5), figures(0.0123456), figures(7), figures("7")
+        >>> figures(1234.6), figures(0.0123456), figures(7), figures("7")
         ('1235', '0.0123', '7', '–')
     """
     found = number(value)
@@ -103,15 +103,16 @@ def points(before: Any, after: Any) -> str:
     """The difference of two fractions in percentage points, signed.
 
     Example:
-        >>> print(points(0.983, 0.978), points(0.5, 0.51), sep=", ")
-        −0.50\u00a0points, +1.00\u00a0points
+        >>> print(points(0.983, 0.978), points(0.5, 0.51), points(0.5, 0.5), sep=", ")
+        −0.50\u00a0points, +1.00\u00a0points, unchanged
     """
     first, second = number(before), number(after)
     if first is None or second is None:
         return MISSING
     difference = round(100 * (second - first), 2)
-    sign = "+" if difference > 0 else MINUS if difference < 0 else ""
-    return f"{sign}{abs(difference):.2f}{SPACE}points"
+    if difference == 0:
+        return "unchanged"
+    return f"{'+' if difference > 0 else MINUS}{abs(difference):.2f}{SPACE}points"
 
 
 def _one_decimal(ratio: float) -> str:

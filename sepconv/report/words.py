@@ -23,7 +23,7 @@ def lead(found: list[Comparison]) -> str:
     parts = [f"It now has {' and '.join(gains)}."] if gains else []
     if accuracy := by_kind.get("Accuracy"):
         before, after = formats.percent(accuracy.before), formats.percent(accuracy.after)
-        parts.append(f"Accuracy went from {before} to {after}.")
+        parts.append(f"Accuracy stayed at {after}." if before == after else f"Accuracy went from {before} to {after}.")
     if time := next((c for c in found if c.kind == "milliseconds"), None):
         before, after = formats.milliseconds(time.before), formats.milliseconds(time.after)
         parts.append(f"{time.name}: {before} before, {after} after.")

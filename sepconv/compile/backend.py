@@ -44,7 +44,7 @@ class _Frozen(nn.Module):
         self.module = module
         self._places = list(weights)
         for i, tensor in weights.items():
-            self.register_buffer(names[i], tensor.detach())
+            self.register_buffer(names[i], tensor.detach().contiguous())
         self._names = [names[i] for i in weights]
 
     def forward(self, *others: Any) -> Any:

@@ -33,24 +33,25 @@ class _Packed(list[Any]):
     """Buffers over packed weights, shared between plans."""
 
 
-def lower(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor], store: Store) -> Call:
-    """The call that fills ``outputs``. ``target`` is as in ``layout.Step``."""
+def lower(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor], store: Store, choice: str = "") -> Call:
+    """The call that fills ``outputs``. ``target`` is as in ``layout.Step``, ``choice`` one of ``tune.alternatives``."""
     if target is None:
         return Call(partial(outputs[0].copy_, args[0]), "copy")
     if not isinstance(target, (Convolution, Separable, Pool)):
         return Call(_operation(target, args, kwargs, outputs), "torch", "no kernel for this operation")
     reason = runtime.missing() or runtime.unsuitable(outputs[0], *args) or _unfit(target, args, outputs[0])
+    reason = reason or ("PyTorch was measured to be faster" if choice == "torch" else "")
     if not reason:
         try:
-            return _bind(target, args, outputs[0], store)
+            return (_bind_split if choice == "split" else _bind)(target, args, outputs[0], store)
         except BuildError as error:
             reason = str(error).splitlines()[0]
     return Call(partial(_through_torch, target, args, outputs[0]), "torch", reason)
 
 
-def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store) -> Call:
+def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store, choice: str = "") -> Call:
     """The same for the first step of a network; ``run(x)`` takes any tensor with the sizes and strides of ``x``."""
-    call = lower(target, [x], {}, [out], store)
+    call = lower(target, [x], {}, [out], store, choice)
     if call.kernel == "torch":
         return call._replace(run=lambda given: _through_torch(target, [given], out))
     bound: Any = call.run
@@ -112,6 +113,20 @@ def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, stor
         lambda: _Packed(separable.pack(found, *map(_tensor, parts))),
     )
     return Call(separable.bind(found, x, packed, residual, out), "halide", holds=packed)
+
+
+def _bind_split(target: Separable, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    """Depthwise and pointwise in turn, the depthwise result in memory of its own."""
+    shape = (out.shape[0], target.depthwise.out_channels, *out.shape[2:])
+    hidden = torch.empty(shape, memory_format=torch.channels_last)
+    first = _bind_depthwise(target.depthwise, args[:1], hidden, store)
+    second = _bind_matrix(target.pointwise, [hidden, *args[1:]], out, store)
+
+    def run() -> None:
+        first.run()
+        second.run()
+
+    return Call(run, "halide", "depthwise and pointwise in turn were measured to be faster", (first, second))
 
 
 def _bind_conv(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:

@@ -60,7 +60,10 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
         raise ValueError(f"compile: threads must be None or a positive integer, got {threads!r}")
     args, kwargs = _arguments(example_input)
     with torch.inference_mode(False), torch.no_grad():
-        compiled = CompiledModel(copy.deepcopy(model), threads, tune)
+        # With channels_last weights PyTorch's pooling changes strides in place, which cannot be captured; kernels pack
+        # the weights in any case.
+        frozen: Any = copy.deepcopy(model)
+        compiled = CompiledModel(frozen.to(memory_format=torch.contiguous_format), threads, tune)
         compiled.prepare(*args, **kwargs)
     return compiled
 
@@ -182,7 +185,7 @@ class CompiledModel:
         except CaptureError as error:
             return f"the model cannot be captured: {error}"
         match(graph, self._store)
-        plan = Plan(graph, self._store, expected, outputs_spec)
+        plan = Plan(graph, self._store, expected, outputs_spec, self._tune)
         got = plan.run([leaf for leaf in inputs if isinstance(leaf, Tensor)])
         return disagreement(plan.leaves(got), expected) or plan
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from sepconv.compile.constants import Store
 from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
+from sepconv.compile.tune import alternatives, fastest
 from sepconv.kernels import runtime
 
 
@@ -28,7 +29,7 @@ class Plan:
     ``results`` are the leaves that the model returns, of which tensors serve as examples, and ``spec`` their structure.
     """
 
-    def __init__(self, graph: fx.Graph, store: Store, results: Sequence[Any], spec: Any) -> None:
+    def __init__(self, graph: fx.Graph, store: Store, results: Sequence[Any], spec: Any, tune: bool = False) -> None:
         tensors = [result for result in results if isinstance(result, Tensor)]
         self.layout: Layout = lay_out(graph, tensors)
         self._template = [None if isinstance(result, Tensor) else (result,) for result in results]
@@ -36,13 +37,17 @@ class Plan:
         self._store = store
         # Appending and popping of a deque are atomic: no lock that a fork could leave locked.
         self._free: deque[Instance] = deque()
+        self._choices: dict[int, str] = {}
+        if tune:
+            runtime.follow_torch_threads()
+            self._choices = self.take().choose()
         self.give_back(self.take())
 
     def take(self) -> Instance:
         try:
             return self._free.pop()
         except IndexError:
-            return Instance(self.layout, self._store)
+            return Instance(self.layout, self._store, self._choices)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The network's outputs, in memory of their own."""
@@ -69,25 +74,43 @@ class Plan:
 class Instance:
     """One arena and the calls that are bound to it."""
 
-    def __init__(self, layout: Layout, store: Store) -> None:
+    def __init__(self, layout: Layout, store: Store, choices: Mapping[int, str]) -> None:
+        """``choices``: steps that are not computed in the usual way, as ``tune`` names them."""
         self._arena = torch.empty(layout.bytes, dtype=torch.uint8)
-        self._layout = layout
-        self.calls = [self._bind(i, store) for i in range(len(layout.steps))]
+        self._layout, self._store = layout, store
+        self.calls = [self._bind(i, choices.get(i, "")) for i in range(len(layout.steps))]
         direct = layout.direct is not None
         self._head = self.calls[0].run if direct else None
         self._runs = [call.run for call in self.calls[direct:]]
         self._copied = [(i, self._tensor(layout.inputs[i])) for i in layout.copied]
         self._results = [(self._tensor(place), like) for place, like in layout.outputs]
 
-    def _bind(self, i: int, store: Store) -> Call:
+    def _bind(self, i: int, choice: str) -> Call:
         step = self._layout.steps[i]
         outputs = [self._tensor(place) for place in step.outputs]
-        if i == 0 and self._layout.direct is not None:
-            given = self._layout.given[self._layout.direct]
-            example = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype)
-            return lower_direct(step.target, example, outputs[0], store)
+        if self._is_direct(i):
+            return lower_direct(step.target, self._example(), outputs[0], self._store, choice)
         args, kwargs = pytree.tree_map_only(Place, self._tensor, (step.args, step.kwargs))
-        return lower(step.target, args, kwargs, outputs, store)
+        return lower(step.target, args, kwargs, outputs, self._store, choice)
+
+    def _is_direct(self, i: int) -> bool:
+        return i == 0 and self._layout.direct is not None
+
+    def _example(self) -> Tensor:
+        given = self._layout.given[self._layout.direct or 0]
+        return torch.empty_strided(given.shape, given.stride(), dtype=given.dtype).normal_()
+
+    def choose(self) -> dict[int, str]:
+        """Measure what else could compute each step; the choices that are faster than the usual one."""
+        choices = {}
+        for i, step in enumerate(self._layout.steps):
+            others = alternatives(step.target) if self.calls[i].kernel == "halide" else ()
+            if others:
+                for place in step.args:
+                    self._tensor(place).normal_()
+                calls = {"": self.calls[i], **{choice: self._bind(i, choice) for choice in others}}
+                choices[i] = fastest(calls, [self._example()] if self._is_direct(i) else [])
+        return choices
 
     def _tensor(self, place: Place) -> Tensor:
         meta, root = place.meta, place.root
@@ -117,7 +140,7 @@ class Instance:
             self.run(inputs)
             times = []
             for i, call in enumerate(self.calls):
-                arguments = [inputs[self._layout.direct]] if i == 0 and self._layout.direct is not None else []
+                arguments = [inputs[self._layout.direct or 0]] if self._is_direct(i) else []
                 start = time.perf_counter()
                 call.run(*arguments)
                 times.append(time.perf_counter() - start)

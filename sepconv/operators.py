@@ -102,10 +102,11 @@ _define(
     dispatch.separable_forward,
     _fake_separable,
 )
-_depthwise = torch.ops.sepconv.depthwise_conv.default
+DEPTHWISE = torch.ops.sepconv.depthwise_conv.default
+POINTWISE = torch.ops.sepconv.pointwise_conv.default
+SEPARABLE = torch.ops.sepconv.separable_conv.default
 _depthwise_grad_input = torch.ops.sepconv.depthwise_conv_grad_input.default
 _depthwise_grad_weight = torch.ops.sepconv.depthwise_conv_grad_weight.default
-_pointwise = torch.ops.sepconv.pointwise_conv.default
 
 # Derivatives that follow from the value behind the activation: nothing but the output need be kept.
 FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -181,7 +182,7 @@ def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_depthwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias, y = ctx.saved_tensors
-    grad = _before_activation(grad, ctx.activation, y, lambda: _depthwise(x, weight, bias, *ctx.geometry, ""))
+    grad = _before_activation(grad, ctx.activation, y, lambda: DEPTHWISE(x, weight, bias, *ctx.geometry, ""))
     return *_depthwise_grads(ctx.needs_input_grad, grad, x, weight, ctx.geometry), None, None, None, None
 
 
@@ -194,7 +195,7 @@ def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_output, weight = ctx.saved_tensors
     need, geometry = ctx.needs_input_grad, ctx.geometry
-    of_output = _depthwise(grad, weight, None, *geometry, "") if need[0] else None
+    of_output = DEPTHWISE(grad, weight, None, *geometry, "") if need[0] else None
     of_weight = _depthwise_grad_weight(grad_output, grad, weight.shape, *geometry) if need[1] else None
     return of_output, of_weight, None, None, None, None
 
@@ -208,7 +209,7 @@ def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_output, x = ctx.saved_tensors
     need, geometry = ctx.needs_input_grad, ctx.geometry
-    of_output = _depthwise(x, grad, None, *geometry, "") if need[0] else None
+    of_output = DEPTHWISE(x, grad, None, *geometry, "") if need[0] else None
     of_x = _depthwise_grad_input(grad_output, grad, x.shape, *geometry) if need[1] else None
     return of_output, of_x, None, None, None, None
 
@@ -223,7 +224,7 @@ def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_pointwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias, residual, y = ctx.saved_tensors
     need = ctx.needs_input_grad
-    grad = _before_activation(grad, ctx.activation, y, lambda: _pointwise(x, weight, bias, residual, ""))
+    grad = _before_activation(grad, ctx.activation, y, lambda: POINTWISE(x, weight, bias, residual, ""))
     return *_pointwise_grads(need, grad, x, weight), grad if need[3] else None, None
 
 
@@ -241,10 +242,10 @@ def _backward_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, dw, pw, dw_bias, pw_bias, residual, y = ctx.saved_tensors
     need, (dw_activation, activation) = ctx.needs_input_grad, ctx.activations
     fused = dw_activation if dw_activation in FROM_OUTPUT else ""
-    hidden = z = _depthwise(x, dw, dw_bias, *ctx.geometry, fused)
+    hidden = z = DEPTHWISE(x, dw, dw_bias, *ctx.geometry, fused)
     if dw_activation not in FROM_OUTPUT:
         hidden = getattr(_aten, dw_activation)(z)
-    grad = _before_activation(grad, activation, y, lambda: _pointwise(hidden, pw, pw_bias, residual, ""))
+    grad = _before_activation(grad, activation, y, lambda: POINTWISE(hidden, pw, pw_bias, residual, ""))
     below = need[0] or need[1] or need[3]
     grad_hidden, grad_pw, grad_pw_bias = _pointwise_grads((below, need[2], need[4]), grad, hidden, pw)
     grad_x = grad_dw = grad_dw_bias = None

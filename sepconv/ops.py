@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels import aten
-from sepconv.operators import FROM_OUTPUT
+from sepconv.operators import DEPTHWISE, FROM_OUTPUT, POINTWISE, SEPARABLE
 from sepconv.reference import ACTIVATIONS
 from sepconv.shapes import (
     Geometry,
@@ -25,10 +25,6 @@ from sepconv.shapes import (
     check_tensors,
     resolve,
 )
-
-_depthwise = torch.ops.sepconv.depthwise_conv.default
-_pointwise = torch.ops.sepconv.pointwise_conv.default
-_separable = torch.ops.sepconv.separable_conv.default
 
 
 def _check_activation(name: str, argument: str, activation: str | None) -> str:
@@ -81,9 +77,9 @@ def _depthwise_conv(
     if torch.compiler.is_exporting():
         return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
     if _split_for_gradient(chosen, x, weight, bias):
-        z = _depthwise(x, weight, bias, g.stride, g.flat_padding, g.dilation, "")
+        z = DEPTHWISE(x, weight, bias, g.stride, g.flat_padding, g.dilation, "")
         return ACTIVATIONS[chosen](z)
-    y: Tensor = _depthwise(x, weight, bias, g.stride, g.flat_padding, g.dilation, chosen)
+    y: Tensor = DEPTHWISE(x, weight, bias, g.stride, g.flat_padding, g.dilation, chosen)
     return y
 
 
@@ -116,8 +112,8 @@ def _pointwise_conv(
         # A filter of one pixel that walks in steps sees every step-th pixel and no other.
         x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
     if _split_for_gradient(chosen, x, weight, bias, residual):
-        return ACTIVATIONS[chosen](_pointwise(x, weight, bias, residual, ""))
-    y: Tensor = _pointwise(x, weight, bias, residual, chosen)
+        return ACTIVATIONS[chosen](POINTWISE(x, weight, bias, residual, ""))
+    y: Tensor = POINTWISE(x, weight, bias, residual, chosen)
     return y
 
 
@@ -161,7 +157,7 @@ def _separable_conv(
         geometry = (g.stride, g.padding, g.dilation)
         return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
     split = _split_for_gradient(chosen, x, dw, pw, dw_bias, pw_bias)
-    y: Tensor = _separable(
+    y: Tensor = SEPARABLE(
         x,
         dw,
         pw,

@@ -34,6 +34,7 @@ SPACE = 32 << 20
 """Bytes that the page and the JSON files may need, beside the weights."""
 
 DEMO_MODEL = "vgg_small"
+DEMO_SETTINGS: dict[str, Any] = {}
 DEMO_BUDGET = 1 / 8
 DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
 DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
@@ -93,7 +94,8 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     prepare(out)
     started = time.perf_counter()
     data = load("digits")
-    card = Card(DEMO_MODEL, {"in_channels": data.channels, "num_classes": data.num_classes}).with_data(data)
+    settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
+    card = Card(DEMO_MODEL, settings).with_data(data)
     torch.manual_seed(seed)
     model = card.build()
     history = train(model, data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))

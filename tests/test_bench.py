@@ -20,7 +20,7 @@ def test_contenders_are_torchs_layers_and_the_compiled_network() -> None:
     found = bench.contenders(network, x)
     assert list(found) == ["torch", "sepconv"]
     assert dispatch.explain(found["torch"], x) == []
-    assert [choice.op for choice in dispatch.explain(network, x)] == ["separable_conv"]
+    assert "separable_conv" in [choice.op for choice in dispatch.explain(network, x)]
     assert isinstance(found["sepconv"], CompiledModel)
     torch.testing.assert_close(found["sepconv"](x), network(x).detach())
 

@@ -69,6 +69,17 @@ def test_compile_channels_last_input_and_output() -> None:
     assert torch.equal(compiled(gaps), compiled(gaps.contiguous()))
 
 
+def test_compile_takes_weights_laid_out_for_training() -> None:
+    """After training with channels_last weights, global pooling would change strides in place."""
+    model: Any = randomise(MobileNetV2(0.1, num_classes=7))
+    model.to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 37, 64)
+    compiled = compile(model, x)
+    assert compiled.explain().reason == ""
+    assert_equals_model(compiled, model, (x,))
+    assert model.features[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_compile_follows_batch_and_image_size() -> None:
     model = randomise(SamePadded())
     compiled = compile(model, torch.randn(1, 3, 16, 16))

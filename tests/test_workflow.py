@@ -122,11 +122,12 @@ def test_original_network_is_left_as_it_was(tmp_path: Path, without_onnx: None) 
 
 
 def test_demo_does_the_whole_job(tmp_path: Path, without_onnx: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workflow, "DEMO_MODEL", "resnet20")
+    monkeypatch.setattr(workflow, "DEMO_SETTINGS", {"width_mult": 0.25})
+    monkeypatch.setattr(workflow, "DEMO_BUDGET", 1 / 4)
     monkeypatch.setattr(workflow, "DEMO_TRAINING", replace(workflow.DEMO_TRAINING, epochs=1))
     monkeypatch.setattr(workflow, "DEMO_DISTILLATION", replace(workflow.DEMO_DISTILLATION, epochs=1))
     record = workflow.demo(tmp_path, seed=3, command="sepconv demo --seed 3")
-    assert record["separable"]["conv_params"] <= record["normal"]["conv_params"] / 7.5
+    assert record["separable"]["conv_params"] <= record["normal"]["conv_params"] / 4
     assert record["command"] == "sepconv demo --seed 3"
     assert {row["phase"] for row in record["curves"]} == {"original", "distilled"}
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -145,6 +145,8 @@ class CompiledModel:
             if isinstance(leaf, Tensor):
                 _check(leaf, checked, self._same_channels)
                 parts += (leaf.shape, not leaf.is_contiguous() and _is_channels_last(leaf))
+            elif checked is not None:
+                raise ValueError(f"CompiledModel: got {type(leaf).__name__} where the example has a tensor")
             elif isinstance(leaf, Hashable):
                 parts += (type(leaf), leaf)
             else:
@@ -177,23 +179,27 @@ class CompiledModel:
             outputs, outputs_spec = pytree.tree_flatten(self._frozen(*args, **kwargs))
             return outputs
 
-        expected = self._expected(leaves)
         if empty:
             return "the batch is empty"
         try:
             graph = capture(flat, inputs)
         except CaptureError as error:
+            # A copy, since this model may count its calls or change its input.
+            self._expected(copy.deepcopy(self._frozen), [_copied(leaf) for leaf in leaves])
             return f"the model cannot be captured: {error}"
+        expected = self._expected(self._frozen, leaves)
         match(graph, self._store)
         plan = Plan(graph, self._store, expected, outputs_spec, self._tune)
         got = plan.run([leaf for leaf in inputs if isinstance(leaf, Tensor)])
         return disagreement(plan.leaves(got), expected) or plan
 
-    def _expected(self, leaves: Sequence[Any]) -> list[Any]:
+    def _expected(self, model: nn.Module, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves of the model's own result, or its own complaint about the input."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
         try:
             with ThroughPyTorch():
-                return pytree.tree_leaves(self._eager(leaves))
-        except Exception as error:  # the model's own complaint about its input, whatever it is
+                return pytree.tree_leaves(model(*args, **kwargs))
+        except Exception as error:  # whatever the model raises
             first = str(error).strip().split("\n")[0]
             shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
             raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
@@ -234,6 +240,10 @@ def _as_captured(x: Tensor) -> Tensor:
     """Contiguous or channels_last, detached."""
     x = x.detach()
     return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]] | None, same_channels: bool) -> None:

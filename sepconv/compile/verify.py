@@ -36,10 +36,10 @@ def _separable(
     return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, activation, *geometry, residual)
 
 
-_PLAIN: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.sepconv.depthwise_conv.default: _depthwise,
-    torch.ops.sepconv.pointwise_conv.default: _pointwise,
-    torch.ops.sepconv.separable_conv.default: _separable,
+_PLAIN: dict[str, Callable[..., Tensor]] = {
+    "sepconv::depthwise_conv": _depthwise,
+    "sepconv::pointwise_conv": _pointwise,
+    "sepconv::separable_conv": _separable,
 }
 
 
@@ -47,7 +47,7 @@ class ThroughPyTorch(TorchDispatchMode):
     """Our own operations by PyTorch's kernels: nothing of ours to compile, and nothing shared with what is checked."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _PLAIN.get(op, op)(*args, **(kwargs or {}))
+        return _PLAIN.get(op._schema.name, op)(*args, **(kwargs or {}))
 
 
 def disagreement(got: Sequence[Any], expected: Sequence[Any]) -> str:

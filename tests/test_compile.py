@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile import lower as lowering
+from sepconv.compile import plan as planning
 from sepconv.compile.model import MAX_PLANS
 from sepconv.kernels import runtime, separable
 from sepconv.kernels.runtime import BuildError
@@ -174,7 +175,7 @@ def test_compile_runs_what_it_cannot_capture_through_pytorch(how: str, reason: s
 def test_compile_other_dtypes_and_devices_run_through_pytorch() -> None:
     half, x = randomise(SamePadded()).half(), torch.randn(1, 3, 17, 22).half()
     fast = compile(half, x)
-    assert fast.explain().reason.endswith("computes in float32 and the model has parameters of torch.float16")
+    assert fast.explain().reason.endswith("compute in float32 and the model has parameters of torch.float16")
     assert torch.equal(fast(x), half(x))
     meta = compile(randomise(SamePadded()).to("meta"), torch.empty(1, 3, 17, 22, device="meta"))
     assert meta.explain().reason == "the kernels run on CPUs and the model is on meta"
@@ -230,7 +231,7 @@ def test_compile_tune_keeps_what_is_fastest(choice: str, monkeypatch: pytest.Mon
             call.run(*arguments)
         return choice if choice in calls else ""
 
-    monkeypatch.setattr("sepconv.compile.plan.fastest", fastest)
+    monkeypatch.setattr(planning, "fastest", fastest)
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     fast = compile(model, x, tune=True)
     assert "measured to be faster" in fast.explain().groups[-1].reason
@@ -280,7 +281,7 @@ def test_compiled_model_in_several_python_threads(model: nn.Module) -> None:
 
 
 def _in_child(fast: CompiledModel, x: Tensor, sender: Any) -> None:
-    sender.send((fast(x), fast(x[:, :, 1:])))
+    sender.send((fast(x).tolist(), fast(x[:, :, 1:]).tolist()))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -292,7 +293,7 @@ def test_compiled_model_after_fork(model: nn.Module) -> None:
     child = context.Process(target=_in_child, args=(fast, x, sender))
     child.start()
     assert receiver.poll(60), "the forked child did not answer"
-    known, new = receiver.recv()
+    known, new = map(torch.tensor, receiver.recv())
     child.join()
     assert child.exitcode == 0
     close(known, model(x))

@@ -1,0 +1,79 @@
+"""Memory of a compiled network: no two values that live at one time share any, and reshapes cost none."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from networks import NETWORKS, ConvNeXtBlock, randomise
+from torch import Tensor, nn
+
+from sepconv.compile import CompiledModel, compile
+from sepconv.compile.layout import Layout, Root
+from sepconv.compile.plan import Plan
+
+
+def plan_of(compiled: CompiledModel) -> Plan:
+    plan = next(iter(compiled._plans.values()))
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def overlaps(a: Root, b: Root) -> bool:
+    in_time = a.first <= b.last and b.first <= a.last
+    return in_time and a.offset < b.offset + b.bytes and b.offset < a.offset + a.bytes
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "strided", "several", "reused"])
+def test_layout_gives_living_values_memory_of_their_own(name: str) -> None:
+    make, inputs = NETWORKS[name]
+    layout: Layout = plan_of(compile(randomise(make()), inputs())).layout
+    roots = [root for root in layout.roots if root.bytes]
+    assert not any(overlaps(a, b) for a, b in itertools.combinations(roots, 2))
+    for i, step in enumerate(layout.steps):
+        for place in step.outputs:
+            assert isinstance(place.root, Root)
+            assert place.root.first == i
+    assert max(root.offset + root.bytes for root in roots) == layout.bytes
+    assert all(root.offset % 64 == 0 for root in roots)
+
+
+def test_layout_reuses_memory() -> None:
+    chain = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(6)))
+    layout = plan_of(compile(chain.eval(), torch.randn(1, 8, 16, 16))).layout
+    assert layout.bytes == 2 * 4 * 8 * 16 * 16
+
+
+def test_layout_makes_no_copies_between_layouts() -> None:
+    make = randomise(ConvNeXtBlock())
+    steps = plan_of(compile(make, torch.randn(2, 8, 9, 7))).layout.steps
+    assert [getattr(step.target, "kind", str(step.target)) for step in steps] == [
+        "depthwise",
+        "aten.native_layer_norm.default",
+        "linear",
+        "linear",
+    ]
+
+
+def test_layout_reads_the_callers_image_in_place() -> None:
+    """The first convolution takes it in either layout; other inputs are copied once."""
+    stem = plan_of(compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8))).layout
+    assert (stem.direct, stem.copied) == (0, [])
+    pointwise = plan_of(compile(nn.Conv2d(8, 8, 1).eval(), torch.randn(1, 8, 8, 8))).layout
+    assert (pointwise.direct, pointwise.copied) == (None, [0])
+
+
+class Strides(nn.Module):
+    """Reads memory by strides, of a value that lies differently here than in the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        return torch.as_strided(y, (2, 12), (12, 1), 3) + y.view(-1, 12)[:2]
+
+
+def test_layout_keeps_the_models_strides_for_as_strided() -> None:
+    model, x = Strides(), torch.randn(1, 3, 4, 5).contiguous()
+    assert torch.equal(compile(model.eval(), x)(x), model(x))
+    images = torch.randn(1, 3, 8, 3)
+    assert torch.equal(compile(model.eval(), images)(images), model(images))

@@ -146,6 +146,28 @@ class Reused(nn.Module):
         return torch.relu_(self.conv(d)) + d + z.transpose(2, 3).contiguous().view(x.shape[0], -1)[:, :1, None, None]
 
 
+class NearMisses(nn.Module):
+    """Almost the activations that kernels know, and one convolution with different factors behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).clamp(0, 1)
+        x = F.hardtanh(self.conv(x) * 2)
+        x = F.gelu(self.conv(x) * 3, approximate="tanh")
+        y = self.conv(x)
+        x = y * torch.sigmoid(2 * y)
+        y = self.conv(x)
+        x = y * F.relu6(y + 2) / 6
+        y = self.conv(x)
+        x = y * F.relu6(y + 3) / 5
+        y = self.conv(x).clamp(max=6)
+        x = F.threshold(self.conv(y.clamp(-1, 6)), 0.1, 0)
+        return torch.add(self.conv(x), x, alpha=2) - self.conv(F.pad(x, (1, 1), value=1.0))[..., 1:-1]
+
+
 class Signal(nn.Module):
     """Separable convolution of one dimension, and a linear head on the flattened result."""
 
@@ -174,5 +196,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]
     "converted": (Converted, image(2, 8, 11, 13)),
     "several": (Several, lambda: (torch.randn(2, 3, 9, 7), torch.randn(2, 8, 9, 7), True)),
     "reused": (Reused, image(2, 8, 7, 7)),
+    "near_misses": (NearMisses, image(2, 8, 7, 9)),
     "signal": (Signal, image(3, 6, 11)),
 }

@@ -64,6 +64,16 @@ def test_layout_reads_the_callers_image_in_place() -> None:
     assert (pointwise.direct, pointwise.copied) == (None, [0])
 
 
+def test_plan_lends_an_instance_to_one_call_at_a_time() -> None:
+    plan = plan_of(compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8)))
+    first, second = plan.take(), plan.take()
+    assert first is not second
+    plan.give_back(first)
+    assert plan.take() is first
+    third = plan.take()
+    assert third not in (first, second)
+
+
 class Strides(nn.Module):
     """Reads memory by strides, of a value that lies differently here than in the model."""
 

@@ -67,6 +67,10 @@ def test_compile_channels_last_input_and_output() -> None:
     assert_equals_model(compiled, model, (x.contiguous(memory_format=torch.channels_last),))
     gaps = torch.randn(2, 9, 8, 14)[..., ::2].transpose(1, 2)
     assert torch.equal(compiled(gaps), compiled(gaps.contiguous()))
+    model = randomise(SamePadded())
+    compiled = compile(model, torch.randn(2, 3, 17, 22))
+    assert_equals_model(compiled, model, (torch.randn(2, 3, 17, 22).contiguous(memory_format=torch.channels_last),))
+    assert_equals_model(compiled, model, (torch.randn(2, 3, 17, 44)[..., ::2],))
 
 
 def test_compile_takes_weights_laid_out_for_training() -> None:

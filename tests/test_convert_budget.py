@@ -20,7 +20,7 @@ def options(layers: list[list[tuple[int, int]]]) -> list[list[Option]]:
 
 def brute_force(layers: list[list[Option]], limit: float) -> float:
     costs = [(sum(o.cost for o in pick), sum(o.error for o in pick)) for pick in itertools.product(*layers)]
-    return min(error for cost, error in costs if cost <= limit)
+    return min(error for cost, error in costs if cost <= limit * (1 + 1e-12))
 
 
 @given(LAYERS, st.floats(0, 1))

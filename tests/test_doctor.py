@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import threadpoolctl
 import torch
 
-from sepconv import dispatch, doctor, environment
+from sepconv import dispatch, environment
 from sepconv.doctor import Finding
 from sepconv.kernels import runtime
+
+# The name in the package is the function.
+doctor = importlib.import_module("sepconv.doctor")
 
 
 def _finding(name: str) -> Finding:

@@ -147,6 +147,7 @@ class DepthwiseConv2d(_DepthwiseConv, nn.Conv2d):
     Cost per image: C*M*kH*kW*Ho*Wo multiply-adds.
 
     Example:
+        >>> import torch
         >>> DepthwiseConv2d(8, 3, padding=1, depth_multiplier=2)(torch.randn(1, 8, 5, 5)).shape
         torch.Size([1, 16, 5, 5])
 
@@ -241,6 +242,7 @@ class PointwiseConv2d(_PointwiseConv, nn.Conv2d):
     Cost per image: C*O*Ho*Wo multiply-adds.
 
     Example:
+        >>> import torch
         >>> PointwiseConv2d(8, 3)(torch.randn(1, 8, 5, 5)).shape
         torch.Size([1, 3, 5, 5])
     """

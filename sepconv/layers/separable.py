@@ -206,6 +206,7 @@ class SeparableConv2d(_SeparableConv):
     Cost per image: C*M*kH*kW*Ho*Wo + C*M*O*Ho*Wo multiply-adds.
 
     Example:
+        >>> import torch
         >>> SeparableConv2d(32, 64, 3, padding=1)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 64, 8, 8])
 

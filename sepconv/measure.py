@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv import png
-from sepconv.bench import Latency
+from sepconv.bench.latency import Latency
 from sepconv.compile import CompiledModel
 from sepconv.convert.plan import LayerPlan
 from sepconv.cost import Cost

@@ -16,7 +16,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from sepconv import bench, environment, explanation, export, measure, model_file
+from sepconv import environment, explanation, export, measure, model_file
+from sepconv.bench import latency
 from sepconv.convert import convert
 from sepconv.cost import count
 from sepconv.data import Data, load
@@ -92,6 +93,8 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
         The record that is written as ``result.json``.
     """
     prepare(out)
+    # What an interrupted demo left: this one starts from the beginning.
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     started = time.perf_counter()
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
@@ -273,9 +276,9 @@ def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnP
     for model in networks.values():
         model.cpu()
     costs = {name: count(model, data.input_shape) for name, model in networks.items()}
-    contenders = {name: bench.contenders(model, x) for name, model in networks.items()}
-    latencies = bench.latency_ms(contenders, x, threads=threads)
-    layer_ms = bench.layer_ms(networks, [layer.name for layer in plan.layers], x, threads=threads)
+    contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
+    latencies = latency.latency_ms(contenders, x, threads=threads)
+    layer_ms = latency.layer_ms(networks, [layer.name for layer in plan.layers], x, threads=threads)
     record = {
         **{
             name: measure.network_record(

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from sepconv.bench import tables
+from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
 from sepconv.cli.console import Screen
@@ -70,3 +72,47 @@ def report_command(
 
 bench_app = typer.Typer(help="Measure against PyTorch and other runtimes.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+SuiteFile = Annotated[Path, typer.Option("--json", metavar="FILE", help="The benchmark file to write.")]
+SuiteThreads = Annotated[str, typer.Option("--threads", metavar="N,N", help="Thread counts, one after the other.")]
+SuiteSeconds = Annotated[float, typer.Option("--seconds", help="Of measuring, for each case and pass.")]
+SuiteMatch = Annotated[str, typer.Option("--match", help="Only cases with this in their name.", show_default=False)]
+
+
+@bench_app.command("ops", epilog="Example: sepconv bench ops --threads 1,2 --json ops.json")
+@guarded
+def bench_ops(
+    json_file: SuiteFile,
+    threads: SuiteThreads = "1",
+    seconds: SuiteSeconds = 1.0,
+    match: SuiteMatch = "",
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Depthwise convolutions of every kind, each pass, against PyTorch in both layouts."""
+    _bench("ops", json_file, threads, seconds, match, quiet)
+
+
+@bench_app.command("blocks", epilog="Example: sepconv bench blocks --threads 1,2 --json blocks.json")
+@guarded
+def bench_blocks(
+    json_file: SuiteFile,
+    threads: SuiteThreads = "1",
+    seconds: SuiteSeconds = 1.0,
+    match: SuiteMatch = "",
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Every separable block of MobileNet v1 and v2, batch 1 and 8, against PyTorch in both layouts."""
+    _bench("blocks", json_file, threads, seconds, match, quiet)
+
+
+def _bench(suite: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:
+    counts = [int(part) if part.strip().isdigit() else 0 for part in threads.split(",")]
+    screen = Screen(quiet, path)
+    screen.check_json()
+    command = f"sepconv bench {suite} --threads {threads} --seconds {seconds:g}"
+    run_suite(suite, counts, seconds, match, path, command, lambda done, of, what: screen.say(f"{done}/{of} {what}"))
+    content = tables.read(path)
+    screen.say((tables.operations_summary if suite == "ops" else tables.blocks_summary)(content))
+    screen.say(f"Written: {path}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sepconv.bench import threads_set_to
+from sepconv.bench.timing import threads_set_to
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
 from sepconv.cli.console import Screen

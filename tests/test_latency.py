@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sepconv import bench, dispatch
+from sepconv import dispatch
+from sepconv.bench import latency as bench
 from sepconv.compile import CompiledModel
 from sepconv.layers import SeparableConv2d
 

@@ -6,14 +6,14 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sepconv.bench.timing import threads_set_to
 from sepconv.compile import compile
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -153,17 +153,6 @@ def _watch(model: nn.Module, layers: Sequence[str], hooks: contextlib.ExitStack)
         hooks.callback(module.register_forward_pre_hook(start(layer)).remove)
         hooks.callback(module.register_forward_hook(stop(layer)).remove)
     return clock
-
-
-@contextmanager
-def threads_set_to(count: int | None) -> Iterator[None]:
-    """Inside the block PyTorch uses so many threads; None leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _copied(call: Contender, fmt: torch.memory_format) -> Contender:

@@ -1,0 +1,1 @@
+"""Measuring: networks against PyTorch (``latency``), operations and blocks (``operations``, ``blocks``), tables."""

@@ -1,0 +1,198 @@
+"""``sepconv bench ops``: depthwise convolutions of every kind, each pass, against PyTorch in both layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sepconv import dispatch
+from sepconv.bench.records import Record
+from sepconv.bench.timing import interleaved, threads_set_to
+from sepconv.shapes import Geometry, output_size, resolve
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_FORMATS = {
+    "nchw": {1: torch.contiguous_format, 2: torch.contiguous_format, 3: torch.contiguous_format},
+    "nhwc": {2: torch.channels_last, 3: torch.channels_last_3d},
+}
+PASSES = ("forward", "grad_input", "grad_weight")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One depthwise convolution as it occurs in a network."""
+
+    batch: int
+    channels: int
+    image: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: int = 1
+    dilation: int = 1
+    multiplier: int = 1
+
+    @property
+    def name(self) -> str:
+        size = "x".join(map(str, (self.batch, self.channels, *self.image)))
+        extras = [
+            "k" + "x".join(map(str, self.kernel)),
+            f"s{self.stride}" if self.stride > 1 else "",
+            f"d{self.dilation}" if self.dilation > 1 else "",
+            f"m{self.multiplier}" if self.multiplier > 1 else "",
+        ]
+        return " ".join([size, *filter(None, extras)])
+
+    @property
+    def geometry(self) -> Geometry:
+        padding = tuple(self.dilation * (k - 1) // 2 for k in self.kernel)
+        return resolve("bench", len(self.image), self.kernel, self.stride, padding, self.dilation)
+
+    @property
+    def output(self) -> list[int]:
+        return output_size(self.image, self.kernel, self.geometry)
+
+    @property
+    def macs(self) -> int:
+        return self.batch * self.channels * self.multiplier * prod(self.kernel) * prod(self.output)
+
+
+CASES = [
+    # 3x3 of MobileNet v1 and v2
+    Case(1, 32, (112, 112), (3, 3)),
+    Case(1, 96, (112, 112), (3, 3), stride=2),
+    Case(8, 128, (56, 56), (3, 3)),
+    Case(8, 128, (56, 56), (3, 3), stride=2),
+    Case(32, 512, (14, 14), (3, 3)),
+    Case(1, 512, (14, 14), (3, 3)),
+    Case(1, 1024, (7, 7), (3, 3)),
+    Case(8, 960, (7, 7), (3, 3)),
+    # 5x5 of EfficientNet and MobileNetV3
+    Case(8, 240, (28, 28), (5, 5)),
+    Case(1, 672, (14, 14), (5, 5)),
+    Case(1, 144, (56, 56), (5, 5), stride=2),
+    # 7x7 of ConvNeXt
+    Case(8, 96, (56, 56), (7, 7)),
+    Case(1, 384, (14, 14), (7, 7)),
+    Case(32, 768, (7, 7), (7, 7)),
+    # 31x31 of RepLKNet
+    Case(2, 64, (56, 56), (31, 31)),
+    Case(1, 128, (28, 28), (31, 31)),
+    # dilated, rectangular, several filters a channel
+    Case(8, 128, (28, 28), (3, 3), dilation=2),
+    Case(8, 256, (28, 28), (3, 3), dilation=4),
+    Case(8, 64, (28, 28), (1, 7)),
+    Case(8, 64, (28, 28), (11, 1)),
+    Case(8, 64, (28, 28), (3, 3), multiplier=2),
+    Case(8, 64, (56, 56), (3, 3), multiplier=4),
+    # signals: Mamba (4), Conformer (15, 31), long filters
+    Case(2, 1536, (512,), (4,)),
+    Case(16, 256, (400,), (15,)),
+    Case(8, 256, (2048,), (31,)),
+    Case(8, 128, (1000,), (63,)),
+    # volumes: video and medical images
+    Case(2, 48, (8, 28, 28), (3, 3, 3)),
+    Case(1, 32, (16, 32, 32), (3, 3, 3)),
+    Case(1, 96, (8, 14, 14), (3, 3, 3), stride=2),
+]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The operands of all three passes in one layout."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    grad: Tensor
+
+
+def make_tensors(case: Case, memory_format: torch.memory_format) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    filters = case.channels * case.multiplier
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Tensors(
+        random(case.batch, case.channels, *case.image).contiguous(memory_format=memory_format),
+        random(filters, 1, *case.kernel),
+        random(filters),
+        random(case.batch, filters, *case.output).contiguous(memory_format=memory_format),
+    )
+
+
+def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
+    g, ops = case.geometry, torch.ops.sepconv
+    geometry = (g.stride, g.flat_padding, g.dilation)
+    x_size, w_size = list(t.x.shape), list(t.weight.shape)
+    return {
+        "forward": lambda: ops.depthwise_conv.default(t.x, t.weight, t.bias, *geometry, ""),
+        "grad_input": lambda: ops.depthwise_conv_grad_input.default(t.grad, t.weight, x_size, *geometry),
+        "grad_weight": lambda: ops.depthwise_conv_grad_weight.default(t.grad, t.x, w_size, *geometry),
+    }
+
+
+def pytorchs(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
+    g = case.geometry
+    padding = [low for low, _ in g.padding]
+    conv, backward = _CONV[len(case.image)], torch.ops.aten.convolution_backward.default
+    arguments = (None, g.stride, padding, g.dilation, False, [0] * len(padding), case.channels)
+    return {
+        "forward": lambda: conv(t.x, t.weight, t.bias, g.stride, padding, g.dilation, case.channels),
+        "grad_input": lambda: backward(t.grad, t.x, t.weight, *arguments, [True, False, False])[0],
+        "grad_weight": lambda: backward(t.grad, t.x, t.weight, *arguments, [False, True, False])[1],
+    }
+
+
+def bounds(case: Case, t: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+    """The float64 truth of each pass, and the bound of its rounding: terms * eps * (the same on absolute values)."""
+    doubles = Tensors(*(v.double().contiguous() for v in (t.x, t.weight, t.bias, t.grad)))
+    sizes = Tensors(*(v.abs() for v in (doubles.x, doubles.weight, doubles.bias, doubles.grad)))
+    taps = prod(case.kernel)
+    terms = {"forward": taps + 1, "grad_input": taps * case.multiplier, "grad_weight": case.batch * prod(case.output)}
+    eps = torch.finfo(torch.float32).eps
+    true, large = pytorchs(case, doubles), pytorchs(case, sizes)
+    return {p: (true[p](), (terms[p] + 2) * eps * large[p]() + 1e-30) for p in PASSES}
+
+
+def _bytes(case: Case, which: str) -> int:
+    x = case.batch * case.channels * prod(case.image)
+    y = case.batch * case.channels * case.multiplier * prod(case.output)
+    weight = case.channels * case.multiplier * prod(case.kernel)
+    return 4 * (x + y + weight)
+
+
+def run_case(case: Case, threads: int, seconds: float) -> Iterator[Record]:
+    """Verify every contender and pass, then time them.
+
+    Raises:
+        ValueError: a result is outside its rounding bound; nothing of the case was timed.
+    """
+    layouts = [name for name, formats in _FORMATS.items() if len(case.image) in formats]
+    tensors = {name: make_tensors(case, _FORMATS[name][len(case.image)]) for name in layouts}
+    truth = bounds(case, tensors["nchw"])
+    with threads_set_to(threads), torch.inference_mode():
+        for which in PASSES:
+            calls, errors, kernels = {}, {}, {}
+            for layout, t in tensors.items():
+                for contender, make in (("torch", pytorchs), ("sepconv", ours)):
+                    call, key = make(case, t)[which], f"{contender}-{layout}"
+                    with dispatch.record() as choices:
+                        result = call()
+                    expected, bound = truth[which]
+                    errors[key] = float(((result.double() - expected).abs() / bound).max())
+                    if not errors[key] <= 1:
+                        raise ValueError(f"bench ops: {key}, {case.name}, {which}: {errors[key]:.3g} times the bound")
+                    calls[key] = call
+                    kernels[key] = choices[0].kernel if choices else "torch"
+            for key, timing in interleaved(calls, seconds).items():
+                contender, layout = key.split("-")
+                name = key if contender == "torch" else contender
+                yield Record(
+                    "ops", case.name, name, threads, layout, timing.median_ms, timing.low_ms, timing.high_ms,
+                    timing.samples, case.macs, _bytes(case, which), round(errors[key], 4), kernels[key], which,
+                )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Benchmark records as Markdown tables: what README and docs show is made here, never by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+_BASELINES = ("torch-nchw", "torch-nhwc")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One benchmark file.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        _ = content["machine"]["fma_peak_gflops"], [row["median_ms"] for row in content["records"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no benchmark file ({type(error).__name__}: {error})") from None
+    return content
+
+
+def best_times(records: Iterable[Row]) -> dict[tuple[int, str, str], dict[str, float]]:
+    """Median milliseconds by (threads, case, pass) and contender, each contender in its best layout."""
+    found: dict[tuple[int, str, str], dict[str, float]] = defaultdict(dict)
+    for row in records:
+        times = found[row["threads"], row["case"], row["pass"]]
+        times[row["contender"]] = min(row["median_ms"], times.get(row["contender"], math.inf))
+    return dict(found)
+
+
+def speedup(times: dict[str, float], ours: str = "sepconv") -> float:
+    """PyTorch's better layout over ours."""
+    return min(times[name] for name in _BASELINES if name in times) / times[ours]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _summed(times: dict[tuple[int, str, str], dict[str, float]], threads: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of all passes together, by case and contender."""
+    found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for (count, case, _), by_contender in times.items():
+        if count == threads:
+            for contender, ms in by_contender.items():
+                found[case][contender] += ms
+    return {case: dict(sums) for case, sums in found.items()}
+
+
+def operations(content: dict[str, Any], threads: int) -> str:
+    """`bench ops`: one line per case, speed-up over PyTorch's better layout pass by pass; losses are kept."""
+    times = best_times(content["records"])
+    passes = ("forward", "grad_input", "grad_weight")
+    rows = []
+    for case, sums in _summed(times, threads).items():
+        each = [f"{speedup(times[threads, case, which]):.2f}" for which in passes]
+        rows.append([case, *each, f"**{speedup(sums):.2f}**", f"{sums['torch-nchw'] / sums['sepconv']:.2f}"])
+    return _table(["depthwise case", "forward", "grad input", "grad weight", "all three", "default layout"], rows)
+
+
+def operations_summary(content: dict[str, Any]) -> str:
+    """`bench ops` in four numbers per thread count."""
+    times = best_times(content["records"])
+    rows = []
+    for threads in sorted({key[0] for key in times}):
+        sums = _summed(times, threads).values()
+        worst = min((speedup(t), key) for key, t in times.items() if key[0] == threads)
+        rows.append(
+            [
+                str(threads),
+                f"{geometric_mean(map(speedup, sums)):.2f}",
+                f"{geometric_mean(s['torch-nchw'] / s['sepconv'] for s in sums):.2f}",
+                f"{worst[0]:.2f} ({worst[1][1]}, {worst[1][2].replace('_', ' ')})",
+            ]
+        )
+    header = ["threads", "over PyTorch's better layout", "over its default layout", "slowest case and pass"]
+    return _table(header, rows)
+
+
+def _share(macs: int, ms: float, content: dict[str, Any], threads: int) -> str:
+    """Of the FMA peak that was measured in the same run; a multiply-add is two operations."""
+    peak = content["machine"]["fma_peak_gflops"][str(threads)]
+    return f"{200 * macs / ms / 1e6 / peak:.0f} %"
+
+
+def blocks(content: dict[str, Any], threads: int) -> str:
+    """`bench blocks`: one line per block; losses are kept."""
+    macs = {row["case"]: row["macs"] for row in content["records"]}
+    rows = [
+        [
+            case,
+            f"{t['sepconv']:.3f}",
+            f"{speedup(t):.2f}",
+            f"{t['sepconv-compile']:.3f}",
+            f"{speedup(t, 'sepconv-compile'):.2f}",
+            _share(macs[case], t["sepconv-compile"], content, threads),
+        ]
+        for (count, case, _), t in best_times(content["records"]).items()
+        if count == threads
+    ]
+    header = ["block", "function, ms", "over PyTorch", "compiled, ms", "over PyTorch", "compiled, of FMA peak"]
+    return _table(header, rows)
+
+
+def blocks_summary(content: dict[str, Any]) -> str:
+    """`bench blocks` per thread count; v1 together counts each block as often as the network has it."""
+    times, counts = best_times(content["records"]), content["counts"]
+    macs = {row["case"]: row["macs"] for row in content["records"]}
+    rows = []
+    for threads in sorted({key[0] for key in times}):
+        mine = {case: t for (count, case, _), t in times.items() if count == threads}
+        once = {case: n for case, n in counts.items() if case.startswith("v1") and case.endswith(" b1")}
+        work = sum(macs[case] * n for case, n in once.items())
+        for contender, name in (("sepconv", "functions"), ("sepconv-compile", "sepconv.compile")):
+            ms = sum(mine[case][contender] * n for case, n in once.items())
+            mean = geometric_mean(speedup(t, contender) for t in mine.values())
+            rows.append(
+                [f"{name}, {threads} thread(s)", f"{mean:.2f}", f"{ms:.2f}", _share(work, ms, content, threads)]
+            )
+    return _table(["", "all blocks over PyTorch's better layout", "v1, 13 blocks, ms", "v1, of FMA peak"], rows)
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """Put ``content`` between the markers ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"the markers {start} and {end} must each occur once")
+    head, rest = text.split(start)
+    return f"{head}{start}\n{content}{end}{rest.split(end)[1]}"

@@ -1,0 +1,59 @@
+"""Write the tables of README.md and benchmarks/README.md from the records under benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sepconv.bench import tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def before_and_after(record: dict[str, Any]) -> str:
+    """One conversion: the normal network beside the separable one."""
+    normal, separable = record["normal"], record["separable"]
+    rows = [
+        ("convolution weights", "conv_params", "{:,}"),
+        ("parameters", "params", "{:,}"),
+        ("multiply-adds", "macs", "{:,}"),
+        ("accuracy on test images", "accuracy", "{:.2%}"),
+    ]
+    lines = ["| | normal | separable |", "| --- | ---: | ---: |"]
+    lines += [f"| {title} | {form.format(normal[key])} | {form.format(separable[key])} |" for title, key, form in rows]
+    for contender in ("torch", "sepconv"):
+        times = [f"{network['latency_ms'][contender]:.3f}" for network in (normal, separable)]
+        lines.append(f"| ms an image, {contender}, {normal['threads']} threads | {times[0]} | {times[1]} |")
+    stages = ", ".join(
+        f"{stage['name']} {stage['accuracy']:.2%} ({stage['seconds']:.0f} s)" for stage in record["stages"]
+    )
+    return "\n".join(lines) + f"\n\nStages: {stages}.\n"
+
+
+def documents() -> dict[Path, str]:
+    """Both documents as they should be; parts whose record does not exist stay as they are."""
+    readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+    found = {readme: readme.read_text(), details: details.read_text()}
+
+    def put(path: Path, name: str, content: str) -> None:
+        found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
+
+    for name, file in (("demo", "digits-demo.json"), ("cifar10", "cifar10-convert.json")):
+        if (RESULTS / file).exists():
+            put(readme, name, before_and_after(json.loads((RESULTS / file).read_text())))
+    if (RESULTS / "ops.json").exists():
+        content = tables.read(RESULTS / "ops.json")
+        put(readme, "ops", tables.operations_summary(content))
+        put(details, "ops", "\n".join(f"{n} thread(s):\n\n{tables.operations(content, n)}" for n in (1, 2)))
+    if (RESULTS / "blocks.json").exists():
+        content = tables.read(RESULTS / "blocks.json")
+        put(readme, "blocks", tables.blocks_summary(content))
+        put(details, "blocks", "\n".join(f"{n} thread(s):\n\n{tables.blocks(content, n)}" for n in (1, 2)))
+    return found
+
+
+if __name__ == "__main__":
+    for path, text in documents().items():
+        path.write_text(text)

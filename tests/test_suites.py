@@ -93,7 +93,7 @@ def test_block_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = tables.read(path)
     assert content["counts"] == {"v1 8-16 7px b1": 2, "v1 8-16 7px b8": 2}
     assert {row["contender"] for row in content["records"]} == {
-        "torch-nchw", "torch-nhwc", "sepconv", "sepconv-compile"
+        "torch-nchw", "torch-nhwc", "sepconv", "sepconv-bound"
     }  # fmt: skip
     assert "v1 8-16 7px b8" in tables.blocks(content, 1)
     assert "functions, 1 thread(s)" in tables.blocks_summary(content)

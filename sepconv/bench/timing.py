@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 FEWEST, MOST = 7, 200
+SETTLE = 0.010
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ def summary(times_ms: list[float]) -> Timing:
 def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
     """Call all contenders in turn until the time is up, so that whatever else the machine does meets them alike.
 
-    A sample of a short call is the mean of several calls in a row (2 ms or so), or the clock would be measured.
+    A sample of a short call is the mean of several calls in a row (2 ms or so), or the clock would be measured. Before
+    each sample its contender runs untimed for 10 ms: the idle workers of another contender's thread pool spin for a
+    while and would take the cores from it.
     """
     repeats = {}
     for name, call in calls.items():
@@ -48,11 +51,19 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> di
             break
         for name, call in calls.items():
             n = repeats[name]
+            _settle(call)
             start = time.perf_counter()
             for _ in range(n):
                 call()
             times[name].append((time.perf_counter() - start) * 1e3 / n)
     return {name: summary(found) for name, found in times.items()}
+
+
+def _settle(call: Callable[[], object]) -> None:
+    end = time.perf_counter() + SETTLE
+    call()
+    while time.perf_counter() < end:
+        call()
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def layer_record(layer: LayerPlan, costs: Mapping[str, Cost], ms: Mapping[str, M
         "error": layer.error,
         "error_closed_form": layer.error_closed_form,
         **{name: [before[name], after[name]] for name in before},
-        "ms": [ms[name][layer.name] for name in ("normal", "separable")],
+        "ms": [ms[name].get(layer.name) for name in ("normal", "separable")],
         "reason": layer.reason,
     }
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from sepconv import environment, explanation, export, measure, model_file
 from sepconv.bench import latency
+from sepconv.bench.limits import limits
 from sepconv.convert import convert
 from sepconv.cost import count
 from sepconv.data import Data, load
@@ -269,6 +270,7 @@ def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_
 def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnProgress) -> dict[str, Any]:
     on_progress(Step("measure", 0, 1))
     threads = torch.get_num_threads()
+    before = limits(threads)
     networks = {"normal": outcome.original, "separable": outcome.separable}
     x = data.test.normalise(data.test.images.take(torch.arange(job.batch) % len(data.test)))
     metrics = {name: evaluate(model, data.test) for name, model in networks.items()}
@@ -278,20 +280,27 @@ def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnP
     costs = {name: count(model, data.input_shape) for name, model in networks.items()}
     contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
     latencies = latency.latency_ms(contenders, x, threads=threads)
-    layer_ms = latency.layer_ms(networks, [layer.name for layer in plan.layers], x, threads=threads)
+    compiled = {name: found["sepconv"] for name, found in contenders.items()}
+    layer_ms = latency.layer_ms(compiled, [layer.name for layer in plan.layers], threads=threads)
+    after = limits(threads)
     record = {
         **{
-            name: measure.network_record(
-                costs[name], metrics[name], latencies[name], contenders[name]["sepconv"], threads, len(x)
-            )
+            name: measure.network_record(costs[name], metrics[name], latencies[name], compiled[name], threads, len(x))
             for name in networks
         },
         "layers": [measure.layer_record(layer, costs, layer_ms) for layer in plan.layers],
+        "other_ms": [layer_ms[name].get("") for name in networks],
         "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},
         **different,
+        # Another program may have had the cores during one of the two measurements.
+        "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
     }
     on_progress(Step("measure", 1, 1))
     return record
+
+
+def _largest(by_threads: dict[str, float]) -> float:
+    return max(by_threads.values())
 
 
 def _device() -> torch.device:

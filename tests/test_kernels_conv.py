@@ -103,3 +103,10 @@ def test_fma_peak_is_positive_and_checks_its_arguments() -> None:
     assert torch.get_num_threads() == threads
     with pytest.raises(ValueError, match="threads and repeats must be at least 1, got 0"):
         peak.fma_peak_gflops(0)
+
+
+def test_memory_speed_is_positive_and_checks_its_arguments() -> None:
+    assert 0.1 < peak.copy_gb_per_s(1, repeats=1) < 10_000
+    assert 0.1 < peak.copy_gb_per_s(2, repeats=1) < 10_000
+    with pytest.raises(ValueError, match="threads and repeats must be at least 1, got 1 and 0"):
+        peak.copy_gb_per_s(1, 0)

@@ -217,6 +217,6 @@ def test_cache_sizes_come_from_the_system(tmp_path: Path, monkeypatch: pytest.Mo
             (directory / name).write_text(f"{value}\n")
     (tmp_path / "index9").mkdir()
     monkeypatch.setattr(machine, "_CACHE_DIRECTORY", tmp_path)
-    assert machine._cache_bytes(1, 5) == 48 * 1024
-    assert machine._cache_bytes(2, 5) == 2 * 1024 * 1024
-    assert machine._cache_bytes(3, 5) == 5
+    assert machine.cache_bytes(1, 5) == 48 * 1024
+    assert machine.cache_bytes(2, 5) == 2 * 1024 * 1024
+    assert machine.cache_bytes(3, 5) == 5

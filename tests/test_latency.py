@@ -8,7 +8,8 @@ from torch import nn
 
 from sepconv import dispatch
 from sepconv.bench import latency as bench
-from sepconv.compile import CompiledModel
+from sepconv.compile import CompiledModel, compile
+from sepconv.compile.explain import Explanation, Group
 from sepconv.layers import SeparableConv2d
 
 
@@ -90,11 +91,33 @@ def test_median_and_range_of_known_times() -> None:
     assert (found.low_ms, found.median_ms, found.high_ms, found.samples) == (1.0, 2.0, 2.0, 3)
 
 
-def test_layer_times_add_all_calls_of_a_shared_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that ticks once a reading, a layer called twice takes two ticks and one called once takes one."""
-    ticks = iter(range(0, 10**9, 1_000_000))
-    monkeypatch.setattr(bench.time, "perf_counter_ns", lambda: next(ticks))
-    shared = nn.Conv2d(4, 4, 1)
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), shared, shared)
-    found = bench.layer_ms({"n": network}, ["0", "1"], torch.randn(1, 3, 5, 5), threads=1)
-    assert found == {"n": {"0": 1.0, "1": 2.0}}
+def test_times_of_steps_are_given_to_their_layers() -> None:
+    def step(name: str, time_us: float) -> Group:
+        return Group(name, "separable", (), "halide", "", (1, 8, 5, 5), 100, time_us)
+
+    steps = [step("a.1.depthwise + a.1.pointwise", 2000.0), step("a.10", 300.0), step("", 20.0), step("a.1", 1.0)]
+    assert bench._by_layer([*steps, step("head", 4.0)], ["a.1", "a.10", "b"]) == {
+        "a.1": 2.001,
+        "a.10": 0.3,
+        "b": 0.0,
+        "": pytest.approx(0.024),
+    }
+    assert bench._by_layer([], ["a.1"]) == {}
+
+
+def test_layer_times_are_those_of_the_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 3, 9, 9)
+    network = compile(_network(), x)
+    found = bench.layer_ms({"n": network}, ["0", "1"], threads=1, rounds=1)["n"]
+    assert set(found) == {"0", "1", ""}
+    assert found["0"] > 0
+    assert found["1"] > 0
+    # The median of the rounds counts: with one unusual round, the usual time.
+    times = iter([1000.0, 9000.0, 1000.0])
+
+    def explain(*, measure: bool) -> Explanation:
+        assert measure
+        return Explanation((Group("0", "normal", (), "halide", "", (1,), 1, next(times)),))
+
+    monkeypatch.setattr(network, "explain", explain)
+    assert bench.layer_ms({"n": network}, ["0"], threads=1) == {"n": {"0": 1.0, "": 0.0}}

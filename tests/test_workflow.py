@@ -61,6 +61,8 @@ def test_layers_add_up_to_the_networks(record: dict[str, Any]) -> None:
     assert "separable" in kinds
     assert all(layer["reason"] for layer in record["layers"] if layer["kind"] == "normal")
     assert all(layer["ms"][0] > 0 and layer["ms"][1] > 0 for layer in record["layers"])
+    assert all(ms > 0 for ms in record["other_ms"])
+    assert all(record["machine"][name]["1"] > 0 for name in ("fma_peak_gflops", "memory_gb_per_s"))
 
 
 def test_stages_end_with_the_accuracy_reported(record: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import statistics
 import time
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.bench.timing import threads_set_to
-from sepconv.compile import compile
+from sepconv.compile import CompiledModel, compile
+from sepconv.compile.explain import Group
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 3
@@ -106,53 +106,37 @@ def latency_ms(
 
 @torch.inference_mode()
 def layer_ms(
-    networks: Mapping[str, nn.Module], layers: Sequence[str], x: Tensor, *, threads: int, samples: int = 15
+    networks: Mapping[str, CompiledModel], layers: Sequence[str], *, threads: int, rounds: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Median time that each named module takes within a pass of its network, all its calls together.
+    """Median time of the steps of a compiled network that compute each named layer, all its calls together.
+
+    What a step computes in the same pass (batch norm, activation, the addition of a shortcut) counts for its layer.
+    Under the name "" stand all other steps together. The networks are measured in turn. A network that runs through
+    PyTorch as a whole has no steps, and so no entries.
 
     Args:
-        networks: by name; each has modules of the names in `layers`. They are called in turn, channels_last.
-        x: images (N, C, H, W).
+        networks: by name; each has modules of the names in `layers`.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
-    models: dict[str, Any] = {name: _copied(model, torch.channels_last) for name, model in networks.items()}
-    times: dict[str, dict[str, list[float]]] = {name: {layer: [] for layer in layers} for name in networks}
-    with threads_set_to(threads), contextlib.ExitStack() as hooks:
-        clocks = {name: _watch(model, layers, hooks) for name, model in models.items()}
-        for sample in range(WARM_UP + samples):
-            for name, model in models.items():
-                clocks[name].update(dict.fromkeys(layers, 0))
-                model(x)
-                for layer in layers if sample >= WARM_UP else ():
-                    times[name][layer].append(clocks[name][layer] / 1e6)
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in networks}
+    with threads_set_to(threads):
+        for _ in range(rounds):
+            for name, model in networks.items():
+                for layer, ms in _by_layer(model.explain(measure=True).groups, layers).items():
+                    times[name].setdefault(layer, []).append(ms)
     return {
         name: {layer: round(statistics.median(found), 4) for layer, found in rows.items()}
         for name, rows in times.items()
     }
 
 
-def _watch(model: nn.Module, layers: Sequence[str], hooks: contextlib.ExitStack) -> dict[str, int]:
-    """Nanoseconds spent in each named module since its entry was last set to zero."""
-    clock = dict.fromkeys(layers, 0)
-    started: dict[str, int] = {}
-
-    def start(layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            started[layer] = time.perf_counter_ns()
-
-        return hook
-
-    def stop(layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            clock[layer] += time.perf_counter_ns() - started[layer]
-
-        return hook
-
-    for layer in layers:
-        module = model.get_submodule(layer)
-        hooks.callback(module.register_forward_pre_hook(start(layer)).remove)
-        hooks.callback(module.register_forward_hook(stop(layer)).remove)
-    return clock
+def _by_layer(groups: Sequence[Group], layers: Sequence[str]) -> dict[str, float]:
+    """Milliseconds by layer; a group's name holds the paths of its modules, joined by " + "."""
+    found = dict.fromkeys([*layers, ""], 0.0) if groups else {}
+    for group in groups:
+        paths = group.name.split(" + ")
+        of = (layer for layer in layers for path in paths if f"{path}.".startswith(f"{layer}."))
+        found[next(of, "")] += (group.time_us or 0.0) / 1e3
+    return found
 
 
 def _copied(call: Contender, fmt: torch.memory_format) -> Contender:

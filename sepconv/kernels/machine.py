@@ -65,8 +65,8 @@ def host() -> Machine:
         target=str(target),
         lanes=target.natural_vector_size(hl.Float(32)),
         registers=_vector_registers(target),
-        l1_bytes=_cache_bytes(1, _DEFAULT_L1),
-        l2_bytes=_cache_bytes(2, _DEFAULT_L2),
+        l1_bytes=cache_bytes(1, _DEFAULT_L1),
+        l2_bytes=cache_bytes(2, _DEFAULT_L2),
     )
 
 
@@ -85,7 +85,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cache_bytes(level: int, default: int) -> int:
+def cache_bytes(level: int, default: int) -> int:
     """Size of this core's data (or unified) cache as the Linux kernel reports it, else the default."""
     for index in sorted(_CACHE_DIRECTORY.glob("index*")):
         try:

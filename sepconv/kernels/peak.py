@@ -1,8 +1,10 @@
-"""The most multiply-adds per second that this machine can do, measured by a loop that touches registers only."""
+"""The two limits of this machine: multiply-adds per second in registers, and bytes per second from memory."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from sepconv.kernels.runtime import hl
 # As many independent sums as the widest tiles of the real kernels: enough to hide the latency of every unit.
 _SUMS = 12
 _STEPS = 1_000_000
+_SMALLEST, _LARGEST = 64 << 20, 256 << 20
 
 
 def build(lanes: int) -> tuple[Any, list[Any]]:
@@ -46,13 +49,31 @@ def fma_peak_gflops(threads: int, repeats: int = 20) -> float:
         lanes = machine.host().lanes
         call = runtime.compiled(("fma_peak", lanes), lambda: build(lanes))
         out = np.empty((threads, lanes * _SUMS), np.float32)
-        best = min(_seconds(call, out) for _ in range(repeats + 1))
+        best = _best(lambda: call(_STEPS, 0.5, hl.Buffer(out)), repeats + 1)
     finally:
         torch.set_num_threads(before)
     return 2.0 * _STEPS * out.size / best / 1e9
 
 
-def _seconds(call: Any, out: Any) -> float:
-    start = time.perf_counter()
-    call(_STEPS, 0.5, hl.Buffer(out))
-    return time.perf_counter() - start
+def copy_gb_per_s(threads: int, repeats: int = 5) -> float:
+    """Billions of bytes per second, read and written, of copies larger than the caches; the best of ``repeats``.
+
+    Python threads copy, so that no pool of worker threads is left spinning beside what is measured next.
+    """
+    if threads < 1 or repeats < 1:
+        raise ValueError(f"copy_gb_per_s: threads and repeats must be at least 1, got {threads} and {repeats}")
+    size = min(max(2 * machine.cache_bytes(3, 0), _SMALLEST), _LARGEST)
+    source, target = np.ones((threads, size // threads), np.uint8), np.empty((threads, size // threads), np.uint8)
+    with ThreadPoolExecutor(threads) as pool:
+        best = _best(lambda: list(pool.map(np.copyto, target, source)), repeats + 1)
+    return 2.0 * source.size / best / 1e9
+
+
+def _best(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest call."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

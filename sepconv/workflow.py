@@ -19,7 +19,7 @@ from torch import nn
 from sepconv import environment, explanation, export, measure, model_file
 from sepconv.bench import latency
 from sepconv.bench.limits import limits
-from sepconv.convert import convert
+from sepconv.convert import closed_form, convert
 from sepconv.cost import count
 from sepconv.data import Data, load
 from sepconv.files import make_folder, replacing
@@ -245,7 +245,11 @@ def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) ->
     images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
     outcome.original.to(_device())
     outcome.separable, plan = convert(outcome.original, images, job.budget, metric=job.metric, skip=job.skip)
-    outcome.finished("converted", outcome.separable, data, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    simple = closed_form(outcome.original, plan, images[:2])
+    outcome.finished("closed form", simple, data, time.perf_counter() - started)
+    outcome.finished("converted", outcome.separable, data, seconds)
     on_progress(Step("convert", 1, 1, accuracy=outcome.stages[-1]["accuracy"]))
     return plan
 

@@ -95,7 +95,7 @@ def test_convert_writes_what_the_main_job_promises(converted: Path) -> None:
     assert names == {"explanation.json", "model.onnx", "model.safetensors", "report.html", "result.json"}
     record = json.loads((converted / "result.json").read_text())
     assert record["separable"]["conv_params"] <= record["normal"]["conv_params"] / 4
-    assert [stage["name"] for stage in record["stages"]] == ["original", "converted", "distilled"]
+    assert [stage["name"] for stage in record["stages"]] == ["original", "closed form", "converted", "distilled"]
 
 
 def test_convert_without_training_or_onnx_shows_a_table(trained: Path, tmp_path: Path, without_onnx: None) -> None:

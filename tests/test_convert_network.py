@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv import SeparableConv1d, SeparableConv2d, SeparableConv3d
-from sepconv.convert import Plan, convert, network, options
+from sepconv.convert import Plan, closed_form, convert, network, options
 from sepconv.convert.graph import find_sites, record
 from sepconv.convert.options import latencies
 
@@ -147,6 +147,18 @@ def test_a_shared_module_stays_shared() -> None:
     assert isinstance(new.first, SeparableConv2d)
     assert [row.name for row in plan.layers] == ["stem", "first"]
     assert plan.layers[1].macs_before == 6 * 6 * 9 * (13 * 13 + 7 * 7)
+
+
+def test_closed_form_has_the_plans_ranks_and_its_error() -> None:
+    model = trained(resnet).requires_grad_(False)
+    x = images(100)
+    _, plan = convert(model, x, budget=1 / 2, reestimate_bn=False)
+    simple = closed_form(model, plan, x[:2])
+    ranks = {name: m.depthwise.depth_multiplier for name, m in simple.named_modules() if hasattr(m, "depthwise")}
+    assert ranks == {row.name: row.depth_multiplier for row in plan.converted}
+    want, have = model(x), simple(x)
+    error = (want - have).square().sum() / (want - want.mean(0)).square().sum()
+    assert plan.stages[0] == {"name": "closed form", "output_error": pytest.approx(float(error), rel=1e-3)}
 
 
 def test_later_layers_answer_for_earlier_errors() -> None:

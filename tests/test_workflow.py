@@ -67,7 +67,7 @@ def test_layers_add_up_to_the_networks(record: dict[str, Any]) -> None:
 
 def test_stages_end_with_the_accuracy_reported(record: dict[str, Any]) -> None:
     stages = {stage["name"]: stage["accuracy"] for stage in record["stages"]}
-    assert list(stages) == ["original", "converted", "distilled"]
+    assert list(stages) == ["original", "closed form", "converted", "distilled"]
     assert stages["original"] == record["normal"]["accuracy"]
     assert stages["distilled"] == record["separable"]["accuracy"]
 

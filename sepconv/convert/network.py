@@ -91,6 +91,21 @@ def convert(
     return new, Plan(rows, method, metric, share, images.count if images else 0, stages, notes)
 
 
+def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.Module:
+    """The conversion of `plan` as the weights alone give it: the same ranks, no images. What calibration improves on.
+
+    Args:
+        model: the one that the plan was made for; it is left as it was.
+        example_input: a batch of one or more images, with which batch norms are found in any model.
+    """
+    old, new = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
+    with evaluating(old, new):
+        sites, _ = _sites(old, (), example_input)
+        fit = Fit(old, new, sites, None, "svd", 0, 0.0)
+        fit.run({row.name: row.depth_multiplier for row in plan.converted})
+    return new
+
+
 def _check_arguments(
     model: nn.Module,
     calibration: Any,

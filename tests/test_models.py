@@ -24,6 +24,7 @@ from sepconv.models import (
     MobileNetV1,
     MobileNetV1Normal,
     MobileNetV2,
+    QuickNet,
     ResNet,
     VGGSmall,
     create,
@@ -43,6 +44,8 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "v2-small-grey": lambda: MobileNetV2(0.35, 5, 1, small_images=True, round_nearest=1),
     "vgg": lambda: VGGSmall(0.25, 5, dropout=0.1),
     "vgg-grey": lambda: VGGSmall(1.0, 10, 1),
+    "quick": lambda: QuickNet(False, 0.25, 5, dropout=0.1),
+    "quick-residual-grey": lambda: QuickNet(True, 0.25, 5, 1),
     "resnet": lambda: ResNet(8, num_classes=5),
     "resnet-projection": lambda: ResNet(14, 0.5, 5, 1, shortcut="projection"),
 }
@@ -114,6 +117,8 @@ def test_copies_and_files_give_the_same_outputs(build: Callable[[], nn.Module], 
 @pytest.mark.parametrize("size", [(8, 8), (31, 67)])
 def test_image_sizes(build: Callable[[], nn.Module], size: tuple[int, int]) -> None:
     model = build().eval()
+    if isinstance(model, QuickNet) and min(size) < 9:
+        size = (9, 9)
     y = model(_images(model, *size, batch=1))
     assert y.shape == (1, _classes(model))
     assert y.isfinite().all()
@@ -391,7 +396,7 @@ def test_create_builds_every_name(name: str) -> None:
     model = create(name, num_classes=7, width_mult=0.5, in_channels=1)
     assert _classes(model) == 7
     assert _images(model).shape[1] == 1
-    if name.startswith("resnet"):
+    if name.removeprefix("resnet").isdecimal():
         convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
         assert len(convs) + 1 == int(name.removeprefix("resnet"))
 
@@ -474,6 +479,11 @@ def test_create_refuses(name: str, settings: dict[str, Any], message: str) -> No
         (
             lambda: VGGSmall()(torch.ones(1, 3, 9, 7)),
             r"VGGSmall: images must have at least 8x8 pixels, got \(1, 3, 9, 7\)",
+        ),
+        (lambda: QuickNet(width_mult=0), "QuickNet: width_mult must be a positive number, got 0"),
+        (
+            lambda: QuickNet()(torch.ones(1, 3, 8, 9)),
+            r"QuickNet: images must have at least 9x9 pixels, got \(1, 3, 8, 9\)",
         ),
     ],
 )

@@ -13,6 +13,7 @@ from torch import nn
 
 from sepconv.models.mobilenet_v1 import MobileNetV1, MobileNetV1Normal
 from sepconv.models.mobilenet_v2 import MobileNetV2
+from sepconv.models.quick import ResNetQuick, VGGQuick
 from sepconv.models.resnet import ResNet
 from sepconv.models.vgg import VGGSmall
 
@@ -21,6 +22,8 @@ BUILT_IN: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1_normal": MobileNetV1Normal,
     "mobilenet_v2": MobileNetV2,
     "vgg_small": VGGSmall,
+    "vgg_quick": VGGQuick,
+    "resnet_quick": ResNetQuick,
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56, 110)},
 }
 

@@ -51,7 +51,7 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    times = ("seconds", "images_per_second")
+    times = ("seconds", "cpu_seconds", "images_per_second")
     return [{key: value for key, value in record.items() if key not in times} for record in records]
 
 

@@ -66,6 +66,7 @@ def convert_command(
     flip: options.Flip = False,
     crop_padding: options.Crop = 0,
     mixed_precision: options.Precision = "no",
+    average: options.Average = 0.0,
     temperature: Annotated[float, typer.Option("--temperature", help="Of the distillation.")] = 4.0,
     alpha: Annotated[float, typer.Option("--alpha", help="Weight of the original against the labels, 0 to 1.")] = 0.9,
     image_size: options.ImageSize = None,
@@ -89,6 +90,7 @@ def convert_command(
             flip=flip,
             crop_padding=crop_padding,
             mixed_precision=mixed_precision,
+            ema=average,
             seed=seed,
         )
     job = Job(
@@ -132,6 +134,8 @@ def train_command(
     flip: options.Flip = False,
     crop_padding: options.Crop = 0,
     mixed_precision: options.Precision = "no",
+    average: options.Average = 0.0,
+    whiten: options.Whiten = False,
     image_size: options.ImageSize = None,
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
@@ -153,6 +157,8 @@ def train_command(
         flip=flip,
         crop_padding=crop_padding,
         mixed_precision=mixed_precision,
+        ema=average,
+        whiten=whiten,
         seed=seed,
     )
     screen = Screen(quiet, json_file)

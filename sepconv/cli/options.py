@@ -53,6 +53,10 @@ LabelSmoothing = Annotated[float, typer.Option("--label-smoothing", help="Share 
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror images at random; wrong for digits and letters.")]
 Crop = Annotated[int, typer.Option("--crop-padding", min=0, help="Shift images at random by up to so many pixels.")]
 Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
+Average = Annotated[
+    float, typer.Option("--average", metavar="DECAY", help="Keep a running average of the weights; 0.99 is usual.")
+]
+Whiten = Annotated[bool, typer.Option("--whiten", help="Start the first layer from the images' principal patterns.")]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is the output.", show_default=False),

@@ -45,7 +45,7 @@ class History:
 
     Args:
         records: one an epoch, with the keys epoch, step, lr, train_loss, train_accuracy, test_loss, test_accuracy,
-            seconds and images_per_second; the lines of `log.jsonl`.
+            seconds, cpu_seconds (of this process, all threads) and images_per_second; the lines of `log.jsonl`.
         resumed_from: the epochs that an earlier run had finished.
     """
 

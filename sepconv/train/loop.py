@@ -24,8 +24,10 @@ from sepconv.train.history import History, Progress
 from sepconv.train.processes import processes
 from sepconv.train.recipe import Recipe
 from sepconv.train.trainer import Trainer
+from sepconv.train.whiten import whiten_first_layer
 
 EXAMPLES = 64  # images on which models are tried before the training begins
+WHITENED = 2000  # images whose patches the first layer starts from
 COPIES_OF_WEIGHTS = {"sgd": 2, "adamw": 3, "rmsprop": 3}
 
 
@@ -63,6 +65,8 @@ def train(
     example = data.calibration(min(EXAMPLES, len(data.train))).to(process.device)
     _place(model, recipe, process.device)
     _try_model(model, example, data)
+    if recipe.whiten:
+        whiten_first_layer(model, data.calibration(min(WHITENED, len(data.train))))
     with _guide(model, teacher, distillation, recipe, example) as guide:
         trainer = Trainer(model, data, recipe, guide, on_progress)
         folder = None if out is None else Path(out)

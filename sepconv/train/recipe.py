@@ -39,6 +39,7 @@ class Recipe:
         mixed_precision: "no", "bf16" or "fp16" (not on CPUs).
         channels_last: store images and filters with the channels innermost, which is faster on CPUs.
         ema: decay of the running average of the weights, which is then what is evaluated and returned; 0 for none.
+        whiten: start the first layer as the whitened principal patterns of the training images.
         seed: of order, augmentation and dropout. The weights are the caller's.
 
     Example:
@@ -60,6 +61,7 @@ class Recipe:
     mixed_precision: str = "no"
     channels_last: bool = True
     ema: float = 0.0
+    whiten: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class Trainer:
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
         """Train for the epoch `epoch`, counted from 0, evaluate, and return its record."""
-        begin = time.perf_counter()
+        begin, work = time.perf_counter(), time.process_time()
         loss, accuracy = self._train_epoch(epoch)
         trained = time.perf_counter()
         metrics = self._evaluate(epoch)
@@ -78,6 +78,7 @@ class Trainer:
             "test_loss": metrics.loss,
             "test_accuracy": metrics.accuracy,
             "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - work,
             "images_per_second": self.steps * self.batch_size / (trained - begin),
         }
 
@@ -171,7 +172,7 @@ class Trainer:
         for name, value in self.model.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise TrainingStopped(f"train: {name} is not finite after epoch {epoch + 1}")
-        with nullcontext() if self.average is None else self.average.in_place_of(self.model):
+        with nullcontext() if self.average is None else self.average.in_place_of(self.model), self._autocast():
             return evaluate(self.model, self.data.test, channels_last=self.recipe.channels_last)
 
     def _share_statistics(self) -> None:

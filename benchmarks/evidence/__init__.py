@@ -1,0 +1,1 @@
+"""The measurements behind docs/conversion.md and docs/claims.md, each step once, resumable at any moment."""

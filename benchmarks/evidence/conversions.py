@@ -1,0 +1,116 @@
+"""Conversion without any training: accuracy after each stage, for every M, for budgets, and for the rivals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.evidence import rivals
+from benchmarks.evidence.runner import RUNS, Step
+from benchmarks.evidence.teachers import TEACHERS, cifar10, teacher
+from sepconv.convert import convert
+from sepconv.cost import count
+from sepconv.model_file import FILE, open_model, read_card, write
+from sepconv.train import evaluate
+
+IMAGES = 1000
+MULTIPLIERS = (1, 2, 3, 4)
+BUDGETS = {
+    **{f"macs-1-{n}": ("macs", 1 / n) for n in (2, 3)},
+    **{f"params-1-{n}": ("conv_params", 1 / n) for n in (8, 2, 3, 4)},
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "closed form": {"method": "svd"},
+    "least squares": {"method": "least_squares", "sweeps": 0},
+    "alternating": {"method": "least_squares"},
+    "sequential targets": {"method": "sequential"},
+    "batch norm statistics": {"method": "sequential", "reestimate_bn": True},
+}
+
+
+def calibration(images: int = IMAGES, seed: int = 0) -> Tensor:
+    return cifar10().calibration(images, seed)
+
+
+def measured(model: nn.Module, seconds: float) -> dict[str, Any]:
+    """Accuracy and cost of a converted network, and the processor seconds that the conversion took."""
+    data = cifar10()
+    cost = count(model, data.input_shape)
+    accuracy = evaluate(model, data.test).accuracy
+    return {
+        "accuracy": accuracy,
+        "conv_params": cost.conv_params,
+        "macs": cost.macs,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def stages(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
+    """Accuracy after each stage of a conversion with one depth multiplier for all layers."""
+    model, images = teacher(name), calibration()
+    rows = []
+    for stage, arguments in STAGES.items():
+        begin = time.process_time()
+        settings = {"reestimate_bn": False, **arguments}
+        new, _ = convert(model, images, depth_multiplier=multiplier, **settings)
+        rows.append({"stage": stage, **measured(new, time.process_time() - begin)})
+    return {"teacher": name, "depth_multiplier": multiplier, "images": IMAGES, "rows": rows}
+
+
+def budget(name: str, budget_name: str, folder: Path) -> dict[str, Any]:
+    """A conversion under one budget with images and without; the network stays in `folder` for the distillation."""
+    model, images = teacher(name), calibration()
+    metric, share = BUDGETS[budget_name]
+    begin = time.process_time()
+    new, plan = convert(model, images, share, metric=metric)
+    result = {"with images": measured(new, time.process_time() - begin)}
+    card = read_card(RUNS / f"teacher-{name}" / FILE)
+    assert card is not None
+    write(folder / FILE, new, card.changed_to(new))
+    begin = time.process_time()
+    free, _ = convert(model, None, share, metric=metric, method="svd", example_input=images[:2])
+    result["without images"] = measured(free, time.process_time() - begin)
+    ranks = {row.name: row.depth_multiplier for row in plan.layers}
+    return {"teacher": name, "metric": metric, "budget": share, "images": IMAGES, "ranks": ranks, **result}
+
+
+def converted(name: str, budget_name: str) -> nn.Module:
+    """The network of the finished step `budget-NAME-BUDGET`."""
+    return open_model(str(RUNS / f"budget-{name}-{budget_name}"))[0]
+
+
+def contenders(model: nn.Module, multiplier: int, images: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """What takes each 3x3 convolution's place, with the weights of M = `multiplier` or (Tucker, CP) at most as many."""
+    same = dict(depth_multiplier=multiplier, skip=["stem"])
+    each = partial(rivals.replaced, model)
+    yield "depthwise first, closed form", lambda: convert(model, None, method="svd", **same)[0]
+    yield "pointwise first, closed form", lambda: each(lambda c: rivals.pointwise_first_svd(c, multiplier))
+    yield "Tucker", lambda: each(lambda c: rivals.tucker(c, rivals.separable_weights(c, multiplier)))
+    yield "CP", lambda: each(lambda c: rivals.canonical(c, rivals.separable_weights(c, multiplier)))
+    yield "depthwise first, sequential", lambda: convert(model, images, reestimate_bn=False, **same)[0]
+    yield "pointwise first, sequential", lambda: rivals.pointwise_first_sequential(model, images, multiplier)
+
+
+def compared(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
+    """Both orders, Tucker and CP at the same weights of the 3x3 convolutions."""
+    model, images = teacher(name), calibration()
+    rows = []
+    for contender, make in contenders(model, multiplier, images):
+        begin = time.process_time()
+        rows.append({"contender": contender, **measured(make(), time.process_time() - begin)})
+    return {"teacher": name, "depth_multiplier": multiplier, "images": IMAGES, "rows": rows}
+
+
+def steps() -> list[Step]:
+    found = []
+    for name in TEACHERS:
+        needs = (f"teacher-{name}",)
+        found += [Step(f"budget-{name}-{b}", partial(budget, name, b), needs) for b in BUDGETS]
+        found += [Step(f"stages-{name}-m{m}", partial(stages, name, m), needs) for m in MULTIPLIERS]
+        found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in (1, 2, 4)]
+    return found

@@ -1,0 +1,113 @@
+"""The converted network learns from the original; beside it the same network from random weights, and the rivals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.evidence import rivals
+from benchmarks.evidence.conversions import converted
+from benchmarks.evidence.runner import Step
+from benchmarks.evidence.teachers import QUICK, cifar10, teacher
+from sepconv.cost import count
+from sepconv.models.blocks import initialize
+from sepconv.train import Distillation, Recipe, evaluate, train
+
+BUDGET = "params-1-8"
+LEARNING = replace(QUICK, lr=0.05, warmup_epochs=0.3, whiten=False)
+DISTILLATION = Distillation(temperature=4.0, alpha=0.9)
+FROM_RANDOM = replace(LEARNING, lr=QUICK.lr, warmup_epochs=None, whiten=True)
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "lr-0.1": ({"lr": 0.1}, {}),
+    "lr-0.2": ({"lr": 0.2}, {}),
+    "temperature-1": ({}, {"temperature": 1.0}),
+    "temperature-2": ({}, {"temperature": 2.0}),
+    "alpha-1": ({}, {"alpha": 1.0}),
+    "features": ({}, {"features": "auto"}),
+}
+"""What is changed of the recipe and of the distillation, one thing at a time."""
+VARIANT_EPOCHS = 1
+
+
+def distilled(
+    name: str, student: nn.Module, recipe: Recipe, distillation: Distillation | None, folder: Path
+) -> dict[str, Any]:
+    """Train `student` (from the teacher `name`, or with distillation None from the labels alone) and measure it."""
+    data = cifar10()
+    model_teacher = None if distillation is None else teacher(name)
+    history = train(student, data, recipe, folder, teacher=model_teacher, distillation=distillation, resume=True)
+    cost = count(student, data.input_shape)
+    return {
+        "teacher": name,
+        "data": "CIFAR-10 (JPEG copy)",
+        "recipe": asdict(recipe),
+        "distillation": None if distillation is None else asdict(distillation),
+        "accuracy": evaluate(student, data.test).accuracy,
+        "conv_params": cost.conv_params,
+        "macs": cost.macs,
+        "training_seconds": round(history.seconds, 1),
+        "training_cpu_seconds": round(sum(r["cpu_seconds"] for r in history.records), 1),
+        "epochs": history.records,
+    }
+
+
+def forgotten(model: nn.Module, seed: int) -> nn.Module:
+    """The same network with random weights."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    initialize(model)
+    return model
+
+
+def distil(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+    recipe = replace(LEARNING, epochs=epochs, seed=seed)
+    return distilled(name, converted(name, BUDGET), recipe, DISTILLATION, folder)
+
+
+def from_random(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+    """The same network, loss and time, without the converted weights."""
+    recipe = replace(FROM_RANDOM, epochs=epochs, seed=seed)
+    return distilled(name, forgotten(converted(name, BUDGET), seed), recipe, DISTILLATION, folder)
+
+
+def from_labels(name: str, epochs: int, folder: Path) -> dict[str, Any]:
+    """The same network from random weights and labels, for as many epochs as teacher and distillation together."""
+    recipe = replace(FROM_RANDOM, epochs=epochs)
+    return distilled(name, forgotten(converted(name, BUDGET), 0), recipe, None, folder)
+
+
+def variant(name: str, key: str, folder: Path) -> dict[str, Any]:
+    of_recipe, of_distillation = VARIANTS[key]
+    recipe = replace(LEARNING, epochs=VARIANT_EPOCHS, **of_recipe)
+    distillation = replace(DISTILLATION, **of_distillation)
+    return {"variant": key, **distilled(name, converted(name, BUDGET), recipe, distillation, folder)}
+
+
+def rival(name: str, kind: str, epochs: int, folder: Path) -> dict[str, Any]:
+    """A rival decomposition at the weights of M = 1, distilled alike."""
+    make = {
+        "depthwise-first": rivals.depthwise_first_svd,
+        "pointwise-first": rivals.pointwise_first_svd,
+        "tucker": lambda conv, m: rivals.tucker(conv, rivals.separable_weights(conv, m)),
+        "cp": lambda conv, m: rivals.canonical(conv, rivals.separable_weights(conv, m)),
+    }[kind]
+    student = rivals.replaced(teacher(name), lambda conv: make(conv, 1)).train()
+    return {"rival": kind, **distilled(name, student, replace(LEARNING, epochs=epochs), DISTILLATION, folder)}
+
+
+def steps() -> list[Step]:
+    """The most telling first."""
+    ready = {name: (f"budget-{name}-{BUDGET}",) for name in ("vgg", "resnet")}
+    found = [Step(f"variant-vgg-{key}", partial(variant, "vgg", key), ready["vgg"]) for key in VARIANTS]
+    return found

@@ -1,0 +1,69 @@
+"""The normal networks that everything else starts from, trained by the library's own recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.evidence.runner import RUNS, Step
+from sepconv.cost import count
+from sepconv.data import Data, load
+from sepconv.model_file import FILE, Card, open_model, write
+from sepconv.train import Recipe, evaluate, train
+
+QUICK = Recipe(
+    batch_size=128,
+    lr=0.2,
+    warmup_epochs=2.4,
+    label_smoothing=0.1,
+    flip=True,
+    crop_padding=2,
+    mixed_precision="bf16",
+    ema=0.99,
+    whiten=True,
+)
+TEACHERS = {"vgg": ("vgg_quick", 12), "resnet": ("resnet_quick", 8)}
+SOURCE = {"cifar10": ""}
+"""Where the JPEG copy of CIFAR-10 lies; set by the command line."""
+
+
+@cache
+def cifar10() -> Data:
+    return load(SOURCE["cifar10"])
+
+
+def teacher(name: str) -> nn.Module:
+    """The trained network of the finished step `teacher-NAME`."""
+    return open_model(str(RUNS / f"teacher-{name}"))[0].eval()
+
+
+def train_teacher(name: str, folder: Path) -> dict[str, Any]:
+    """Train the normal network `name`; its weights stay in `folder`."""
+    model_name, epochs = TEACHERS[name]
+    data, recipe = cifar10(), replace(QUICK, epochs=epochs)
+    card = Card(model_name, {"num_classes": data.num_classes, "in_channels": data.channels}).with_data(data)
+    torch.manual_seed(0)
+    model = card.build()
+    history = train(model, data, recipe, folder, resume=True)
+    write(folder / FILE, model, card)
+    cost = count(model, data.input_shape)
+    return {
+        "model": model_name,
+        "data": "CIFAR-10 (JPEG copy)",
+        "recipe": asdict(recipe),
+        "accuracy": evaluate(model, data.test).accuracy,
+        "conv_params": cost.conv_params,
+        "macs": cost.macs,
+        "training_seconds": round(history.seconds, 1),
+        "training_cpu_seconds": round(sum(r["cpu_seconds"] for r in history.records), 1),
+        "epochs": history.records,
+    }
+
+
+def steps() -> list[Step]:
+    return [Step(f"teacher-{name}", lambda folder, name=name: train_teacher(name, folder)) for name in TEACHERS]

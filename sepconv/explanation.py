@@ -26,6 +26,7 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU6: "relu6",
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
+    nn.GELU: "gelu",
     nn.Sigmoid: "sigmoid",
 }
 """What may stand between the depthwise and the pointwise convolution of a layer that the page can follow."""
@@ -62,9 +63,10 @@ def collect(
         image: (C, H, W) or (1, C, H, W)
 
     Returns:
-        What ``json.dump`` takes: "image" {png, width, height, label} and "layers". Arrays are base64 of little-endian
-        float32: "input" (C, h, w) padded; "normal_weight" (K, C, kH, kW); "depthwise_weight" (C*M, kH, kW);
-        "pointwise_weight" (K, C*M); the three biases; K is the number of "channels" kept.
+        What ``json.dump`` takes: "image" {png, width, height, label}, "layers", and "left_out" [{name, reason}], the
+        other convolutions of the normal network. Arrays of a layer are base64 of little-endian float32: "input"
+        (C, h, w) padded; "normal_weight" (K, C, kH, kW); "depthwise_weight" (C*M, kH, kW); "pointwise_weight" (K, C*M);
+        the three biases; K is the number of "channels" kept.
 
     Raises:
         ValueError: the image has another shape; a name in `layers` is not a converted layer.
@@ -72,7 +74,7 @@ def collect(
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[0] != 1:
         raise ValueError(f"collect: image must have shape (C, H, W) or (1, C, H, W), got {tuple(image.shape)}")
-    pairs = _pairs(normal_model, separable_model)
+    pairs, left_out = _pairs(normal_model, separable_model)
     names = _spread(list(pairs), max_layers) if layers is None else list(layers)
     unknown = [name for name in names if name not in pairs]
     if unknown:
@@ -82,14 +84,17 @@ def collect(
     normal_calls = _watch(normal_model, [conv for conv, _ in chosen.values()], batch)
     parts = [part for _, layer in chosen.values() for part in (layer.depthwise, layer.pointwise)]
     separable_calls = _watch(separable_model, parts, batch)
-    described = [
-        _describe(name, conv, layer, normal_calls, separable_calls, channels)
-        for name, (conv, layer) in chosen.items()
-        if conv in normal_calls and layer.pointwise in separable_calls
-    ]
+    left_out |= {name: f"one of {len(pairs) - len(names)} more of the same kind" for name in pairs.keys() - set(names)}
+    described = []
+    for name, (conv, layer) in chosen.items():
+        if conv in normal_calls and layer.pointwise in separable_calls:
+            described.append(_describe(name, conv, layer, normal_calls, separable_calls, channels))
+        else:
+            left_out[name] = "it did not run on this image"
     height, width = batch.shape[2:]
     picture = {"png": png.data_uri(batch[0]), "height": height, "width": width, "label": label}
-    return {"image": picture, "layers": described}
+    reasons = [{"name": name, "reason": left_out[name]} for name, _ in _convolutions(normal_model) if name in left_out]
+    return {"image": picture, "layers": described, "left_out": reasons}
 
 
 @dataclass
@@ -113,33 +118,51 @@ class _Call:
         return scale, zeros - mean * scale
 
 
-def _pairs(normal_model: nn.Module, separable_model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Layers of the same name that are a normal convolution in one network and a separable one in the other."""
-    converted = dict(separable_model.named_modules(remove_duplicate=False))
-    pairs, seen = {}, set()
-    for name, conv in normal_model.named_modules(remove_duplicate=False):
-        layer = converted.get(name)
-        if type(conv) is not nn.Conv2d or conv.groups != 1 or conv in seen:
-            continue
-        if layer is not None and _can_be_followed(conv, layer):
-            pairs[name] = (conv, layer)
+def _convolutions(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every two-dimensional convolution once, by its first name."""
+    seen = set()
+    for name, conv in model.named_modules(remove_duplicate=False):
+        if isinstance(conv, nn.Conv2d) and conv not in seen:
             seen.add(conv)
-    return pairs
+            yield name, conv
 
 
-def _can_be_followed(conv: nn.Conv2d, layer: nn.Module) -> bool:
+def _pairs(
+    normal_model: nn.Module, separable_model: nn.Module
+) -> tuple[dict[str, tuple[nn.Conv2d, Any]], dict[str, str]]:
+    """Convolutions of the normal network with their separable layers, and why others are none the page can follow."""
+    converted = dict(separable_model.named_modules(remove_duplicate=False))
+    pairs, left_out = {}, {}
+    for name, conv in _convolutions(normal_model):
+        if reason := _cannot_be_followed(conv, converted.get(name)):
+            left_out[name] = reason
+        else:
+            pairs[name] = (conv, converted[name])
+    return pairs, left_out
+
+
+def _cannot_be_followed(conv: nn.Conv2d, layer: Any) -> str:
+    """Why the page cannot show this pair; "" if it can."""
     depthwise, pointwise = getattr(layer, "depthwise", None), getattr(layer, "pointwise", None)
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
     if not (isinstance(depthwise, nn.Conv2d) and isinstance(pointwise, nn.Conv2d)):
-        return False
+        return "it is pointwise already" if set(conv.kernel_size) == {1} else "it stayed a normal convolution"
     geometry = ("kernel_size", "stride", "dilation", "in_channels")
-    same = all(getattr(conv, name) == getattr(depthwise, name) for name in geometry)
-    return same and _activation_between(layer) is not None and getattr(layer, "pointwise_layers", 1) == 1
+    if any(getattr(conv, name) != getattr(depthwise, name) for name in geometry):
+        return "its separable form has another geometry"
+    if (count := getattr(layer, "pointwise_layers", 1)) > 1:
+        return f"it has {count} pointwise convolutions in a row; the page follows one"
+    if _activation_between(layer) is None:
+        return f"the page cannot compute the {type(layer.activation).__name__} inside it"
+    return ""
 
 
-def _activation_between(layer: nn.Module) -> str | None:
+def _activation_between(layer: Any) -> str | None:
     """The name of what stands between depthwise and pointwise; None if it is not one of those the page knows."""
     activation = getattr(layer, "activation", None)
-    return "" if activation is None else ACTIVATIONS.get(type(activation))
+    name = "" if activation is None else ACTIVATIONS.get(type(activation))
+    return "gelu_tanh" if name == "gelu" and activation.approximate == "tanh" else name
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -158,7 +158,8 @@ def train_model(
     command: str = "",
     on_progress: OnProgress = ignore,
 ) -> dict[str, Any]:
-    """Train a network in place; `out` gets ``model.safetensors``, ``result.json``, the log and the checkpoints.
+    """Train a network in place; `out` gets ``model.safetensors``, ``result.json``, ``report.html``, the log and the
+    checkpoints.
 
     Under `accelerate launch` or `torchrun` the main process writes.
     """
@@ -184,6 +185,7 @@ def train_model(
     if PartialState().is_main_process:
         model_file.write(out / model_file.FILE, model, card.with_data(data))
         _write_json(out / RESULT, record)
+        write_report(out)
     return record
 
 

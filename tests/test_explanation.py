@@ -96,7 +96,7 @@ def test_stored_numbers_give_what_both_layers_compute(geometry, norm):
     assert stored["depth_multiplier"] == 2
 
 
-@pytest.mark.parametrize("name", ["relu", "relu6", "silu", "hardswish", "sigmoid"])
+@pytest.mark.parametrize("name", ["relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"])
 def test_activation_and_norm_between_are_kept(name):
     normal = nn.Sequential(nn.Conv2d(3, 4, 3))
     separable = warmed(nn.Sequential(SeparableConv2d(3, 4, 3, norm="batch", activation=name)))
@@ -110,16 +110,39 @@ def test_activation_and_norm_between_are_kept(name):
     torch.testing.assert_close(separable_map(stored, getattr(F, name)), window_of(stored, truth), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_the_page_cannot_follow_are_left_out():
-    normal = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 3, 3))
-    separable = nn.Sequential(
-        SeparableConv2d(3, 3, 3, activation="gelu"),
+class NotRun(nn.Sequential):
+    """Calls all but its last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_the_page_cannot_follow_are_left_out_with_the_reason():
+    normal = NotRun(*(nn.Conv2d(3, 3, size, groups=g) for size, g in ((3, 1), (3, 1), (3, 3), (3, 1), (1, 1), (3, 1))))
+    normal.extend([nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)])
+    separable = NotRun(
+        SeparableConv2d(3, 3, 3, activation=nn.Tanh),
         SeparableConv2d(3, 3, 3, pointwise_layers=2),
         SeparableConv2d(3, 3, 3),
         SeparableConv2d(3, 3, 3),
+        nn.Conv2d(3, 3, 1),
+        nn.Conv2d(3, 3, 3),
+        SeparableConv2d(3, 3, 3, dilation=2),
+        SeparableConv2d(3, 3, 3),
     )
-    found = explanation.collect(normal, separable, torch.randn(3, SIZE, SIZE))
+    found = explanation.collect(normal, separable, torch.randn(3, 2 * SIZE, 2 * SIZE))
     assert [layer["name"] for layer in found["layers"]] == ["3"]
+    assert {row["name"]: row["reason"] for row in found["left_out"]} == {
+        "0": "the page cannot compute the Tanh inside it",
+        "1": "it has 2 pointwise convolutions in a row; the page follows one",
+        "2": "it has 3 groups",
+        "4": "it is pointwise already",
+        "5": "it stayed a normal convolution",
+        "6": "its separable form has another geometry",
+        "7": "it did not run on this image",
+    }
 
 
 def test_input_is_kept_before_an_activation_in_place_changes_it():
@@ -191,6 +214,9 @@ def test_layers_are_chosen_evenly(count, expected):
     separable = nn.Sequential(*(SeparableConv2d(2, 2, 1) for _ in range(5)))
     found = explanation.collect(normal, separable, torch.randn(2, SIZE, SIZE), max_layers=count)
     assert [layer["name"] for layer in found["layers"]] == expected
+    others = [row["name"] for row in found["left_out"]]
+    assert others == [name for name in "01234" if name not in expected]
+    assert {row["reason"] for row in found["left_out"]} <= {f"one of {len(others)} more of the same kind"}
 
 
 def test_named_layers_only():

@@ -63,9 +63,10 @@ def test_numbers_equal_the_result(visit, digits_run):
     assert visit.numbers(".stages .number data") == [stage["accuracy"] for stage in result["stages"]]
     for key, metric in (("params", "params"), ("macs", "macs"), ("ms", "ms")):
         expected = [value for layer in result["layers"] for value in layer[key]]
+        expected += result["other_ms"] if key == "ms" else []
         assert visit.numbers(f'.bars[data-metric="{metric}"] data') == expected
     for index, row in enumerate(result["layers"], 1):
-        cells = [row["rank"], row["error"], *row["params"], *row["macs"], *row["ms"]]
+        cells = [row["rank"], row["error_closed_form"], row["error"], *row["params"], *row["macs"], *row["ms"]]
         found = visit.numbers(f"#layer-table tbody tr:nth-child({index}) data")
         assert found == [value for value in cells if value is not None]
     for network, matrix in result["confusion"].items():
@@ -90,7 +91,7 @@ def names(visit: Visit) -> list[str]:
 
 def test_tables_sort_by_mouse_and_keyboard(visit, digits_run):
     layers = json.loads((digits_run[0] / "result.json").read_text())["layers"]
-    heading = visit.page.locator("#layer-table thead th").nth(5)
+    heading = visit.page.locator("#layer-table thead th").nth(6)
     expected = [row["name"] for row in sorted(layers, key=lambda row: row["params"][0])]
     heading.locator("button").click()
     assert names(visit) == expected

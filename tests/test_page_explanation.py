@@ -7,10 +7,14 @@ import json
 from typing import Any
 
 import pytest
+import sample_run
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from visit import WIDTHS, Visit
+
+from sepconv import SeparableConv2d, explanation
+from sepconv.report import write_report
 
 
 class Truth:
@@ -247,4 +251,62 @@ def test_a_large_layer_is_shown_in_its_window(browser, mobilenet_page, mobilenet
     found = visit.page.evaluate("[...state.normal.values]")
     torch.testing.assert_close(torch.tensor(found).view_as(truth), truth, rtol=1e-4, atol=1e-4)
     assert visit.complaints == []
+    visit.page.close()
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "hardswish", "sigmoid", "relu6"])
+def test_activations_are_pytorchs(visit, name):
+    x = torch.cat([torch.linspace(-9, 9, 181), torch.tensor([-40.0, -6.5, 6.5, 40.0])]).double()
+    functions = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+    truth = functions.get(name, getattr(F, name, None))(x)
+    found = visit.page.evaluate("([name, xs]) => xs.map(ACTIVATIONS[name])", [name, x.tolist()])
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), truth, rtol=1e-12, atol=1e-13)
+
+
+LAYERS = {
+    "gelu_between": ({"padding": 1}, {"activation": "gelu", "depth_multiplier": 2}),
+    "gelu_tanh_between": ({"padding": 1}, {"activation": lambda: nn.GELU(approximate="tanh")}),
+    "norm_and_relu6_between": ({"stride": 2}, {"activation": "relu6", "norm": "batch"}),
+    "reflected_wide_strides": ({"padding": 2, "padding_mode": "reflect", "stride": (1, 3)}, {}),
+    "circular_dilated": ({"padding": (2, 0), "padding_mode": "circular", "dilation": (2, 1)}, {"depth_multiplier": 3}),
+    "same": ({"padding": "same", "dilation": 2}, {}),
+    "replicated_wide_filter": ({"padding": (0, 2), "padding_mode": "replicate", "kernel_size": (1, 5)}, {}),
+}
+
+
+@pytest.mark.parametrize(("geometry", "inside"), LAYERS.values(), ids=LAYERS)
+def test_maps_of_unusual_layers_are_pytorchs(browser, tmp_path, geometry, inside):
+    geometry = {"kernel_size": 3, **geometry}
+    normal = nn.Sequential(nn.Conv2d(5, 7, **geometry)).eval()
+    layer = SeparableConv2d(5, 7, **geometry, **inside).eval()
+    image = torch.randn(5, 13, 11)
+    explained = explanation.collect(normal, nn.Sequential(layer), image)
+    assert explained["left_out"] == []
+    sample_run.write(tmp_path, {"model": "a_model"}, explained)
+    visit = Visit(browser, write_report(tmp_path))
+    with torch.no_grad():
+        between = (part for part in (layer.depthwise_norm, layer.activation) if part is not None)
+        z = nn.Sequential(layer.depthwise, *between)(image[None])
+        after = layer.pointwise(z) if layer.pointwise_norm is None else layer.pointwise_norm(layer.pointwise(z))
+        truths = normal(image[None])[0], after[0], z[0]
+    for k in range(visit.page.locator("#channel option").count()):
+        visit.page.locator("#channel").select_option(value=str(k))
+        channel = visit.page.evaluate("state.layer.channels[state.k]")
+        close(visit.page.evaluate("[...state.normal.values]"), truths[0][channel].flatten())
+        close(visit.page.evaluate("[...state.separable.values]"), truths[1][channel].flatten())
+    close(visit.page.evaluate("state.hiddenMaps.map(map => [...map.values])"), truths[2].flatten(1))
+    assert visit.complaints == []
+    visit.page.close()
+
+
+def test_convolutions_not_shown_are_named_with_the_reason(browser, tmp_path):
+    normal = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 1))
+    explained = explanation.collect(normal, sample_run.separated(normal, 1), torch.randn(2, 7, 7))
+    sample_run.write(tmp_path, {"model": "a_model"}, explained)
+    visit = Visit(browser, write_report(tmp_path))
+    summary = visit.page.locator("#explanation summary")
+    assert "not shown here (1)" in summary.inner_text()
+    assert not visit.page.locator("#explanation .facts").is_visible()
+    summary.press("Enter")
+    assert visit.page.locator("#explanation .facts").inner_text().split("\n") == ["1", "it is pointwise already"]
     visit.page.close()

@@ -218,7 +218,7 @@ def test_a_training_alone_is_shown_without_comparison(tmp_path):
 
 
 DAMAGED = {
-    "missing": (None, r"^write_report: \S+ has no result\.json; a run of demo or convert writes one$"),
+    "missing": (None, r"^write_report: \S+ has neither result\.json nor a benchmark file; .* bench the other$"),
     "truncated": ('{"model": "a', r"^write_report: \S+result\.json is damaged \(Unterminated string .*\)$"),
     "a_list": ("[1]", r"^write_report: \S+result\.json is damaged \(not an object but list\)$"),
     "not_text": ("\ud800", r"^write_report: \S+result\.json is damaged \(.*\)$"),

@@ -71,6 +71,24 @@ def test_roofline_counts_operations_and_limits():
     assert names == {"arithmetic limit", "memory limit", "normal network", "separable network"}
 
 
+def test_limits_measured_by_thread_count_hold_for_those_threads_alone():
+    machine = {"fma_peak_gflops": {"1": 90.0, "2": 150.0}, "memory_gb_per_s": {"2": 20.0}}
+    found = plots.roofline(facts.layers(SMALL), {**SMALL, "machine": machine}, [])
+    assert (found["threads"], found["peak"], found["bandwidth"]) == (2, 150.0, 20.0)
+    # The normal network ran on one thread, for which no speed of the memory is known.
+    normal, separable = (next(p for p in found["points"] if p["style"] == style) for style in ("normal", "separable"))
+    assert normal["share"] == pytest.approx(normal["gflops"] / 90)
+    assert separable["share"] == pytest.approx(separable["gflops"] / min(150, 20 * separable["intensity"]))
+
+
+def test_steps_outside_the_layers_close_the_list_of_times():
+    *layers, rest = facts.bars(facts.layers(SMALL), [2.0, 0.5])[-1]["lines"]
+    assert [line["name"] for line in layers] == ["features.0", "features.1"]
+    assert (rest["name"], rest["values"], rest["shares"]) == ("all other steps", (2.0, 0.5), [100, 25])
+    assert len(facts.bars(facts.layers(SMALL))[-1]["lines"]) == 2
+    assert all(line["name"] != rest["name"] for line in facts.bars(facts.layers(SMALL), [2.0, 0.5])[0]["lines"])
+
+
 def test_roofline_without_a_measured_machine_has_points_and_no_limits():
     found = plots.roofline(facts.layers(SMALL), {**SMALL, "machine": {}}, [])
     assert {series.name for series in found["chart"].series} == {"normal network", "separable network"}

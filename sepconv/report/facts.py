@@ -53,7 +53,9 @@ def comparisons(result: dict[str, Any]) -> list[Comparison]:
             found.append(Comparison(name, "count", before, after, formats.share(before, after), notes))
     before, after = number(normal.get("accuracy")), number(separable.get("accuracy"))
     if before is not None and after is not None:
-        found.append(Comparison("Accuracy", "percent", before, after, formats.points(before, after)))
+        tested = number(result.get("test_images"))
+        of = "" if tested is None else f"of {tested} test images"
+        found.append(Comparison("Accuracy", "percent", before, after, formats.points(before, after), (of, of)))
     fastest = [min(latencies(network), default=None, key=lambda row: row[1]) for network in (normal, separable)]
     if fastest[0] and fastest[1]:
         (first, before), (second, after) = fastest[0], fastest[1]
@@ -103,12 +105,23 @@ def latency_table(result: dict[str, Any]) -> list[tuple[str, float | None, float
     return [(name, normal.get(name), separable.get(name)) for name in dict.fromkeys([*normal, *separable])]
 
 
+STEPS = {
+    "separable": "depthwise and pointwise in one pass",
+    "normal": "normal convolution",
+    "depthwise": "depthwise convolution",
+    "pointwise": "pointwise convolution",
+    "grouped": "grouped convolution",
+    "linear": "classifier",
+    "pool": "average pooling",
+    "aten.max_pool2d_with_indices.default": "max pooling",
+}
+"""Words for the kinds of steps that a compiled network has; others keep their name."""
+
+
 def kernels(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Which kernel ran each operation of the separable network."""
-    ran = mapping(result.get("separable")).get("kernels")
-    if isinstance(ran, dict):
-        return [(op, text(kernel)) for op, kernel in ran.items()]
-    return [("", text(kernel)) for kernel in items(ran)]
+    """Which kernel ran each kind of step of the separable network; copies between them are no step of their own."""
+    ran = mapping(mapping(result.get("separable")).get("kernels"))
+    return [(STEPS.get(op, op), text(kernel)) for op, kernel in ran.items() if op != "copy"]
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -129,16 +142,13 @@ def layers(result: dict[str, Any]) -> list[dict[str, Any]]:
             or text(row.get("kernel")),
             "channels": " → ".join(filter(None, (text(row.get("in_channels")), text(row.get("out_channels"))))),
             "rank": number(row.get("rank")),
-            "error": _first(row.get("error"), row.get("error_closed_form")),
+            "closed_form": number(row.get("error_closed_form")),
+            "error": number(row.get("error")),
             "reason": text(row.get("reason")),
             **{key: _pair(row.get(key)) for key in ("params", "macs", "bytes", "ms")},
         }
         for row in dicts(result.get("layers"))
     ]
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in map(number, values) if value is not None), None)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -149,11 +159,20 @@ def _pair(value: Any) -> tuple[Any, Any]:
 METRICS = (("params", "Weights", "count"), ("macs", "Multiplications", "count"), ("ms", "Time", "milliseconds"))
 
 
-def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each metric that any layer has: two bars a layer, as shares of the longest."""
+OTHER_STEPS = "all other steps"
+
+
+def bars(rows: list[dict[str, Any]], other_ms: Any = None) -> list[dict[str, Any]]:
+    """For each metric that any layer has: two bars a layer, as shares of the longest.
+
+    Below the times stands that of everything that belongs to no layer, so that they add up to the network's steps.
+    """
     drawn = []
+    rest = {"name": OTHER_STEPS, "kind": "", "ms": _pair(other_ms)}
     for key, title, kind in METRICS:
         known = [row for row in rows if None not in row[key]]
+        if key == "ms" and known and None not in rest["ms"]:
+            known.append(rest)
         longest = max((max(row[key]) for row in known), default=0)
         if longest > 0:
             lines = [{"name": row["name"], "values": row[key], "kind": row["kind"]} for row in known]
@@ -218,7 +237,12 @@ def disagreements(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def benchmarks(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def left_out(explanation: dict[str, Any]) -> list[tuple[str, str]]:
+    """The convolutions that the explanation does not show, and why."""
+    return [(text(row.get("name")), text(row.get("reason"))) for row in dicts(explanation.get("left_out"))]
+
+
+def raw_records(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the table of benchmark records."""
     words, times = ("case", "contender", "pass", "threads", "kernel"), ("median_ms", "low_ms", "high_ms")
     return [

@@ -13,33 +13,35 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sepconv.files import replacing
-from sepconv.report import charts, facts, formats, plots, records, words
+from sepconv.report import charts, facts, formats, plots, records, suites, words
 from sepconv.report.records import Run, dicts, mapping, number, text
 
 REPORT = "report.html"
 SCRIPTS = ("page.js", "arithmetic.js", "drawing.js", "explanation.js")
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into the folder of a run, from the JSON files there (see :mod:`sepconv.report`).
+def write_report(run: str | Path) -> Path:
+    """Write the page of a run into its folder, from the JSON files there (see :mod:`sepconv.report`).
 
     The page needs no network and no other file. It appears under its name only when it is complete.
 
     Args:
-        folder: what ``sepconv demo``, ``convert``, ``train`` or ``bench`` wrote to.
+        run: the folder that ``sepconv demo``, ``convert`` or ``train`` wrote to, or any with benchmark files: it gets
+            ``report.html``. Or one benchmark file, such as ``ops.json``: its page stands beside it as ``ops.html``.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: ``result.json`` is missing, or one of the files is damaged; the message names it.
+        ValueError: there is neither ``result.json`` nor a benchmark file, or a file is damaged; the message names it.
         OSError: the folder cannot be written.
     """
-    folder = Path(folder)
-    page = render(records.read(folder))
-    with replacing(folder / REPORT) as file:
+    source = Path(run)
+    target = source.with_suffix(".html") if source.is_file() else source / REPORT
+    page = render(records.read(source))
+    with replacing(target) as file:
         file.write(page.encode("utf-8"))
-    return folder / REPORT
+    return target
 
 
 def render(run: Run) -> str:
@@ -67,10 +69,11 @@ def render(run: Run) -> str:
             example=words.example(layers),
             latencies=facts.latency_table(result),
             kernels=facts.kernels(result),
-            stages=facts.stages(result),
+            latency_words=words.latencies(facts.latency_table(result)),
+            stages=[{**row, "words": words.STAGES.get(row["name"], "")} for row in facts.stages(result)],
             layers=layers,
             timed=any(None not in row["ms"] for row in layers),
-            bars=facts.bars(layers),
+            bars=facts.bars(layers, result.get("other_ms")),
             roofline=plots.roofline(layers, result, run.benchmarks),
             curves=plots.training(dicts(result.get("curves")) or run.log),
             confusion=facts.confusion(result),
@@ -78,7 +81,9 @@ def render(run: Run) -> str:
             disagreement_count=number(result.get("disagreement_count")),
             machine=_plain(result.get("machine")),
             versions=_plain(result.get("versions")),
-            benchmarks=facts.benchmarks(run.benchmarks),
+            suites=suites.suites(run.benchmarks),
+            records=facts.raw_records(run.benchmarks),
+            left_out=facts.left_out(run.explanation),
             explanation=_script_json(run.explanation) if dicts(run.explanation.get("layers")) else "",
             style=Markup(_asset("style.css")),
             script=Markup(script),
@@ -88,12 +93,20 @@ def render(run: Run) -> str:
 
 
 def _plain(value: Any) -> dict[str, str]:
-    """An object's entries that are words or numbers, or lists of them."""
-    entries = {
-        key: ", ".join(map(text, entry)) if isinstance(entry, list) else text(entry)
-        for key, entry in mapping(value).items()
-    }
+    """An object's entries as words; what is none of words, numbers, lists and objects is left out."""
+    entries = {key: _written(entry) for key, entry in mapping(value).items()}
     return {key: entry for key, entry in entries.items() if entry}
+
+
+def _written(entry: Any) -> str:
+    """A word or number, a list of them, or numbers by thread count."""
+    if isinstance(entry, dict):
+        return ", ".join(f"{text(number)} ({_threads(count)})" for count, number in entry.items())
+    return ", ".join(map(text, entry)) if isinstance(entry, list) else text(entry)
+
+
+def _threads(count: str) -> str:
+    return f"{count} thread{'' if count == '1' else 's'}"
 
 
 def _script_json(content: Any) -> Markup:

@@ -79,11 +79,10 @@ def roofline(layers: Rows, result: dict[str, Any], benchmarks: Rows) -> dict[str
     points = [*_layer_points(layers, result), *_record_points(benchmarks)]
     if not points:
         return {}
-    machine = next(
-        (mapping(m) for m in (result.get("machine"), *(b.get("machine") for b in benchmarks)) if _peak(m)), {}
-    )
     threads = max(point["threads"] for point in points)
-    peak, bandwidth = _peak(machine) * threads, number(machine.get("memory_gb_per_s"))
+    machines = [mapping(m) for m in (result.get("machine"), *(b.get("machine") for b in benchmarks))]
+    machine = next((m for m in machines if _limit(m, "fma_peak_gflops", threads)), {})
+    peak, bandwidth = (_limit(machine, name, threads) for name in ("fma_peak_gflops", "memory_gb_per_s"))
     x = charts.logarithmic(
         _limits([p["intensity"] for p in points], [peak / bandwidth] if bandwidth and peak else []),
         "operations per byte",
@@ -97,16 +96,26 @@ def roofline(layers: Rows, result: dict[str, Any], benchmarks: Rows) -> dict[str
         if chosen:
             series.append(charts.series(group, f"{style} dots", x, y, places, says))
     for point in points:
-        point["share"] = point["gflops"] / _attainable(point["intensity"], peak, bandwidth) if peak else None
-    chart = Chart("Roofline of this machine", x, y, series)
+        limits = (_limit(machine, name, point["threads"]) for name in ("fma_peak_gflops", "memory_gb_per_s"))
+        attainable = _attainable(point["intensity"], *limits)
+        point["share"] = point["gflops"] / attainable if attainable else None
+    chart = Chart("Billions of operations per second (Gop/s)", x, y, series)
     return {"chart": chart, "points": points, "peak": peak, "bandwidth": bandwidth, "threads": threads}
 
 
-def _peak(machine: Any) -> float:
-    return number(mapping(machine).get("fma_peak_gflops")) or 0.0
+def _limit(machine: dict[str, Any], name: str, threads: int) -> float:
+    """A limit of the machine for so many threads, 0 where it was not measured for them.
+
+    Measured for several thread counts it is an object by their number; a single number is the arithmetic of one core,
+    or the memory of all.
+    """
+    found = machine.get(name)
+    if isinstance(found, dict):
+        return number(found.get(str(threads))) or 0.0
+    return (number(found) or 0.0) * (threads if name == "fma_peak_gflops" else 1)
 
 
-def _attainable(intensity: float, peak: float, bandwidth: float | None) -> float:
+def _attainable(intensity: float, peak: float, bandwidth: float) -> float:
     return min(peak, intensity * bandwidth) if bandwidth else peak
 
 
@@ -116,7 +125,7 @@ def _limits(values: Sequence[float], limits: Sequence[float]) -> list[float]:
     return [min(every) / 1.25, max(every) * 1.25]
 
 
-def _roofs(x: charts.Axis, y: charts.Axis, peak: float, bandwidth: float | None) -> list[charts.Series]:
+def _roofs(x: charts.Axis, y: charts.Axis, peak: float, bandwidth: float) -> list[charts.Series]:
     roofs = []
     if peak:
         start = peak / bandwidth if bandwidth else x.low

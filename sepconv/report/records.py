@@ -13,7 +13,7 @@ RESULT, EXPLANATION, LOG = "result.json", "explanation.json", "log.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say; only `result` is always there."""
+    """What the files of a run say; only `result` is always there, with a name under "model"."""
 
     result: dict[str, Any]
     explanation: dict[str, Any] = field(default_factory=dict)
@@ -21,21 +21,38 @@ class Run:
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read(folder: Path) -> Run:
-    """Everything the page is made of.
+def read(source: Path) -> Run:
+    """Everything the page is made of: a folder with result.json, or benchmark files in a folder or alone.
 
     Raises:
-        ValueError: result.json is missing, or one of the files is damaged; one line that names the file.
+        ValueError: there is nothing to show, or one of the files is damaged; one line that names the file.
     """
-    if not (folder / RESULT).is_file():
-        raise ValueError(f"write_report: {folder} has no {RESULT}; a run of demo or convert writes one")
-    result = _read_object(folder / RESULT)
+    if not source.exists():
+        raise ValueError(f"write_report: there is no {source}")
+    if source.is_file():
+        return _benchmarks(source, [source])
+    others = sorted(path for path in source.glob("*.json") if path.name not in (RESULT, EXPLANATION))
+    if not (source / RESULT).is_file():
+        return _benchmarks(source, others)
+    result = _read_object(source / RESULT)
     if not isinstance(result.get("model"), str):
-        raise ValueError(f'write_report: {folder / RESULT} has no name under "model", so it is not a result')
-    explanation = _read_object(folder / EXPLANATION) if (folder / EXPLANATION).is_file() else {}
-    others = sorted(path for path in folder.glob("*.json") if path.name not in (RESULT, EXPLANATION))
+        raise ValueError(f'write_report: {source / RESULT} has no name under "model", so it is not a result')
+    explanation = _read_object(source / EXPLANATION) if (source / EXPLANATION).is_file() else {}
     benchmarks = [content for path in others if records_of(content := _read_json(path))]
-    return Run(result, explanation, _read_rows(folder / LOG), benchmarks)
+    return Run(result, explanation, _read_rows(source / LOG), benchmarks)
+
+
+def _benchmarks(source: Path, paths: list[Path]) -> Run:
+    """A run of benchmarks alone; what they all say of machine and versions is the first one's."""
+    found = [content for path in paths if records_of(content := _read_json(path))]
+    if not found:
+        missing = "no benchmark records" if source.is_file() else f"neither {RESULT} nor a benchmark file"
+        raise ValueError(
+            f"write_report: {source} has {missing}; demo, convert and train write the one, bench the other"
+        )
+    names = dict.fromkeys(text(row.get("suite")) for content in found for row in records_of(content))
+    about = {key: found[0].get(key) for key in ("machine", "versions", "command")}
+    return Run({"model": "Benchmark " + ", ".join(filter(None, names)), **about}, benchmarks=found)
 
 
 def records_of(content: Any) -> list[dict[str, Any]]:

@@ -47,6 +47,34 @@ def costs(result: dict[str, Any], layers: list[dict[str, Any]], found: list[Comp
     return rows
 
 
+STAGES = {
+    "original": "the network as it was trained",
+    "closed form": "every layer replaced by its nearest separable one, from the weights alone",
+    "converted": "the same, fitted to unlabelled images layer by layer; no training yet",
+    "calibrated": "the same, fitted to unlabelled images layer by layer; no training yet",
+    "distilled": "trained for some epochs to answer as the original does",
+}
+"""What each stage of a conversion is."""
+
+
+def latencies(rows: list[tuple[str, float | None, float | None]]) -> str:
+    """What the contenders of the table of times are, and the surprise that it may hold."""
+    known = {name: (before, after) for name, before, after in rows}
+    if not known.keys() & {"torch", "sepconv"}:
+        return ""
+    words = (
+        "torch: both networks by PyTorch's own kernels. sepconv: both by sepconv.compile, which computes a depthwise "
+        "convolution and the pointwise one behind it in one pass."
+    )
+    before, after = known.get("torch", (None, None))
+    if before and after and after > before:
+        words += (
+            " With PyTorch's kernels the separable network takes longer than the normal one although it multiplies "
+            "less: fewer multiplications save time only where the kernels are made for them."
+        )
+    return words
+
+
 def example(layers: list[dict[str, Any]]) -> dict[str, Any]:
     """The layer that lost the most weights; empty where none did."""
     known = [row for row in layers if None not in row["params"] and row["kernel"] and row["channels"]]

@@ -7,7 +7,21 @@ const ACTIVATIONS = {
   silu: (x) => x / (1 + Math.exp(-x)),
   hardswish: (x) => (x * Math.min(Math.max(x + 3, 0), 6)) / 6,
   sigmoid: (x) => 1 / (1 + Math.exp(-x)),
+  gelu: (x) => 0.5 * x * (1 + erf(x / Math.SQRT2)),
+  gelu_tanh: (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
 };
+
+// The error function by a series of positive terms (Abramowitz & Stegun 1964, 7.1.6); beyond 6 it is 1 in float64.
+function erf(x) {
+  if (Math.abs(x) > 6) return Math.sign(x);
+  let term = x;
+  let sum = x;
+  for (let n = 1; Math.abs(term) > 1e-17 * Math.abs(sum); n++) {
+    term *= (2 * x * x) / (2 * n + 1);
+    sum += term;
+  }
+  return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
+}
 
 // Base64 of little-endian float32, which is also the order of every machine that browsers run on.
 function floats(base64) {

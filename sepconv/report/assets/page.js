@@ -54,7 +54,7 @@ for (const heading of document.querySelectorAll("table.sortable th[scope=col]"))
 // Bars of the layers: weights, multiplications or time.
 for (const radio of document.querySelectorAll("input[name=metric]")) {
   radio.addEventListener("change", () => {
-    for (const list of document.querySelectorAll(".bars")) list.hidden = list.dataset.metric !== radio.value;
+    for (const part of document.querySelectorAll("[data-metric]")) part.hidden = part.dataset.metric !== radio.value;
   });
 }
 

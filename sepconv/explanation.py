@@ -160,7 +160,7 @@ def _cannot_be_followed(conv: nn.Conv2d, layer: Any) -> str:
 
 def _activation_between(layer: Any) -> str | None:
     """The name of what stands between depthwise and pointwise; None if it is not one of those the page knows."""
-    activation = getattr(layer, "activation", None)
+    activation: Any = getattr(layer, "activation", None)
     name = "" if activation is None else ACTIVATIONS.get(type(activation))
     return "gelu_tanh" if name == "gelu" and activation.approximate == "tanh" else name
 

@@ -1,5 +1,6 @@
 """The page of a run: ``write_report(folder)`` turns the JSON of a run into one self-contained ``report.html``.
 
+Charts are SVG of our own (``charts.py`` and a template), some kilobytes each; a plotting library would be megabytes.
 Only ``result.json`` must be there, and of it only "model"; a part of the page whose numbers are missing is left out.
 Read are, where they exist:
 
@@ -13,8 +14,9 @@ normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender
                     kernels: {op: name}}; one of them alone, for example after a training, is shown without comparison
 stages              [{name, accuracy, seconds}], "original" first
 layers              [{name, kind ("separable", or "normal" where it was left), kernel [kH, kW], in_channels,
-                    out_channels, rank (M), error (share of the variance), params: [b, a], macs: [b, a], bytes: [b, a],
-                    ms: [b, a], reason}]
+                    out_channels, rank (M), error_closed_form and error (shares of the variance), params: [b, a],
+                    macs: [b, a], bytes: [b, a], ms: [b, a], reason}]
+other_ms            [b, a]: time of everything that belongs to no layer
 curves              rows of the training log {epoch, phase, train_loss, train_accuracy, test_accuracy, ...}; every
                     number whose name ends with "loss" or "accuracy" is a curve, for each "phase" one
 classes             names
@@ -28,7 +30,9 @@ machine, versions   {name: value}
 ``explanation.json``: what ``sepconv.explanation.collect`` returns. ``log.jsonl``: rows of curves, used if result.json
 has none. Any other ``*.json`` with a list "records": benchmark records {suite, case, contender, pass, threads, layout,
 median_ms, low_ms, high_ms, macs, bytes, kernel}; its "machine", or the result's, gives the limits of the roofline:
-{fma_peak_gflops (of one core), memory_gb_per_s}.
+{fma_peak_gflops, memory_gb_per_s}, each {thread count: number}, or a number: of one core, and of all.
+
+A folder without result.json but with such benchmark files gets a page of those; one such file alone, too.
 """
 
 from sepconv.report.page import write_report as write_report

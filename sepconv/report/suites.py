@@ -28,7 +28,7 @@ def suites(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _table(suite: str, threads: str, times: Times) -> dict[str, Any]:
     contenders = list(dict.fromkeys(contender for row in times.values() for contender in row))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "case": case,
             "pass": pass_.replace("_", " "),

@@ -8,7 +8,7 @@ that ``sepconv.explain``, the tests and the benchmarks see what really ran.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,18 @@ def record() -> Iterator[list[Explanation]]:
         _RECORD.reset(token)
 
 
+def recording() -> bool:
+    """Whether choices are being collected."""
+    return _RECORD.get() is not None
+
+
+def note(choice: Explanation) -> None:
+    """Add to the choices being collected."""
+    collected = _RECORD.get()
+    if collected is not None:
+        collected.append(choice)
+
+
 def _as_output(y: Tensor, x: Tensor) -> Tensor:
     """Give PyTorch's result the layout that ``layout.new_output`` promises; no copy where it has it already."""
     if not layout.is_channels_last(x):
@@ -65,31 +77,207 @@ def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(padding[::2], padding[1::2], strict=True))
 
 
-def _note(op: str, kernel: str, describe: Callable[[], dict[str, Any]], reasons: dict[str, str]) -> None:
-    collected = _RECORD.get()
-    if collected is not None:
-        collected.append(Explanation(op, kernel, describe(), reasons))
+MAX_CHOICES = 4096
 
 
-def _compute(
-    op: str,
-    reason: str,
-    fast: Callable[[], Tensor],
-    describe: Callable[[], dict[str, Any]],
-    slow: Callable[[], Tensor],
-    slow_name: str = "torch",
-) -> Tensor:
-    """Run the fast kernel unless there is a reason not to; a pipeline that cannot be built is such a reason."""
-    if not reason:
-        try:
-            y = fast()
-        except runtime.BuildError as error:
-            reason = str(error)
+class Choice:
+    """The kernel for one operation on tensors of fixed sizes and strides; call it with those tensors."""
+
+    __slots__ = ("_describe", "_fast", "_slow", "kernel", "op", "reason", "slow_name")
+
+    def __init__(
+        self,
+        op: str,
+        reason: str,
+        fast: Callable[[], Callable[..., Tensor]],
+        describe: Callable[[], dict[str, Any]],
+        slow: Callable[..., Tensor],
+        slow_name: str = "torch",
+    ) -> None:
+        """``fast()`` makes the fast kernel ready; a pipeline that cannot be built is a reason against it."""
+        self.op, self.reason, self._describe, self._slow, self.slow_name = op, reason, describe, slow, slow_name
+        self._fast: Callable[..., Tensor] | None = None
+        if not reason:
+            try:
+                self._fast = fast()
+            except runtime.BuildError as error:
+                self.reason = str(error)
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        if self._fast is not None:
+            try:
+                y = self._fast(*tensors)
+            except runtime.BuildError as error:
+                self._fast, self.reason = None, str(error)
+            else:
+                if recording():
+                    note(Explanation(self.op, "halide", self._describe()))
+                return y
+        note(Explanation(self.op, self.slow_name, reasons={"halide": self.reason}))
+        return self._slow(*tensors)
+
+
+_choices: dict[Hashable, Choice] = {}
+
+
+def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
+    """All that a choice depends on in float32 tensors on the CPU; None where one of them is another kind of tensor."""
+    found: list[Any] = []
+    for t in tensors:
+        if t is None:
+            found.append(None)
+        elif t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not t.is_neg():
+            found.append((t.shape, t.stride()))
         else:
-            _note(op, "halide", describe, {})
-            return y
-    _note(op, slow_name, dict, {"halide": reason})
-    return slow()
+            return None
+    return tuple(found)
+
+
+def _choose(consider: Callable[..., Choice], tensors: Sequence[Tensor | None], *others: Sequence[int] | str) -> Choice:
+    """``consider(*tensors, *others)``, remembered: to weigh the kernels takes longer than a small one runs."""
+    seen = signature(tensors)
+    if seen is None:
+        return consider(*tensors, *others)
+    key = (consider, seen, torch.get_num_threads(), *[o if isinstance(o, str) else tuple(o) for o in others])
+    choice = _choices.get(key)
+    if choice is None:
+        if len(_choices) >= MAX_CHOICES:
+            _choices.clear()
+        choice = _choices[key] = consider(*tensors, *others)
+    return choice
+
+
+def _outline(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Sizes and strides without the memory: a choice that is kept must not keep tensors."""
+    return tuple(None if t is None else torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors)
+
+
+def forget_choices() -> None:
+    """Weigh the kernels anew from here on."""
+    _choices.clear()
+
+
+def _consider_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Choice:
+    geometry = (tuple(stride), _pairs(padding), tuple(dilation))
+    x_like, w_like = _outline(x, weight)
+    case = ("forward", x, weight, *geometry, activation)
+    return Choice(
+        "depthwise_conv",
+        depthwise.supports(*case) or depthwise.slower(*case),
+        lambda: depthwise.prepare_forward(x, weight, bias, *geometry, activation),
+        lambda: depthwise.describe("forward", x_like, w_like, *geometry, activation),
+        lambda x, w, b: _as_output(aten.depthwise_forward(x, w, b, *geometry, activation), x),
+    )
+
+
+def _consider_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Choice:
+    size, geometry = tuple(input_size), (tuple(stride), _pairs(padding), tuple(dilation))
+    g_like, w_like = _outline(grad_output, weight)
+    case = ("grad_input", grad_output, weight, *geometry)
+    return Choice(
+        "depthwise_conv_grad_input",
+        depthwise.supports(*case) or depthwise.slower(*case, size=size),
+        lambda: depthwise.prepare_grad_input(grad_output, weight, size, *geometry),
+        lambda: depthwise.describe("grad_input", g_like, w_like, *geometry, size=size),
+        lambda g, w: _as_output(aten.depthwise_grad_input(g, w, size, *geometry), g),
+    )
+
+
+def _consider_grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Choice:
+    size, geometry = tuple(weight_size), (tuple(stride), _pairs(padding), tuple(dilation))
+    g_like, x_like = _outline(grad_output, x)
+    case = ("grad_weight", grad_output, x, *geometry)
+    return Choice(
+        "depthwise_conv_grad_weight",
+        depthwise.supports(*case) or depthwise.slower(*case, size=size),
+        lambda: depthwise.prepare_grad_weight(grad_output, x, size, *geometry),
+        lambda: depthwise.describe("grad_weight", g_like, x_like, *geometry, size=size),
+        lambda g, x: aten.depthwise_grad_weight(g, x, size, *geometry).contiguous(),
+    )
+
+
+def _consider_pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Choice:
+    arguments = (x, weight, bias, activation, residual)
+    x_like, w_like, b_like, r_like = _outline(x, weight, bias, residual)
+    return Choice(
+        "pointwise_conv",
+        pointwise.supports(*arguments) or pointwise.slower(*arguments),
+        lambda: lambda x, w, b, r: pointwise.forward(x, w, b, activation, r),
+        lambda: pointwise.describe(x_like, w_like, b_like, activation, r_like),
+        lambda x, w, b, r: _as_output(aten.pointwise_forward(x, w, b, activation, r), x),
+    )
+
+
+def _consider_separable(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    between: str,
+    activation: str,
+) -> Choice:
+    """One pipeline where there is one, else the two operations one after the other, each with its own choice."""
+    flat = (tuple(stride), tuple(padding), tuple(dilation))
+    geometry = (flat[0], _pairs(padding), flat[2])
+
+    def separately(x: Tensor, dw: Tensor, pw: Tensor, dw_bias: Any, pw_bias: Any, residual: Any) -> Tensor:
+        hidden = depthwise_forward(x, dw, dw_bias, *flat, between)
+        return pointwise_forward(hidden, pw, pw_bias, residual, activation)
+
+    def arguments(x: Any, dw: Any, pw: Any, dw_bias: Any, pw_bias: Any, residual: Any) -> tuple[Any, ...]:
+        return x, dw, dw_bias, between, pw, pw_bias, activation, *geometry, residual
+
+    tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
+    given, outline = arguments(*tensors), arguments(*_outline(*tensors))
+    return Choice(
+        "separable_conv",
+        separable.supports(*given) or separable.slower(*given),
+        lambda: lambda *tensors: separable.forward(*arguments(*tensors)),
+        lambda: separable.describe(*outline),
+        separately,
+        "depthwise, then pointwise",
+    )
+
+
+def depthwise_choice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Choice:
+    return _choose(_consider_forward, (x, weight, bias), stride, padding, dilation, activation)
 
 
 def depthwise_forward(
@@ -101,15 +289,7 @@ def depthwise_forward(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    case = ("forward", x, weight, stride, _pairs(padding), dilation, activation)
-    arguments = (x, weight, bias, *case[3:])
-    return _compute(
-        "depthwise_conv",
-        depthwise.supports(*case) or depthwise.slower(*case),
-        lambda: depthwise.forward(*arguments),
-        lambda: depthwise.describe(*case),
-        lambda: _as_output(aten.depthwise_forward(*arguments), x),
-    )
+    return depthwise_choice(x, weight, bias, stride, padding, dilation, activation)(x, weight, bias)
 
 
 def depthwise_grad_input(
@@ -120,15 +300,8 @@ def depthwise_grad_input(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    case = ("grad_input", grad_output, weight, stride, _pairs(padding), dilation)
-    arguments = (grad_output, weight, input_size, *case[3:])
-    return _compute(
-        "depthwise_conv_grad_input",
-        depthwise.supports(*case) or depthwise.slower(*case, size=input_size),
-        lambda: depthwise.grad_input(*arguments),
-        lambda: depthwise.describe(*case, size=input_size),
-        lambda: _as_output(aten.depthwise_grad_input(*arguments), grad_output),
-    )
+    tensors = (grad_output, weight)
+    return _choose(_consider_grad_input, tensors, input_size, stride, padding, dilation)(*tensors)
 
 
 def depthwise_grad_weight(
@@ -139,31 +312,23 @@ def depthwise_grad_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    case = ("grad_weight", grad_output, x, stride, _pairs(padding), dilation)
-    arguments = (grad_output, x, weight_size, *case[3:])
-    return _compute(
-        "depthwise_conv_grad_weight",
-        depthwise.supports(*case) or depthwise.slower(*case, size=weight_size),
-        lambda: depthwise.grad_weight(*arguments),
-        lambda: depthwise.describe(*case, size=weight_size),
-        lambda: aten.depthwise_grad_weight(*arguments).contiguous(),
-    )
+    tensors = (grad_output, x)
+    return _choose(_consider_grad_weight, tensors, weight_size, stride, padding, dilation)(*tensors)
+
+
+def pointwise_choice(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Choice:
+    return _choose(_consider_pointwise, (x, weight, bias, residual), activation)
 
 
 def pointwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
-    arguments = (x, weight, bias, activation, residual)
-    return _compute(
-        "pointwise_conv",
-        pointwise.supports(*arguments) or pointwise.slower(*arguments),
-        lambda: pointwise.forward(*arguments),
-        lambda: pointwise.describe(*arguments),
-        lambda: _as_output(aten.pointwise_forward(*arguments), x),
-    )
+    return pointwise_choice(x, weight, bias, residual, activation)(x, weight, bias, residual)
 
 
-def separable_forward(
+def separable_choice(
     x: Tensor,
     depthwise_weight: Tensor,
     pointwise_weight: Tensor,
@@ -175,24 +340,22 @@ def separable_forward(
     dilation: Sequence[int],
     depthwise_activation: str,
     activation: str,
+) -> Choice:
+    tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
+    return _choose(_consider_separable, tensors, stride, padding, dilation, depthwise_activation, activation)
+
+
+def separable_forward(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    residual: Tensor | None,
+    *geometry_and_activations: Any,
 ) -> Tensor:
-    """One pipeline where there is one, else the two operations one after the other, each with its own choice."""
-    first = (x, depthwise_weight, depthwise_bias, depthwise_activation)
-    arguments = (*first, pointwise_weight, pointwise_bias, activation, stride, _pairs(padding), dilation, residual)
-
-    def separately() -> Tensor:
-        geometry = (stride, padding, dilation)
-        hidden = depthwise_forward(x, depthwise_weight, depthwise_bias, *geometry, depthwise_activation)
-        return pointwise_forward(hidden, pointwise_weight, pointwise_bias, residual, activation)
-
-    return _compute(
-        "separable_conv",
-        separable.supports(*arguments) or separable.slower(*arguments),
-        lambda: separable.forward(*arguments),
-        lambda: separable.describe(*arguments),
-        separately,
-        "depthwise, then pointwise",
-    )
+    tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
+    return separable_choice(*tensors, *geometry_and_activations)(*tensors)
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:

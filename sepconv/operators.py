@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv import dispatch
+from sepconv import direct, dispatch
 from sepconv.kernels.layout import is_channels_last, new_output
 from sepconv.shapes import Geometry, output_size
 
@@ -105,8 +105,8 @@ _define(
 DEPTHWISE = torch.ops.sepconv.depthwise_conv.default
 POINTWISE = torch.ops.sepconv.pointwise_conv.default
 SEPARABLE = torch.ops.sepconv.separable_conv.default
-_depthwise_grad_input = torch.ops.sepconv.depthwise_conv_grad_input.default
-_depthwise_grad_weight = torch.ops.sepconv.depthwise_conv_grad_weight.default
+GRAD_INPUT = torch.ops.sepconv.depthwise_conv_grad_input.default
+GRAD_WEIGHT = torch.ops.sepconv.depthwise_conv_grad_weight.default
 
 # Derivatives that follow from the value behind the activation: nothing but the output need be kept.
 FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -143,12 +143,26 @@ def _sum_to_bias(grad: Tensor) -> Tensor:
     return grad.sum([0, *range(2, grad.dim())])
 
 
+def depthwise_grad_input(grad_output: Tensor, weight: Tensor, *sizes_and_geometry: Any) -> Tensor:
+    """The operator's result, without the operator where nobody would notice."""
+    run = dispatch.depthwise_grad_input if direct.possible(grad_output, weight) else GRAD_INPUT
+    grad: Tensor = run(grad_output, weight, *sizes_and_geometry)
+    return grad
+
+
+def depthwise_grad_weight(grad_output: Tensor, x: Tensor, *sizes_and_geometry: Any) -> Tensor:
+    """The operator's result, without the operator where nobody would notice."""
+    run = dispatch.depthwise_grad_weight if direct.possible(grad_output, x) else GRAD_WEIGHT
+    grad: Tensor = run(grad_output, x, *sizes_and_geometry)
+    return grad
+
+
 def _depthwise_grads(
     need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
-        _depthwise_grad_input(grad, weight, x.shape, *geometry) if need[0] else None,
-        _depthwise_grad_weight(grad, x, weight.shape, *geometry) if need[1] else None,
+        depthwise_grad_input(grad, weight, x.shape, *geometry) if need[0] else None,
+        depthwise_grad_weight(grad, x, weight.shape, *geometry) if need[1] else None,
         _sum_to_bias(grad) if need[2] else None,
     )
 
@@ -196,7 +210,7 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_output, weight = ctx.saved_tensors
     need, geometry = ctx.needs_input_grad, ctx.geometry
     of_output = DEPTHWISE(grad, weight, None, *geometry, "") if need[0] else None
-    of_weight = _depthwise_grad_weight(grad_output, grad, weight.shape, *geometry) if need[1] else None
+    of_weight = GRAD_WEIGHT(grad_output, grad, weight.shape, *geometry) if need[1] else None
     return of_output, of_weight, None, None, None, None
 
 
@@ -210,7 +224,7 @@ def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_output, x = ctx.saved_tensors
     need, geometry = ctx.needs_input_grad, ctx.geometry
     of_output = DEPTHWISE(x, grad, None, *geometry, "") if need[0] else None
-    of_x = _depthwise_grad_input(grad_output, grad, x.shape, *geometry) if need[1] else None
+    of_x = GRAD_INPUT(grad_output, grad, x.shape, *geometry) if need[1] else None
     return of_output, of_x, None, None, None, None
 
 
@@ -263,3 +277,20 @@ _differentiate("depthwise_conv_grad_input", _setup_grad_input, _backward_grad_in
 _differentiate("depthwise_conv_grad_weight", _setup_grad_weight, _backward_grad_weight)
 _differentiate("pointwise_conv", _setup_pointwise, _backward_pointwise)
 _differentiate("separable_conv", _setup_separable, _backward_separable)
+
+
+def _function(name: str, forward: Callable[..., Tensor], setup: Callable[..., None], backward: Any) -> Any:
+    """The operator as an autograd function, which PyTorch calls in a third of the time."""
+
+    def forward_and_setup(ctx: Any, *inputs: Any) -> Tensor:
+        y = forward(*inputs)
+        setup(ctx, inputs, y)
+        return y
+
+    members = {"forward": staticmethod(forward_and_setup), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+
+depthwise_function = _function("DepthwiseConv", dispatch.depthwise_forward, _setup_depthwise, _backward_depthwise)
+pointwise_function = _function("PointwiseConv", dispatch.pointwise_forward, _setup_pointwise, _backward_pointwise)
+separable_function = _function("SeparableConv", dispatch.separable_forward, _setup_separable, _backward_separable)

@@ -7,11 +7,24 @@ PyTorch's own convolutions, so that any runtime can read the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sepconv import direct
+from sepconv.dispatch import Explanation, depthwise_choice, note, pointwise_choice, separable_choice
 from sepconv.kernels import aten
-from sepconv.operators import DEPTHWISE, FROM_OUTPUT, POINTWISE, SEPARABLE
+from sepconv.operators import (
+    DEPTHWISE,
+    FROM_OUTPUT,
+    POINTWISE,
+    SEPARABLE,
+    depthwise_function,
+    pointwise_function,
+    separable_function,
+)
 from sepconv.reference import ACTIVATIONS
 from sepconv.shapes import (
     Geometry,
@@ -45,11 +58,28 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
 
 
+def _by_pytorch(op: str) -> bool:
+    """Whether the operation must consist of PyTorch's own operators: any runtime can read those, and transform them."""
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    note(Explanation(op, "torch", reasons={"halide": "a torch.func transformation goes through PyTorch's operators"}))
+    return True
+
+
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
     if activation in FROM_OUTPUT or not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _differentiable(function: Callable[..., Tensor], options: tuple[Any, ...], activation: str) -> direct.Run:
+    """A call that autograd records; an activation that it is to see apart comes after."""
+    if not activation:
+        return lambda *tensors: function(*tensors, *options)
+    return lambda *tensors: ACTIVATIONS[activation](function(*tensors, *options))
 
 
 def _depthwise_conv(
@@ -62,6 +92,10 @@ def _depthwise_conv(
     dilation: Size,
     activation: str | None,
 ) -> Tensor:
+    call = direct.key((x, weight, bias), "depthwise", dims, stride, padding, dilation, activation)
+    known = direct.find(call)
+    if known is not None:
+        return known(x, weight, bias)
     name = f"depthwise_conv{dims}d"
     chosen = _check_activation(name, "activation", activation)
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
@@ -74,13 +108,17 @@ def _depthwise_conv(
     kernel_size = weight.shape[2:]
     g = resolve(name, dims, kernel_size, stride, padding, dilation)
     check_output(name, x, kernel_size, g)
-    if torch.compiler.is_exporting():
+    if _by_pytorch("depthwise_conv"):
         return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
-    if _split_for_gradient(chosen, x, weight, bias):
-        z = DEPTHWISE(x, weight, bias, g.stride, g.flat_padding, g.dilation, "")
-        return ACTIVATIONS[chosen](z)
-    y: Tensor = DEPTHWISE(x, weight, bias, g.stride, g.flat_padding, g.dilation, chosen)
-    return y
+    tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
+    if call is not None and not call[0]:
+        return direct.keep(call, depthwise_choice(*tensors, *walk, chosen))(*tensors)
+    split = _split_for_gradient(chosen, *tensors)
+    options = (*walk, "" if split else chosen)
+    if call is not None:
+        return direct.keep(call, _differentiable(depthwise_function, options, chosen if split else ""))(*tensors)
+    y: Tensor = DEPTHWISE(*tensors, *options)
+    return ACTIVATIONS[chosen](y) if split else y
 
 
 def _pointwise_conv(
@@ -92,6 +130,10 @@ def _pointwise_conv(
     activation: str | None,
     residual: Tensor | None,
 ) -> Tensor:
+    call = direct.key((x, weight, bias, residual), "pointwise", dims, stride, activation)
+    known = direct.find(call)
+    if known is not None:
+        return known(x, weight, bias, residual)
     name = f"pointwise_conv{dims}d"
     chosen = _check_activation(name, "activation", activation)
     x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
@@ -106,15 +148,22 @@ def _pointwise_conv(
     expected = (x.shape[0], weight.shape[0], *sizes)
     if residual is not None and tuple(residual.shape) != expected:
         raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
-    if torch.compiler.is_exporting():
+    if _by_pytorch("pointwise_conv"):
         return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
     for d, step in enumerate(steps):
         # A filter of one pixel that walks in steps sees every step-th pixel and no other.
         x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
-    if _split_for_gradient(chosen, x, weight, bias, residual):
-        return ACTIVATIONS[chosen](POINTWISE(x, weight, bias, residual, ""))
-    y: Tensor = POINTWISE(x, weight, bias, residual, chosen)
-    return y
+    tensors = (x, weight, bias, residual)
+    if any(step > 1 for step in steps):
+        call = None
+    if call is not None and not call[0]:
+        return direct.keep(call, pointwise_choice(*tensors, chosen))(*tensors)
+    split = _split_for_gradient(chosen, *tensors)
+    options = ("" if split else chosen,)
+    if call is not None:
+        return direct.keep(call, _differentiable(pointwise_function, options, chosen if split else ""))(*tensors)
+    y: Tensor = POINTWISE(*tensors, *options)
+    return ACTIVATIONS[chosen](y) if split else y
 
 
 def _separable_conv(
@@ -130,6 +179,11 @@ def _separable_conv(
     depthwise_activation: str | None,
     activation: str | None,
 ) -> Tensor:
+    tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, None)
+    call = direct.key(tensors, "separable", dims, stride, padding, dilation, depthwise_activation, activation)
+    known = direct.find(call)
+    if known is not None:
+        return known(*tensors)
     name = f"separable_conv{dims}d"
     between = _check_activation(name, "depthwise_activation", depthwise_activation)
     chosen = _check_activation(name, "activation", activation)
@@ -153,23 +207,17 @@ def _separable_conv(
     check_bias(name, "pointwise_bias", pw_bias, pw.shape[0])
     g = resolve(name, dims, dw.shape[2:], stride, padding, dilation)
     check_output(name, x, dw.shape[2:], g)
-    if torch.compiler.is_exporting():
+    if _by_pytorch("separable_conv"):
         geometry = (g.stride, g.padding, g.dilation)
         return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
-    split = _split_for_gradient(chosen, x, dw, pw, dw_bias, pw_bias)
-    y: Tensor = SEPARABLE(
-        x,
-        dw,
-        pw,
-        dw_bias,
-        pw_bias,
-        None,
-        g.stride,
-        g.flat_padding,
-        g.dilation,
-        between,
-        "" if split else chosen,
-    )
+    walk = (g.stride, g.flat_padding, g.dilation)
+    if call is not None and not call[0]:
+        return direct.keep(call, separable_choice(*tensors, *walk, between, chosen))(*tensors)
+    split = _split_for_gradient(chosen, *tensors)
+    options = (*walk, between, "" if split else chosen)
+    if call is not None:
+        return direct.keep(call, _differentiable(separable_function, options, chosen if split else ""))(*tensors)
+    y: Tensor = SEPARABLE(x, dw, pw, dw_bias, pw_bias, None, *options)
     return ACTIVATIONS[chosen](y) if split else y
 
 

@@ -147,9 +147,11 @@ def _touched(row: int, column: int) -> Tensor:
 
 
 def test_nothing_is_written_outside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    guards = []
+    guards, empty = [], torch.empty
 
     def guarded(shape: Any, **kwargs: Any) -> Tensor:
+        if "device" in kwargs:  # asked for strides only
+            return empty(shape, **kwargs)
         whole = torch.full((torch.Size(shape).numel() + 128,), float("nan"))
         guards.append(whole)
         inner = whole[64:-64].view(shape if kwargs["memory_format"] is torch.contiguous_format else _permuted(shape))

@@ -18,6 +18,7 @@ LEVELS = [
     ["reference", "shapes", "files", "png", "progress"],
     ["kernels"],
     ["dispatch", "environment"],
+    ["direct"],
     ["operators"],
     ["ops"],
     ["layers", "doctor"],

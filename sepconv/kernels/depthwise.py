@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels import depthwise_choice, runtime
+from sepconv.kernels.depthwise_call import Gather, WeightGradient, filters, no_bias, planes, reads_in_place
 from sepconv.kernels.depthwise_plan import Problem, plan, problem
 from sepconv.kernels.layout import is_channels_last
 
@@ -29,7 +30,6 @@ Padding = Sequence[tuple[int, int]]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Below this many channels a vector of channels is mostly empty.
 _LEAST_CHANNELS = 4
-_NO_BIAS = torch.zeros(1)
 _PASSES = ("forward", "grad_input", "grad_weight")
 
 
@@ -75,7 +75,7 @@ def describe(
     """The schedule in words and numbers: layout, loop sizes, and tensors that have to be copied first."""
     p = _pose(which, first, second, stride, padding, dilation, activation, size)
     images = (first, second) if which == "grad_weight" else (first,)
-    copies = sum(not _reads_in_place(tensor, p.channels_last) for tensor in images)
+    copies = sum(not reads_in_place(tensor, p.channels_last) for tensor in images)
     layout = "channels_last" if p.channels_last else "contiguous"
     return {"layout": layout, "copied_tensors": copies} | plan(p, torch.get_num_threads()).description
 
@@ -143,9 +143,21 @@ def forward(
     activation: str = "",
 ) -> Tensor:
     """``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, then the activation."""
+    return prepare_forward(x, weight, bias, stride, padding, dilation, activation)(x, weight, bias)
+
+
+def prepare_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    activation: str = "",
+) -> Gather:
+    """:func:`forward` for all tensors of these sizes and strides: call the result with x, weight and bias."""
     p = _pose("forward", x, weight, stride, padding, dilation, activation, bias=bias is not None)
-    sizes = p.output[: p.dims][::-1]
-    return _gather(p, x, 1, weight, bias, (x.shape[0], weight.shape[0], *sizes), p.multiplier)
+    return Gather(p, x, weight, bias, (x.shape[0], weight.shape[0], *p.output[: p.dims][::-1]))
 
 
 def bind(
@@ -174,11 +186,11 @@ def bind(
     chosen = plan(p, torch.get_num_threads())
     return partial(
         runtime.compiled(chosen.key, chosen.build),
-        _planes(x, 1),
-        _filters(weight, p.multiplier),
-        _biases(_NO_BIAS if bias is None else bias, p.multiplier),
+        runtime.buffer(x, planes(tuple(x.shape), 1)),
+        runtime.buffer(weight, filters(tuple(weight.shape), p.multiplier)),
+        no_bias() if bias is None else runtime.buffer(bias, (-1, p.multiplier)),
         *chosen.arguments,
-        _planes(out, p.multiplier),
+        runtime.buffer(out, planes(tuple(out.shape), p.multiplier)),
     )
 
 
@@ -191,8 +203,20 @@ def grad_input(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient with respect to x, of shape ``input_size``."""
+    return prepare_grad_input(grad_output, weight, input_size, stride, padding, dilation)(grad_output, weight)
+
+
+def prepare_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+) -> Gather:
+    """:func:`grad_input` for all tensors of these sizes and strides: call the result with grad_output and weight."""
     p = _pose("grad_input", grad_output, weight, stride, padding, dilation, size=input_size)
-    return _gather(p, grad_output, p.multiplier, weight, None, tuple(input_size), 1)
+    return Gather(p, grad_output, weight, None, tuple(input_size))
 
 
 def grad_weight(
@@ -204,66 +228,22 @@ def grad_weight(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient with respect to the filters, contiguous, of shape ``weight_size``."""
-    out = grad_output.new_empty(tuple(weight_size))
-    if grad_output.numel() == 0:
-        return out.zero_()
+    return prepare_grad_weight(grad_output, x, weight_size, stride, padding, dilation)(grad_output, x)
+
+
+def prepare_grad_weight(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+) -> WeightGradient:
+    """:func:`grad_weight` for all tensors of these sizes and strides: call the result with grad_output and x."""
     p = _pose("grad_weight", grad_output, x, stride, padding, dilation, size=weight_size)
-    chosen = plan(p, torch.get_num_threads())
-    call = runtime.compiled(chosen.key, chosen.build)
-    grad = _planes(_readable(grad_output, p.channels_last), p.multiplier)
-    call(_planes(_readable(x, p.channels_last), 1), grad, *chosen.arguments, _filters(out, p.multiplier))
-    return out
+    return WeightGradient(p, grad_output, x, tuple(weight_size))
 
 
 def grad_bias(grad_output: Tensor) -> Tensor:
     """Gradient with respect to the bias: the sum over images and positions."""
     return grad_output.sum([0, *range(2, grad_output.dim())])
-
-
-def _gather(
-    p: Problem, source: Tensor, source_m: int, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], out_m: int
-) -> Tensor:
-    memory_format = _FORMATS[len(shape)] if p.channels_last else torch.contiguous_format
-    out = torch.empty(shape, dtype=source.dtype, memory_format=memory_format)
-    if out.numel() > 0:
-        chosen = plan(p, torch.get_num_threads())
-        call = runtime.compiled(chosen.key, chosen.build)
-        call(
-            _planes(_readable(source, p.channels_last), source_m),
-            _filters(weight, p.multiplier),
-            _biases(_NO_BIAS if bias is None else bias, p.multiplier),
-            *chosen.arguments,
-            _planes(out, out_m),
-        )
-    if not p.channels_last and is_channels_last(source):
-        return out.contiguous(memory_format=_FORMATS[len(shape)])
-    return out
-
-
-def _reads_in_place(tensor: Tensor, channels_last: bool) -> bool:
-    """Whether the dimension that vectors run along lies side by side in memory."""
-    if tensor.shape[-1] == 1 and not channels_last:
-        return tensor.is_contiguous()  # the stride of a single element says nothing
-    return tensor.stride(1 if channels_last else -1) == 1
-
-
-def _readable(tensor: Tensor, channels_last: bool) -> Tensor:
-    if _reads_in_place(tensor, channels_last):
-        return tensor
-    return tensor.clone(memory_format=_FORMATS[tensor.dim()] if channels_last else torch.contiguous_format)
-
-
-def _planes(tensor: Tensor, multiplier: int) -> Any:
-    """(N, C*M, ...) as a buffer x, y, z, m, c, n."""
-    n, channels, *space = tensor.shape
-    return runtime.buffer(tensor, (n, channels // multiplier, multiplier, *(1,) * (3 - len(space)), *space))
-
-
-def _filters(weight: Tensor, multiplier: int) -> Any:
-    """(C*M, 1, ...) as a buffer x, y, z, m, c."""
-    channels, _, *space = weight.shape
-    return runtime.buffer(weight, (channels // multiplier, multiplier, *(1,) * (3 - len(space)), *space))
-
-
-def _biases(bias: Tensor, multiplier: int) -> Any:
-    return runtime.buffer(bias, (-1, multiplier) if bias.numel() > 1 else (1, 1))

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from benchmarks.evidence import teachers
+from benchmarks.evidence import claims, conversions, students, teachers
 from benchmarks.evidence.runner import finished, run
 
 
@@ -19,7 +19,8 @@ def main() -> None:
     options = parser.parse_args()
     teachers.SOURCE["cifar10"] = options.cifar10
     torch.set_num_threads(options.threads)
-    steps = [s for s in teachers.steps() if not options.names or s.name.startswith(tuple(options.names))]
+    every = [*teachers.steps(), *conversions.steps(), *students.steps(), *claims.steps()]
+    steps = [s for s in every if not options.names or s.name.startswith(tuple(options.names))]
     if options.list:
         for step in steps:
             print(f"{'done' if finished(step.name) else '    '} {step.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from benchmarks.evidence import rivals
 from benchmarks.evidence.conversions import converted
 from benchmarks.evidence.runner import Step
-from benchmarks.evidence.teachers import QUICK, cifar10, teacher
+from benchmarks.evidence.teachers import QUICK, TEACHERS, cifar10, teacher
 from sepconv.cost import count
 from sepconv.models.blocks import initialize
 from sepconv.train import Distillation, Recipe, evaluate, train
@@ -95,19 +96,38 @@ def variant(name: str, key: str, folder: Path) -> dict[str, Any]:
 
 
 def rival(name: str, kind: str, epochs: int, folder: Path) -> dict[str, Any]:
-    """A rival decomposition at the weights of M = 1, distilled alike."""
-    make = {
-        "depthwise-first": rivals.depthwise_first_svd,
-        "pointwise-first": rivals.pointwise_first_svd,
-        "tucker": lambda conv, m: rivals.tucker(conv, rivals.separable_weights(conv, m)),
-        "cp": lambda conv, m: rivals.canonical(conv, rivals.separable_weights(conv, m)),
-    }[kind]
-    student = rivals.replaced(teacher(name), lambda conv: make(conv, 1)).train()
+    """A rival decomposition at the weights of M = 1, from its data-free start, distilled alike."""
+    student = rivals.replaced(teacher(name), RIVALS[kind]).train()
     return {"rival": kind, **distilled(name, student, replace(LEARNING, epochs=epochs), DISTILLATION, folder)}
+
+
+RIVALS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
+    "depthwise-first": lambda conv: rivals.depthwise_first_svd(conv, 1),
+    "pointwise-first": lambda conv: rivals.pointwise_first_svd(conv, 1),
+    "tucker": lambda conv: rivals.tucker(conv, rivals.separable_weights(conv, 1)),
+    "cp": lambda conv: rivals.canonical(conv, rivals.separable_weights(conv, 1)),
+}
+HEADLINE = {"third": 5, "whole": 16}
+"""Epochs of distillation that take, with the conversion, a third of the teacher's training time and all of it."""
 
 
 def steps() -> list[Step]:
     """The most telling first."""
-    ready = {name: (f"budget-{name}-{BUDGET}",) for name in ("vgg", "resnet")}
-    found = [Step(f"variant-vgg-{key}", partial(variant, "vgg", key), ready["vgg"]) for key in VARIANTS]
+    found = []
+    for name in TEACHERS:
+        needs = (f"budget-{name}-{BUDGET}",)
+        for epochs in (*HEADLINE.values(), 2, 1):
+            found.append(Step(f"distil-{name}-e{epochs}-s0", partial(distil, name, epochs, 0), needs))
+            found.append(Step(f"random-{name}-e{epochs}-s0", partial(from_random, name, epochs, 0), needs))
+        if name == "vgg":
+            found += [Step(f"variant-vgg-{key}", partial(variant, "vgg", key), needs) for key in VARIANTS]
+    for seed in (1, 2):
+        for epochs in HEADLINE.values():
+            needs = (f"budget-vgg-{BUDGET}",)
+            found.append(Step(f"distil-vgg-e{epochs}-s{seed}", partial(distil, "vgg", epochs, seed), needs))
+            found.append(Step(f"random-vgg-e{epochs}-s{seed}", partial(from_random, "vgg", epochs, seed), needs))
+    teacher_needs = ("teacher-vgg",)
+    found += [Step(f"rival-vgg-{kind}-e2", partial(rival, "vgg", kind, 2), teacher_needs) for kind in RIVALS]
+    total = TEACHERS["vgg"][1] + HEADLINE["third"]
+    found.append(Step(f"labels-vgg-e{total}", partial(from_labels, "vgg", total), (f"budget-vgg-{BUDGET}",)))
     return found

@@ -28,8 +28,8 @@ QUICK = Recipe(
     whiten=True,
 )
 TEACHERS = {"vgg": ("vgg_quick", 12), "resnet": ("resnet_quick", 8)}
-SOURCE = {"cifar10": ""}
-"""Where the JPEG copy of CIFAR-10 lies; set by the command line."""
+SOURCE = {"cifar10": "", "fashion": "/usr/share/datasets/fashion-mnist"}
+"""Where the JPEG copy of CIFAR-10 lies, set by the command line, and where Debian's dataset-fashion-mnist does."""
 
 
 @cache

@@ -1,0 +1,166 @@
+"""Records -> the tables of docs/conversion.md and docs/claims.md. Rows whose record does not exist yet are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.evidence.conversions import BUDGETS, MULTIPLIERS, STAGES
+from benchmarks.evidence.runner import finished, read
+from benchmarks.evidence.students import BUDGET, HEADLINE, RIVALS, VARIANTS
+from benchmarks.evidence.summary import mean, percent, plus_minus, table
+from benchmarks.evidence.teachers import TEACHERS
+
+TITLES = {"vgg": "plain (`vgg_quick`)", "resnet": "with shortcuts (`resnet_quick`)"}
+SEEDS = (0, 1, 2)
+
+
+def records(names: Sequence[str]) -> list[dict[str, Any]]:
+    return [read(name) for name in names if finished(name)]
+
+
+def minutes(cpu_seconds: float) -> str:
+    return f"{cpu_seconds / 60:.1f}"
+
+
+def points(accuracy: float, teacher: float) -> str:
+    return f"{100 * (accuracy - teacher):+.2f}"
+
+
+def teachers() -> str:
+    rows = [
+        [
+            TITLES[name],
+            percent(found["accuracy"]),
+            str(len(found["epochs"])),
+            minutes(found["training_cpu_seconds"]),
+            f"{found['conv_params']:,}",
+            f"{found['macs'] / 1e6:.1f} M",
+        ]
+        for name in TEACHERS
+        for found in records([f"teacher-{name}"])
+    ]
+    return table(["teacher", "accuracy", "epochs", "core-minutes", "conv weights", "multiply-adds"], rows)
+
+
+def without_training(name: str) -> str:
+    teacher = read(f"teacher-{name}")
+    rows = []
+    for key in BUDGETS:
+        for found in records([f"budget-{name}-{key}"]):
+            new, free = found["with images"], found["without images"]
+            ranks = " ".join(str(rank or "-") for rank in found["ranks"].values())
+            rows.append(
+                [
+                    f"1/{1 / found['budget']:.0f} of {'the MACs' if found['metric'] == 'macs' else 'the weights'}",
+                    f"1/{teacher['conv_params'] / new['conv_params']:.2f}",
+                    f"1/{teacher['macs'] / new['macs']:.2f}",
+                    percent(new["accuracy"]),
+                    points(new["accuracy"], teacher["accuracy"]),
+                    percent(free["accuracy"]),
+                    ranks,
+                    minutes(new["cpu_seconds"]),
+                ]
+            )
+    header = ["budget", "conv weights", "MACs", "1000 images", "points", "no images", "M of each layer", "core-minutes"]
+    return table(header, rows)
+
+
+def stages(name: str) -> str:
+    found = {r["depth_multiplier"]: r for r in records([f"stages-{name}-m{m}" for m in MULTIPLIERS])}
+    teacher = read(f"teacher-{name}")
+    rows = []
+    for m, record in found.items():
+        accuracies = {row["stage"]: percent(row["accuracy"]) for row in record["rows"]}
+        weights = f"1/{teacher['conv_params'] / record['rows'][0]['conv_params']:.2f}"
+        rows.append([str(m), weights, *(accuracies[stage] for stage in STAGES)])
+    return table(["M", "conv weights", *STAGES], rows)
+
+
+def rivals(name: str) -> str:
+    found = records([f"rivals-{name}-m{m}" for m in MULTIPLIERS])
+    if not found:
+        return ""
+    contenders = [row["contender"] for row in found[0]["rows"]]
+    rows = []
+    for contender in contenders:
+        cells = []
+        for record in found:
+            row = next(row for row in record["rows"] if row["contender"] == contender)
+            cells += [percent(row["accuracy"]), f"{row['conv_params']:,}"]
+        rows.append([contender, *cells])
+    header = [h for record in found for h in (f"M = {record['depth_multiplier']}", "conv weights")]
+    return table(["instead of each 3x3 convolution", *header], rows)
+
+
+def distilled(name: str) -> str:
+    teacher = read(f"teacher-{name}")
+    rows = []
+    epochs = sorted({1, 2, *HEADLINE.values()})
+    starts = {"converted": "distil", "random weights": "random"}
+    for count in epochs:
+        for start, kind in starts.items():
+            rows += _seeds(teacher, f"{start}, {count} epochs", [f"{kind}-{name}-e{count}-s{s}" for s in SEEDS])
+    total = TEACHERS[name][1] + HEADLINE["third"]
+    rows += _seeds(teacher, f"random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
+    return table(["start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"], rows)
+
+
+def _seeds(teacher: dict[str, Any], title: str, names: list[str]) -> list[list[str]]:
+    found = records(names)
+    if not found:
+        return []
+    accuracies = [r["accuracy"] for r in found]
+    return [
+        [
+            title,
+            plus_minus(accuracies),
+            points(mean(accuracies), teacher["accuracy"]),
+            str(len(found)),
+            minutes(mean([r["training_cpu_seconds"] for r in found])),
+            f"1/{teacher['conv_params'] / found[0]['conv_params']:.2f}",
+        ]
+    ]
+
+
+def variants() -> str:
+    rows = [
+        [key, percent(r["accuracy"]), minutes(r["training_cpu_seconds"])]
+        for key in VARIANTS
+        for r in records([f"variant-vgg-{key}"])
+    ]
+    return table(["changed", "accuracy", "core-minutes"], rows)
+
+
+def rivals_distilled() -> str:
+    rows = [
+        [kind, percent(r["accuracy"]), f"{r['conv_params']:,}", minutes(r["training_cpu_seconds"])]
+        for kind in RIVALS
+        for r in records([f"rival-vgg-{kind}-e2"])
+    ]
+    return table(["start from the weights alone", "after 2 epochs", "conv weights", "core-minutes"], rows)
+
+
+SECTIONS: list[tuple[str, Callable[[str], str]]] = [
+    ("Without any training, under one budget", without_training),
+    ("Accuracy after each stage, the same M for all 3x3 convolutions", stages),
+    ("Both orders, Tucker and CP at equal weights, without training", rivals),
+    (f"Distilled, {BUDGET.replace('params-1-', '1/')} of the conv weights", distilled),
+]
+
+
+def conversion() -> str:
+    """The measured part of docs/conversion.md."""
+    parts = [teachers()]
+    for name in TEACHERS:
+        if finished(f"teacher-{name}"):
+            parts += [f"### Teacher {TITLES[name]}\n"]
+            for title, make in SECTIONS:
+                content = make(name)
+                parts += [f"{title}:\n", content] if content else []
+    for title, content in (
+        ("One thing changed of the distillation (one epoch, plain teacher)", variants()),
+        ("Rivals with the weights of M = 1, distilled alike (plain teacher)", rivals_distilled()),
+    ):
+        parts += [f"{title}:\n", content] if content else []
+    return "\n".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,24 @@ class Record:
 
 
 def write(
-    path: Path, records: Iterable[Record], peaks: dict[int, float], command: str, counts: dict[str, int] | None = None
+    path: Path,
+    records: Iterable[Record],
+    peaks: dict[int, float],
+    command: str,
+    counts: dict[str, int] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one run as JSON, under a temporary name first; ``counts`` says how often a network has each case."""
+    """Write one run as JSON, under a temporary name first.
+
+    ``counts`` says how often a network has each case, ``more`` holds what one suite alone records.
+    """
     content = {
         "machine": {**environment.machine(), "fma_peak_gflops": {str(n): round(p, 1) for n, p in peaks.items()}},
         "versions": environment.versions(),
         "commit": commit(),
         "command": command,
         "counts": counts or {},
+        **(more or {}),
         "records": [record.to_dict() for record in records],
     }
     with replacing(path) as file:

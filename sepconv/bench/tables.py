@@ -12,6 +12,8 @@ from typing import Any
 
 Row = dict[str, Any]
 _BASELINES = ("torch-nchw", "torch-nhwc")
+_LARGE = ("v1 1.0-224 b1", "v2 1.0-224 b1")
+_BACKENDS = {"torch-compile", "torch-compile-sepconv"}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -139,6 +141,55 @@ def blocks_summary(content: dict[str, Any]) -> str:
                 [f"{name}, {threads} thread(s)", f"{mean:.2f}", f"{ms:.2f}", _share(work, ms, content, threads)]
             )
     return _table(["", "all blocks over PyTorch's better layout", "v1, 13 blocks, ms", "v1, of FMA peak"], rows)
+
+
+def _over_best(times: dict[str, float]) -> tuple[float, str]:
+    """The best contender that is not ours over ours, and its name."""
+    best = min((ms, name) for name, ms in times.items() if "sepconv" not in name)
+    return best[0] / times["sepconv"], best[1]
+
+
+def networks(content: dict[str, Any], threads: int) -> str:
+    """`bench network`: milliseconds of every contender, one line per case; losses are kept."""
+    times = {case: t for (count, case, _), t in best_times(content["records"]).items() if count == threads}
+    macs = {row["case"]: row["macs"] for row in content["records"]}
+    names = list(dict.fromkeys(row["contender"] for row in content["records"]))
+    rows = []
+    for case, t in times.items():
+        ratio, best = _over_best(t)
+        each = [f"{t[name]:.3f}" if name in t else "" for name in names]
+        rows.append([case, *each, f"**{ratio:.2f}** ({best})", _share(macs[case], t["sepconv"], content, threads)])
+    return _table(["network", *names, "best other / sepconv", "sepconv, of FMA peak"], rows)
+
+
+def networks_summary(content: dict[str, Any]) -> str:
+    """`bench network` per thread count: the large networks at batch 1, and geometric means over all cases."""
+    times = best_times(content["records"])
+    rows = []
+    for threads in sorted({key[0] for key in times}):
+        mine = {case: t for (count, case, _), t in times.items() if count == threads}
+        large = [f"{_over_best(mine[case])[0]:.2f}" if case in mine else "" for case in _LARGE]
+        rows.append([str(threads), *large, *_means(mine.values())])
+    if len(rows) > 1:
+        rows.append(["all", *[""] * len(_LARGE), *_means(times.values())])
+    header = ["threads", *(f"{case}: best other / sepconv" for case in _LARGE), "all cases"]
+    return _table([*header, "torch.compile / its backend sepconv"], rows)
+
+
+def _means(times: Iterable[dict[str, float]]) -> list[str]:
+    every = list(times)
+    pairs = [t["torch-compile"] / t["torch-compile-sepconv"] for t in every if _BACKENDS <= set(t)]
+    return [f"{geometric_mean(_over_best(t)[0] for t in every):.2f}", f"{geometric_mean(pairs):.2f}" if pairs else ""]
+
+
+def footprints(content: dict[str, Any]) -> str:
+    """`bench network`: memory while running and time to be ready, one line per network and contender."""
+    rows = []
+    for one in content["footprints"]:
+        over = one["over_weights_bytes"]
+        memory = "" if over is None else f"{over / 2**20:.1f}"
+        rows.append([one["network"], one["contender"], memory, f"{one['cold_s']:.2f}", f"{one['warm_s']:.2f}"])
+    return _table(["network", "contender", "memory over the weights, MiB", "ready cold, s", "ready again, s"], rows)
 
 
 def replace_between(text: str, name: str, content: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sepconv.bench import tables
+from sepconv.bench import network, tables
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
@@ -107,8 +107,38 @@ def bench_blocks(
     _bench("blocks", json_file, threads, seconds, match, quiet)
 
 
+@bench_app.command("network", epilog="Example: sepconv bench network --threads 1,2 --json network.json")
+@guarded
+def bench_network(
+    json_file: SuiteFile,
+    threads: SuiteThreads = "1",
+    seconds: SuiteSeconds = 3.0,
+    match: SuiteMatch = "",
+    contenders: Annotated[
+        str, typer.Option("--contenders", metavar="NAME,NAME", help="Only these; all if left out.", show_default=False)
+    ] = "",
+    footprints: Annotated[
+        bool, typer.Option("--footprints/--no-footprints", help="Also memory and time to be ready, in new processes.")
+    ] = True,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Whole MobileNets, batch 1 and 8, against PyTorch and other runtimes, as far as they are installed."""
+    screen = Screen(quiet, json_file)
+    screen.check_json()
+    names = [name.strip() for name in contenders.split(",") if name.strip()]
+    command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
+    network.run(_counts(threads), seconds, match, names, footprints, json_file, command, screen.say)
+    screen.say(tables.networks_summary(tables.read(json_file)))
+    screen.say(f"Written: {json_file}")
+
+
+def _counts(threads: str) -> list[int]:
+    return [int(part) if part.strip().isdigit() else 0 for part in threads.split(",")]
+
+
 def _bench(suite: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:
-    counts = [int(part) if part.strip().isdigit() else 0 for part in threads.split(",")]
+    counts = _counts(threads)
     screen = Screen(quiet, path)
     screen.check_json()
     command = f"sepconv bench {suite} --threads {threads} --seconds {seconds:g}"

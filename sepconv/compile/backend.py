@@ -57,7 +57,8 @@ class _Frozen(nn.Module):
 class Graph:
     """A graph of TorchDynamo, compiled at its first call and again when a weight has changed since.
 
-    Changes are seen by the tensors' version counters, as far as PyTorch keeps them: not those through ``weight.data``.
+    Changes are seen by the tensors' version counters, as far as PyTorch keeps them: not those through ``weight.data``,
+    nor of tensors made under ``torch.inference_mode``.
     """
 
     def __init__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -71,7 +72,7 @@ class Graph:
 
     def __call__(self, *inputs: Any) -> Any:
         weights = [inputs[i] for i in self._static]
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
         others = [inputs[i] for i in self._free]
         if self.compiled is None or state != self._state:
             frozen = _Frozen(self._module, dict(zip(self._static, weights, strict=True)), self._names)

@@ -1,0 +1,187 @@
+"""``sepconv bench network``: whole MobileNets by sepconv, by PyTorch and by other runtimes.
+
+All get the same network with the same random weights and the same threads. Each is compared with PyTorch in float64
+first; then all are called in turn in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sepconv import environment
+from sepconv.bench import footprint, records
+from sepconv.bench.footprint import Footprint
+from sepconv.bench.peers import CONTENDERS, Source, absent
+from sepconv.bench.records import Record
+from sepconv.bench.timing import interleaved, threads_set_to
+from sepconv.cost import count
+from sepconv.kernels.peak import fma_peak_gflops
+from sepconv.models import MobileNetV1, MobileNetV2
+
+Progress = Callable[[str], None]
+
+_MODELS = {"v1": MobileNetV1, "v2": MobileNetV2}
+NETWORKS = ("v1 1.0-224", "v1 0.5-160", "v1 0.25-128", "v2 1.0-224", "v2 0.5-160")
+BATCHES = (1, 8)
+TOLERANCE = 1e-4
+"""Largest error allowed, relative to the largest score in float64."""
+
+PACKAGES = ("openvino", "ncnn", "pnnx", "mnn", "executorch")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network (version, width multiplier, image side) and a batch size."""
+
+    network: str
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network} b{self.batch}"
+
+
+CASES = tuple(Case(network, batch) for batch in BATCHES for network in NETWORKS)
+
+
+def source_of(network: str, folder: Path) -> Source:
+    """The network of such a name; files made from it go into the folder."""
+    version, size = network.split()
+    width, side = size.split("-")
+    return Source(network.replace(" ", "-"), partial(_MODELS[version], float(width)), int(side), folder)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A contender that computed the right scores; ``error`` is relative to the tolerance."""
+
+    call: Callable[[], Any]
+    error: float
+
+
+def _verified(name: str, case: Case, call: Callable[[], Any], truth: Tensor) -> _Ready:
+    scores = torch.as_tensor(np.array(call())).double().reshape(truth.shape)
+    error = float((scores - truth).abs().max() / truth.abs().max() / TOLERANCE)
+    if not error <= 1:
+        raise ValueError(f"bench network: {name} on {case.name} differs from float64 by {error:.3g} times {TOLERANCE}")
+    return _Ready(call, error)
+
+
+def _truth(source: Source, x: Tensor) -> Tensor:
+    scores: Tensor = copy.deepcopy(source.model).double()(x.double())
+    return scores
+
+
+def run_case(
+    case: Case, source: Source, threads: int, names: Sequence[str], seconds: float, missing: dict[str, str]
+) -> Iterator[Record]:
+    """Verify all contenders, then time them; who cannot run is entered in ``missing`` with the reason.
+
+    Raises:
+        ValueError: a contender computed something else; nothing of the case was timed.
+    """
+    x = source.images(case.batch)
+    cost = count(source.model, (3, source.side, source.side))
+    least_bytes = 4 * (cost.params + x.numel() + case.batch * 1000)
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    with threads_set_to(threads), torch.inference_mode():
+        truth = _truth(source, x)
+        ready = {}
+        for name in names:
+            if name not in missing and (call := _built(name, source, x, threads, missing)) is not None:
+                ready[name] = _verified(name, case, call, truth)
+        timings = interleaved({name: found.call for name, found in ready.items()}, seconds)
+    for name, t in timings.items():
+        layout = CONTENDERS[name].layout
+        yield Record(
+            "network", case.name, name, threads, layout, t.median_ms, t.low_ms, t.high_ms, t.samples,
+            case.batch * cost.macs, least_bytes, round(ready[name].error, 4), _kernel(name, ready[name].call),
+        )  # fmt: skip
+
+
+def _built(
+    name: str, source: Source, x: Tensor, threads: int, missing: dict[str, str]
+) -> Callable[[], Any] | None:
+    """The call, None where the contender is absent or fails to take the network: a foreign runtime may do so."""
+    reason = absent(CONTENDERS[name])
+    if not reason:
+        try:
+            call = CONTENDERS[name].build(source, x, threads)
+            call()
+            return call
+        except Exception as error:
+            if not CONTENDERS[name].packages:
+                raise
+            reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    missing[name] = reason
+    return None
+
+
+def _kernel(name: str, call: Any) -> str:
+    """What ran, as ``explain`` says; the contender's name where only it knows."""
+    if name != "sepconv":
+        return name
+    return " and ".join(sorted({group.kernel for group in call.func.explain().groups}))
+
+
+def run(
+    threads: Sequence[int],
+    seconds: float,
+    match: str,
+    names: Sequence[str],
+    footprints: bool,
+    path: Path,
+    command: str,
+    progress: Progress,
+) -> list[Record]:
+    """Every case whose name contains ``match``, and the footprints of its networks, into one file.
+
+    Raises:
+        ValueError: there is no such case or contender, or a contender computed something else; nothing is written.
+    """
+    cases = [case for case in CASES if match in case.name]
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or not cases:
+        what = f"contender {unknown[0]!r}, only {', '.join(CONTENDERS)}" if unknown else f"case with {match!r}"
+        raise ValueError(f"bench network: there is no {what}")
+    if not threads or min(threads) < 1 or seconds <= 0:
+        raise ValueError(f"bench: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
+    names, missing = list(names) or list(CONTENDERS), {}
+    peaks = {n: fma_peak_gflops(n) for n in threads}
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {case.network: source_of(case.network, Path(folder)) for case in cases}
+        found: list[Record] = []
+        for done, (n, case) in enumerate((n, case) for n in threads for case in cases):
+            progress(f"{done}/{len(cases) * len(threads)} {case.name}, threads={n}")
+            found += run_case(case, sources[case.network], n, names, seconds, missing)
+            gc.collect()
+        measured = [] if not footprints else _footprints(sources, max(threads), names, missing, Path(folder), progress)
+    peaks = {n: max(peak, fma_peak_gflops(n)) for n, peak in peaks.items()}
+    more = {"absent": missing, "footprints": [one.to_dict() for one in measured]}
+    more["peer_versions"] = {name: environment.installed(name) for name in PACKAGES}
+    records.write(path, found, peaks, command, more=more)
+    return found
+
+
+def _footprints(
+    sources: dict[str, Source], threads: int, names: Sequence[str], missing: dict[str, str], folder: Path, say: Progress
+) -> list[Footprint]:
+    """Of the large networks; small ones need little in any runtime."""
+    found = []
+    for network in (network for network in sources if network.endswith("1.0-224")):
+        weight_bytes = 4 * count(sources[network].model, (3, 224, 224)).params
+        for name in (name for name in names if name not in missing):
+            say(f"memory and time to be ready: {name}, {network}")
+            found.append(footprint.measure(network, name, threads, weight_bytes, folder))
+    return found

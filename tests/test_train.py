@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -371,6 +372,26 @@ def launch(processes: int, out: Path) -> list[dict[str, Any]]:
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     assert "Warning" not in done.stderr
     return [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_command_line_speaks_once(tmp_path: Path, machines: int) -> None:
+    """Two processes on one machine, and one on each of two machines, which the loopback stands for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // machines}"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1"]
+    job = ["-m", "sepconv", "train", "vgg_small", "--data", "digits", "--set", "width_mult=0.25", "--epochs", "1"]
+    command = [*launcher, f"--nnodes={machines}", *meeting, *job, "--out", str(tmp_path / "run")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(machines)]
+    said = "".join(process.communicate(timeout=300)[0] for process in started)
+    assert [process.returncode for process in started] == [0] * machines
+    assert said.count("Accuracy of 359 held-out images") == 1
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert sum(map(sum, record["confusion"]["normal"])) == 359
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ LINE_EVERY_S = 10.0
 
 
 class Screen:
-    """The output of one command.
+    """The output of one command; of several processes of one run, the first speaks.
 
     Args:
         quiet: show nothing but errors.
@@ -32,9 +33,11 @@ class Screen:
     """
 
     def __init__(self, quiet: bool = False, json_file: Path | None = None) -> None:
-        self.json_file = json_file
-        self.shows_progress = not quiet
-        self.shows_results = not quiet and json_file != Path("-")
+        # What torchrun and accelerate launch set, known before anything is imported or connected.
+        first = os.environ.get("RANK", "0") == "0"
+        self.json_file = json_file if first else None
+        self.shows_progress = first and not quiet
+        self.shows_results = first and not quiet and json_file != Path("-")
         self.out = _console(stderr=False)
 
     def check_json(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,8 @@ RECIPE = Recipe(epochs=3, batch_size=15, lr=0.05, label_smoothing=0.1, flip=True
 def main(out: Path, epochs: int = RECIPE.epochs) -> None:
     torch.set_num_threads(1)
     data, model = random_data(), network()
+    out.mkdir(exist_ok=True)
+    (out / f"pid-{processes().process_index}").write_text(str(os.getpid()))
     train(model, data, replace(RECIPE, epochs=epochs), out, resume=True)
     metrics = evaluate(model, data.test, batch_size=10)
     state = processes()

@@ -6,8 +6,11 @@ import errno
 import io
 import json
 import multiprocessing
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -316,3 +319,25 @@ def test_killed_at_random_moments_resumes_to_the_bit(tmp_path: Path, monkeypatch
     for key, value in expected["model"].items():
         assert torch.equal(value, found["model"][key]), key
     assert not list(killed.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_and_a_restart_continues(tmp_path: Path) -> None:
+    """Two processes, the second killed after a checkpoint: the launcher says so, and at most an epoch is lost."""
+    epochs = 400
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, distributed_run.__file__, str(tmp_path), str(epochs)]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(checkpoint.checkpoints(tmp_path)) < 2:
+        assert first.poll() is None
+        time.sleep(0.01)
+    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+    said = first.communicate(timeout=120)[1]
+    assert first.returncode != 0
+    assert "SIGKILL" in said or "Signal 9" in said
+    done = checkpoint.read(checkpoint.checkpoints(tmp_path)[0])["records"]
+    assert 2 <= len(done) < epochs
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    records = checkpoint.read(tmp_path / f"checkpoint-{epochs:05d}.pt")["records"]
+    assert records[: len(done)] == done
+    assert len(records) == epochs

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
 
-.PHONY: demo test lint browser clean
+.PHONY: demo test lint browser docs clean
 .DELETE_ON_ERROR:
 
 # The stamp is made last, so that an interrupted installation is done again.
@@ -19,6 +19,11 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site for people who read: build/site/index.html.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python website/check.py build/site
+
 test: lint browser
 	$(BIN)/python -m pytest
 
@@ -29,4 +34,4 @@ browser:
 		|| echo "No chromium and no way to install it here: the report is not tested in a browser."
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build

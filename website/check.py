@@ -1,4 +1,4 @@
-"""Every link of the built site leads somewhere, and nothing is loaded from elsewhere: ``python website/check.py DIR``."""
+"""Links of the built site lead somewhere, and nothing is loaded from elsewhere: ``python website/check.py DIR``."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -160,11 +161,16 @@ def build(variant: Variant, others: dict[str, Variant], found: Data) -> nn.Modul
     if not variant.weights_of:
         return of(variant.width, variant.block)
     other = others[variant.weights_of]
-    wanted = count(of(other.width, other.block), found.input_shape).conv_params
-    widths = [w / 64 for w in range(8, 257)]
-    with torch.random.fork_rng():
-        sizes = {w: count(of(w, variant.block), found.input_shape).conv_params for w in widths}
-    return of(min(widths, key=lambda w: abs(sizes[w] - wanted)), variant.block)
+    with torch.device("meta"), torch.random.fork_rng():
+        wanted = conv_weights(of(other.width, other.block))
+        widths = [w / 32 for w in range(8, 129)]
+        above = bisect_left(widths, wanted, 1, len(widths) - 1, key=lambda w: conv_weights(of(w, variant.block)))
+        nearest = min(widths[above - 1 : above + 1], key=lambda w: abs(conv_weights(of(w, variant.block)) - wanted))
+    return of(nearest, variant.block)
+
+
+def conv_weights(model: nn.Module) -> int:
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
 def run_variant(data: str, claim: Claim, variant: Variant, seed: int) -> dict[str, Any]:

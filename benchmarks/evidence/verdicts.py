@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.evidence.claims import NAMES, RECIPES, claims
@@ -54,7 +55,7 @@ def monotone(variants: dict[str, Rows]) -> str:
     """Whether each step up in cost is a step up in accuracy."""
     ordered = sorted(variants.values(), key=lambda rows: rows[0]["macs"])
     means = [mean(accuracies(rows)) for rows in ordered]
-    steps = [100 * (b - a) for a, b in zip(means, means[1:], strict=False)]
+    steps = [100 * (b - a) for a, b in pairwise(means)]
     verdict = "confirmed" if min(steps) > 0 else "not confirmed"
     return f"{verdict}: from step to step {', '.join(f'{step:+.2f}' for step in steps)} points"
 

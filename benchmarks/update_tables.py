@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from the records under benchmarks/results."""
+"""Write the tables of README.md, benchmarks/README.md and docs from the records under benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import documents as evidence
+from benchmarks.evidence import verdicts
 from sepconv.bench import tables
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +35,10 @@ def before_and_after(record: dict[str, Any]) -> str:
 
 
 def documents() -> dict[Path, str]:
-    """Both documents as they should be; parts whose record does not exist stay as they are."""
+    """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    found = {readme: readme.read_text(), details: details.read_text()}
+    conversion, claims = ROOT / "docs" / "conversion.md", ROOT / "docs" / "claims.md"
+    found = {path: path.read_text() for path in (readme, details, conversion, claims)}
 
     def put(path: Path, name: str, content: str) -> None:
         found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
@@ -51,6 +54,8 @@ def documents() -> dict[Path, str]:
         content = tables.read(RESULTS / "blocks.json")
         put(readme, "blocks", tables.blocks_summary(content))
         put(details, "blocks", "\n".join(f"{n} thread(s):\n\n{tables.blocks(content, n)}" for n in (1, 2)))
+    put(conversion, "evidence", evidence.conversion())
+    put(claims, "claims", verdicts.document())
     return found
 
 

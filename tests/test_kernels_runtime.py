@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sepconv.kernels import depthwise, machine, runtime
+from sepconv.kernels import depthwise, machine, peak, pointwise, runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -220,3 +221,24 @@ def test_cache_sizes_come_from_the_system(tmp_path: Path, monkeypatch: pytest.Mo
     assert machine.cache_bytes(1, 5) == 48 * 1024
     assert machine.cache_bytes(2, 5) == 2 * 1024 * 1024
     assert machine.cache_bytes(3, 5) == 5
+
+
+def test_one_thread_is_one_thread_after_more_were_used() -> None:
+    """Halide's pool keeps its threads, so a kernel for one thread must not share out anything."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        peak.fma_peak_gflops(2, repeats=2)
+        torch.set_num_threads(1)
+        x, weight = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 1, 1)
+        pointwise.forward(x, weight, None)
+        others = []
+        for _ in range(7):
+            mine, everyone = time.thread_time(), time.process_time()
+            for _ in range(5):
+                pointwise.forward(x, weight, None)
+            mine = time.thread_time() - mine
+            others.append((time.process_time() - everyone - mine) / mine)
+        assert min(others) < 0.1
+    finally:
+        torch.set_num_threads(before)

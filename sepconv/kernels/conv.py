@@ -81,7 +81,7 @@ def _schedule(spec: Spec, rows: Any, out: Any, sums: Any, padded: Any, dims: tup
     out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
     out.split(column, step, column_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.split(row, group, row, rows, hl.TailStrategy.GuardWithIf)
-    out.reorder(o_in, column_in, step, row, block, group, n).fuse(group, n, task).parallel(task)
+    runtime.parallel(out.reorder(o_in, column_in, step, row, block, group, n).fuse(group, n, task), task)
     out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(column_in)
     out.never_partition([step, row, block, task])
 

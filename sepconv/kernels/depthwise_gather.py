@@ -20,6 +20,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from sepconv.kernels import runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.depthwise_taps import Phase
 from sepconv.kernels.runtime import hl
@@ -234,7 +235,7 @@ def _schedule_out(spec: GatherSpec, v: Vars, out: Any, boxes: list[Any], items: 
         out.reorder(phase, lane, xi, yi, zi, xo, yo, zo, v.m, item, xt, yt, zt, group, v.n)
         out.unroll(phase).vectorize(lane).unroll(xi).unroll(yi).unroll(zi)
     out.fuse(group, v.n, task).fuse(zt, task, task).fuse(yt, task, task).fuse(xt, task, task)
-    out.parallel(task).never_partition_all()
+    runtime.parallel(out, task).never_partition_all()
     return item
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sepconv.kernels import runtime
 from sepconv.kernels.depthwise_gather import (
     Vars,
     deinterleave,
@@ -144,7 +145,8 @@ def _schedule_channels_last(
     co, ci, cv, kxo, kxi, kyo, kyi, chunk, task = hl.vars("co ci cv kxo kxi kyo kyi chunk task")
     out.output_buffer().dim(0).set_stride(hl.Expr())
     out.split(v.c, co, ci, tile.block, hl.TailStrategy.ShiftInwards)
-    out.reorder(kx, ky, kz, v.m, ci, co).split(co, task, co, loops.items, hl.TailStrategy.GuardWithIf).parallel(task)
+    out.reorder(kx, ky, kz, v.m, ci, co).split(co, task, co, loops.items, hl.TailStrategy.GuardWithIf)
+    runtime.parallel(out, task)
     total.compute_at(out, co).bound_extent(v.c, tile.block).vectorize(v.c, tile.lanes).never_partition_all()
     total.update().vectorize(v.c, tile.lanes)
 
@@ -157,7 +159,7 @@ def _schedule_channels_last(
     update.split(ky, kyo, kyi, tile.taps_y, hl.TailStrategy.GuardWithIf)
     update.reorder(ci, v.m, kxi, kyi, kxo, kyo, kz, cv, v.c, *(box[d] for d in range(4)), loops.chunk_y, loops.chunk_n)
     update.vectorize(ci).unroll(v.m).unroll(kxi).unroll(kyi)
-    update.fuse(loops.chunk_y, loops.chunk_n, chunk).parallel(chunk)
+    runtime.parallel(update.fuse(loops.chunk_y, loops.chunk_n, chunk), chunk)
     schedule_padded(padded.compute_at(partial, box[0]), 1, tile, channels_last=True)
 
     sums.compute_at(partial, kxo).bound_extent(ch, tile.lanes).bound_extent(v.m, spec.multiplier)
@@ -212,7 +214,7 @@ def _schedule_contiguous(
     kxo, kxi, kyo, kyi, chunk = hl.vars("kxo kxi kyo kyi chunk")
     out.output_buffer().dim(0).set_stride(hl.Expr())
     channel, task = hl.Var("channel"), hl.Var("task")
-    out.split(v.c, task, channel, loops.items, hl.TailStrategy.GuardWithIf).parallel(task)
+    runtime.parallel(out.split(v.c, task, channel, loops.items, hl.TailStrategy.GuardWithIf), task)
     total.compute_at(out, channel).never_partition_all()
     total.update().unscheduled()
     partial.compute_at(out, channel).bound_extent(lane, tile.lanes).bound_extent(v.m, spec.multiplier)
@@ -223,7 +225,7 @@ def _schedule_contiguous(
     update.split(ky, kyo, kyi, tile.taps_y, hl.TailStrategy.GuardWithIf)
     update.reorder(lane, kxi, kyi, kxo, kyo, kz, v.m, v.c, *(box[d] for d in range(4)), loops.chunk_y, loops.chunk_n)
     update.vectorize(lane).unroll(kxi).unroll(kyi)
-    update.fuse(loops.chunk_y, loops.chunk_n, chunk).parallel(chunk)
+    runtime.parallel(update.fuse(loops.chunk_y, loops.chunk_n, chunk), chunk)
     schedule_padded(padded.compute_at(partial, box[0]), 1, tile, channels_last=False)
     if read is not padded:
         schedule_deinterleaved(read.compute_at(partial, box[0]), spec.step[0], tile)

@@ -129,7 +129,7 @@ def _build_fingerprint() -> tuple[Any, list[Any]]:
     out[lane, share] = state[lane, share]
 
     lanes = runtime.target().natural_vector_size(hl.UInt(32))
-    out.bound(lane, 0, _LANES).vectorize(lane, lanes).parallel(share)
+    runtime.parallel(out.bound(lane, 0, _LANES).vectorize(lane, lanes), share)
     state.compute_at(out, share).vectorize(lane, lanes).unroll(lane)
     state.update().reorder(lane, row.x).vectorize(lane, lanes).unroll(lane)
     return out, [rows, numbers]

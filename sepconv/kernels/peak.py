@@ -30,7 +30,7 @@ def build(lanes: int) -> tuple[Any, list[Any]]:
     sums[i, task] = sums[i, task] * factor + (factor + hl.cast(hl.Float(32), step.x * 0))
     out[i, task] = sums[i, task]
 
-    out.bound(i, 0, lanes * _SUMS).vectorize(i, lanes).unroll(i).parallel(task)
+    runtime.parallel(out.bound(i, 0, lanes * _SUMS).vectorize(i, lanes).unroll(i), task)
     sums.compute_at(out, task).vectorize(i, lanes).unroll(i)
     sums.update().reorder(i, step.x).vectorize(i, lanes).unroll(i).unroll(step.x, 4)
     return out, [steps, factor]

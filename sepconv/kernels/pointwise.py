@@ -85,9 +85,9 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
     out.split(p, step, p_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
     if spec.parallel == "channels":
-        out.reorder(o_in, p_in, step, group, block).parallel(block)
+        runtime.parallel(out.reorder(o_in, p_in, step, group, block), block)
     else:
-        out.reorder(o_in, p_in, step, block, group).parallel(group)
+        runtime.parallel(out.reorder(o_in, p_in, step, block, group), group)
     out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(p_in)
     sums.compute_at(out, step)
     keep_in_registers(sums, o, p, [k.x], tile)
@@ -124,7 +124,7 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
     out.split(o, block, o_in, tile.scalars, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
     out.split(p, step, p_in, tile.wide, tail)
     out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
-    out.reorder(p_in, o_in, block, step, group, n).fuse(group, n, task).parallel(task)
+    runtime.parallel(out.reorder(p_in, o_in, block, step, group, n).fuse(group, n, task), task)
     out.vectorize(p_in, tile.lanes).unroll(p_in).unroll(o_in)
     panel.compute_at(out, step).bound_extent(p, tile.wide).vectorize(p, tile.lanes).unroll(p)
     sums.compute_at(out, block)

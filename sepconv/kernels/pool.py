@@ -36,7 +36,7 @@ def build(lanes: int, vectors: int) -> tuple[Any, list[Any]]:
 
     block, task = hl.Var("block"), hl.Var("task")
     out.split(c, block, c, lanes * vectors, hl.TailStrategy.ShiftInwards).vectorize(c, lanes).unroll(c)
-    out.fuse(block, n, task).parallel(task)
+    runtime.parallel(out.fuse(block, n, task), task)
     for func, reduction, level in ((total, rows, hl.LoopLevel(out, task)), (row_sum, columns, None)):
         func.compute_at(level) if level is not None else func.compute_at(total, rows.x)
         func.bound_extent(c, lanes * vectors).vectorize(c, lanes).unroll(c)

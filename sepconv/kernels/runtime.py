@@ -96,18 +96,19 @@ _cache_lock = threading.Lock()
 def compiled(key: Hashable, build: Build) -> Any:
     """The callable for ``key``, compiled on first use; the thread count is brought up to date as well.
 
-    ``key`` must hold everything that ``build`` depends on, apart from the target. ``build()`` returns the
-    output Func and the arguments (``hl.ImageParam``, ``hl.Param``) in the order in which the callable takes
-    them; the output buffer comes last. A failure is remembered and raised again as BuildError.
+    ``key`` must hold everything that ``build`` depends on, apart from the target and from :func:`parallel`. ``build()``
+    returns the output Func and the arguments (``hl.ImageParam``, ``hl.Param``) in the order in which the callable
+    takes them; the output buffer comes last. A failure is remembered and raised again as BuildError.
     """
+    place = (key, torch.get_num_threads() > 1)
     with _cache_lock:
-        entry = _cache.get(key)
+        entry = _cache.get(place)
         if entry is None:
-            entry = _cache[key] = _Entry()
+            entry = _cache[place] = _Entry()
             if len(_cache) > MAX_KERNELS:
                 _cache.popitem(last=False)
         else:
-            _cache.move_to_end(key)
+            _cache.move_to_end(place)
     if entry.call is None:
         _compile(entry, key, build)
     follow_torch_threads()
@@ -125,6 +126,15 @@ def _compile(entry: _Entry, key: Hashable, build: Build) -> None:
             except (hl.HalideError, RuntimeError) as error:
                 entry.error = BuildError(f"Halide cannot build {key}: {str(error).strip()}")
                 raise entry.error from error
+
+
+def parallel(stage: Any, loop: Any) -> Any:
+    """Share the passes of a loop out to threads, unless there is only one.
+
+    Halide's pool never gets smaller, and work is taken by all of its threads whatever their number was set to since. A
+    kernel for one thread has to be one that shares out nothing.
+    """
+    return stage.parallel(loop) if torch.get_num_threads() > 1 else stage
 
 
 def cached_kernels() -> int:

@@ -163,7 +163,7 @@ def separable_schedule(
     height, width = size
     depth = channels * multiplier
     usual = gemm_tile(machine, out_channels, depth)
-    most = min(height, _MOST_ROWS, max(1, machine.l2_bytes // 2 // (4 * depth * width)))
+    most = min(height, _MOST_ROWS, max(1, machine.l2_bytes * 2 // 5 // (4 * depth * width)))
 
     def cost(tile: Tile, rows: int, images: int, threads: int) -> float:
         new = 1.0 if tile == usual else _NEW_KERNEL_COST

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from sepconv.kernels import runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.gemm import bias_param, dense, keep_in_registers, packed_param
 from sepconv.kernels.runtime import hl
@@ -135,10 +136,10 @@ def _schedule_product(spec: Spec, out: Any, sums: Any, dims: tuple[Any, ...], k:
     out.split(q, step, q_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.reorder(o_in, q_in, step, block, t, n).vectorize(o_in, tile.lanes).unroll(o_in).unroll(q_in)
     if spec.parallel == "rows":
-        out.fuse(t, n, task).parallel(task)
+        runtime.parallel(out.fuse(t, n, task), task)
         out.never_partition([task, step, block])
     else:
-        out.parallel(block)
+        runtime.parallel(out, block)
         out.never_partition([t, n, step, block])
     sums.compute_at(out, step)
     keep_in_registers(sums, o, q, [k.x, k.y], tile)
@@ -157,7 +158,7 @@ def _schedule_filter(
     fill.allow_race_conditions().reorder(lane, column_in, vector, m, step, row_in)
     fill.vectorize(lane).unroll(column_in).never_partition([row_in, vector])
     if spec.parallel == "channels":
-        fill.parallel(row_in)
+        runtime.parallel(fill, row_in)
 
     filtered.compute_at(hidden, vector).bound_extent(c, spec.depthwise_lanes).bound_extent(column, spec.columns)
     filtered.vectorize(c).unroll(column)

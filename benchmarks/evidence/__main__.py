@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from benchmarks.evidence import claims, conversions, students, teachers
+from benchmarks.evidence import claims, conversions, speed, students, teachers
 from benchmarks.evidence.runner import finished, run
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     options = parser.parse_args()
     teachers.SOURCE["cifar10"] = options.cifar10
     torch.set_num_threads(options.threads)
-    every = [*teachers.steps(), *conversions.steps(), *students.steps(), *claims.steps()]
+    every = [*teachers.steps(), *conversions.steps(), *students.steps(), *speed.steps(), *claims.steps()]
     steps = [s for s in every if not options.names or s.name.startswith(tuple(options.names))]
     if options.list:
         for step in steps:

@@ -24,6 +24,10 @@ OPTIONAL = {
 }
 
 
+PROBE = "8 images of 64 channels and 56x56 pixels, channels_last"
+"""What the operations are tried on."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that was looked at.
@@ -150,8 +154,8 @@ def _kernels() -> dict[str, str]:
 
 
 def _try_operations() -> None:
-    x = torch.randn(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
-    depthwise, pointwise = torch.randn(16, 1, 3, 3), torch.randn(16, 16, 1, 1)
+    x = torch.randn(8, 64, 56, 56).contiguous(memory_format=torch.channels_last)
+    depthwise, pointwise = torch.randn(64, 1, 3, 3), torch.randn(64, 64, 1, 1)
     functions: list[Callable[[Tensor], Tensor]] = [
         lambda x: ops.depthwise_conv2d(x, depthwise, padding=1),
         lambda x: ops.pointwise_conv2d(x, pointwise),

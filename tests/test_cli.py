@@ -84,6 +84,7 @@ def test_train_writes_a_network_that_opens_again(trained: Path) -> None:
     assert record["command"].startswith("sepconv train vgg_small --data digits")
     assert [row["epoch"] for row in record["curves"]] == [1, 2, 3]
     assert record["normal"]["accuracy"] == record["curves"][-1]["test_accuracy"] > 0.5
+    assert "vgg_small" in (trained / "report.html").read_text()
     _, card = open_model(str(trained))
     assert card.settings == {"in_channels": 1, "num_classes": 10, "width_mult": 0.25}
     assert card.input_shape == (1, 8, 8)

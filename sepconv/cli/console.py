@@ -49,15 +49,17 @@ class Screen:
         if self.shows_results:
             self.out.print(text, markup=False, soft_wrap=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table whose first column is text and whose other columns are numbers."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 1
+    ) -> None:
+        """A table whose first columns are text and whose other columns are numbers."""
         if not self.shows_results:
             return
         table = Table(
             title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", title_style="bold"
         )
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
+            table.add_column(column, justify="left" if number < text_columns else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(str, row))
         self.out.print(table)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,12 +59,14 @@ def doctor_command(
 @app.command("report", epilog="Example: sepconv report demo")
 @guarded
 def report_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a run, or one benchmark file.", show_default=False)
+    ],
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write report.html from the JSON files of a run."""
+    """Write the page of a run or of benchmarks from their JSON files."""
     screen = Screen(quiet, json_file)
     page = write_report(folder)
     screen.say(f"Written: {page}")
@@ -124,13 +127,11 @@ def bench_network(
     debug: options.Debug = False,
 ) -> None:
     """Whole MobileNets, batch 1 and 8, against PyTorch and other runtimes, as far as they are installed."""
-    screen = Screen(quiet, json_file)
-    screen.check_json()
+    screen = _benchmark_screen(quiet, json_file)
     names = [name.strip() for name in contenders.split(",") if name.strip()]
     command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
     network.run(_counts(threads), seconds, match, names, footprints, json_file, command, screen.say)
-    screen.say(tables.networks_summary(tables.read(json_file)))
-    screen.say(f"Written: {json_file}")
+    _finish(screen, json_file, tables.networks_summary)
 
 
 def _counts(threads: str) -> list[int]:
@@ -139,10 +140,20 @@ def _counts(threads: str) -> list[int]:
 
 def _bench(suite: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:
     counts = _counts(threads)
-    screen = Screen(quiet, path)
-    screen.check_json()
+    screen = _benchmark_screen(quiet, path)
     command = f"sepconv bench {suite} --threads {threads} --seconds {seconds:g}"
     run_suite(suite, counts, seconds, match, path, command, lambda done, of, what: screen.say(f"{done}/{of} {what}"))
-    content = tables.read(path)
-    screen.say((tables.operations_summary if suite == "ops" else tables.blocks_summary)(content))
-    screen.say(f"Written: {path}")
+    _finish(screen, path, tables.operations_summary if suite == "ops" else tables.blocks_summary)
+
+
+def _benchmark_screen(quiet: bool, path: Path) -> Screen:
+    if path == Path("-"):
+        raise ValueError("bench: --json must be a file, the page of the benchmark is written beside it")
+    screen = Screen(quiet, path)
+    screen.check_json()
+    return screen
+
+
+def _finish(screen: Screen, path: Path, summary: Callable[[dict[str, Any]], str]) -> None:
+    show.markdown_table(screen, f"Summary of {path.name}", summary(tables.read(path)))
+    screen.say(f"Written: {path}, {write_report(path)}")

@@ -7,12 +7,21 @@ from typing import Annotated
 
 import typer
 
+from sepconv.models.registry import BUILT_IN
+
+
+def _models(begun: str) -> list[str]:
+    """What the shell offers for MODEL; folders it knows itself."""
+    return [name for name in BUILT_IN if name.startswith(begun)]
+
+
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
         help="A built-in name, timm/NAME, package.module:function, or a folder that train or convert wrote.",
         show_default=False,
+        autocompletion=_models,
     ),
 ]
 Settings = Annotated[

@@ -7,7 +7,7 @@ from typing import Any
 
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
-from sepconv.doctor import Diagnosis
+from sepconv.doctor import PROBE, Diagnosis
 from sepconv.predict import Prediction
 
 NAMES = {"conv_params": "convolution weights", "params": "parameters", "macs": "multiply-adds"}
@@ -28,7 +28,7 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     onnx = record["onnx"]
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")
-    screen.say(f"Written to {out}: {', '.join(_written(out))}")
+    files(screen, out)
 
 
 def _latency_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -45,8 +45,20 @@ def _factor(before: float, after: float) -> str:
     return f"1/{before / after:.2f}" if after <= before else f"{after / before:.2f} x"
 
 
-def _written(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if path.suffix in (".safetensors", ".onnx", ".html", ".json"))
+FILES = {
+    "report.html": "the page to look at first",
+    "model.safetensors": "the network: sepconv predict, export and count take the folder",
+    "model.onnx": "the same for other runtimes",
+    "result.json": "every number of the page",
+}
+
+
+def files(screen: Screen, out: Path) -> None:
+    """Where everything is, what matters most first."""
+    screen.say(f"Written to {out}:")
+    for name, words in FILES.items():
+        if (out / name).exists():
+            screen.say(f"  {name:19}{words}")
 
 
 def stages(screen: Screen, record: dict[str, Any]) -> None:
@@ -60,7 +72,7 @@ def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows.append(("accuracy", f"{normal['accuracy']:.2%}"))
     screen.table(f"{record['model']} on {record['data']}", ("", "trained"), rows)
     screen.say(f"Accuracy of {record['test_images']} held-out images.")
-    screen.say(f"Written to {out}: {', '.join(_written(out))}")
+    files(screen, out)
 
 
 def cost(screen: Screen, name: str, found: Cost) -> None:
@@ -101,9 +113,16 @@ def _others(prediction: Prediction) -> str:
     return ", ".join(f"{name} {probability:.1%}" for name, probability in pairs)
 
 
+def markdown_table(screen: Screen, title: str, text: str) -> None:
+    """A table that is Markdown elsewhere, for a terminal."""
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
+    screen.table(title, header, rows)
+
+
 def diagnosis(screen: Screen, found: Diagnosis) -> None:
     for finding in found.findings:
         screen.say(f"{finding.status:8}{finding.name}: {finding.detail}")
         if finding.remedy:
             screen.say(f"{'':8}{finding.remedy}")
-    screen.table("Kernels", ("operation", "runs on"), list(found.kernels.items()))
+    screen.table("Kernels", ("operation", "runs on"), list(found.kernels.items()), text_columns=2)
+    screen.say(f"Kernels for {PROBE}.")

@@ -59,13 +59,16 @@ def percent(value: Any) -> str:
 
 
 def milliseconds(value: Any) -> str:
-    """A time in milliseconds.
+    """A time given in milliseconds, in microseconds where it is short.
 
     Example:
-        >>> print(milliseconds(0.51234))
-        0.512\u00a0ms
+        >>> print(milliseconds(0.51234), milliseconds(0.0077), sep=", ")
+        0.512\u00a0ms, 7.70\u00a0µs
     """
-    return MISSING if number(value) is None else f"{figures(value)}{SPACE}ms"
+    found = number(value)
+    if found is None:
+        return MISSING
+    return f"{figures(1000 * found)}{SPACE}µs" if 0 < found < 0.1 else f"{figures(found)}{SPACE}ms"
 
 
 def duration(value: Any) -> str:

@@ -246,13 +246,23 @@ def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) ->
     started = time.perf_counter()
     images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
     outcome.original.to(_device())
-    outcome.separable, plan = convert(outcome.original, images, job.budget, metric=job.metric, skip=job.skip)
+    steps = 1
+
+    def relay(done: int, total: int) -> None:
+        nonlocal steps
+        # One more for the accuracies.
+        steps = total + 1
+        on_progress(Step("convert", done, steps))
+
+    outcome.separable, plan = convert(
+        outcome.original, images, job.budget, metric=job.metric, skip=job.skip, on_progress=relay
+    )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     simple = closed_form(outcome.original, plan, images[:2])
     outcome.finished("closed form", simple, data, time.perf_counter() - started)
     outcome.finished("converted", outcome.separable, data, seconds)
-    on_progress(Step("convert", 1, 1, accuracy=outcome.stages[-1]["accuracy"]))
+    on_progress(Step("convert", steps, steps, accuracy=outcome.stages[-1]["accuracy"]))
     return plan
 
 

@@ -49,6 +49,9 @@ class Shared(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+STAYED = "the budget is better spent on other layers"
+
+
 def plain() -> nn.Module:
     return nn.Sequential(
         conv(3, 8, bias=False),
@@ -147,6 +150,18 @@ def test_a_shared_module_stays_shared() -> None:
     assert isinstance(new.first, SeparableConv2d)
     assert [row.name for row in plan.layers] == ["stem", "first"]
     assert plan.layers[1].macs_before == 6 * 6 * 9 * (13 * 13 + 7 * 7)
+
+
+def test_progress_counts_every_fit() -> None:
+    seen: list[tuple[int, int]] = []
+    _, plan = convert(trained(plain), images(40), budget=1 / 2, on_progress=lambda done, of: seen.append((done, of)))
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert len({of for _, of in seen}) == 1
+    stayed = sum(not row.depth_multiplier and row.reason == STAYED for row in plan.layers)
+    assert seen[-1][1] == len(seen) + stayed
+    seen.clear()
+    _, plan = convert(trained(plain), images(40), depth_multiplier=1, on_progress=lambda *step: seen.append(step))
+    assert seen[-1] == (len(plan.converted), len(plan.converted))
 
 
 def test_closed_form_has_the_plans_ranks_and_its_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Fit:
     """One conversion under way.
 
     ``old`` and ``new`` are copies of the model; layers of ``new`` become separable as :meth:`run` goes. ``metrics``
-    holds, by site, what an error at its output costs.
+    holds, by site, what an error at its output costs. ``on_step`` is called after each fit, tried or kept.
     """
 
     old: nn.Module
@@ -46,6 +47,7 @@ class Fit:
     sweeps: int
     ridge: float
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    on_step: Callable[[], object] = lambda: None
 
     @property
     def candidates(self) -> list[Site]:
@@ -79,6 +81,7 @@ class Fit:
             if ranks.get(site.name):
                 first = not errors
                 errors[site.name] = self._convert(site, ranks[site.name], first, generator)
+                self.on_step()
         return errors
 
     def _convert(self, site: Site, rank: int, first: bool, generator: torch.Generator) -> Errors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ def convert(
     reestimate_bn: bool = True,
     sweeps: int = 10,
     ridge: float = 1e-3,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Turn the normal convolutions of a trained network into depthwise separable ones.
 
@@ -55,6 +56,7 @@ def convert(
         reestimate_bn: give batch norms behind converted layers the statistics of the converted network.
         sweeps: rounds of alternating least squares per layer.
         ridge: how strongly directions that the images hardly show are held to the original weights.
+        on_progress: is told the steps done and their number after each fit of a layer.
 
     Returns:
         The converted copy and the :class:`Plan` that says what was done to each layer and why.
@@ -74,6 +76,9 @@ def convert(
         priced = {site.name: costs(site, metric) for site in sites}
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         fit = Fit(old, new, sites, images, method, sweeps, ridge)
+        if on_progress is not None:
+            trials = 0 if depth_multiplier else sum(len(cost) - 1 for cost in priced.values())
+            fit.on_step = _counter(trials + len(fit.candidates), on_progress)
         if images is not None and method != "svd":
             notes += fit.measure_sensitivity()
         if depth_multiplier is None:
@@ -89,6 +94,18 @@ def convert(
     rows = [_row(site, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
     share = budget if depth_multiplier is None else None
     return new, Plan(rows, method, metric, share, images.count if images else 0, stages, notes)
+
+
+def _counter(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
+    """Counts its calls; a layer that stays normal after all is not fitted, so the end may come early."""
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    return step
 
 
 def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.Module:

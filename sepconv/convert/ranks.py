@@ -73,6 +73,7 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
                     errors[site.name][m] = probe.error(site, fitted, moments.bias(fitted))
                 else:
                     errors[site.name][m] = problem.relative_error(fitted)
+                fit.on_step()
     return errors
 
 

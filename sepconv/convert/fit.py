@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sepconv.convert import share
 from sepconv.convert.calibrate import Problem, calibrate
 from sepconv.convert.factor import compose, dropped_energy, truncated_svd
 from sepconv.convert.graph import Site, norm_scale
@@ -76,15 +77,13 @@ class Fit:
     def run(self, ranks: dict[str, int]) -> dict[str, Errors]:
         """Make every layer with a rank separable in ``new``."""
         errors: dict[str, Errors] = {}
-        generator = torch.Generator().manual_seed(0)
         for site in self.sites:
             if ranks.get(site.name):
-                first = not errors
-                errors[site.name] = self._convert(site, ranks[site.name], first, generator)
+                errors[site.name] = self._convert(site, ranks[site.name], first=not errors)
                 self.on_step()
         return errors
 
-    def _convert(self, site: Site, rank: int, first: bool, generator: torch.Generator) -> Errors:
+    def _convert(self, site: Site, rank: int, first: bool) -> Errors:
         conv: Any = self.new.get_submodule(site.name)
         weight = conv.weight.detach().double()
         start = truncated_svd(weight, rank, self.scale(site))
@@ -92,22 +91,24 @@ class Fit:
             replace(self.new, site.names, separable(conv, *start))
             energy = dropped_energy(weight, self.scale(site))
             return Errors(float(energy[rank] / energy[0].clamp_min(1e-300)))
-        moments = self.moments(site, self.method == "sequential" and not first, generator)
+        moments = self.moments(site, self.method == "sequential" and not first)
         problem = self.problem(site, moments)
         fitted = calibrate(problem, weight.flatten(2), rank, self.sweeps)
         shift = moments.bias(compose(*fitted))
+        share.agree(*fitted, shift)
         replace(self.new, site.names, separable(conv, *fitted, shift))
         return Errors(problem.relative_error(compose(*start)), problem.relative_error(compose(*fitted)))
 
-    def moments(self, site: Site, asymmetric: bool, generator: torch.Generator) -> Moments:
+    def moments(self, site: Site, asymmetric: bool) -> Moments:
         """Second moments of one site on the converted network's inputs (asymmetric) or on the original's."""
         assert self.images is not None
         conv: Any = self.new.get_submodule(site.name)
         moments = Moments(conv)
         pixels = pixels_per_image(moments, self.images.count)
-        for x in self.images.batches():
+        for x, generator in share.mine(self.images.batches()):
             wanted = calls(self.old, site.conv, x, site.calls)
             given = calls(self.new, conv, x, site.calls) if asymmetric else wanted
             for (inputs, outputs), (_, target) in zip(given, wanted, strict=False):
                 moments.add(inputs, outputs, target if asymmetric else None, pixels, generator)
+        moments.add_up()
         return moments

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sepconv.convert import share
 from sepconv.convert.budget import Option, choose, smallest
 from sepconv.convert.calibrate import calibrate
 from sepconv.convert.factor import compose, dropped_energy
@@ -45,8 +46,9 @@ def ranks_for_budget(fit: Fit, costs: dict[str, dict[int, float]], budget: float
         )
     errors = rank_errors(fit, {name: [m for m in cost if m] for name, cost in costs.items()})
     layers = [[Option(m, c, errors[name][m]) for m, c in cost.items()] for name, cost in costs.items()]
-    chosen = choose(layers, budget * total)
-    return {name: option.depth_multiplier for name, option in zip(costs, chosen, strict=True)}
+    ranks = torch.tensor([option.depth_multiplier for option in choose(layers, budget * total)])
+    share.agree(ranks)
+    return dict(zip(costs, ranks.tolist(), strict=True))
 
 
 def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[int, float]]:
@@ -96,7 +98,7 @@ def _moments(fit: Fit, sites: list[Site]) -> list[Moments]:
     """Second moments of several sites from one pass over the images."""
     assert fit.images is not None
     found = [Moments(site.conv) for site in sites]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
 
     def add(moments: Moments, pixels: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -107,6 +109,9 @@ def _moments(fit: Fit, sites: list[Site]) -> list[Moments]:
     with Hooks() as hooks, torch.no_grad():
         for site, moments in zip(sites, found, strict=True):
             hooks.after(site.conv, add(moments, pixels_per_image(moments, fit.images.count)))
-        for x in fit.images.batches():
+        for x, batch_generator in share.mine(fit.images.batches()):
+            generator.set_state(batch_generator.get_state())
             fit.old(x)
+    for moments in found:
+        moments.add_up()
     return found

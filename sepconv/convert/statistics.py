@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from sepconv.convert import share
 from sepconv.convert.calibrate import Problem
 
 CHUNK = 1 << 24
@@ -94,6 +95,12 @@ class Moments:
                 self.rx += (lack.T @ p).double()
                 self.rr += (lack.T @ lack).double()
                 self.r += lack.sum(0, dtype=torch.float64)
+
+    def add_up(self) -> None:
+        """Make the moments those of all processes' images."""
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.x.device)
+        share.add_up(self.xx, self.rx, self.rr, self.x, self.r, count)
+        self.count = int(count)
 
     def problem(self, metric: Tensor, ridge: float) -> Problem:
         """The centred problem; ``ridge`` (relative to the mean variance of a patch value) holds it to the weight.

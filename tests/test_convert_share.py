@@ -1,0 +1,51 @@
+"""A conversion by several processes is that of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sepconv.convert import share
+
+
+def test_one_process_has_all_batches_and_leaves_sums_alone() -> None:
+    batches = [torch.full((2,), float(n)) for n in range(3)]
+    found = list(share.mine(batches))
+    assert [int(batch[0]) for batch, _ in found] == [0, 1, 2]
+    seeds = [generator.initial_seed() for _, generator in found]
+    assert seeds == [0, 1, 2]
+    value = torch.ones(2)
+    share.add_up(value)
+    share.agree(value)
+    assert torch.equal(value, torch.ones(2))
+
+
+def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for rank in range(3):
+        monkeypatch.setattr(share, "_position", lambda rank=rank: (rank, 3))
+        taken.append([(int(batch), generator.initial_seed()) for batch, generator in share.mine(torch.arange(7))])
+    assert taken == [[(0, 0), (3, 3), (6, 6)], [(1, 1), (4, 4)], [(2, 2), (5, 5)]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_convert_as_one(tmp_path: Path, processes: int) -> None:
+    """With four processes the last has no batch at all."""
+    script = str(Path(__file__).with_name("convert_run.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    for command in ([sys.executable], launcher):
+        subprocess.run([*command, script, str(tmp_path)], check=True, timeout=300, capture_output=True)
+    one = load_file(tmp_path / "converted-1-0.safetensors")
+    for rank in range(processes):
+        many = load_file(tmp_path / f"converted-{processes}-{rank}.safetensors")
+        assert one.keys() == many.keys()
+        assert torch.equal(one["ranks"], many["ranks"])
+        for name, value in one.items():
+            # Sums in another order, through solves whose condition the ridge keeps near 1e5.
+            torch.testing.assert_close(many[name], value, rtol=1e-7, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}")

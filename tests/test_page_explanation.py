@@ -160,11 +160,22 @@ def test_pointing_at_an_input_map_chooses_the_pixel_whose_patch_is_there(visit):
     assert visit.page.evaluate("[state.row, state.column]") == [1, 4]
 
 
+def test_starts_at_the_pixel_where_most_happens(visit, truths):
+    page = visit.page
+    for name in page.locator("#layer option").all_inner_texts():
+        page.locator("#layer").select_option(label=name)
+        values = torch.tensor(page.evaluate("[...state.parts[state.channel].values]")).abs()
+        row, column, width = page.evaluate("[state.row, state.column, state.layer.width]")
+        assert values[row * width + column] == values.max() > 0
+        assert any(visit.numbers("#normal-products .product"))
+
+
 def test_pixels_and_channels_by_keyboard(visit, truths):
     page = visit.page
     name = page.locator("#layer option").first.inner_text()
     big = page.locator("#normal-map button")
     big.focus()
+    page.evaluate("choosePixel(3, 3)")
     start = page.evaluate("[state.row, state.column]")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowLeft"):
         page.keyboard.press(key)

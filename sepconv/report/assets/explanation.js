@@ -11,10 +11,8 @@ function chooseLayer(index) {
   state.hiddenMaps = state.depthwise[index] ??= depthwiseMaps(state.layer);
   const {layer} = state;
   byId("channel").replaceChildren(...layer.channels.map((o, k) => element("option", {value: k}, `${o} of ${layer.out_channels}`)));
-  for (const [id, size] of [["row", layer.height], ["column", layer.width]]) {
-    byId(id).max = size - 1;
-    state[id] = Math.floor((size - 1) / 2);
-  }
+  byId("row").max = layer.height - 1;
+  byId("column").max = layer.width - 1;
   const style = byId("lab").style;
   for (const [name, size] of Object.entries({height: layer.height, width: layer.width, "input-height": layer.input_height, "input-width": layer.input_width})) {
     style.setProperty(`--${name}`, size);
@@ -25,7 +23,18 @@ function chooseLayer(index) {
   style.setProperty("--patch-width", layer.dilation[1] * (layer.kernel[1] - 1) + 1);
   showWindow(layer);
   setCounter(layer.kernel[0], layer.in_channels, layer.out_channels, layer.depth_multiplier);
-  chooseChannel(0);
+  computeChannel(0);
+  startWhereMostHappens();
+  drawWords();
+  drawMaps();
+}
+
+// In the middle of an image a channel is often 0, and nine products of 0 explain nothing.
+function startWhereMostHappens() {
+  const {values} = state.parts[state.channel];
+  const pixel = values.reduce((best, value, i) => (Math.abs(value) > Math.abs(values[best]) ? i : best), 0);
+  state.row = Math.floor(pixel / state.layer.width);
+  state.column = pixel % state.layer.width;
 }
 
 function showWindow({window: shown, output_size: [height, width]}) {
@@ -37,6 +46,12 @@ function showWindow({window: shown, output_size: [height, width]}) {
 }
 
 function chooseChannel(k) {
+  computeChannel(k);
+  drawWords();
+  drawMaps();
+}
+
+function computeChannel(k) {
   const {layer} = state;
   state.k = k;
   byId("channel").value = k;
@@ -48,8 +63,6 @@ function chooseChannel(k) {
   state.shown = splitTerms(energies, SHOWN_CHANNELS).shown;
   state.channel = state.shown.reduce((best, c) => (energies[c] > energies[best] ? c : best), state.shown[0]);
   state.hidden = state.channel * layer.depth_multiplier;
-  drawWords();
-  drawMaps();
 }
 
 function drawWords() {

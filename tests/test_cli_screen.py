@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import test_report_suites
 from cli_run import sepconv as run
 
 import sepconv.cli.inspect as inspect_commands
+from sepconv import cli
 from sepconv.cli import console, show
 from sepconv.progress import Step
 
@@ -69,7 +70,6 @@ def test_a_bar_fits_80_columns_with_the_time_that_remains(monkeypatch: pytest.Mo
 
 QUIET = {
     "count": ("count", "mobilenet_v1", "--input", "3x32x32"),
-    "doctor": ("doctor",),
     "report": ("report", "."),
 }
 
@@ -142,23 +142,23 @@ def test_failures_are_one_line_and_a_code(
     run(*words).failed_with(code, message)
 
 
-def shell(tmp_path: Path, *arguments: str, **environment: str) -> str:
-    """The command in a process of its own with a home of its own."""
-    command = [sys.executable, "-m", "sepconv", *arguments]
-    env = {**os.environ, "HOME": str(tmp_path), **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_completion_installs_and_completes(tmp_path: Path) -> None:
-    assert "completion installed" in shell(tmp_path, "--install-completion", "bash")
+def test_completion_installs_and_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["--install-completion", "bash"])
+    assert ended.value.code == 0
+    assert "completion installed" in capsys.readouterr().out
     script = tmp_path / ".bash_completions" / "sepconv.sh"
     assert "complete" in script.read_text()
     assert str(script) in (tmp_path / ".bashrc").read_text()
-    asked = {"_SEPCONV_COMPLETE": "complete_bash"}
-    words = shell(tmp_path, **asked, COMP_WORDS="sepconv count mobilenet_v1", COMP_CWORD="2").split()
-    assert words == ["mobilenet_v1", "mobilenet_v1_normal"]
+    monkeypatch.setenv("_SEPCONV_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "sepconv count mobilenet_v1")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    with contextlib.suppress(SystemExit):
+        cli.run([])
+    assert capsys.readouterr().out.split() == ["mobilenet_v1", "mobilenet_v1_normal"]
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:

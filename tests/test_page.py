@@ -107,9 +107,12 @@ def test_tables_sort_by_mouse_and_keyboard(visit, digits_run):
 
 def test_bars_follow_the_choice(visit):
     page = visit.page
+    note = page.locator("p[data-metric=ms]")
+    assert not note.is_visible()
     assert [page.locator(f'.bars[data-metric="{key}"]').is_visible() for key in ("params", "macs", "ms")] == [1, 0, 0]
     page.get_by_label("Time", exact=True).click()
     assert [page.locator(f'.bars[data-metric="{key}"]').is_visible() for key in ("params", "macs", "ms")] == [0, 0, 1]
+    assert note.is_visible()
     page.get_by_label("Time", exact=True).press("ArrowLeft")
     assert [page.locator(f'.bars[data-metric="{key}"]').is_visible() for key in ("params", "macs", "ms")] == [0, 1, 0]
 

@@ -16,6 +16,7 @@ ROWS = (
     # case, pass, contender, threads, layout, ms
     ("3x3", "forward", "torch", 1, "contiguous", 8.0),
     ("3x3", "forward", "torch", 1, "channels_last", 6.0),
+    ("3x3", "forward", "torch", 1, "another", 7.0),
     ("3x3", "forward", "sepconv", 1, "channels_last", 2.0),
     ("3x3", "grad_input", "torch", 1, "contiguous", 3.0),
     ("3x3", "grad_input", "sepconv", 1, "contiguous", 4.0),

@@ -47,7 +47,7 @@ def _factor(before: float, after: float) -> str:
 
 FILES = {
     "report.html": "the page to look at first",
-    "model.safetensors": "the network: sepconv predict, export and count take the folder",
+    "model.safetensors": "the network; predict, export and count take this folder",
     "model.onnx": "the same for other runtimes",
     "result.json": "every number of the page",
 }

@@ -166,6 +166,17 @@ def test_the_page_says_what_the_result_says(tmp_path):
         assert expected in text, expected
 
 
+def test_stages_say_what_they_are_and_that_one_gained_nothing(tmp_path):
+    names = ("original", "closed form", "converted", "distilled", "of my own")
+    result = {**SMALL, "stages": [{"name": name, "accuracy": 0.9} for name in names]}
+    text = report_of(tmp_path, result).text
+    for expected in ("as it was trained", "from the weights alone", "no training yet", "to answer as the original does"):
+        assert expected in text
+    assert "gained nothing" not in text
+    result["stages"][3]["accuracy"] = 0.85
+    assert "to answer as the original does; here it gained nothing" in report_of(tmp_path, result).text
+
+
 def test_an_accuracy_that_stays_is_said_to_stay(tmp_path):
     result = copy.deepcopy(SMALL)
     result["separable"]["accuracy"] = result["normal"]["accuracy"] - 1e-9

@@ -70,7 +70,7 @@ def render(run: Run) -> str:
             latencies=facts.latency_table(result),
             kernels=facts.kernels(result),
             latency_words=words.latencies(facts.latency_table(result)),
-            stages=[{**row, "words": words.STAGES.get(row["name"], "")} for row in facts.stages(result)],
+            stages=words.stages(facts.stages(result)),
             layers=layers,
             timed=any(None not in row["ms"] for row in layers),
             bars=facts.bars(layers, result.get("other_ms")),

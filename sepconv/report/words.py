@@ -57,6 +57,17 @@ STAGES = {
 """What each stage of a conversion is."""
 
 
+def stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages with what each of them is, and a remark where the last training cost accuracy."""
+    told: list[dict[str, Any]] = []
+    for row in rows:
+        said = STAGES.get(row["name"], "")
+        if row["name"] == "distilled" and told and told[-1]["accuracy"] > row["accuracy"]:
+            said += "; here it gained nothing"
+        told.append({**row, "words": said})
+    return told
+
+
 def latencies(rows: list[tuple[str, float | None, float | None]]) -> str:
     """What the contenders of the table of times are, and the surprise that it may hold."""
     known = {name: (before, after) for name, before, after in rows}

@@ -170,7 +170,12 @@ def test_stages_say_what_they_are_and_that_one_gained_nothing(tmp_path):
     names = ("original", "closed form", "converted", "distilled", "of my own")
     result = {**SMALL, "stages": [{"name": name, "accuracy": 0.9} for name in names]}
     text = report_of(tmp_path, result).text
-    for expected in ("as it was trained", "from the weights alone", "no training yet", "to answer as the original does"):
+    for expected in (
+        "as it was trained",
+        "from the weights alone",
+        "no training yet",
+        "to answer as the original does",
+    ):
         assert expected in text
     assert "gained nothing" not in text
     result["stages"][3]["accuracy"] = 0.85

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.constants import Constant, constant
+from sepconv.compile.constants import constant
 from sepconv.compile.groups import Convolution, Pool, Separable
+from sepconv.compile.places import Layout as Layout
+from sepconv.compile.places import Place as Place
+from sepconv.compile.places import Root as Root
+from sepconv.compile.places import Step as Step
+from sepconv.compile.places import is_channels_last
+from sepconv.compile.slices import slice_batch
 
 _aten = torch.ops.aten
 _GROUPS = (Convolution, Separable, Pool)
@@ -25,52 +30,6 @@ _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 _ALIGNMENT = 64
 # Keyword under which a step keeps which results of an operation with several are used.
 RESULTS = "_results"
-
-
-@dataclass(eq=False)
-class Root:
-    """Memory that one step writes; ``first`` and ``last`` are the steps between which it must be kept."""
-
-    bytes: int
-    first: int
-    last: int
-    offset: int = 0
-
-
-@dataclass
-class Place:
-    """A value: a tensor on the meta device that has its size and strides, and the root or the constant it lies in."""
-
-    meta: Tensor
-    root: Root | Constant
-
-
-@dataclass
-class Step:
-    """Something to compute. ``target`` is a group, an ATen operation, or None for a copy into another layout."""
-
-    target: Any
-    args: Any
-    kwargs: Any
-    outputs: list[Place]
-
-
-@dataclass
-class Layout:
-    """The steps of a graph in order, with the places of what they read and write.
-
-    ``direct`` is the number of the input that the first step reads where the caller holds it, if it does; ``given`` has
-    the strides in which the caller holds them, and ``copied`` lists the inputs that are copied to their places.
-    """
-
-    steps: list[Step] = field(default_factory=list)
-    direct: int | None = None
-    inputs: list[Place] = field(default_factory=list)
-    given: list[Tensor] = field(default_factory=list)
-    copied: list[int] = field(default_factory=list)
-    outputs: list[tuple[Place, Tensor]] = field(default_factory=list)
-    roots: list[Root] = field(default_factory=list)
-    bytes: int = 0
 
 
 def lay_out(graph: fx.Graph, results: Sequence[Tensor]) -> Layout:
@@ -83,12 +42,9 @@ def lay_out(graph: fx.Graph, results: Sequence[Tensor]) -> Layout:
         meta = torch.empty_strided(like.shape, dense.stride(), dtype=like.dtype, device="meta")
         walk.layout.outputs.append((place, meta))
     _find_copied(walk.layout)
+    slice_batch(walk.layout)
     _assign(walk.layout)
     return walk.layout
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _Walk:

@@ -55,7 +55,8 @@ def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store, choi
     if call.kernel == "torch":
         return call._replace(run=lambda given: _through_torch(target, [given], out))
     bound: Any = call.run
-    before, after, kernel = bound.args[:3], bound.args[4:], bound.func
+    first = next(i for i, argument in enumerate(bound.args) if isinstance(argument, hl.Buffer))
+    before, after, kernel = bound.args[:first], bound.args[first + 1 :], bound.func
     return call._replace(run=lambda given: kernel(*before, hl.Buffer(array(given).transpose(0, 2, 3, 1)), *after))
 
 

@@ -21,7 +21,7 @@ from sepconv.compile.constants import Store
 from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
 from sepconv.compile.tune import alternatives, fastest
-from sepconv.kernels import runtime
+from sepconv.kernels import threads
 from sepconv.kernels.layout import array
 
 
@@ -41,7 +41,7 @@ class Plan:
         self._free: deque[Instance] = deque()
         self._choices: dict[int, str] = {}
         if tune:
-            runtime.follow_torch_threads()
+            threads.follow_torch()
             self._choices = self.take().choose()
         self.give_back(self.take())
 
@@ -53,7 +53,7 @@ class Plan:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The network's outputs, in memory of their own."""
-        runtime.follow_torch_threads()
+        threads.follow_torch()
         instance = self.take()
         try:
             return instance.run(inputs)
@@ -88,20 +88,34 @@ class Instance:
         """``choices``: steps that are not computed in the usual way, as ``tune`` names them."""
         self._arena = torch.empty(layout.bytes, dtype=torch.uint8)
         self._layout, self._store = layout, store
-        self.calls = [self._bind(i, choices.get(i, "")) for i in range(len(layout.steps))]
-        direct = layout.direct is not None
-        self._head = self.calls[0].run if direct else None
-        self._runs = [call.run for call in self.calls[direct:]]
+        # By step: one call for each image where the step runs image by image, else one for all of them.
+        parts = [range(layout.images) if i < layout.sliced else (None,) for i in range(len(layout.steps))]
+        bound = [[self._bind(i, choices.get(i, ""), image) for image in parts[i]] for i in range(len(parts))]
+        self.calls = [calls[0] for calls in bound]
+        first, rest = bound[: layout.sliced], bound[layout.sliced :]
+        in_turn = [(i, calls[image]) for image in range(layout.images) for i, calls in enumerate(first)]
+        in_turn += [(i, calls[0]) for i, calls in enumerate(rest, layout.sliced)]
+        self._runs = [(i, call.run, layout.direct is not None and i == 0) for i, call in in_turn]
         self._copied = [(i, self._tensor(layout.inputs[i])) for i in layout.copied]
         self._results = [(self._tensor(place), like) for place, like in layout.outputs]
 
-    def _bind(self, i: int, choice: str) -> Call:
+    def _bind(self, i: int, choice: str, image: int | None = None) -> Call:
+        """The call of a step, for one image where the step runs image by image (the first if none is named)."""
+        if image is None and i < self._layout.sliced:
+            image = 0
         step = self._layout.steps[i]
-        outputs = [self._tensor(place) for place in step.outputs]
+        outputs = [self._tensor(place, image) for place in step.outputs]
         if self._is_direct(i):
-            return lower_direct(step.target, self._example(), outputs[0], self._store, choice)
-        args, kwargs = pytree.tree_map_only(Place, self._tensor, (step.args, step.kwargs))
+            return self._bind_direct(step.target, outputs[0], choice, image)
+        args, kwargs = pytree.tree_map_only(Place, lambda place: self._tensor(place, image), (step.args, step.kwargs))
         return lower(step.target, args, kwargs, outputs, self._store, choice)
+
+    def _bind_direct(self, target: Any, out: Tensor, choice: str, image: int | None) -> Call:
+        if image is None:
+            return lower_direct(target, self._example(), out, self._store, choice)
+        part = slice(image, image + 1)
+        call = lower_direct(target, self._example()[part], out, self._store, choice)
+        return call._replace(run=lambda given: call.run(given[part]))
 
     def _is_direct(self, i: int) -> bool:
         return i == 0 and self._layout.direct is not None
@@ -122,22 +136,29 @@ class Instance:
                 choices[i] = fastest(calls, [self._example()] if self._is_direct(i) else [])
         return choices
 
-    def _tensor(self, place: Place) -> Tensor:
+    def _tensor(self, place: Place, image: int | None = None) -> Tensor:
+        """The value that lies there, or one image of it."""
         meta, root = place.meta, place.root
-        if isinstance(root, Root):
-            memory = self._arena[root.offset : root.offset + root.bytes].view(meta.dtype)
-        else:
+        if not isinstance(root, Root):
             memory = root.tensor
-        return memory.as_strided(meta.shape, meta.stride(), memory.storage_offset() + meta.storage_offset())
+            return memory.as_strided(meta.shape, meta.stride(), memory.storage_offset() + meta.storage_offset())
+        memory = self._arena[root.offset : root.offset + root.bytes].view(meta.dtype)
+        offset = memory.storage_offset() + meta.storage_offset()
+        if image is None and root.images == 1:
+            return memory.as_strided(meta.shape, meta.stride(), offset)
+        if root.images == 1:
+            offset += (image or 0) * meta.stride(0)
+        return memory.as_strided((1, *meta.shape[1:]), meta.stride(), offset)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The network's outputs, in memory of their own."""
         for i, place in self._copied:
             _copy(place, inputs[i])
-        if self._head is not None:
-            self._head(inputs[self._layout.direct])  # type: ignore[index]
-        for run in self._runs:
-            run()
+        for _, run, direct in self._runs:
+            if direct:
+                run(inputs[self._layout.direct])  # type: ignore[index]
+            else:
+                run()
         outputs = [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype) for _, like in self._results]
         for out, (tensor, _) in zip(outputs, self._results, strict=True):
             _copy(out, tensor)
@@ -148,11 +169,11 @@ class Instance:
         samples: list[list[float]] = []
         for _ in range(repeats):
             self.run(inputs)
-            times = []
-            for i, call in enumerate(self.calls):
-                arguments = [inputs[self._layout.direct or 0]] if self._is_direct(i) else []
+            times = [0.0] * len(self.calls)
+            for i, run, direct in self._runs:
+                arguments = [inputs[self._layout.direct or 0]] if direct else []
                 start = time.perf_counter()
-                call.run(*arguments)
-                times.append(time.perf_counter() - start)
+                run(*arguments)
+                times[i] += time.perf_counter() - start
             samples.append(times)
         return [median(times) for times in zip(*samples, strict=True)]

@@ -39,8 +39,8 @@ class Spec(NamedTuple):
 
 
 def build(spec: Spec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: rows per task, top and left padding, x, packed weights, bias."""
-    rows, top, left = (hl.Param(hl.Int(32), name) for name in ("rows", "top", "left"))
+    """The pipeline; arguments: rows per task, tasks per thread, top and left padding, x, packed weights, bias."""
+    rows, share, top, left = (hl.Param(hl.Int(32), name) for name in ("rows", "share", "top", "left"))
     x = hl.ImageParam(hl.Float(32), 4, "x")  # channel, column, row, image, in whatever order they lie in memory
     x.dim(0).set_min(0).set_extent(spec.channels).set_stride(1 if spec.channels_last else hl.Expr())
     x.dim(1).set_stride(hl.Expr() if spec.channels_last else 1)
@@ -68,11 +68,14 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)
     for d in (1, 2, 3):
         result.dim(d).set_min(0)
-    _schedule(spec, rows, out, sums, padded, (o, column, row, n), k)
-    return out, [rows, top, left, x, weight, bias]
+    _schedule(spec, (rows, share), out, sums, padded, (o, column, row, n), k)
+    return out, [rows, share, top, left, x, weight, bias]
 
 
-def _schedule(spec: Spec, rows: Any, out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any) -> None:
+def _schedule(
+    spec: Spec, numbers: tuple[Any, Any], out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any
+) -> None:
+    rows, share = numbers
     tile, (o, column, row, n) = spec.tile, dims
     block, o_in, step, column_in = (hl.Var(name) for name in ("block", "o_in", "step", "column_in"))
     group, task = hl.Var("group"), hl.Var("task")
@@ -81,7 +84,7 @@ def _schedule(spec: Spec, rows: Any, out: Any, sums: Any, padded: Any, dims: tup
     out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
     out.split(column, step, column_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.split(row, group, row, rows, hl.TailStrategy.GuardWithIf)
-    runtime.parallel(out.reorder(o_in, column_in, step, row, block, group, n).fuse(group, n, task), task)
+    runtime.share(out.reorder(o_in, column_in, step, row, block, group, n).fuse(group, n, task), task, share)
     out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(column_in)
     out.never_partition([step, row, block, task])
 
@@ -96,7 +99,7 @@ class Plan(NamedTuple):
 
     spec: Spec
     size: tuple[int, int]
-    numbers: tuple[int, int, int]
+    numbers: tuple[int, int, int, int]
 
 
 @lru_cache(maxsize=4096)
@@ -120,7 +123,8 @@ def plan(
     schedule = stem_schedule(machine.host(), depth, out_channels, max(images, 1), size, row_bytes, threads)
     filters = (kernel_size[0], kernel_size[1])
     spec = Spec(channels_last, channels, out_channels, filters, stride, schedule.tile, activation)
-    return Plan(spec, size, (schedule.rows, padding[0][0], padding[1][0]))
+    share = runtime.per_thread(images * -(-out_height // schedule.rows), threads)
+    return Plan(spec, size, (schedule.rows, share, padding[0][0], padding[1][0]))
 
 
 def plan_for(x: Tensor, weight: Tensor, activation: str, stride: Sequence[int], padding: Padding) -> Plan:

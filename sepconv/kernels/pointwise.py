@@ -44,7 +44,7 @@ class Spec(NamedTuple):
 
 
 def build(spec: Spec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: chunk, x, packed weights, bias, [residual]."""
+    """The pipeline; arguments: chunk, share, x, packed weights, bias, [residual]."""
     return _build_channels_last(spec) if spec.channels_last else _build_contiguous(spec)
 
 
@@ -67,7 +67,7 @@ def _strides(param: Any, spec: Spec, channels: int) -> None:
 
 
 def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
-    tile, chunk = spec.tile, hl.Param(hl.Int(32), "chunk")
+    tile, chunk, share = spec.tile, hl.Param(hl.Int(32), "chunk"), hl.Param(hl.Int(32), "share")
     x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
     weight = packed_param("weight", tile.wide, spec.channels, spec.out_channels)
     o, p = hl.Var("o"), hl.Var("p")
@@ -85,20 +85,20 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
     out.split(p, step, p_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
     if spec.parallel == "channels":
-        runtime.parallel(out.reorder(o_in, p_in, step, group, block), block)
+        runtime.share(out.reorder(o_in, p_in, step, group, block), block, share)
     else:
-        runtime.parallel(out.reorder(o_in, p_in, step, block, group), group)
+        runtime.share(out.reorder(o_in, p_in, step, block, group), group, share)
     out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(p_in)
     sums.compute_at(out, step)
     keep_in_registers(sums, o, p, [k.x], tile)
 
     _strides(x, spec, spec.channels)
     _strides(out.output_buffer(), spec, spec.out_channels)
-    return out, [chunk, x, weight, *extra]
+    return out, [chunk, share, x, weight, *extra]
 
 
 def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
-    tile, chunk = spec.tile, hl.Param(hl.Int(32), "chunk")
+    tile, chunk, share = spec.tile, hl.Param(hl.Int(32), "chunk"), hl.Param(hl.Int(32), "share")
     x = hl.ImageParam(hl.Float(32), 3, "x")  # pixel, channel, image
     weight = packed_param("weight", tile.scalars, spec.channels, spec.out_channels)
     o, p, n = hl.Var("o"), hl.Var("p"), hl.Var("n")
@@ -124,7 +124,7 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
     out.split(o, block, o_in, tile.scalars, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
     out.split(p, step, p_in, tile.wide, tail)
     out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
-    runtime.parallel(out.reorder(p_in, o_in, block, step, group, n).fuse(group, n, task), task)
+    runtime.share(out.reorder(p_in, o_in, block, step, group, n).fuse(group, n, task), task, share)
     out.vectorize(p_in, tile.lanes).unroll(p_in).unroll(o_in)
     panel.compute_at(out, step).bound_extent(p, tile.wide).vectorize(p, tile.lanes).unroll(p)
     sums.compute_at(out, block)
@@ -133,14 +133,18 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
 
     _strides(x, spec, spec.channels)
     _strides(out.output_buffer(), spec, spec.out_channels)
-    return out, [chunk, x, weight, *extra]
+    return out, [chunk, share, x, weight, *extra]
 
 
 class Plan(NamedTuple):
-    """The kernel for one input: x is read as (pixel, channel) where channels_last, else as (image, channel, pixel)."""
+    """The kernel for one input: x is read as (pixel, channel) where channels_last, else as (image, channel, pixel).
+
+    ``chunk``: register tiles of pixels in one group; ``share``: groups, or blocks of output channels, of one thread.
+    """
 
     spec: Spec
     chunk: int
+    share: int
     x_view: tuple[tuple[int, ...], tuple[int, ...]]
     out_size: tuple[int, ...]
 
@@ -185,7 +189,9 @@ def _plan(
     guard = not channels_last and pixels < tile.wide
     spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, residual)
     size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
-    return Plan(spec, schedule.chunk, x_view, size)
+    groups = -(-pixels // (schedule.chunk * (tile.scalars if channels_last else tile.wide))) * images
+    passes = -(-out_channels // tile.wide) if schedule.parallel == "channels" else groups
+    return Plan(spec, schedule.chunk, runtime.per_thread(passes, threads), x_view, size)
 
 
 def plan(x: Tensor, out_channels: int, activation: str = "", residual: bool = False) -> Plan:
@@ -249,7 +255,7 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
     images = [out] if residual is None else [like(residual, out), out]
     views = [_pixels(array(image), found).reshape(found.out_size) for image in images]
     source = runtime.buffer(x.as_strided(*found.x_view))
-    return partial(kernel, found.chunk, source, *packed, *[hl.Buffer(view) for view in views])
+    return partial(kernel, found.chunk, found.share, source, *packed, *[hl.Buffer(view) for view in views])
 
 
 def _pixels(image: Any, found: Plan) -> Any:

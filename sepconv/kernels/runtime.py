@@ -137,6 +137,23 @@ def parallel(stage: Any, loop: Any) -> Any:
     return stage.parallel(loop) if torch.get_num_threads() > 1 else stage
 
 
+def share(stage: Any, loop: Any, passes: Any) -> Any:
+    """:func:`parallel` with one task per thread, of so many neighbouring passes of the loop (see :func:`per_thread`).
+
+    Where all kernels of a network share out images and rows alike, a thread reads what it has written itself. Cores
+    that have no cache in common pay dearly for anything else.
+    """
+    if torch.get_num_threads() == 1:
+        return stage
+    thread = hl.Var("thread")
+    return stage.split(loop, thread, loop, passes, hl.TailStrategy.GuardWithIf).parallel(thread)
+
+
+def per_thread(passes: int, threads: int) -> int:
+    """Passes of a loop for each thread; at least one."""
+    return max(1, -(-passes // threads))
+
+
 def cached_kernels() -> int:
     """How many kernels the cache holds (at most MAX_KERNELS)."""
     return len(_cache)

@@ -23,12 +23,16 @@ Padding = Sequence[tuple[int, int]]
 
 
 class Plan(NamedTuple):
-    """The kernel for one input, and what each call of it computes: (rows per tile, first row, number of tiles)."""
+    """The kernel for one input, and what each call of it computes: (rows per tile, first row, number of tiles).
+
+    ``share``: tiles, or blocks of output channels, of one thread in each of the calls.
+    """
 
     spec: Spec
     size: tuple[int, int]
     before: tuple[int, int]
     calls: tuple[tuple[int, int, int], ...]
+    share: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -57,7 +61,10 @@ def plan(
     )  # fmt: skip
     tiles, left = divmod(size[0], schedule.rows)
     calls = [(schedule.rows, 0, tiles)] + [(left, tiles * schedule.rows, 1)] * (left > 0)
-    return Plan(spec, size, (padding[0][0], padding[1][0]), tuple(calls))
+    blocks = -(-out_channels // schedule.tile.wide)
+    passes = [images * tiles if schedule.parallel == "rows" else blocks for _, _, tiles in calls]
+    share = tuple(runtime.per_thread(count, threads) for count in passes)
+    return Plan(spec, size, (padding[0][0], padding[1][0]), tuple(calls), share)
 
 
 def plan_for(
@@ -200,8 +207,8 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
     inputs = [*found.before, hl.Buffer(array(x).transpose(0, 2, 3, 1)), *packed]
     views = [array(image).transpose(0, 2, 3, 1) for image in images]
     calls = [
-        partial(kernel, found.size[1], rows, first, *inputs, *[_tiles(view, rows, first, tiles) for view in views])
-        for rows, first, tiles in found.calls
+        partial(kernel, found.size[1], rows, first, share, *inputs, *[_tiles(v, rows, first, tiles) for v in views])
+        for (rows, first, tiles), share in zip(found.calls, found.share, strict=True)
     ]
     return calls[0] if len(calls) == 1 else partial(_one_after_the_other, calls)
 

@@ -43,8 +43,10 @@ class _Inputs:
     def __init__(self, spec: Spec) -> None:
         height, width = spec.kernel_size
         depth = spec.channels * spec.multiplier
-        names = ("width", "rows", "first_row", "top", "left")
-        self.width, self.rows, self.first_row, self.top, self.left = (hl.Param(hl.Int(32), name) for name in names)
+        names = ("width", "rows", "first_row", "share", "top", "left")
+        self.width, self.rows, self.first_row, self.share, self.top, self.left = (
+            hl.Param(hl.Int(32), name) for name in names
+        )
         self.x = self._image("x", 4, spec.channels)  # channel, column, row, image
         self.taps = hl.ImageParam(hl.Float(32), 4, "taps")  # channel, multiplier, column, row
         dense(self.taps, spec.channels, spec.multiplier, width, height)
@@ -53,7 +55,7 @@ class _Inputs:
         self.weight = packed_param("weight", spec.tile.wide, depth, spec.out_channels)
         self.bias = bias_param("bias", spec.out_channels)
         self.residual = self._image("residual", 4, spec.out_channels)  # like the output: channel, pixel, tile, image
-        numbers = [self.width, self.rows, self.first_row, self.top, self.left]
+        numbers = [self.width, self.rows, self.first_row, self.share, self.top, self.left]
         images = [self.x, self.taps, self.depthwise_bias, self.weight, self.bias]
         self.arguments = numbers + images + [self.residual] * spec.residual
 
@@ -103,7 +105,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     out[o, q, t, n] = activate(value, spec.activation)
 
     _channels_innermost(out.output_buffer(), spec.out_channels)
-    task = _schedule_product(spec, out, sums, (o, q, t, n), k)
+    task = _schedule_product(spec, inputs.share, out, sums, (o, q, t, n), k)
     _schedule_filter(spec, out, hidden, filtered, (c, m, column), place, tap, task)
     return out, inputs.arguments
 
@@ -126,7 +128,7 @@ def _filter(spec: Spec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, 
     return filtered, tap
 
 
-def _schedule_product(spec: Spec, out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> Any:
+def _schedule_product(spec: Spec, share: Any, out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> Any:
     """Loops: image, tile, block of output channels, step of pixels; returns the loop that makes one tile."""
     tile, (o, q, t, n) = spec.tile, dims
     block, o_in, step, q_in, task = (hl.Var(name) for name in ("block", "o_in", "step", "q_in", "task"))
@@ -136,11 +138,11 @@ def _schedule_product(spec: Spec, out: Any, sums: Any, dims: tuple[Any, ...], k:
     out.split(q, step, q_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.reorder(o_in, q_in, step, block, t, n).vectorize(o_in, tile.lanes).unroll(o_in).unroll(q_in)
     if spec.parallel == "rows":
-        runtime.parallel(out.fuse(t, n, task), task)
-        out.never_partition([task, step, block])
+        out.fuse(t, n, task).never_partition([task, step, block])
+        runtime.share(out, task, share)
     else:
-        runtime.parallel(out, block)
         out.never_partition([t, n, step, block])
+        runtime.share(out, block, share)
     sums.compute_at(out, step)
     keep_in_registers(sums, o, q, [k.x, k.y], tile)
     return task if spec.parallel == "rows" else t

@@ -44,7 +44,9 @@ CONTENDERS = (
     Contender("sepconv", (), ("sepconv.compile", "halide"), "nchw", _sepconv, True),
     Contender("torch-nchw", (), (), "nchw", partial(_eager, torch.contiguous_format), True),
     Contender("torch-nhwc", (), (), "nhwc", partial(_eager, torch.channels_last), True),
-    Contender("torch-compile", (), _INDUCTOR, "nchw", partial(_compiled, {}), True),
-    Contender("torch-compile-freezing", (), _INDUCTOR, "nchw", partial(_compiled, {"freezing": True}), True),
-    Contender("torch-compile-sepconv", (), ("torch._dynamo", "sepconv.compile", "halide"), "nchw", _backend, True),
+    Contender("torch-compile", (), _INDUCTOR, "nchw", partial(_compiled, {}), True, True),
+    Contender("torch-compile-freezing", (), _INDUCTOR, "nchw", partial(_compiled, {"freezing": True}), True, True),
+    Contender(
+        "torch-compile-sepconv", (), ("torch._dynamo", "sepconv.compile", "halide"), "nchw", _backend, True, True
+    ),
 )

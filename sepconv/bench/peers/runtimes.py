@@ -160,7 +160,5 @@ CONTENDERS = (
     Contender("openvino", ("openvino", "onnx", "onnxscript"), ("openvino",), "nchw", _openvino),
     Contender("ncnn", ("ncnn", "pnnx"), ("ncnn",), "nchw", _ncnn),
     Contender("mnn", ("MNN", "onnx", "onnxscript"), ("MNN.nn", "MNN.expr"), "nchw", _mnn),
-    Contender(
-        "executorch", ("executorch",), ("executorch.extension.pybindings.portable_lib",), "nchw", _executorch
-    ),
+    Contender("executorch", ("executorch",), ("executorch.extension.pybindings.portable_lib",), "nchw", _executorch),
 )

@@ -73,6 +73,7 @@ class Contender:
         modules: to import before the clock runs that says how long it takes to be ready.
         layout: of the images it is given.
         of_module: whether it runs a module in memory, and not a file.
+        single: whether it is measured with single images only, because it takes so long to be ready.
         build: for a network, images and a number of threads, the call that computes the scores of those images, a
             tensor or NumPy array (N, classes) in any shape of as many numbers. What is in the images may change
             between calls, where they lie may not.
@@ -84,3 +85,4 @@ class Contender:
     layout: str
     build: Callable[[Source, Tensor, int], Callable[[], Any]]
     of_module: bool = False
+    single: bool = False

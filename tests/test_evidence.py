@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.evidence import claims, rivals, runner, students, verdicts
+from benchmarks.evidence.__main__ import chosen
 from benchmarks.evidence.runner import Step
 from benchmarks.evidence.summary import plus_minus, table
 from sepconv.convert import convert
@@ -75,6 +76,12 @@ def test_a_step_in_the_hands_of_another_process_is_left_to_it(folders: Path, mon
         fcntl.flock(held, fcntl.LOCK_EX)
         runner.run([Step("a", lambda folder: pytest.fail("done twice"))])
     assert runner.read("a") == {"by": "the other"}
+
+
+def test_names_choose_steps_and_their_order() -> None:
+    steps = [Step(name, lambda folder: {}) for name in ("a-1", "b-1", "a-2", "c")]
+    assert [s.name for s in chosen(steps, ["c", "a-2", "a"])] == ["c", "a-2", "a-1"]
+    assert chosen(steps, []) == steps
 
 
 def relative_error(conv: nn.Conv2d, other: nn.Module) -> float:

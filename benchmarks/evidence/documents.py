@@ -11,7 +11,11 @@ from benchmarks.evidence.students import BUDGET, HEADLINE, RIVALS, VARIANTS
 from benchmarks.evidence.summary import mean, percent, plus_minus, table
 from benchmarks.evidence.teachers import TEACHERS
 
-TITLES = {"vgg": "plain (`vgg_quick`)", "resnet": "with shortcuts (`resnet_quick`)"}
+TITLES = {
+    "vgg": "plain (`vgg_quick`)",
+    "resnet": "with shortcuts (`resnet_quick`)",
+    "wide": "plain, wider, trained longer",
+}
 SEEDS = (0, 1, 2)
 
 
@@ -96,12 +100,12 @@ def rivals(name: str) -> str:
 def distilled(name: str) -> str:
     teacher = read(f"teacher-{name}")
     rows = []
-    epochs = sorted({1, 2, *HEADLINE.values()})
+    epochs = sorted({1, 5, *HEADLINE.values()})
     starts = {"converted": "distil", "random weights": "random"}
     for count in epochs:
         for start, kind in starts.items():
             rows += _seeds(teacher, f"{start}, {count} epochs", [f"{kind}-{name}-e{count}-s{s}" for s in SEEDS])
-    total = TEACHERS[name][1] + HEADLINE["third"]
+    total = TEACHERS[name][2].epochs + HEADLINE["third"]
     rows += _seeds(teacher, f"random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
     return table(["start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"], rows)
 
@@ -154,9 +158,9 @@ def conversion() -> str:
     parts = [teachers()]
     for name in TEACHERS:
         if finished(f"teacher-{name}"):
-            parts += [f"### Teacher {TITLES[name]}\n"]
-            for title, make in SECTIONS:
-                content = make(name)
+            measured = [(title, make(name)) for title, make in SECTIONS]
+            parts += [f"### Teacher {TITLES[name]}\n"] if any(content for _, content in measured) else []
+            for title, content in measured:
                 parts += [f"{title}:\n", content] if content else []
     for title, content in (
         ("One thing changed of the distillation (one epoch, plain teacher)", variants()),

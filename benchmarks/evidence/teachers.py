@@ -27,7 +27,12 @@ QUICK = Recipe(
     ema=0.99,
     whiten=True,
 )
-TEACHERS = {"vgg": ("vgg_quick", 12), "resnet": ("resnet_quick", 8)}
+TEACHERS: dict[str, tuple[str, dict[str, Any], Recipe]] = {
+    "vgg": ("vgg_quick", {}, replace(QUICK, epochs=12)),
+    "resnet": ("resnet_quick", {}, replace(QUICK, epochs=8)),
+    "wide": ("vgg_quick", {"width_mult": 1.5}, replace(QUICK, epochs=30, warmup_epochs=6.0, crop_padding=4)),
+}
+"""Name -> model, its settings, recipe."""
 SOURCE = {"cifar10": "", "fashion": "/usr/share/datasets/fashion-mnist"}
 """Where the JPEG copy of CIFAR-10 lies, set by the command line, and where Debian's dataset-fashion-mnist does."""
 
@@ -44,9 +49,9 @@ def teacher(name: str) -> nn.Module:
 
 def train_teacher(name: str, folder: Path) -> dict[str, Any]:
     """Train the normal network `name`; its weights stay in `folder`."""
-    model_name, epochs = TEACHERS[name]
-    data, recipe = cifar10(), replace(QUICK, epochs=epochs)
-    card = Card(model_name, {"num_classes": data.num_classes, "in_channels": data.channels}).with_data(data)
+    model_name, settings, recipe = TEACHERS[name]
+    data = cifar10()
+    card = Card(model_name, {**settings, "num_classes": data.num_classes, "in_channels": data.channels}).with_data(data)
     torch.manual_seed(0)
     model = card.build()
     history = train(model, data, recipe, folder, resume=True)

@@ -178,7 +178,7 @@ def networks_summary(content: dict[str, Any]) -> str:
 
 def _means(times: Iterable[dict[str, float]]) -> list[str]:
     every = list(times)
-    pairs = [t["torch-compile"] / t["torch-compile-sepconv"] for t in every if _BACKENDS <= set(t)]
+    pairs = [t["torch-compile"] / t["torch-compile-sepconv"] for t in every if set(t) >= _BACKENDS]
     return [f"{geometric_mean(_over_best(t)[0] for t in every):.2f}", f"{geometric_mean(pairs):.2f}" if pairs else ""]
 
 

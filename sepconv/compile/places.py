@@ -48,8 +48,8 @@ class Layout:
     """The steps of a graph in order, with the places of what they read and write.
 
     ``direct`` is the number of the input that the first step reads where the caller holds it, if it does; ``given`` has
-    the strides in which the caller holds them, and ``copied`` lists the inputs that are copied to their places. The first
-    ``sliced`` steps run for each of ``images`` in turn.
+    the strides in which the caller holds them, and ``copied`` lists the inputs that are copied to their places. The
+    first ``sliced`` steps run for each of ``images`` in turn.
     """
 
     steps: list[Step] = field(default_factory=list)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sepconv import dispatch, environment, ops
 from sepconv.kernels import runtime
+from sepconv.kernels import threads as halide_threads
 
 OPTIONAL = {
     "pillow": ("image files", "data"),
@@ -85,12 +86,18 @@ def _torch() -> Finding:
     return Finding("torch", "ok", f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
 
 
+_OWN_POOL = "small layers cost up to 50 us more on several threads; pip install llvmlite where it is missing"
+
+
 def _threads() -> Finding:
     threads, cores = torch.get_num_threads(), environment.cores()
     detail = f"PyTorch uses {threads} of {cores} cores"
     if threads > cores:
         return Finding("threads", "slow", detail, f"set OMP_NUM_THREADS={cores}")
-    return Finding("threads", "ok", detail)
+    reason = "" if runtime.missing() else halide_threads.pool()
+    if not reason:
+        return Finding("threads", "ok", detail)
+    return Finding("threads", "slow", f"{detail}; Halide's kernels use a pool of their own: {reason}", _OWN_POOL)
 
 
 def _gpu() -> Finding:

@@ -20,7 +20,7 @@ from sepconv.compile import CompiledModel, compile
 from sepconv.compile import lower as lowering
 from sepconv.compile import plan as planning
 from sepconv.compile.model import MAX_PLANS
-from sepconv.kernels import runtime, separable
+from sepconv.kernels import runtime, separable, threads
 from sepconv.kernels.runtime import BuildError
 
 
@@ -252,9 +252,9 @@ def test_compiled_model_follows_torch_threads(model: nn.Module) -> None:
     for count in (1, 2, 1):
         torch.set_num_threads(count)
         close(fast(x), truth)
-        seen.append(runtime._threads)
+        seen.append(threads._threads.value)
         close(fixed(x), truth)
-        assert runtime._threads == 2
+        assert threads._threads.value == 2
         assert torch.get_num_threads() == count
     assert seen == [1, 2, 1]
     assert len(fast._plans) == 2

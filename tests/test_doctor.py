@@ -12,7 +12,7 @@ import torch
 
 from sepconv import dispatch, environment
 from sepconv.doctor import Finding
-from sepconv.kernels import runtime
+from sepconv.kernels import runtime, threads
 
 # The name in the package is the function.
 doctor = importlib.import_module("sepconv.doctor")
@@ -54,6 +54,15 @@ def test_missing_halide_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     assert finding.status == "missing"
     assert "there is no wheel; PyTorch's kernels run instead" in finding.detail
     assert "pip install halide" in finding.remedy
+
+
+def test_a_second_thread_pool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "missing", lambda: "")
+    monkeypatch.setattr(threads, "pool", lambda: "no llvmlite here")
+    finding = _finding("threads")
+    assert finding.status == "slow"
+    assert finding.detail.endswith("pool of their own: no llvmlite here")
+    assert "pip install llvmlite" in finding.remedy
 
 
 def test_missing_package_comes_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

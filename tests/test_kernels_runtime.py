@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sepconv.kernels import depthwise, machine, peak, pointwise, runtime
+from sepconv.kernels import threads as pool
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -156,7 +157,7 @@ def test_the_thread_count_follows_torch() -> None:
         for count in (2, 1, 3):
             torch.set_num_threads(count)
             runtime.compiled("doubling", _doubling)
-            assert threads._threads.value == count
+            assert pool._threads.value == count
     finally:
         torch.set_num_threads(before)
 
@@ -182,7 +183,7 @@ def test_a_forked_child_computes_after_its_parent_did() -> None:
 
 
 def test_a_lock_held_at_the_fork_does_not_stop_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_forked", False)
+    monkeypatch.setattr(pool, "_forked", False)
     with runtime._cache_lock:
         runtime._after_fork()
         runtime.compiled("doubling", _doubling)

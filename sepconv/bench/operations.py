@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconv import dispatch
+from sepconv import dispatch, operators, ops
 from sepconv.bench.records import Record
 from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.shapes import Geometry, output_size, resolve
 
+_OURS = {1: ops.depthwise_conv1d, 2: ops.depthwise_conv2d, 3: ops.depthwise_conv3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _FORMATS = {
     "nchw": {1: torch.contiguous_format, 2: torch.contiguous_format, 3: torch.contiguous_format},
@@ -126,13 +127,13 @@ def make_tensors(case: Case, memory_format: torch.memory_format) -> Tensors:
 
 
 def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
-    g, ops = case.geometry, torch.ops.sepconv
-    geometry = (g.stride, g.flat_padding, g.dilation)
+    g, conv = case.geometry, _OURS[len(case.image)]
+    padding, geometry = [low for low, _ in g.padding], (g.stride, g.flat_padding, g.dilation)
     x_size, w_size = list(t.x.shape), list(t.weight.shape)
     return {
-        "forward": lambda: ops.depthwise_conv.default(t.x, t.weight, t.bias, *geometry, ""),
-        "grad_input": lambda: ops.depthwise_conv_grad_input.default(t.grad, t.weight, x_size, *geometry),
-        "grad_weight": lambda: ops.depthwise_conv_grad_weight.default(t.grad, t.x, w_size, *geometry),
+        "forward": lambda: conv(t.x, t.weight, t.bias, g.stride, padding, g.dilation),
+        "grad_input": lambda: operators.depthwise_grad_input(t.grad, t.weight, x_size, *geometry),
+        "grad_weight": lambda: operators.depthwise_grad_weight(t.grad, t.x, w_size, *geometry),
     }
 
 

@@ -21,7 +21,7 @@ from sepconv.compile.constants import Store
 from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
 from sepconv.compile.tune import alternatives, fastest
-from sepconv.kernels import runtime
+from sepconv.kernels import threads
 from sepconv.kernels.layout import array
 
 
@@ -41,7 +41,7 @@ class Plan:
         self._free: deque[Instance] = deque()
         self._choices: dict[int, str] = {}
         if tune:
-            runtime.follow_torch_threads()
+            threads.follow_torch()
             self._choices = self.take().choose()
         self.give_back(self.take())
 
@@ -53,7 +53,7 @@ class Plan:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The network's outputs, in memory of their own."""
-        runtime.follow_torch_threads()
+        threads.follow_torch()
         instance = self.take()
         try:
             return instance.run(inputs)

@@ -8,7 +8,6 @@ A kernel is built once per key and then called with buffers:
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import OrderedDict
@@ -16,11 +15,12 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 from math import prod
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sepconv.kernels import threads
 
 try:
     import halide as hl
@@ -111,7 +111,7 @@ def compiled(key: Hashable, build: Build) -> Any:
             _cache.move_to_end(place)
     if entry.call is None:
         _compile(entry, key, build)
-    follow_torch_threads()
+    threads.follow_torch()
     return entry.call
 
 
@@ -120,6 +120,7 @@ def _compile(entry: _Entry, key: Hashable, build: Build) -> None:
         if entry.error is not None:
             raise entry.error
         if entry.call is None:
+            threads.pool()
             try:
                 func, arguments = build()
                 entry.call = hl.Pipeline(func).compile_to_callable(arguments, target())
@@ -171,39 +172,11 @@ def target() -> Any:
     return hl.get_jit_target_from_environment()
 
 
-_SET_NUM_THREADS = "_ZN6Halide8Internal16JITSharedRuntime15set_num_threadsEi"
-
-
-@lru_cache(maxsize=1)
-def _thread_setter() -> Callable[[int], int] | None:
-    """``JITSharedRuntime::set_num_threads``, which has no Python binding, in the library already loaded."""
-    for path in sorted(Path(hl.__file__).parent.glob("**/*Halide*.*")):
-        if path.suffix in (".so", ".dylib"):
-            setter = getattr(ctypes.CDLL(str(path)), _SET_NUM_THREADS, None)
-            if setter is not None:
-                setter.argtypes, setter.restype = [ctypes.c_int], ctypes.c_int
-                return setter
-    return None
-
-
-_threads = 0
-
-
-def follow_torch_threads() -> None:
-    """Halide ignores the thread count until a first kernel is compiled, so this comes after compiling."""
-    global _threads
-    wanted = torch.get_num_threads()
-    if wanted != _threads:
-        setter = _thread_setter()
-        if setter is not None:
-            setter(wanted)
-        _threads = wanted
-
-
 def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child for ever."""
     global _cache_lock
     _cache_lock = threading.Lock()
+    threads.after_fork()
     for key in [key for key, entry in _cache.items() if entry.call is None]:
         del _cache[key]
 

@@ -1,0 +1,127 @@
+"""Halide's parallel loops on PyTorch's threads: every pass once, errors come back, forks and counts are followed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sepconv.kernels import runtime, threads
+
+pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+
+_TASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_LOOP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _TASK, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+
+
+@pytest.fixture
+def loop() -> Any:
+    """The function that Halide calls for a parallel loop, to be called with Python functions instead."""
+    if threads.pool():
+        pytest.skip(threads.pool())
+    return _LOOP(threads._engines[0].get_function_address("parallel_for"))
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    threads.follow_torch()
+
+
+def test_pytorchs_threads_are_taken_on_linux() -> None:
+    if sys.platform == "linux":
+        assert threads.pool() == ""
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("passes", [0, 1, 2, 5, 64])
+def test_each_pass_runs_once(loop: Any, count: int, passes: int) -> None:
+    torch.set_num_threads(count)
+    threads.follow_torch()
+    seen, workers = [], set()
+
+    def task(context: int, index: int, data: int) -> int:
+        seen.append((context, index, data))
+        workers.add(threading.get_native_id())
+        return 0
+
+    assert loop(16, _TASK(task), 3, passes, 32) == 0
+    assert sorted(seen) == [(16, 3 + i, 32) for i in range(passes)]
+    assert len(workers) <= min(count, passes)
+
+
+def test_several_threads_take_part(loop: Any) -> None:
+    torch.set_num_threads(2)
+    threads.follow_torch()
+    both = threading.Barrier(2, timeout=30)  # passed only where two passes run at the same time
+
+    def task(context: int, index: int, data: int) -> int:
+        both.wait()
+        return 0
+
+    assert loop(None, _TASK(task), 0, 2, None) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_error_ends_the_loop_and_comes_back(loop: Any, count: int) -> None:
+    torch.set_num_threads(count)
+    threads.follow_torch()
+    seen = []
+
+    def task(context: int, index: int, data: int) -> int:
+        seen.append(index)
+        return -7 if index == 5 else 0
+
+    assert loop(None, _TASK(task), 0, 1000, None) == -7
+    assert len(seen) < 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_computes_alone(loop: Any) -> None:
+    torch.set_num_threads(2)
+    threads.follow_torch()
+    assert loop(None, _TASK(lambda context, index, data: 0), 0, 2, None) == 0
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        threads.follow_torch()
+        seen: list[int] = []
+        error = loop(None, _TASK(lambda context, index, data: seen.append(index) or 0), 0, 3, None)
+        os._exit(0 if (error, seen) == (0, [0, 1, 2]) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("cause", ["llvmlite", "_gomp_parallel", "_SET_HANDLERS"])
+def test_without_a_part_halides_own_pool_stays(cause: str) -> None:
+    """In a process of its own: handlers once set stay set."""
+    spoil = {
+        "llvmlite": "import sys; sys.modules['llvmlite'] = None; from sepconv.kernels import threads",
+        "_gomp_parallel": "from sepconv.kernels import threads; threads._gomp_parallel = lambda: None",
+        "_SET_HANDLERS": "from sepconv.kernels import threads; threads._SET_HANDLERS = 'none_of_this_name'",
+    }[cause]
+    code = f"""{spoil}
+import torch, sepconv
+torch.set_num_threads(2)
+x, w = torch.randn(8, 64, 31, 31), torch.randn(64, 1, 7, 7)
+[choice] = sepconv.explain(sepconv.depthwise_conv2d, x, w, None, 1, 3)
+truth = torch.nn.functional.conv2d(x, w, None, 1, 3, 1, 64)
+print(choice.kernel, bool((sepconv.depthwise_conv2d(x, w, None, 1, 3) - truth).abs().max() < 1e-4), threads.pool())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert run.returncode == 0, run.stderr
+    kernel, right, reason = run.stdout.strip().split(" ", 2)
+    assert (kernel, right) == ("halide", "True")
+    words = {"llvmlite": "llvmlite", "_gomp_parallel": "GOMP_parallel", "_SET_HANDLERS": "does not export"}
+    assert words[cause] in reason

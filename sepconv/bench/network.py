@@ -94,7 +94,7 @@ def run_case(
     x = source.images(case.batch)
     cost = count(source.model, (3, source.side, source.side))
     least_bytes = 4 * (cost.params + x.numel() + case.batch * 1000)
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     with threads_set_to(threads), torch.inference_mode():
         truth = _truth(source, x)
         ready = {}
@@ -157,7 +157,8 @@ def run(
         raise ValueError(f"bench network: there is no {what}")
     if not threads or min(threads) < 1 or seconds <= 0:
         raise ValueError(f"bench: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
-    names, missing = list(names) or list(CONTENDERS), {}
+    names = list(names) or list(CONTENDERS)
+    missing: dict[str, str] = {}
     peaks = {n: fma_peak_gflops(n) for n in threads}
     with tempfile.TemporaryDirectory() as folder:
         sources = {case.network: source_of(case.network, Path(folder)) for case in cases}

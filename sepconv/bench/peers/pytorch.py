@@ -22,10 +22,10 @@ def _sepconv(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
 
 
 def _eager(memory_format: torch.memory_format, source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
-    """Batch norms folded into the convolutions, as PyTorch's own fusion does it; weights in the layout of the images."""
+    """Batch norms folded into the convolutions by PyTorch's own fusion; weights in the layout of the images."""
     from torch.fx.experimental.optimization import fuse
 
-    folded: nn.Module = fuse(source.model).to(memory_format=memory_format)  # type: ignore[call-overload, no-untyped-call]
+    folded: nn.Module = fuse(source.model).to(memory_format=memory_format)  # type: ignore[call-overload]
     return partial(folded, x.contiguous(memory_format=memory_format))
 
 

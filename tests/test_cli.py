@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import sepconv
 from sepconv import export, png
 from sepconv.cli import arguments, console
+from sepconv.compile import CompiledModel, compile
 from sepconv.data import load
 from sepconv.model_file import open_model
 
@@ -126,6 +128,28 @@ def test_predict_answers_as_the_network_does(converted: Path, digit: tuple[Path,
     assert answer["classes"][0] == str(best)
     assert answer["probabilities"][0] == pytest.approx(float(probabilities[best]), abs=1e-5)
     assert len(answer["classes"]) == 3
+
+
+def test_predict_compiled_answers_alike_by_kernels_of_ours(
+    converted: Path, digit: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[CompiledModel] = []
+
+    def watched(*arguments: Any) -> CompiledModel:
+        made.append(compile(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("sepconv.predict.compile", watched)
+    answers = []
+    for extra in ((), ("--compiled",)):
+        assert run("predict", converted, digit[0], digit[0], *extra, "--json", tmp_path / "answer.json").code == 0
+        answers.append(json.loads((tmp_path / "answer.json").read_text()))
+    assert len(made) == 1
+    assert made[0].explain().reason == ""
+    assert any(group.kernel == "halide" for group in made[0].explain().groups)
+    for plain, compiled in zip(*answers, strict=True):
+        assert plain["classes"] == compiled["classes"]
+        assert plain["probabilities"] == pytest.approx(compiled["probabilities"], abs=1e-4)
 
 
 def test_predict_takes_classes_from_a_data_set(trained: Path, digit: tuple[Path, int], tmp_path: Path) -> None:

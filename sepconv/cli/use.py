@@ -61,6 +61,7 @@ def predict_command(
     ] = None,
     image_size: options.ImageSize = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes to name for each image.")] = 3,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the network first: for many images.")] = False,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -70,6 +71,6 @@ def predict_command(
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     if data is not None:
         card = card.with_data(load(data, image_size=image_size))
-    found = predict(network, card, images, top)
+    found = predict(network, card, images, top, compiled)
     show.predictions(screen, found)
     screen.result([asdict(prediction) for prediction in found])

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,18 @@ def small_network() -> nn.Module:
 
 
 def measure(network: str, contender: str, threads: int, weight_bytes: int, folder: Path) -> Footprint:
-    """Three processes: the small network, and twice the network of that name (see ``network.NETWORKS``).
+    """Processes for the small network, and two for the network of that name (see ``network.NETWORKS``).
+
+    The small network's first process makes the file that its second one only reads, as the others do theirs.
 
     Raises:
         ValueError: a process failed.
     """
     with tempfile.TemporaryDirectory() as empty:
         environment = {"XDG_CACHE_HOME": empty, "TORCHINDUCTOR_CACHE_DIR": str(Path(empty, "inductor"))}
-        small, cold, warm = (
-            _in_a_process(name, contender, threads, folder, environment) for name in (SMALL, network, network)
-        )
+        run = partial(_in_a_process, contender=contender, threads=threads, folder=folder)
+        run(SMALL, environment={})
+        small, cold, warm = (run(name, environment=environment) for name in (SMALL, network, network))
     memory = None if warm["memory"] is None else warm["memory"] - small["memory"]
     return Footprint(network, contender, threads, weight_bytes, cold["ready_s"], warm["ready_s"], memory)
 

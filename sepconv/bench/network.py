@@ -71,7 +71,9 @@ class _Ready:
 
 
 def _verified(name: str, case: Case, call: Callable[[], Any], truth: Tensor) -> _Ready:
-    scores = torch.as_tensor(np.array(call())).double().reshape(truth.shape)
+    found = call()
+    scores = found if isinstance(found, Tensor) else torch.as_tensor(np.array(found))
+    scores = scores.double().reshape(truth.shape)
     error = float((scores - truth).abs().max() / truth.abs().max() / TOLERANCE)
     if not error <= 1:
         raise ValueError(f"bench network: {name} on {case.name} differs from float64 by {error:.3g} times {TOLERANCE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,8 +24,9 @@ def _sepconv(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
 
 def _eager(memory_format: torch.memory_format, source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
     """Batch norms folded into the convolutions by PyTorch's own fusion; weights in the layout of the images."""
-    from torch.fx.experimental.optimization import fuse
-
+    with warnings.catch_warnings():  # its own imports are deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.fx.experimental.optimization import fuse
     folded: nn.Module = fuse(source.model).to(memory_format=memory_format)  # type: ignore[call-overload]
     return partial(folded, x.contiguous(memory_format=memory_format))
 

@@ -68,9 +68,13 @@ def note(choice: Explanation) -> None:
 
 def _as_output(y: Tensor, x: Tensor) -> Tensor:
     """Give PyTorch's result the layout that ``layout.new_output`` promises; no copy where it has it already."""
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
     if not layout.is_channels_last(x):
-        return y.contiguous()
-    return y.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -157,6 +161,16 @@ def forget_choices() -> None:
     _choices.clear()
 
 
+def _prepare_pytorch(x: Tensor, geometry: tuple[Any, ...], activation: str) -> Callable[..., Tensor]:
+    """PyTorch's depthwise convolution for tensors like ``x``, with all that their sizes decide decided."""
+    stride, padding, dilation = geometry
+    if activation or any(low != high for low, high in padding):
+        return lambda x, w, b: _as_output(aten.depthwise_forward(x, w, b, *geometry, activation), x)
+    conv, amounts, groups = aten.CONV[len(stride)], [low for low, _ in padding], x.shape[1]
+    form = _memory_format(x)
+    return lambda x, w, b: conv(x, w, b, stride, amounts, dilation, groups).contiguous(memory_format=form)
+
+
 def _consider_forward(
     x: Tensor,
     weight: Tensor,
@@ -174,7 +188,7 @@ def _consider_forward(
         depthwise.supports(*case) or depthwise.slower(*case),
         lambda: depthwise.prepare_forward(x, weight, bias, *geometry, activation),
         lambda: depthwise.describe("forward", x_like, w_like, *geometry, activation),
-        lambda x, w, b: _as_output(aten.depthwise_forward(x, w, b, *geometry, activation), x),
+        _prepare_pytorch(x, geometry, activation),
     )
 
 

@@ -237,7 +237,15 @@ def test_what_is_not_supported_is_said() -> None:
 def test_slower_names_a_reason() -> None:
     walk = (1, 1), ((1, 1), (1, 1)), (1, 1)
     small = torch.randn(1, 64, 7, 7).contiguous(memory_format=torch.channels_last)
-    assert "7x7" in depthwise.slower("forward", small, torch.randn(64, 1, 3, 3), *walk).replace("49 pixels", "7x7")
+    batch = torch.randn(128, 64, 7, 7).contiguous(memory_format=torch.channels_last)
+    assert depthwise.slower("forward", small, torch.randn(64, 1, 3, 3), *walk) == ""
+    assert "9 taps" in depthwise.slower("forward", batch, torch.randn(64, 1, 3, 3), *walk)
+    around = (1, 1), ((3, 3), (3, 3)), (1, 1)
+    assert "49 pixels" in depthwise.slower("forward", batch, torch.randn(64, 1, 7, 7), *around)
+    strided = (2, 2), ((1, 1), (1, 1)), (1, 1)
+    assert "stride 2" in depthwise.slower("grad_input", small, torch.randn(64, 1, 3, 3), *strided)
+    assert "stride 2" in depthwise.slower("forward", small.contiguous(), torch.randn(64, 1, 3, 3), *strided)
+    assert "rows of 7" in depthwise.slower("forward", batch.contiguous(), torch.randn(64, 1, 3, 3), *walk)
     assert depthwise.slower("grad_weight", small, small, *walk, size=(64, 1, 3, 3)) == ""
     assert depthwise.slower("forward", small, torch.randn(128, 1, 3, 3), *walk) == ""
     assert "wide" in depthwise.slower("grad_weight", small.contiguous(), small.contiguous(), *walk)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sepconv.reference import ACTIVATIONS
 
 Padding = Sequence[tuple[int, int]]
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def _symmetric(x: Tensor, padding: Padding) -> tuple[Tensor, list[int]]:
@@ -36,7 +36,7 @@ def conv(
     groups: int = 1,
 ) -> Tensor:
     x, amounts = _symmetric(x, padding)
-    y: Tensor = _CONV[len(stride)](x, weight, bias, stride, amounts, dilation, groups)
+    y: Tensor = CONV[len(stride)](x, weight, bias, stride, amounts, dilation, groups)
     return ACTIVATIONS[activation](y)
 
 
@@ -114,7 +114,7 @@ def pointwise_forward(
     residual: Tensor | None = None,
     stride: Sequence[int] | int = 1,
 ) -> Tensor:
-    y: Tensor = _CONV[x.dim() - 2](x, weight, bias, stride)
+    y: Tensor = CONV[x.dim() - 2](x, weight, bias, stride)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 

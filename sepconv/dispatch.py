@@ -161,12 +161,13 @@ def forget_choices() -> None:
     _choices.clear()
 
 
-def _prepare_pytorch(x: Tensor, geometry: tuple[Any, ...], activation: str) -> Callable[..., Tensor]:
+def _prepare_pytorch(x: Tensor, geometry: tuple[Any, Any, Any], activation: str) -> Callable[..., Tensor]:
     """PyTorch's depthwise convolution for tensors like ``x``, with all that their sizes decide decided."""
     stride, padding, dilation = geometry
     if activation or any(low != high for low, high in padding):
         return lambda x, w, b: _as_output(aten.depthwise_forward(x, w, b, *geometry, activation), x)
-    conv, amounts, groups = aten.CONV[len(stride)], [low for low, _ in padding], x.shape[1]
+    conv: Callable[..., Tensor] = aten.CONV[len(stride)]
+    amounts, groups = [low for low, _ in padding], x.shape[1]
     form = _memory_format(x)
     return lambda x, w, b: conv(x, w, b, stride, amounts, dilation, groups).contiguous(memory_format=form)
 

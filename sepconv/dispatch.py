@@ -87,7 +87,7 @@ MAX_CHOICES = 4096
 class Choice:
     """The kernel for one operation on tensors of fixed sizes and strides; call it with those tensors."""
 
-    __slots__ = ("_describe", "_fast", "_slow", "kernel", "op", "reason", "slow_name")
+    __slots__ = ("_describe", "_fast", "_slow", "op", "reason", "slow_name")
 
     def __init__(
         self,
@@ -154,11 +154,6 @@ def _choose(consider: Callable[..., Choice], tensors: Sequence[Tensor | None], *
 def _outline(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Sizes and strides without the memory: a choice that is kept must not keep tensors."""
     return tuple(None if t is None else torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors)
-
-
-def forget_choices() -> None:
-    """Weigh the kernels anew from here on."""
-    _choices.clear()
 
 
 def _prepare_pytorch(x: Tensor, geometry: tuple[Any, Any, Any], activation: str) -> Callable[..., Tensor]:
@@ -283,52 +278,21 @@ def _consider_separable(
     )
 
 
-def depthwise_choice(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Choice:
-    return _choose(_consider_forward, (x, weight, bias), stride, padding, dilation, activation)
+def depthwise_choice(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Choice:
+    """``options`` here and below: what follows the tensors in the operator's schema (see ``operators``)."""
+    return _choose(_consider_forward, (x, weight, bias), *options)
 
 
-def depthwise_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    return depthwise_choice(x, weight, bias, stride, padding, dilation, activation)(x, weight, bias)
+def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return depthwise_choice(x, weight, bias, *options)(x, weight, bias)
 
 
-def depthwise_grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    tensors = (grad_output, weight)
-    return _choose(_consider_grad_input, tensors, input_size, stride, padding, dilation)(*tensors)
+def depthwise_grad_input(grad_output: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    return _choose(_consider_grad_input, (grad_output, weight), *options)(grad_output, weight)
 
 
-def depthwise_grad_weight(
-    grad_output: Tensor,
-    x: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    tensors = (grad_output, x)
-    return _choose(_consider_grad_weight, tensors, weight_size, stride, padding, dilation)(*tensors)
+def depthwise_grad_weight(grad_output: Tensor, x: Tensor, *options: Any) -> Tensor:
+    return _choose(_consider_grad_weight, (grad_output, x), *options)(grad_output, x)
 
 
 def pointwise_choice(
@@ -350,27 +314,14 @@ def separable_choice(
     depthwise_bias: Tensor | None,
     pointwise_bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    depthwise_activation: str,
-    activation: str,
+    *options: Any,
 ) -> Choice:
     tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
-    return _choose(_consider_separable, tensors, stride, padding, dilation, depthwise_activation, activation)
+    return _choose(_consider_separable, tensors, *options)
 
 
-def separable_forward(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    pointwise_bias: Tensor | None,
-    residual: Tensor | None,
-    *geometry_and_activations: Any,
-) -> Tensor:
-    tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
-    return separable_choice(*tensors, *geometry_and_activations)(*tensors)
+def separable_forward(x: Tensor, *weights_and_options: Any) -> Tensor:
+    return separable_choice(x, *weights_and_options)(x, *weights_and_options[:5])
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:

@@ -1,11 +1,14 @@
-"""What the tests of the matrix-product kernels share: views, poisoned outputs, and double-precision truth."""
+"""What the tests of the kernels share: calls, views, poisoned outputs, and double-precision truth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sepconv.kernels import depthwise
 
 MARGIN = 64
 
@@ -37,3 +40,15 @@ def double(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def magnitude(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.double().abs() for tensor in tensors]
+
+
+def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *walk: Any) -> Tensor:
+    return depthwise.prepare_forward(x, weight, bias, *walk)(x, weight, bias)
+
+
+def depthwise_grad_input(grad: Tensor, weight: Tensor, *size_and_walk: Any) -> Tensor:
+    return depthwise.prepare_grad_input(grad, weight, *size_and_walk)(grad, weight)
+
+
+def depthwise_grad_weight(grad: Tensor, x: Tensor, *size_and_walk: Any) -> Tensor:
+    return depthwise.prepare_grad_weight(grad, x, *size_and_walk)(grad, x)

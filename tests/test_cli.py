@@ -68,6 +68,14 @@ def test_help_names_every_command() -> None:
         assert command in out
 
 
+@pytest.mark.parametrize("threads", ["two", "0", "1,,2", "-1"])
+def test_wrong_thread_counts_are_quoted(tmp_path: Path, threads: str) -> None:
+    for suite in ("ops", "network"):
+        ran = run("bench", suite, "--threads", threads, "--json", tmp_path / "x.json")
+        ran.failed_with(2, f"--threads must be positive whole numbers such as 1,2, but got '{threads}'")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments_", [(), ("bench",)])
 def test_no_arguments_show_the_help(arguments_: tuple[str, ...]) -> None:
     ran = run(*arguments_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,12 +21,9 @@ _WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
 
 
 @pytest.fixture(autouse=True)
-def _afresh() -> Iterator[None]:
-    direct.forget()
-    dispatch.forget_choices()
-    yield
-    direct.forget()
-    dispatch.forget_choices()
+def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_calls", {})
+    monkeypatch.setattr(dispatch, "_choices", {})
 
 
 def _problem(channels_last: bool = True, *, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from cases import CASES, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_checks import depthwise_forward, depthwise_grad_input, depthwise_grad_weight
 from torch import Tensor
 
 from sepconv import reference
@@ -60,7 +61,7 @@ def _gradients(x: Tensor, weight: Tensor, grad: Tensor, walk: tuple[Any, Any, An
 def test_forward_is_the_reference(case: Case, how: str, assert_rounding: Check) -> None:
     x, weight, bias = _tensors(case)
     walk = _walk(case)
-    y = depthwise.forward(_arrange(x, how), weight, bias, *walk)
+    y = depthwise_forward(_arrange(x, how), weight, bias, *walk)
     truth = reference.depthwise_conv(x.double(), weight.double(), bias.double(), *walk)
     magnitude = reference.depthwise_conv(*(t.double().abs() for t in (x, weight, bias)), *walk)
     assert_rounding(y, truth, magnitude)
@@ -73,8 +74,8 @@ def test_gradients_are_the_reference(case: Case, how: str, assert_rounding: Chec
     x, weight, _ = _tensors(case)
     walk = _walk(case)
     grad = torch.randn_like(reference.depthwise_conv(x, weight, None, *walk))
-    x_grad = depthwise.grad_input(_arrange(grad, how), weight, x.shape, *walk)
-    filter_grad = depthwise.grad_weight(_arrange(grad, how), _arrange(x, how), weight.shape, *walk)
+    x_grad = depthwise_grad_input(_arrange(grad, how), weight, x.shape, *walk)
+    filter_grad = depthwise_grad_weight(_arrange(grad, how), _arrange(x, how), weight.shape, *walk)
     truth = _gradients(x, weight, grad, walk)
     magnitude = _gradients(x.abs(), weight.abs(), grad.abs(), walk)
     assert_rounding(x_grad, truth[0], magnitude[0])
@@ -116,7 +117,7 @@ _SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -200.0, 200.0, 3.0, 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_activation_of_special_values(activation: str, how: str) -> None:
     x = torch.tensor(_SPECIAL * 4).reshape(1, 4, 1, 11)
-    y = depthwise.forward(_arrange(x, how), torch.ones(4, 1, 1, 1), None, (1, 1), ((0, 0), (0, 0)), (1, 1), activation)
+    y = depthwise_forward(_arrange(x, how), torch.ones(4, 1, 1, 1), None, (1, 1), ((0, 0), (0, 0)), (1, 1), activation)
     # In float64: in float32 PyTorch's own gelu of infinity depends on where in the tensor it stands.
     truth = reference.ACTIVATIONS[activation](x.double()).float()
     torch.testing.assert_close(y, truth, equal_nan=True, rtol=1e-5, atol=1e-6)
@@ -129,10 +130,10 @@ def test_nan_reaches_what_reads_it_and_nothing_else(how: str) -> None:
     for row, column in [(0, 0), (4, 5), (8, 10), (3, 10)]:
         broken = x.clone()
         broken[:, :, row, column] = float("nan")
-        y = depthwise.forward(_arrange(broken, how), weight, None, *walk)
+        y = depthwise_forward(_arrange(broken, how), weight, None, *walk)
         assert torch.equal(y.isnan(), torch.conv2d(broken, weight, None, 1, 1, 1, 8).isnan())
         grad = torch.ones_like(y)
-        filter_grad = depthwise.grad_weight(_arrange(grad, how), _arrange(broken, how), weight.shape, *walk)
+        filter_grad = depthwise_grad_weight(_arrange(grad, how), _arrange(broken, how), weight.shape, *walk)
         wanted = _gradients(broken, weight, grad, walk)[1]
         assert torch.equal(filter_grad.isnan(), _touched(row, column)) or torch.equal(
             filter_grad.isnan(), wanted.isnan()
@@ -160,7 +161,7 @@ def test_nothing_is_written_outside_the_output(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(depthwise.torch, "empty", guarded)
     for how in ("contiguous", "channels_last"):
         x = _arrange(torch.randn(2, 19, 13, 11), how)
-        y = depthwise.forward(x, torch.randn(19, 1, 3, 3), None, (2, 1), ((1, 1), (1, 1)), (1, 1))
+        y = depthwise_forward(x, torch.randn(19, 1, 3, 3), None, (2, 1), ((1, 1), (1, 1)), (1, 1))
         assert not y.isnan().any()
     for whole in guards:
         assert whole[:64].isnan().all()
@@ -181,8 +182,8 @@ def test_results_do_not_depend_on_the_threads(how: str) -> None:
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            filter_grad = depthwise.grad_weight(grad, x, weight.shape, *walk)
-            results.append((depthwise.forward(x, weight, None, *walk), filter_grad))
+            filter_grad = depthwise_grad_weight(grad, x, weight.shape, *walk)
+            results.append((depthwise_forward(x, weight, None, *walk), filter_grad))
     finally:
         torch.set_num_threads(before)
     for y, filter_grad in results[1:]:
@@ -195,7 +196,7 @@ def test_one_kernel_serves_every_size_of_image_and_batch() -> None:
     weight = torch.randn(32, 1, 3, 3)
     for side in range(40, 70):
         x = torch.randn(side % 3 + 1, 32, side, side).contiguous(memory_format=torch.channels_last)
-        depthwise.forward(x, weight, None, (1, 1), ((1, 1), (1, 1)), (1, 1))
+        depthwise_forward(x, weight, None, (1, 1), ((1, 1), (1, 1)), (1, 1))
     assert runtime.cached_kernels() <= 3
 
 
@@ -204,7 +205,7 @@ def test_expanded_and_transposed_inputs(assert_rounding: Check) -> None:
     for x in (torch.randn(1, 8, 1, 1).expand(2, 8, 5, 7), torch.randn(2, 8, 7, 5).transpose(2, 3)):
         truth = reference.depthwise_conv(x.double(), weight.double(), None, *walk)
         magnitude = reference.depthwise_conv(x.double().abs(), weight.double().abs(), None, *walk)
-        assert_rounding(depthwise.forward(x, weight, None, *walk), truth, magnitude)
+        assert_rounding(depthwise_forward(x, weight, None, *walk), truth, magnitude)
 
 
 def test_asymmetric_padding(assert_rounding: Check) -> None:
@@ -213,16 +214,11 @@ def test_asymmetric_padding(assert_rounding: Check) -> None:
     truth = reference.depthwise_conv(x.double(), weight.double(), None, *walk)
     grad = torch.randn(truth.shape)
     for how in _LAYOUTS:
-        y = depthwise.forward(_arrange(x, how), weight, None, *walk)
+        y = depthwise_forward(_arrange(x, how), weight, None, *walk)
         assert_rounding(y, truth, reference.depthwise_conv(x.double().abs(), weight.double().abs(), None, *walk))
-        x_grad = depthwise.grad_input(_arrange(grad, how), weight, x.shape, *walk)
+        x_grad = depthwise_grad_input(_arrange(grad, how), weight, x.shape, *walk)
         magnitude = _gradients(x.abs(), weight.abs(), grad.abs(), walk)[0]
         assert_rounding(x_grad, _gradients(x, weight, grad, walk)[0], magnitude)
-
-
-def test_grad_bias_is_the_sum() -> None:
-    grad = torch.randn(3, 5, 7, 11)
-    torch.testing.assert_close(depthwise.grad_bias(grad), grad.sum((0, 2, 3)))
 
 
 def test_what_is_not_supported_is_said() -> None:

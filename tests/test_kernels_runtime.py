@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import depthwise_forward
 
 from sepconv.kernels import depthwise, machine, peak, pointwise, runtime
 from sepconv.kernels import threads as pool
@@ -134,7 +135,7 @@ def _many_calls(results: list[bool]) -> None:
     for channels, side in [(16, 9), (32, 13), (16, 9), (48, 7)] * 5:
         x = torch.randn(2, channels, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, 1, 3, 3, generator=generator)
-        y = depthwise.forward(x, weight, None, *_WALK)
+        y = depthwise_forward(x, weight, None, *_WALK)
         truth = torch.conv2d(x, weight, None, 1, 1, 1, channels)
         results.append(bool((y - truth).abs().max() < 1e-4))
 
@@ -170,12 +171,12 @@ def test_a_forked_child_computes_after_its_parent_did() -> None:
     try:
         x = torch.randn(2, 32, 33, 31).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(32, 1, 3, 3)
-        expected = depthwise.forward(x, weight, None, *_WALK)
+        expected = depthwise_forward(x, weight, None, *_WALK)
         child = os.fork()
         if child == 0:
             # PyTorch's own OpenMP pool does not survive a fork: only our kernel computes here. A hang is a failure.
             signal.alarm(60)
-            y = depthwise.forward(x, weight, None, *_WALK)
+            y = depthwise_forward(x, weight, None, *_WALK)
             os._exit(0 if y.numpy().tobytes() == expected.numpy().tobytes() else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:

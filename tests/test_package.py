@@ -20,6 +20,7 @@ LEVELS = [
     ["dispatch", "environment"],
     ["direct"],
     ["operators"],
+    ["apply"],
     ["ops"],
     ["layers", "doctor"],
     ["models", "cost", "convert", "compile", "data", "structure", "explanation"],

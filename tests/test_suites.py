@@ -107,6 +107,18 @@ def test_speedup_is_over_the_better_layout() -> None:
     assert tables.best_times(rows) == {(1, "c", "forward"): {"sepconv": 1.0}}
 
 
+def test_all_passes_together_are_of_one_layout() -> None:
+    """Nobody changes the layout of a network between its forward and its backward pass."""
+    times = {("sepconv", "nchw"): (1.0, 7.0), ("sepconv", "nhwc"): (4.0, 2.0), ("torch-nchw", "nchw"): (9.0, 9.0)}
+    rows = [
+        {"threads": 1, "case": "c", "pass": which, "contender": contender, "layout": layout, "median_ms": ms}
+        for (contender, layout), pair in times.items()
+        for which, ms in zip(("forward", "grad_input"), pair, strict=True)
+    ]
+    summary = tables.operations_summary({"records": rows})
+    assert "| 1 | 3.00 | 3.00 | 6.36 | 4.50 (c, grad input) |" in summary
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [

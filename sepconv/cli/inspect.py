@@ -135,7 +135,10 @@ def bench_network(
 
 
 def _counts(threads: str) -> list[int]:
-    return [int(part) if part.strip().isdigit() else 0 for part in threads.split(",")]
+    parts = [part.strip() for part in threads.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--threads must be positive whole numbers such as 1,2, but got {threads!r}")
+    return [int(part) for part in parts]
 
 
 def _bench(suite: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -22,7 +21,6 @@ from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
 from sepconv.compile.tune import alternatives, fastest
 from sepconv.kernels import threads
-from sepconv.kernels.layout import array
 
 
 class Plan:
@@ -71,14 +69,6 @@ class Plan:
 
     def give_back(self, instance: Instance) -> None:
         self._free.append(instance)
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Without PyTorch's thread pool, whose workers spin for a while afterwards and take the cores from Halide's."""
-    if target.dtype == source.dtype == torch.float32 and target.stride() == source.stride() and source.is_cpu:
-        np.copyto(array(target), array(source))
-    else:
-        target.copy_(source)
 
 
 class Instance:
@@ -153,7 +143,7 @@ class Instance:
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The network's outputs, in memory of their own."""
         for i, place in self._copied:
-            _copy(place, inputs[i])
+            place.copy_(inputs[i])
         for _, run, direct in self._runs:
             if direct:
                 run(inputs[self._layout.direct])  # type: ignore[index]
@@ -161,7 +151,7 @@ class Instance:
                 run()
         outputs = [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype) for _, like in self._results]
         for out, (tensor, _) in zip(outputs, self._results, strict=True):
-            _copy(out, tensor)
+            out.copy_(tensor)
         return outputs
 
     def measure(self, inputs: Sequence[Tensor], repeats: int) -> list[float]:

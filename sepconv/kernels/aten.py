@@ -104,10 +104,6 @@ def depthwise_grad_weight(
     return _backward(grad_output, x, weight, stride, amounts, dilation, [False, True, False])[1]
 
 
-def grad_bias(grad_output: Tensor) -> Tensor:
-    return grad_output.sum([0, *range(2, grad_output.dim())])
-
-
 def pointwise_forward(
     x: Tensor,
     weight: Tensor,

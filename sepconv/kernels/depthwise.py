@@ -1,4 +1,4 @@
-"""Depthwise convolution of float32 tensors on CPUs: forward, gradient of the input, of the filters and of the bias.
+"""Depthwise convolution of float32 tensors on CPUs: forward, gradient of the input and of the filters.
 
 Tensors are (N, C, ...) with one to three spatial dimensions, weights (C*M, 1, ...); output channel c*M + m depends on
 input channel c alone. Contiguous and channels_last tensors are read in place, views included; others are copied once.
@@ -133,19 +133,6 @@ def _filter_sizes(
     ]
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    activation: str = "",
-) -> Tensor:
-    """``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, then the activation."""
-    return prepare_forward(x, weight, bias, stride, padding, dilation, activation)(x, weight, bias)
-
-
 def prepare_forward(
     x: Tensor,
     weight: Tensor,
@@ -155,7 +142,10 @@ def prepare_forward(
     dilation: Sequence[int],
     activation: str = "",
 ) -> Gather:
-    """:func:`forward` for all tensors of these sizes and strides: call the result with x, weight and bias."""
+    """``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, then the activation.
+
+    For all tensors of these sizes and strides: call the result with x, weight and bias.
+    """
     p = _pose("forward", x, weight, stride, padding, dilation, activation, bias=bias is not None)
     return Gather(p, x, weight, bias, (x.shape[0], weight.shape[0], *p.output[: p.dims][::-1]))
 
@@ -170,7 +160,7 @@ def bind(
     activation: str,
     out: Tensor,
 ) -> Callable[[], None]:
-    """The call of :func:`forward` that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
+    """The call of the forward pass that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
 
     ``x`` and ``out`` are both contiguous, or both channels_last images.
     """
@@ -194,18 +184,6 @@ def bind(
     )
 
 
-def grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-) -> Tensor:
-    """Gradient with respect to x, of shape ``input_size``."""
-    return prepare_grad_input(grad_output, weight, input_size, stride, padding, dilation)(grad_output, weight)
-
-
 def prepare_grad_input(
     grad_output: Tensor,
     weight: Tensor,
@@ -214,21 +192,9 @@ def prepare_grad_input(
     padding: Padding,
     dilation: Sequence[int],
 ) -> Gather:
-    """:func:`grad_input` for all tensors of these sizes and strides: call the result with grad_output and weight."""
+    """Gradient with respect to x, of shape ``input_size``: call the result with grad_output and weight."""
     p = _pose("grad_input", grad_output, weight, stride, padding, dilation, size=input_size)
     return Gather(p, grad_output, weight, None, tuple(input_size))
-
-
-def grad_weight(
-    grad_output: Tensor,
-    x: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-) -> Tensor:
-    """Gradient with respect to the filters, contiguous, of shape ``weight_size``."""
-    return prepare_grad_weight(grad_output, x, weight_size, stride, padding, dilation)(grad_output, x)
 
 
 def prepare_grad_weight(
@@ -239,11 +205,6 @@ def prepare_grad_weight(
     padding: Padding,
     dilation: Sequence[int],
 ) -> WeightGradient:
-    """:func:`grad_weight` for all tensors of these sizes and strides: call the result with grad_output and x."""
+    """Gradient with respect to the filters, contiguous: call the result with grad_output and x."""
     p = _pose("grad_weight", grad_output, x, stride, padding, dilation, size=weight_size)
     return WeightGradient(p, grad_output, x, tuple(weight_size))
-
-
-def grad_bias(grad_output: Tensor) -> Tensor:
-    """Gradient with respect to the bias: the sum over images and positions."""
-    return grad_output.sum([0, *range(2, grad_output.dim())])

@@ -132,8 +132,8 @@ def _compile(entry: _Entry, key: Hashable, build: Build) -> None:
 def parallel(stage: Any, loop: Any) -> Any:
     """Share the passes of a loop out to threads, unless there is only one.
 
-    Halide's pool never gets smaller, and work is taken by all of its threads whatever their number was set to since. A
-    kernel for one thread has to be one that shares out nothing.
+    Where Halide's own pool is in use (see ``threads``), it never gets smaller, and work is taken by all of its threads
+    whatever their number was set to since: a kernel for one thread has to be one that shares out nothing.
     """
     return stage.parallel(loop) if torch.get_num_threads() > 1 else stage
 

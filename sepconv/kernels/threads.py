@@ -3,7 +3,7 @@
 Halide brings a thread pool whose workers sleep between two kernels; to wake one took 50 us where this was measured,
 longer than many layers run. Next to it PyTorch's OpenMP workers keep the cores busy for a while after each of their
 operations. So the loops are handed to the OpenMP library that PyTorch runs on: its workers wait awake for a moment,
-follow ``torch.set_num_threads``, and there is one pool, not two.
+follow ``torch.set_num_threads``, and there is one pool, not two. This holds for every pipeline of the process.
 
 Halide takes a function for its parallel loops; it calls one with ``task``, a number of passes, and data for each. Such
 a function must be machine code, since workers cannot wait for Python's lock: it is written here in LLVM's language,
@@ -169,4 +169,4 @@ def follow_torch() -> None:
 def after_fork() -> None:
     """PyTorch's threads are gone in a forked child, and OpenMP waits for them for ever: the child computes alone."""
     global _forked
-    _forked = True
+    _forked, _threads.value = True, 1

@@ -1,0 +1,222 @@
+"""From the arguments of a public function to a kernel: checked once, then on the shortest way that is right.
+
+The arguments are checked (``shapes``), then the operator is called (``operators``), which calls a kernel
+(``dispatch``); a call like an earlier one goes straight to the kernel (``direct``). While a model is exported
+(``torch.export``, ``torch.onnx.export``) the functions are made of PyTorch's own convolutions, so that any runtime can
+read the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepconv import direct
+from sepconv.dispatch import Explanation, depthwise_choice, note, pointwise_choice, separable_choice
+from sepconv.kernels import aten
+from sepconv.operators import (
+    DEPTHWISE,
+    FROM_OUTPUT,
+    POINTWISE,
+    SEPARABLE,
+    depthwise_function,
+    pointwise_function,
+    separable_function,
+)
+from sepconv.reference import ACTIVATIONS
+from sepconv.shapes import (
+    Geometry,
+    Padding,
+    Size,
+    as_tuple,
+    check_bias,
+    check_depthwise,
+    check_output,
+    check_pointwise,
+    check_tensors,
+    resolve,
+)
+
+
+def _check_activation(name: str, argument: str, activation: str | None) -> str:
+    if activation is None:
+        return ""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(repr(a) for a in ACTIVATIONS if a)
+        raise ValueError(f"{name}: {argument} must be None or one of {known}, got {activation!r}")
+    return activation
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to the arguments of PyTorch's convolutions."""
+    device = next(t for t in tensors if isinstance(t, Tensor)).device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+
+
+def _by_pytorch(op: str) -> bool:
+    """Whether the operation must consist of PyTorch's own operators: any runtime can read those, and transform them."""
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    note(Explanation(op, "torch", reasons={"halide": "a torch.func transformation goes through PyTorch's operators"}))
+    return True
+
+
+def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
+    """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
+    if activation in FROM_OUTPUT or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _differentiable(function: Callable[..., Tensor], options: tuple[Any, ...], activation: str) -> direct.Run:
+    """A call that autograd records; an activation that it is to see apart comes after."""
+    if not activation:
+        return lambda *tensors: function(*tensors, *options)
+    return lambda *tensors: ACTIVATIONS[activation](function(*tensors, *options))
+
+
+def depthwise_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    activation: str | None,
+) -> Tensor:
+    call = direct.key((x, weight, bias), "depthwise", dims, stride, padding, dilation, activation)
+    known = direct.find(call)
+    if known is not None:
+        return known(x, weight, bias)
+    name = f"depthwise_conv{dims}d"
+    chosen = _check_activation(name, "activation", activation)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    check_tensors(name, dims, x, weight=weight, bias=bias)
+    if x.dim() == dims + 1:
+        unbatched = depthwise_conv(dims, x[None], weight, bias, stride, padding, dilation, activation)
+        return unbatched[0]
+    check_depthwise(name, dims, x, weight)
+    check_bias(name, "bias", bias, weight.shape[0])
+    kernel_size = weight.shape[2:]
+    g = resolve(name, dims, kernel_size, stride, padding, dilation)
+    check_output(name, x, kernel_size, g)
+    if _by_pytorch("depthwise_conv"):
+        return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
+    tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
+    if call is not None and not call[0]:
+        return direct.keep(call, depthwise_choice(*tensors, *walk, chosen))(*tensors)
+    split = _split_for_gradient(chosen, *tensors)
+    options = (*walk, "" if split else chosen)
+    if call is not None:
+        return direct.keep(call, _differentiable(depthwise_function, options, chosen if split else ""))(*tensors)
+    y: Tensor = DEPTHWISE(*tensors, *options)
+    return ACTIVATIONS[chosen](y) if split else y
+
+
+def pointwise_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    call = direct.key((x, weight, bias, residual), "pointwise", dims, stride, activation)
+    known = direct.find(call)
+    if known is not None:
+        return known(x, weight, bias, residual)
+    name = f"pointwise_conv{dims}d"
+    chosen = _check_activation(name, "activation", activation)
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
+    check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
+    if x.dim() == dims + 1:
+        added = None if residual is None else residual[None]
+        return pointwise_conv(dims, x[None], weight, bias, stride, activation, added)[0]
+    check_pointwise(name, dims, x.shape[1], x, weight)
+    check_bias(name, "bias", bias, weight.shape[0])
+    steps = as_tuple(name, "stride", stride, dims, 1)
+    sizes = check_output(name, x, weight.shape[2:], Geometry(steps, ((0, 0),) * dims, (1,) * dims))
+    expected = (x.shape[0], weight.shape[0], *sizes)
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
+    if _by_pytorch("pointwise_conv"):
+        return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
+    for d, step in enumerate(steps):
+        # A filter of one pixel that walks in steps sees every step-th pixel and no other.
+        x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
+    tensors = (x, weight, bias, residual)
+    if any(step > 1 for step in steps):
+        call = None
+    if call is not None and not call[0]:
+        return direct.keep(call, pointwise_choice(*tensors, chosen))(*tensors)
+    split = _split_for_gradient(chosen, *tensors)
+    options = ("" if split else chosen,)
+    if call is not None:
+        return direct.keep(call, _differentiable(pointwise_function, options, chosen if split else ""))(*tensors)
+    y: Tensor = POINTWISE(*tensors, *options)
+    return ACTIVATIONS[chosen](y) if split else y
+
+
+def separable_conv(
+    dims: int,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: Size,
+    padding: Padding,
+    dilation: Size,
+    depthwise_activation: str | None,
+    activation: str | None,
+) -> Tensor:
+    tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, None)
+    call = direct.key(tensors, "separable", dims, stride, padding, dilation, depthwise_activation, activation)
+    known = direct.find(call)
+    if known is not None:
+        return known(*tensors)
+    name = f"separable_conv{dims}d"
+    between = _check_activation(name, "depthwise_activation", depthwise_activation)
+    chosen = _check_activation(name, "activation", activation)
+    dw, pw, dw_bias, pw_bias = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+    x, dw, pw, dw_bias, pw_bias = _autocast(x, dw, pw, dw_bias, pw_bias)  # type: ignore[assignment]
+    check_tensors(
+        name,
+        dims,
+        x,
+        depthwise_weight=dw,
+        pointwise_weight=pw,
+        depthwise_bias=dw_bias,
+        pointwise_bias=pw_bias,
+    )
+    if x.dim() == dims + 1:
+        arguments = (stride, padding, dilation, depthwise_activation, activation)
+        return separable_conv(dims, x[None], dw, pw, dw_bias, pw_bias, *arguments)[0]
+    check_depthwise(name, dims, x, dw, "depthwise_weight")
+    check_pointwise(name, dims, dw.shape[0], x, pw, "pointwise_weight")
+    check_bias(name, "depthwise_bias", dw_bias, dw.shape[0])
+    check_bias(name, "pointwise_bias", pw_bias, pw.shape[0])
+    g = resolve(name, dims, dw.shape[2:], stride, padding, dilation)
+    check_output(name, x, dw.shape[2:], g)
+    if _by_pytorch("separable_conv"):
+        geometry = (g.stride, g.padding, g.dilation)
+        return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
+    walk = (g.stride, g.flat_padding, g.dilation)
+    if call is not None and not call[0]:
+        return direct.keep(call, separable_choice(*tensors, *walk, between, chosen))(*tensors)
+    split = _split_for_gradient(chosen, *tensors)
+    options = (*walk, between, "" if split else chosen)
+    if call is not None:
+        return direct.keep(call, _differentiable(separable_function, options, chosen if split else ""))(*tensors)
+    y: Tensor = SEPARABLE(x, dw, pw, dw_bias, pw_bias, None, *options)
+    return ACTIVATIONS[chosen](y) if split else y

@@ -14,10 +14,9 @@ from torch import nn
 from benchmarks.evidence import rivals
 from benchmarks.evidence.conversions import converted
 from benchmarks.evidence.runner import Step
-from benchmarks.evidence.teachers import QUICK, TEACHERS, cifar10, teacher
-from sepconv.cost import count
+from benchmarks.evidence.teachers import QUICK, TEACHERS, cifar10, learned, teacher
 from sepconv.models.blocks import initialize
-from sepconv.train import Distillation, Recipe, evaluate, train
+from sepconv.train import Distillation, Recipe, train
 
 BUDGET = "params-1-8"
 LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
@@ -44,18 +43,10 @@ def distilled(
     data = cifar10()
     model_teacher = None if distillation is None else teacher(name)
     history = train(student, data, recipe, folder, teacher=model_teacher, distillation=distillation, resume=True)
-    cost = count(student, data.input_shape)
     return {
         "teacher": name,
-        "data": "CIFAR-10 (JPEG copy)",
-        "recipe": asdict(recipe),
         "distillation": None if distillation is None else asdict(distillation),
-        "accuracy": evaluate(student, data.test).accuracy,
-        "conv_params": cost.conv_params,
-        "macs": cost.macs,
-        "training_seconds": round(history.seconds, 1),
-        "training_cpu_seconds": round(sum(r["cpu_seconds"] for r in history.records), 1),
-        "epochs": history.records,
+        **learned(student, data, recipe, history),
     }
 
 

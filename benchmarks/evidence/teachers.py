@@ -15,6 +15,7 @@ from sepconv.cost import count
 from sepconv.data import Data, load
 from sepconv.model_file import FILE, Card, open_model, write
 from sepconv.train import Recipe, evaluate, train
+from sepconv.train.history import History
 
 QUICK = Recipe(
     batch_size=128,
@@ -56,9 +57,13 @@ def train_teacher(name: str, folder: Path) -> dict[str, Any]:
     model = card.build()
     history = train(model, data, recipe, folder, resume=True)
     write(folder / FILE, model, card)
+    return {"model": model_name, **learned(model, data, recipe, history)}
+
+
+def learned(model: nn.Module, data: Data, recipe: Recipe, history: History) -> dict[str, Any]:
+    """What a record says of a training: how, how well, at what cost."""
     cost = count(model, data.input_shape)
     return {
-        "model": model_name,
         "data": "CIFAR-10 (JPEG copy)",
         "recipe": asdict(recipe),
         "accuracy": evaluate(model, data.test).accuracy,

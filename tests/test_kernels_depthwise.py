@@ -14,7 +14,7 @@ from kernel_checks import depthwise_forward, depthwise_grad_input, depthwise_gra
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.kernels import depthwise, depthwise_plan, depthwise_taps, layout, machine, runtime
+from sepconv.kernels import aten, depthwise, depthwise_plan, depthwise_taps, layout, machine, runtime
 from sepconv.kernels import depthwise_weight_grad as weight_grad
 from sepconv.kernels.depthwise_gather import GatherSpec, build
 from sepconv.kernels.schedule_depthwise import GatherTile, WeightTile
@@ -236,6 +236,7 @@ def test_slower_names_a_reason() -> None:
     batch = torch.randn(128, 64, 7, 7).contiguous(memory_format=torch.channels_last)
     assert depthwise.slower("forward", small, torch.randn(64, 1, 3, 3), *walk) == ""
     assert "9 taps" in depthwise.slower("forward", batch, torch.randn(64, 1, 3, 3), *walk)
+    assert depthwise.slower("forward", batch, torch.randn(128, 1, 3, 3), *walk) == ""
     around = (1, 1), ((3, 3), (3, 3)), (1, 1)
     assert "49 pixels" in depthwise.slower("forward", batch, torch.randn(64, 1, 7, 7), *around)
     strided = (2, 2), ((1, 1), (1, 1)), (1, 1)
@@ -245,6 +246,18 @@ def test_slower_names_a_reason() -> None:
     assert depthwise.slower("grad_weight", small, small, *walk, size=(64, 1, 3, 3)) == ""
     assert depthwise.slower("forward", small, torch.randn(128, 1, 3, 3), *walk) == ""
     assert "wide" in depthwise.slower("grad_weight", small.contiguous(), small.contiguous(), *walk)
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_pytorch_is_told_the_layout_of_x(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its choice of a kernel for the gradient of the input depends on it."""
+    given, backward = [], aten._backward
+    monkeypatch.setattr(aten, "_backward", lambda *arguments: given.append(arguments[1]) or backward(*arguments))
+    grad = _arrange(torch.randn(2, 8, 5, 7), how)
+    y = aten.depthwise_grad_input(grad, torch.randn(8, 1, 3, 3), (2, 8, 5, 7), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    assert [x.shape for x in given] == [y.shape]
+    assert given[0].stride() == y.stride()
+    assert layout.is_channels_last(given[0]) == (how == "channels_last")
 
 
 def test_describe_names_layout_and_copies() -> None:

@@ -212,3 +212,13 @@ def test_separable_says_where_two_kernels_are_faster(columns: int, reason: str) 
     weights = (torch.randn(4, 1, 3, columns), None, "", torch.randn(2, 4, 1, 1), None, "")
     assert reason in separable.slower(x, *weights, (1, 1), ONE, (1, 1))
     assert bool(reason) == bool(separable.slower(x, *weights, (1, 1), ONE, (1, 1)))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_separable_gives_each_thread_one_share(threads: int) -> None:
+    """Of all tiles of all images, so that no thread comes back for more."""
+    arguments = ((5, 8, 23, 17), (8, 1, 3, 3), 8, (1, 1), ((1, 1), (1, 1)), (1, 1), ("", ""), False, threads)
+    found = separable.plan(*arguments)
+    assert found.spec.parallel == "rows"
+    for (_, _, tiles), share in zip(found.calls, found.share, strict=True):
+        assert share == -(-5 * tiles // threads)

@@ -34,11 +34,20 @@ def before_and_after(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\nStages: {stages}.\n"
 
 
+def _networks(content: dict[str, Any]) -> str:
+    """All contenders by thread count, what each needs, and who could not take part."""
+    parts = [f"{n} thread(s):\n\n{tables.networks(content, n)}" for n in (1, 2)]
+    if content["footprints"]:
+        parts.append(f"MobileNet v1, a process each:\n\n{tables.footprints(content)}")
+    missing = "; ".join(f"{name}: {reason}" for name, reason in sorted(content["absent"].items()))
+    return "\n".join([*parts, f"Absent: {missing or 'none'}.\n"])
+
+
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    conversion, claims = ROOT / "docs" / "conversion.md", ROOT / "docs" / "claims.md"
-    found = {path: path.read_text() for path in (readme, details, conversion, claims)}
+    conversion, claims, compiled = (ROOT / "docs" / f"{name}.md" for name in ("conversion", "claims", "compile"))
+    found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled)}
 
     def put(path: Path, name: str, content: str) -> None:
         found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
@@ -54,6 +63,10 @@ def documents() -> dict[Path, str]:
         content = tables.read(RESULTS / "blocks.json")
         put(readme, "blocks", tables.blocks_summary(content))
         put(details, "blocks", "\n".join(f"{n} thread(s):\n\n{tables.blocks(content, n)}" for n in (1, 2)))
+    if (RESULTS / "network.json").exists():
+        content = tables.read(RESULTS / "network.json")
+        put(readme, "network", tables.networks_summary(content))
+        put(compiled, "network", _networks(content))
     put(conversion, "evidence", evidence.conversion())
     put(claims, "claims", verdicts.document())
     return found

@@ -53,6 +53,7 @@ def depthwise_conv2d(
         ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
 
     Example:
+        >>> import torch
         >>> depthwise_conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3), padding=1)[0, 0, 0, :3]
         tensor([4., 6., 6.])
 
@@ -120,6 +121,7 @@ def pointwise_conv2d(
         ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
 
     Example:
+        >>> import torch
         >>> pointwise_conv2d(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 1, 1)).flatten()
         tensor([3., 3., 3., 3.])
     """
@@ -193,6 +195,7 @@ def separable_conv2d(
         ValueError, TypeError: a shape, dtype, device or argument does not fit; the message says which.
 
     Example:
+        >>> import torch
         >>> x, depthwise, pointwise = torch.ones(1, 2, 4, 4), torch.ones(2, 1, 3, 3), torch.ones(5, 2, 1, 1)
         >>> separable_conv2d(x, depthwise, pointwise).shape
         torch.Size([1, 5, 2, 2])

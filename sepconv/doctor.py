@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from sepconv import dispatch, environment, ops
-from sepconv.kernels import runtime
+from sepconv.kernels import code_cache, runtime
 from sepconv.kernels import threads as halide_threads
 
 OPTIONAL = {
@@ -86,18 +83,16 @@ def _torch() -> Finding:
     return Finding("torch", "ok", f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
 
 
-_OWN_POOL = "small layers cost up to 50 us more on several threads; pip install llvmlite where it is missing"
-
-
 def _threads() -> Finding:
     threads, cores = torch.get_num_threads(), environment.cores()
     detail = f"PyTorch uses {threads} of {cores} cores"
     if threads > cores:
         return Finding("threads", "slow", detail, f"set OMP_NUM_THREADS={cores}")
-    reason = "" if runtime.missing() else halide_threads.pool()
+    reason = halide_threads.missing()
     if not reason:
         return Finding("threads", "ok", detail)
-    return Finding("threads", "slow", f"{detail}; Halide's kernels use a pool of their own: {reason}", _OWN_POOL)
+    alone = f"{detail}; Halide's kernels could use one only: {reason}"
+    return Finding("threads", "slow", alone, "OMP_NUM_THREADS=1 lets them run")
 
 
 def _gpu() -> Finding:
@@ -119,11 +114,13 @@ def _halide() -> Finding:
 
 
 def _cache() -> Finding:
-    folder = Path(platformdirs.user_cache_dir("sepconv"))
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK):
-        return Finding("cache", "ok", str(folder))
-    return Finding("cache", "slow", f"{folder} cannot be written", "set XDG_CACHE_HOME to a writable folder")
+    reason = code_cache.unusable()
+    if not reason:
+        folder = code_cache.folder()
+        assert folder is not None
+        return Finding("cache", "ok", f"{len(list(folder.glob('*.o')))} kernels in {folder}")
+    detail = f"kernels are compiled anew in every process: {reason}"
+    return Finding("cache", "slow", detail, f"set {code_cache.VARIABLE} to a folder of your own")
 
 
 def _optional() -> Iterator[Finding]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,20 @@ from torch import Tensor
 
 # Two test processes share two cores; tests of several threads ask for them.
 torch.set_num_threads(1)
+
+# One folder for the kernels of all test processes, which inherit the variable; nothing of the user's is touched.
+_KERNELS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.stash[_KERNELS] = tempfile.TemporaryDirectory(prefix="sepconv-kernels-")
+        os.environ["SEPCONV_CACHE_DIR"] = config.stash[_KERNELS].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _KERNELS in config.stash:
+        config.stash[_KERNELS].cleanup()
 
 
 @pytest.fixture(autouse=True)

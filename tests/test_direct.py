@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepconv
 from sepconv import direct, dispatch, reference
-from sepconv.kernels import calls, runtime
+from sepconv.kernels import runtime
 from sepconv.kernels import threads as pool
 
 _WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
@@ -195,12 +195,3 @@ def test_the_number_of_threads_is_followed() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(y, results[0]) for y in results)
-
-
-@pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
-def test_a_buffer_that_is_laid_out_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_HOST_OFFSET", 24)
-    x, w = torch.randn(8, 32, 61, 61), torch.randn(32, 1, 7, 7)
-    [choice] = sepconv.explain(sepconv.depthwise_conv2d, x, w, None, 1, 3)
-    assert choice.kernel == "torch"
-    assert "another place" in choice.reasons["halide"]

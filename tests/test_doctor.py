@@ -12,7 +12,7 @@ import torch
 
 from sepconv import dispatch, environment
 from sepconv.doctor import Finding
-from sepconv.kernels import runtime, threads
+from sepconv.kernels import code_cache, runtime, threads
 
 # The name in the package is the function.
 doctor = importlib.import_module("sepconv.doctor")
@@ -56,13 +56,12 @@ def test_missing_halide_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pip install halide" in finding.remedy
 
 
-def test_a_second_thread_pool_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "missing", lambda: "")
-    monkeypatch.setattr(threads, "pool", lambda: "no llvmlite here")
+def test_kernels_of_one_thread_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "missing", lambda: "no way to share them out")
     finding = _finding("threads")
     assert finding.status == "slow"
-    assert finding.detail.endswith("pool of their own: no llvmlite here")
-    assert "pip install llvmlite" in finding.remedy
+    assert finding.detail.endswith("could use one only: no way to share them out")
+    assert "OMP_NUM_THREADS=1" in finding.remedy
 
 
 def test_missing_package_comes_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +101,17 @@ def test_more_threads_than_cores_is_slow(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(doctor.platformdirs, "user_cache_dir", lambda name: str(tmp_path / "file" / name))
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path / "file"))
     finding = _finding("cache")
     assert finding.status == "slow"
-    assert "XDG_CACHE_HOME" in finding.remedy
+    assert "anew in every process: " in finding.detail
+    assert finding.detail.endswith("kernels cannot be written")
+    assert code_cache.VARIABLE in finding.remedy
 
 
 def test_cache_folder_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.platformdirs, "user_cache_dir", lambda name: str(tmp_path / "deep" / name))
-    assert _finding("cache").status == "ok"
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path / "deep"))
+    finding = _finding("cache")
+    assert finding.status == "ok"
+    assert finding.detail.endswith(f" kernels in {tmp_path / 'deep' / 'kernels'}")
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,8 @@ from sepconv.compile.constants import Store
 from sepconv.compile.groups import Convolution, Pool, Separable
 from sepconv.compile.layout import RESULTS
 from sepconv.kernels import conv, depthwise, pointwise, pool, runtime, separable
-from sepconv.kernels.layout import array
-from sepconv.kernels.runtime import BuildError, hl
+from sepconv.kernels.buffers import Buffer
+from sepconv.kernels.runtime import BuildError
 
 
 class Call(NamedTuple):
@@ -55,9 +55,13 @@ def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store, choi
     if call.kernel == "torch":
         return call._replace(run=lambda given: _through_torch(target, [given], out))
     bound: Any = call.run
-    first = next(i for i, argument in enumerate(bound.args) if isinstance(argument, hl.Buffer))
-    before, after, kernel = bound.args[:first], bound.args[first + 1 :], bound.func
-    return call._replace(run=lambda given: kernel(*before, hl.Buffer(array(given).transpose(0, 2, 3, 1)), *after))
+    image = next(argument for argument in bound.prepared.given if isinstance(argument, Buffer))
+
+    def run(given: Tensor) -> None:
+        image.move(given.data_ptr())
+        bound()
+
+    return call._replace(run=run)
 
 
 def _through_torch(target: Any, args: Sequence[Tensor], out: Tensor) -> None:

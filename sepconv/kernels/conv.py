@@ -8,7 +8,7 @@ always channels_last, the layout that the layers behind it read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
+from sepconv.kernels.buffers import buffer, pixels
 from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
-from sepconv.kernels.layout import array
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, stem_schedule
 
@@ -179,7 +179,7 @@ def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
     """Copies of weight and bias as the kernel of this plan takes them."""
     rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
     tensors = (packing.pack(rows, found.spec.tile.wide), packing.pack_bias(bias, weight))
-    return [runtime.buffer(tensor) for tensor in tensors]
+    return [buffer(tensor) for tensor in tensors]
 
 
 def bind(found: Plan, x: Tensor, packed: list[Any], out: Tensor) -> Callable[[], None]:
@@ -190,8 +190,7 @@ def bind(found: Plan, x: Tensor, packed: list[Any], out: Tensor) -> Callable[[],
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"conv.bind: out must be channels_last without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("conv", found.spec), lambda: build(found.spec))
-    source, result = (hl.Buffer(array(image).transpose(0, 2, 3, 1)) for image in (x, out))
-    return partial(kernel, *found.numbers, source, *packed, result)
+    return kernel.bind(*found.numbers, pixels(x), *packed, pixels(out))
 
 
 def forward(

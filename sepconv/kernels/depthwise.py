@@ -14,13 +14,13 @@ The result has the layout of the first tensor. Padding is one (low, high) pair p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sepconv.kernels import depthwise_choice, runtime
+from sepconv.kernels.buffers import buffer
 from sepconv.kernels.depthwise_call import Gather, WeightGradient, filters, no_bias, planes, reads_in_place
 from sepconv.kernels.depthwise_plan import Problem, plan, problem
 from sepconv.kernels.layout import is_channels_last
@@ -174,13 +174,12 @@ def bind(
         tuple(dilation), bias is not None, activation,
     )  # fmt: skip
     chosen = plan(p, torch.get_num_threads())
-    return partial(
-        runtime.compiled(chosen.key, chosen.build),
-        runtime.buffer(x, planes(tuple(x.shape), 1)),
-        runtime.buffer(weight, filters(tuple(weight.shape), p.multiplier)),
-        no_bias() if bias is None else runtime.buffer(bias, (-1, p.multiplier)),
+    return runtime.compiled(chosen.key, chosen.build).bind(
+        buffer(x, planes(tuple(x.shape), 1)),
+        buffer(weight, filters(tuple(weight.shape), p.multiplier)),
+        no_bias() if bias is None else buffer(bias, (-1, p.multiplier)),
         *chosen.arguments,
-        runtime.buffer(out, planes(tuple(out.shape), p.multiplier)),
+        buffer(out, planes(tuple(out.shape), p.multiplier)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import runtime
+from sepconv.kernels.buffers import buffer
 from sepconv.kernels.calls import Call, Layout
 from sepconv.kernels.depthwise_plan import Problem, plan
 from sepconv.kernels.layout import is_channels_last
@@ -32,7 +32,7 @@ def filters(shape: Sizes, multiplier: int) -> Sizes:
 
 @lru_cache(maxsize=1)
 def no_bias() -> Any:
-    return runtime.buffer(torch.zeros(1), (1, 1))
+    return buffer(torch.zeros(1), (1, 1))
 
 
 def reads_in_place(tensor: Tensor, channels_last: bool) -> bool:

@@ -8,6 +8,7 @@ are frozen pack them themselves and skip it.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels import runtime
+from sepconv.kernels.buffers import UINT32, Buffer
 from sepconv.kernels.layout import array
 from sepconv.kernels.runtime import hl
 
@@ -110,10 +112,11 @@ def fingerprint(weight: Tensor) -> bytes:
     rows = count // (_LANES * shares)
     bits = numbers.reshape(-1).view(np.uint32)
     body = rows * _LANES * shares
-    state = np.empty((shares, _LANES), np.uint32)
-    call = runtime.compiled(("fingerprint",), _build_fingerprint)
-    call(rows, hl.Buffer(bits[:body]), hl.Buffer(state))
-    return state.tobytes() + bits[body:].tobytes()
+    state = (ctypes.c_uint32 * (shares * _LANES))()
+    read = Buffer((body,), (1,), bits.ctypes.data, UINT32)
+    written = Buffer((shares, _LANES), (_LANES, 1), ctypes.addressof(state), UINT32)
+    runtime.compiled(("fingerprint",), _build_fingerprint)(rows, read, written)
+    return bytes(state) + bits[body:].tobytes()
 
 
 def _build_fingerprint() -> tuple[Any, list[Any]]:

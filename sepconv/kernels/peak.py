@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sepconv.kernels import machine, runtime
+from sepconv.kernels.buffers import buffer
 from sepconv.kernels.runtime import hl
 
 # As many independent sums as the widest tiles of the real kernels: enough to hide the latency of every unit.
@@ -47,9 +48,9 @@ def fma_peak_gflops(threads: int, repeats: int = 20) -> float:
     torch.set_num_threads(threads)
     try:
         lanes = machine.host().lanes
-        call = runtime.compiled(("fma_peak", lanes), lambda: build(lanes))
+        kernel = runtime.compiled(("fma_peak", lanes), lambda: build(lanes))
         out = np.empty((threads, lanes * _SUMS), np.float32)
-        best = _best(lambda: call(_STEPS, 0.5, hl.Buffer(out)), repeats + 1)
+        best = _best(kernel.bind(_STEPS, 0.5, buffer(out)), repeats + 1)
     finally:
         torch.set_num_threads(before)
     return 2.0 * _STEPS * out.size / best / 1e9

@@ -8,7 +8,7 @@ The number of pixels is not compiled in: one kernel serves every image size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
+from sepconv.kernels.buffers import Buffer, buffer, dense
 from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
-from sepconv.kernels.layout import array, is_channels_last, like, new_output
+from sepconv.kernels.layout import is_channels_last, like, new_output
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
 
@@ -240,7 +241,7 @@ def describe(
 def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
     """Copies of weight and bias as the kernel of this plan takes them."""
     tensors = (packing.pack(weight, found.block), packing.pack_bias(bias, weight))
-    return [runtime.buffer(tensor) for tensor in tensors]
+    return [buffer(tensor) for tensor in tensors]
 
 
 def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out: Tensor) -> Callable[[], None]:
@@ -253,14 +254,9 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
         raise ValueError(f"pointwise.bind: out must have the layout of x without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
     images = [out] if residual is None else [like(residual, out), out]
-    views = [_pixels(array(image), found).reshape(found.out_size) for image in images]
-    source = runtime.buffer(x.as_strided(*found.x_view))
-    return partial(kernel, found.chunk, found.share, source, *packed, *[hl.Buffer(view) for view in views])
-
-
-def _pixels(image: Any, found: Plan) -> Any:
-    """Channels last where the kernel reads pixel by pixel; (N, O, 1, ...) lies in memory like that anyway."""
-    return image.transpose(0, *range(2, image.ndim), 1) if found.spec.channels_last else image
+    source = Buffer(*found.x_view, x.data_ptr(), holds=x)
+    views = [dense(found.out_size, image.data_ptr(), image) for image in images]
+    return kernel.bind(found.chunk, found.share, source, *packed, *views)
 
 
 def forward(

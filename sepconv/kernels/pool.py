@@ -7,13 +7,12 @@ number of pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sepconv.kernels import machine, runtime
-from sepconv.kernels.layout import array
+from sepconv.kernels.buffers import buffer, pixels
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import channel_lanes
 
@@ -57,6 +56,5 @@ def bind(x: Tensor, out: Tensor) -> Callable[[], None]:
     channels = x.shape[1]
     lanes = channel_lanes(machine.host(), channels)
     vectors = min(_SUMS, channels // lanes)
-    call = runtime.compiled(("pool", lanes, vectors), lambda: build(lanes, vectors))
-    source, result = array(x).transpose(0, 2, 3, 1), array(out).reshape(out.shape[:2])
-    return partial(call, hl.Buffer(source), hl.Buffer(result))
+    kernel = runtime.compiled(("pool", lanes, vectors), lambda: build(lanes, vectors))
+    return kernel.bind(pixels(x), buffer(out, out.shape[:2]))

@@ -1,9 +1,9 @@
-"""Tensors as Halide buffers, a bounded cache of compiled pipelines, and PyTorch's thread count.
+"""Whether kernels can run on given tensors, a bounded cache of compiled ones, and PyTorch's thread count.
 
 A kernel is built once per key and then called with buffers:
 
-    call = runtime.compiled(("depthwise", ...), build)    # build() -> (hl.Func, arguments), run at most once
-    call(runtime.buffer(x), runtime.buffer(out))          # no copies; the GIL is released meanwhile
+    kernel = runtime.compiled(("depthwise", ...), build)  # build() -> (hl.Func, arguments), run at most once
+    kernel(buffer(x), buffer(out))                        # no copies; the GIL is released meanwhile
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import threads
+from sepconv.kernels import code_cache, llvm, machine_code, threads
+from sepconv.kernels.machine_code import Kernel
 
 try:
     import halide as hl
@@ -42,7 +43,7 @@ def missing() -> str:
     """Why Halide's kernels cannot run here, in a sentence; the empty string if they can."""
     if hl is None:
         return f"the halide package cannot be imported ({_IMPORT_ERROR}); pip install halide"
-    return ""
+    return llvm.missing() or (threads.missing() if torch.get_num_threads() > 1 else "")
 
 
 def unsuitable(*tensors: Tensor) -> str:
@@ -71,21 +72,12 @@ def _span(tensor: Tensor) -> int:
     return max(1 + sum(map(mul, tensor.shape, stride)) - sum(stride), tensor.numel())
 
 
-def buffer(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Any:
-    """A Halide buffer over the tensor's memory, dimensions reversed: (N, C, H, W) -> x, y, c, n. Any strides.
-
-    ``shape`` splits dimensions or adds some of size 1, in a tenth of the time that torch takes.
-    """
-    array = tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
-    return hl.Buffer(array if shape is None else array.reshape(shape))
-
-
 class _Entry:
     """A place in the cache. Its lock lets other kernels go on while this one compiles."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.call: Any = None
+        self.kernel: Kernel | None = None
         self.error: BuildError | None = None
 
 
@@ -93,12 +85,13 @@ _cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
-def compiled(key: Hashable, build: Build) -> Any:
-    """The callable for ``key``, compiled on first use; the thread count is brought up to date as well.
+def compiled(key: Hashable, build: Build) -> Kernel:
+    """The kernel for ``key``, compiled on first use; the thread count is brought up to date as well.
 
-    ``key`` must hold everything that ``build`` depends on, apart from the target and from :func:`parallel`. ``build()``
-    returns the output Func and the arguments (``hl.ImageParam``, ``hl.Param``) in the order in which the callable
-    takes them; the output buffer comes last. A failure is remembered and raised again as BuildError.
+    ``key`` must hold everything that ``build`` depends on, apart from the target and from :func:`parallel`, and be
+    equal in writing in every process: its code is kept on disk. ``build()`` returns the output Func and the arguments
+    (``hl.ImageParam``, ``hl.Param``) in the order in which the kernel takes them; the output buffer comes last. A
+    failure is remembered and raised again as BuildError.
     """
     place = (key, torch.get_num_threads() > 1)
     with _cache_lock:
@@ -109,31 +102,40 @@ def compiled(key: Hashable, build: Build) -> Any:
                 _cache.popitem(last=False)
         else:
             _cache.move_to_end(place)
-    if entry.call is None:
-        _compile(entry, key, build)
+    kernel = entry.kernel or _load(entry, place, build)
     threads.follow_torch()
-    return entry.call
+    return kernel
 
 
-def _compile(entry: _Entry, key: Hashable, build: Build) -> None:
+def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
     with entry.lock:
         if entry.error is not None:
             raise entry.error
-        if entry.call is None:
-            threads.pool()
+        if entry.kernel is None:
             try:
-                func, arguments = build()
-                entry.call = hl.Pipeline(func).compile_to_callable(arguments, target())
+                entry.kernel = Kernel(_object_code(place, build))
             except (hl.HalideError, RuntimeError) as error:
-                entry.error = BuildError(f"Halide cannot build {key}: {str(error).strip()}")
+                entry.error = BuildError(f"Halide cannot build {place[0]}: {str(error).strip()}")
                 raise entry.error from error
+        return entry.kernel
+
+
+def _object_code(place: tuple[Hashable, bool], build: Build) -> bytes:
+    """From disk where it was kept there, else compiled and kept."""
+    file = code_cache.path(place, str(target()))
+    code = None if file is None else code_cache.read(file)
+    if code is None:
+        func, arguments = build()
+        code = machine_code.compile_object(hl.Pipeline(func), arguments, target())
+        if file is not None:
+            code_cache.write(file, code)
+    return code
 
 
 def parallel(stage: Any, loop: Any) -> Any:
     """Share the passes of a loop out to threads, unless there is only one.
 
-    Where Halide's own pool is in use (see ``threads``), it never gets smaller, and work is taken by all of its threads
-    whatever their number was set to since: a kernel for one thread has to be one that shares out nothing.
+    A loop that is not shared out is one that the compiler can see through.
     """
     return stage.parallel(loop) if torch.get_num_threads() > 1 else stage
 
@@ -168,8 +170,8 @@ def clear_cache() -> None:
 
 @lru_cache(maxsize=1)
 def target() -> Any:
-    """The JIT target. Halide's assertions stay on: a wrong buffer raises instead of crashing."""
-    return hl.get_jit_target_from_environment()
+    """What is compiled for: this machine. Halide's assertions stay on: a wrong buffer raises instead of crashing."""
+    return hl.get_host_target().with_feature(hl.TargetFeature.NoRuntime)
 
 
 def _after_fork() -> None:
@@ -177,7 +179,8 @@ def _after_fork() -> None:
     global _cache_lock
     _cache_lock = threading.Lock()
     threads.after_fork()
-    for key in [key for key, entry in _cache.items() if entry.call is None]:
+    machine_code.after_fork()
+    for key in [key for key, entry in _cache.items() if entry.kernel is None]:
         del _cache[key]
 
 

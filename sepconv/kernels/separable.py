@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
-from sepconv.kernels.layout import array, is_channels_last, like, new_output
-from sepconv.kernels.runtime import hl
+from sepconv.kernels.buffers import Buffer, buffer, pixels
+from sepconv.kernels.layout import is_channels_last, like, new_output
 from sepconv.kernels.schedule_gemm import separable_schedule
 from sepconv.kernels.separable_pipeline import UNROLLED_TAPS, Spec, build
 
@@ -186,7 +186,7 @@ def pack(
         packing.pack(pointwise_weight, found.spec.tile.wide, multiplier),
         packing.pack_bias(pointwise_bias, pointwise_weight),
     )
-    return [runtime.buffer(tensor) for tensor in tensors]
+    return [buffer(tensor) for tensor in tensors]
 
 
 def _pack_taps(weight: Tensor, multiplier: int) -> Tensor:
@@ -204,10 +204,9 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
         raise ValueError(f"separable.bind: out must be channels_last without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("separable", found.spec), lambda: build(found.spec))
     images = [out] if residual is None else [like(residual, out), out]
-    inputs = [*found.before, hl.Buffer(array(x).transpose(0, 2, 3, 1)), *packed]
-    views = [array(image).transpose(0, 2, 3, 1) for image in images]
+    inputs = [*found.before, pixels(x), *packed]
     calls = [
-        partial(kernel, found.size[1], rows, first, share, *inputs, *[_tiles(v, rows, first, tiles) for v in views])
+        kernel.bind(found.size[1], rows, first, share, *inputs, *[_tiles(v, rows, first, tiles) for v in images])
         for (rows, first, tiles), share in zip(found.calls, found.share, strict=True)
     ]
     return calls[0] if len(calls) == 1 else partial(_one_after_the_other, calls)
@@ -218,11 +217,12 @@ def _one_after_the_other(calls: Sequence[Callable[[], None]]) -> None:
         call()
 
 
-def _tiles(image: Any, rows: int, first: int, tiles: int) -> Any:
-    """(N, Ho, Wo, O) -> image, tile, pixel in tile, channel."""
-    images, _, width, channels = image.shape
-    part = image[:, first : first + tiles * rows]
-    return hl.Buffer(part.reshape(images, tiles, rows * width, channels))
+def _tiles(image: Tensor, rows: int, first: int, tiles: int) -> Buffer:
+    """(N, O, Ho, Wo), channels_last without gaps, from a row on: image, tile, pixel in tile, channel."""
+    images, channels, height, width = image.shape
+    row = width * channels
+    strides = (height * row, rows * row, channels, 1)
+    return Buffer((images, tiles, rows * width, channels), strides, image.data_ptr() + 4 * first * row, holds=image)
 
 
 def forward(

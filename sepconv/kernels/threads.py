@@ -3,11 +3,10 @@
 Halide brings a thread pool whose workers sleep between two kernels; to wake one took 50 us where this was measured,
 longer than many layers run. Next to it PyTorch's OpenMP workers keep the cores busy for a while after each of their
 operations. So the loops are handed to the OpenMP library that PyTorch runs on: its workers wait awake for a moment,
-follow ``torch.set_num_threads``, and there is one pool, not two. This holds for every pipeline of the process.
+follow ``torch.set_num_threads``, and there is one pool, not two.
 
-Halide takes a function for its parallel loops; it calls one with ``task``, a number of passes, and data for each. Such
-a function must be machine code, since workers cannot wait for Python's lock: it is written here in LLVM's language,
-which llvmlite compiles in a few milliseconds.
+A kernel calls a function for its parallel loops, with ``task``, a number of passes, and data for each. That has to be
+machine code, since workers cannot wait for Python's lock: it is written here in LLVM's language.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-_SET_NUM_THREADS = "_ZN6Halide8Internal16JITSharedRuntime15set_num_threadsEi"
-_SET_HANDLERS = "_ZN6Halide8Internal16JITSharedRuntime20set_default_handlersERKNS_11JITHandlersE"
+from sepconv.kernels import llvm
 
 _threads = ctypes.c_int32(1)
 _forked = False
@@ -92,25 +89,6 @@ end:
 """
 
 
-class _Handlers(ctypes.Structure):
-    """Halide's ``JITHandlers``: function pointers, the fifth for parallel loops; room for what versions have added."""
-
-    _fields_ = [("before", ctypes.c_void_p * 4), ("parallel_for", ctypes.c_void_p), ("after", ctypes.c_void_p * 27)]
-
-
-@lru_cache(maxsize=1)
-def _halide() -> ctypes.CDLL | None:
-    """Halide's library, already loaded, for two functions that have no Python binding."""
-    import halide as hl
-
-    for path in sorted(Path(hl.__file__).parent.glob("**/*Halide*.*")):
-        if path.suffix in (".so", ".dylib"):
-            library = ctypes.CDLL(str(path))
-            if hasattr(library, _SET_NUM_THREADS):
-                return library
-    return None
-
-
 def _gomp_parallel() -> int | None:
     """Address of the entry to PyTorch's OpenMP library: GNU's, or LLVM's or Intel's, which offer the same function."""
     directory = Path(torch.__file__).parent / "lib"
@@ -122,48 +100,22 @@ def _gomp_parallel() -> int | None:
 
 
 @lru_cache(maxsize=1)
-def pool() -> str:
-    """Take PyTorch's threads for Halide's loops, once; "" where that works, else the reason why Halide's pool stays."""
-    try:
-        import llvmlite.binding as llvm
-    except ImportError as error:
-        return f"the llvmlite package cannot be imported ({error}); pip install llvmlite"
-    library, entry = _halide(), _gomp_parallel()
-    if library is None or not hasattr(library, _SET_HANDLERS):
-        return "this build of Halide does not export its handlers"
-    if entry is None:
-        return "PyTorch's OpenMP library offers no GOMP_parallel here"
-    code = _CODE.format(threads=ctypes.addressof(_threads), gomp_parallel=entry)
-    install = getattr(library, _SET_HANDLERS)
-    install.argtypes, install.restype = [ctypes.POINTER(_Handlers)], _Handlers
-    handlers = _Handlers()
-    handlers.parallel_for = _compile(llvm, code)
-    install(ctypes.byref(handlers))
-    return ""
+def missing() -> str:
+    """Why kernels can run on one thread only, in a sentence; the empty string if they can use PyTorch's."""
+    return "" if _gomp_parallel() else "PyTorch's OpenMP library offers no GOMP_parallel here"
 
 
-_engines: list[Any] = []  # machine code lives as long as its engine
-
-
-def _compile(llvm: Any, code: str) -> int:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(code)
-    module.verify()
-    engine = llvm.create_mcjit_compiler(module, llvm.Target.from_default_triple().create_target_machine(opt=2))
-    engine.finalize_object()
-    _engines.append(engine)
-    return int(engine.get_function_address("parallel_for"))
+@lru_cache(maxsize=1)
+def loop() -> int:
+    """Address of the function for parallel loops."""
+    # Without threads to use, the team is never larger than one.
+    code = _CODE.format(threads=ctypes.addressof(_threads), gomp_parallel=_gomp_parallel() or 0)
+    return llvm.assemble(code, "parallel_for")[0]
 
 
 def follow_torch() -> None:
-    """As many threads as ``torch.set_num_threads`` says. Halide's pool ignores it before a first kernel is compiled."""
-    wanted = 1 if _forked and not pool() else torch.get_num_threads()
-    if wanted != _threads.value:
-        _threads.value = wanted
-        library = _halide()
-        if pool() and library is not None:
-            getattr(library, _SET_NUM_THREADS)(ctypes.c_int(wanted))
+    """As many threads as ``torch.set_num_threads`` says."""
+    _threads.value = 1 if _forked or missing() else torch.get_num_threads()
 
 
 def after_fork() -> None:

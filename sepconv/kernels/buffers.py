@@ -1,0 +1,127 @@
+"""Memory as Halide's kernels take it: the C structure ``halide_buffer_t`` over a tensor or an array. No copies.
+
+Small layers run for some microseconds, and a call needs half a dozen of these: they are packed in one go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sepconv.kernels.layout import array
+
+FLOAT32, UINT32 = 2, 1
+"""Halide's codes for kinds of numbers; all are of 32 bits here."""
+_CODES = {np.dtype(np.float32): FLOAT32, np.dtype(np.uint32): UINT32, np.dtype(np.int32): 0}
+# Eight bytes each: device, its interface, host, flags, type and dimensions, place of the dims, padding.
+_HEAD, _HOST = 56, struct.Struct("16xQ")
+
+
+@lru_cache(maxsize=16)
+def _form(dims: int) -> tuple[Any, Any]:
+    """Memory for a buffer, and how it is filled: the head, then from, extent, stride and flags of each dimension."""
+    form = struct.Struct(f"QQQQQQQ{4 * dims}i")
+    return ctypes.c_char * form.size, form.pack_into
+
+
+class Buffer:
+    """Sizes and steps of an array, the last dimension first, and the address where it lies at the moment."""
+
+    __slots__ = ("_holds", "_memory", "address", "shape", "strides")
+
+    def __init__(
+        self, shape: Sequence[int], strides: Sequence[int], host: int, code: int = FLOAT32, holds: Any = None
+    ) -> None:
+        """``strides`` in elements; ``holds`` is kept alive as long as the buffer."""
+        self.shape, self.strides, self._holds = shape, strides, holds
+        make, pack = _form(len(shape))
+        self._memory = make()
+        self.address = ctypes.addressof(self._memory)
+        dims: list[int] = []
+        for extent, stride in zip(shape[::-1], strides[::-1], strict=True):
+            dims += (0, extent, stride, 0)
+        kind = code | 32 << 8 | 1 << 16 | len(shape) << 32
+        pack(self._memory, 0, 0, 0, host, 0, kind, self.address + _HEAD, 0, *dims)
+
+    def move(self, host: int) -> None:
+        """Point at other memory, of the same sizes and steps."""
+        _HOST.pack_into(self._memory, 0, host)
+
+
+def buffer(source: Tensor | np.ndarray[Any, Any], shape: Sequence[int] | None = None) -> Buffer:
+    """A buffer over the memory of a tensor or an array: (N, C, H, W) -> x, y, c, n. Any strides.
+
+    ``shape`` splits dimensions or adds some of size 1.
+    """
+    values = array(source) if isinstance(source, Tensor) else source
+    if shape is not None:
+        values = values.reshape(shape)
+    return Buffer(values.shape, steps(values), values.ctypes.data, _CODES[values.dtype], values)
+
+
+def dense(shape: Sequence[int], host: int, holds: Any = None) -> Buffer:
+    """A buffer over float32 numbers without gaps."""
+    return Buffer(shape, [prod(shape[d + 1 :]) for d in range(len(shape))], host, FLOAT32, holds)
+
+
+def pixels(image: Tensor) -> Buffer:
+    """(N, C, H, W) as (N, H, W, C), whatever lies side by side in memory."""
+    n, c, h, w = image.shape
+    by_image, by_channel, by_row, by_column = image.stride()
+    # The step of a single channel says nothing; kernels for channels_last images expect neighbours.
+    strides = (by_image, by_row, by_column, 1 if c == 1 else by_channel)
+    return Buffer((n, h, w, c), strides, image.data_ptr(), FLOAT32, image)
+
+
+def steps(values: np.ndarray[Any, Any]) -> list[int]:
+    """Strides in elements; those of single elements, which say nothing, as they are where there are no gaps."""
+    size, shape = values.itemsize, values.shape
+    if 1 not in shape:
+        return [step // size for step in values.strides]
+    if values.flags.c_contiguous:
+        return [prod(shape[d + 1 :]) for d in range(len(shape))]
+    if values.flags.f_contiguous:
+        return [prod(shape[:d]) for d in range(len(shape))]
+    return [step // size for step in values.strides]
+
+
+class Arguments(NamedTuple):
+    """What a kernel is called with: buffers and numbers, and where the list of their addresses lies."""
+
+    given: tuple[Any, ...]
+    address: int
+    holds: Any
+
+
+def arguments(*given: Buffer | int | float) -> Arguments:
+    """Buffers, whole numbers (32 bits) and other numbers (float32), made ready for any number of calls."""
+    held = [item if isinstance(item, Buffer) else _number(item) for item in given]
+    make, pack = _pointers(len(held))
+    memory = make()
+    pack(memory, 0, *[item.address for item in held])
+    return Arguments(given, ctypes.addressof(memory), (memory, held))
+
+
+@lru_cache(maxsize=32)
+def _pointers(count: int) -> tuple[Any, Any]:
+    form = struct.Struct(f"{count}Q")
+    return ctypes.c_char * form.size, form.pack_into
+
+
+class _Number(NamedTuple):
+    value: Any
+    address: int
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _number(value: int | float) -> _Number:
+    """Kernels only read them, so that equal ones can be the same."""
+    held = ctypes.c_int32(value) if isinstance(value, int) else ctypes.c_float(value)
+    return _Number(held, ctypes.addressof(held))

@@ -1,0 +1,59 @@
+"""Machine code into this process, by LLVM (llvmlite): from LLVM's language, or from object code made before."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+_engines: list[Any] = []  # assembled code lives as long as its engine, which is for ever
+
+
+@lru_cache(maxsize=1)
+def missing() -> str:
+    """Why no machine code can be loaded here, in a sentence; the empty string if it can."""
+    try:
+        import llvmlite.binding as llvm
+    except ImportError as error:
+        return f"the llvmlite package cannot be imported ({error}); pip install llvmlite"
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    return ""
+
+
+def _engine(code: str) -> Any:
+    if missing():
+        raise RuntimeError(missing())
+    import llvmlite.binding as llvm
+
+    module = llvm.parse_assembly(code)
+    module.verify()
+    return llvm.create_mcjit_compiler(module, llvm.Target.from_default_triple().create_target_machine(opt=2))
+
+
+def assemble(code: str, *names: str) -> list[int]:
+    """The addresses of the functions ``names`` of a program in LLVM's language; it stays for ever."""
+    engine = _engine(code)
+    engine.finalize_object()
+    _engines.append(engine)
+    return [int(engine.get_function_address(name)) for name in names]
+
+
+def define(name: str, address: int) -> None:
+    """Let object code that is loaded from now on call the function ``name``."""
+    import llvmlite.binding as llvm
+
+    llvm.add_symbol(name, address)
+
+
+def load(code: bytes, name: str) -> tuple[Any, int]:
+    """The engine that holds object code, and the address of its function ``name``.
+
+    The code goes when nobody holds the engine any more. Every function it calls has to be defined: LLVM ends the
+    process otherwise.
+    """
+    import llvmlite.binding as llvm
+
+    engine = _engine("")
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine, int(engine.get_function_address(name))

@@ -236,7 +236,7 @@ def _consider_pointwise(
     return Choice(
         "pointwise_conv",
         pointwise.supports(*arguments) or pointwise.slower(*arguments),
-        lambda: lambda x, w, b, r: pointwise.forward(x, w, b, activation, r),
+        lambda: pointwise.Prepared(x, weight, activation, residual is not None),
         lambda: pointwise.describe(x_like, w_like, b_like, activation, r_like),
         lambda x, w, b, r: _as_output(aten.pointwise_forward(x, w, b, activation, r), x),
     )
@@ -271,7 +271,9 @@ def _consider_separable(
     return Choice(
         "separable_conv",
         separable.supports(*given) or separable.slower(*given),
-        lambda: lambda *tensors: separable.forward(*arguments(*tensors)),
+        lambda: separable.Prepared(
+            x, depthwise_weight, between, pointwise_weight, activation, *geometry, residual is not None
+        ),
         lambda: separable.describe(*outline),
         separately,
         "depthwise, then pointwise",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import depthwise
+from sepconv.kernels import depthwise, pointwise, separable
 
 MARGIN = 64
 
@@ -52,3 +52,24 @@ def depthwise_grad_input(grad: Tensor, weight: Tensor, *size_and_walk: Any) -> T
 
 def depthwise_grad_weight(grad: Tensor, x: Tensor, *size_and_walk: Any) -> Tensor:
     return depthwise.prepare_grad_weight(grad, x, *size_and_walk)(grad, x)
+
+
+def pointwise_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
+) -> Tensor:
+    return pointwise.Prepared(x, weight, activation, residual is not None)(x, weight, bias, residual)
+
+
+def separable_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    between: str,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    activation: str,
+    *walk: Any,
+    residual: Tensor | None = None,
+) -> Tensor:
+    ready = separable.Prepared(x, weight, between, pointwise_weight, activation, *walk, residual is not None)
+    return ready(x, weight, pointwise_weight, bias, pointwise_bias, residual)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import pointwise_forward
 from torch import Tensor, nn
 
-from sepconv.kernels import packing, pointwise, runtime
+from sepconv.kernels import packing, runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -76,7 +77,7 @@ CHANGES: dict[str, Callable[[nn.Conv2d], Any]] = {
 
 def run(conv: nn.Conv2d, x: Tensor) -> Tensor:
     assert conv.bias is not None
-    return pointwise.forward(x, conv.weight, conv.bias)
+    return pointwise_forward(x, conv.weight, conv.bias)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["compared", "hashed"])
@@ -94,9 +95,9 @@ def test_packed_weights_are_never_stale(change: str, size: tuple[int, int]) -> N
 def test_a_new_weight_at_an_old_address_is_packed_again() -> None:
     memory = torch.randn(16, 8, 1, 1)
     x = torch.randn(1, 8, 4, 8).contiguous(memory_format=torch.channels_last)
-    pointwise.forward(x, memory.view(16, 8, 1, 1), None)
+    pointwise_forward(x, memory.view(16, 8, 1, 1), None)
     memory.copy_(torch.randn_like(memory))
-    y = pointwise.forward(x, memory.view(16, 8, 1, 1), None)
+    y = pointwise_forward(x, memory.view(16, 8, 1, 1), None)
     torch.testing.assert_close(y, torch.conv2d(x, memory), rtol=1e-4, atol=1e-4)
 
 
@@ -142,7 +143,7 @@ def test_many_threads_pack_and_change_their_own_weights() -> None:
         weight = torch.full((8, 16, 1, 1), float(seed))
         for step in range(50):
             weight.fill_(float(seed + step))
-            y = pointwise.forward(x, weight, None)
+            y = pointwise_forward(x, weight, None)
             expected = x.sum(1, keepdim=True) * float(seed + step)
             if not torch.allclose(y, expected.expand_as(y), rtol=1e-3, atol=1e-3):
                 errors.append(f"thread {seed}, step {step}")

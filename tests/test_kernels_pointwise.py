@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import double, image, magnitude, poisoned
+from kernel_checks import double, image, magnitude, pointwise_forward, poisoned
 from torch import Tensor
 
 from sepconv import reference
@@ -64,7 +64,7 @@ def test_pointwise_matches_definition(case: Case, channels_last: bool, assert_ro
         pytest.skip("signals have no channels_last layout in PyTorch")
     x, weight, bias, residual = arguments(case, channels_last)
     assert pointwise.supports(x, weight, bias, case.activation, residual) == ""
-    y = pointwise.forward(x, weight, bias, case.activation, residual)
+    y = pointwise_forward(x, weight, bias, case.activation, residual)
     assert y.stride() == layout.new_output(x, case.out_channels, x.shape[2:]).stride()
     expected = truth(*double(x, weight, bias, residual), case.activation)
     sizes = truth(*magnitude(x, weight, bias, residual), "") + expected.abs()
@@ -83,7 +83,7 @@ def test_pointwise_is_the_same_with_any_threads(channels_last: bool) -> None:
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        results.append(pointwise.forward(x, weight, None, "relu"))
+        results.append(pointwise_forward(x, weight, None, "relu"))
     torch.set_num_threads(before)
     assert torch.equal(results[1], results[2])
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-4)
@@ -94,7 +94,7 @@ def test_pointwise_shares_out_channels_when_there_are_few_pixels() -> None:
     torch.set_num_threads(2)
     x, weight = torch.randn(1, 64, 1, 1), torch.randn(256, 64, 1, 1)
     description = pointwise.describe(x, weight, None)
-    y = pointwise.forward(x, weight, None)
+    y = pointwise_forward(x, weight, None)
     torch.set_num_threads(before)
     assert description["parallel"] == "channels"
     torch.testing.assert_close(y, reference.pointwise_conv(x, weight), rtol=1e-4, atol=1e-4)
@@ -104,19 +104,19 @@ def test_pointwise_shares_out_channels_when_there_are_few_pixels() -> None:
 def test_pointwise_activations_treat_special_numbers_as_pytorch(activation: str) -> None:
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, -100.0, 100.0, -3.0, 3.0, 6.0, 7.0, -1e-30])
     x = special.repeat(4).view(1, 1, 6, 8)
-    y = pointwise.forward(x, torch.ones(1, 1, 1, 1), None, activation)
+    y = pointwise_forward(x, torch.ones(1, 1, 1, 1), None, activation)
     expected = reference.ACTIVATIONS[activation](x.double()).float()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
 def test_pointwise_empty_batch() -> None:
     x = torch.empty(0, 5, 3, 3).contiguous(memory_format=torch.channels_last)
-    assert pointwise.forward(x, torch.randn(4, 5, 1, 1), None).shape == (0, 4, 3, 3)
+    assert pointwise_forward(x, torch.randn(4, 5, 1, 1), None).shape == (0, 4, 3, 3)
 
 
 def test_pointwise_reads_expanded_images() -> None:
     x, weight = torch.randn(1, 9, 5, 5).expand(3, 9, 5, 5), torch.randn(6, 9, 1, 1)
-    torch.testing.assert_close(pointwise.forward(x, weight, None), reference.pointwise_conv(x, weight))
+    torch.testing.assert_close(pointwise_forward(x, weight, None), reference.pointwise_conv(x, weight))
 
 
 @pytest.mark.parametrize(

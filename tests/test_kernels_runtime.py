@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import depthwise_forward
+from kernel_checks import depthwise_forward, pointwise_forward
 
-from sepconv.kernels import depthwise, machine, peak, pointwise, runtime
+from sepconv.kernels import depthwise, machine, peak, runtime
 from sepconv.kernels import threads as pool
 from sepconv.kernels.buffers import buffer
 
@@ -235,12 +235,12 @@ def test_one_thread_is_one_thread_after_more_were_used() -> None:
         peak.fma_peak_gflops(2, repeats=2)
         torch.set_num_threads(1)
         x, weight = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 1, 1)
-        pointwise.forward(x, weight, None)
+        pointwise_forward(x, weight, None)
         others = []
         for _ in range(7):
             mine, everyone = time.thread_time(), time.process_time()
             for _ in range(5):
-                pointwise.forward(x, weight, None)
+                pointwise_forward(x, weight, None)
             mine = time.thread_time() - mine
             others.append((time.process_time() - everyone - mine) / mine)
         assert min(others) < 0.1

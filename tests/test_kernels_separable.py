@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import double, image, magnitude, poisoned
+from kernel_checks import double, image, magnitude, poisoned, separable_forward
 from torch import Tensor
 
 from sepconv import reference
@@ -79,7 +79,7 @@ def run(tensors: list[Tensor | None], activations: tuple[str, str], geometry: tu
     assert pointwise_weight is not None
     weights = (depthwise_weight, depthwise_bias, activations[0], pointwise_weight, bias, activations[1])
     assert separable.supports(x, *weights, *geometry, residual) == ""
-    return separable.forward(x, *weights, *geometry, residual)
+    return separable_forward(x, *weights, *geometry, residual=residual)
 
 
 def truth(tensors: list[Any], activations: tuple[str, str], geometry: tuple[Any, ...]) -> Tensor:
@@ -193,7 +193,7 @@ def test_separable_says_what_it_does_not_support(x: Tensor, reason: str) -> None
 def test_separable_empty_batch() -> None:
     x = torch.empty(0, 4, 6, 6).contiguous(memory_format=torch.channels_last)
     weights = (torch.randn(4, 1, 3, 3), None, "", torch.randn(2, 4, 1, 1), None, "")
-    assert separable.forward(x, *weights, (1, 1), ONE, (1, 1)).shape == (0, 2, 6, 6)
+    assert separable_forward(x, *weights, (1, 1), ONE, (1, 1)).shape == (0, 2, 6, 6)
 
 
 def test_separable_bind_refuses_an_output_in_another_layout() -> None:

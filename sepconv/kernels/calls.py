@@ -7,12 +7,14 @@ strides takes 0.1 us.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from sepconv.kernels import runtime
+from sepconv.kernels import packing, runtime
 from sepconv.kernels.buffers import Arguments, Buffer, arguments, steps
 
 
@@ -65,3 +67,35 @@ class Call:
         for buffer, address in zip(buffers, addresses, strict=True):
             buffer.move(address)
         runtime.compiled(self._key, self._build).run(prepared)
+
+
+_MAX_PREPARED = 64
+_numbers = count()
+
+
+class PackedCalls:
+    """Calls of kernels that read packed weights: prepared again where the weights have changed.
+
+    They are kept with the packed weights, and so no longer than the weights themselves.
+    """
+
+    def __init__(
+        self,
+        variant: Hashable,
+        pack: Callable[..., list[Any]],
+        prepare: Callable[[list[Any]], list[tuple[Call, int]]],
+    ) -> None:
+        """``prepare(pack(*weights))`` gives the calls, each with the bytes to skip in all images but the first."""
+        self._variant, self._pack, self._prepare = variant, pack, prepare
+        self._number = next(_numbers)
+
+    def __call__(self, weights: tuple[Tensor | None, ...], first: int, *others: int) -> None:
+        packed = packing.remembered(weights, self._variant, lambda: self._pack(*weights))
+        calls = packed.calls.get(self._number)
+        if calls is None:
+            calls = self._prepare(packed)
+            if len(packed.calls) >= _MAX_PREPARED:
+                packed.calls.clear()
+            packed.calls[self._number] = calls
+        for call, skipped in calls:
+            call(first, *[address + skipped for address in others])

@@ -15,12 +15,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sepconv.kernels import runtime
-from sepconv.kernels.buffers import UINT32, Buffer
+from sepconv.kernels.buffers import UINT32, Arguments, Buffer, arguments
 from sepconv.kernels.layout import array
 from sepconv.kernels.runtime import hl
 
@@ -35,11 +34,21 @@ _SHARES = 8
 class _Entry(NamedTuple):
     owner: Any  # weak reference: the packed copy goes when the weight goes
     digest: tuple[bytes, ...]
-    packed: list[Any]
+    packed: Packed
 
 
 _cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.RLock()
+
+
+class _Hashing(threading.local):
+    """By number of numbers: how many the kernel hashes, where it reads, what it writes, and its arguments."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[int, Buffer, Any, Arguments]] = {}
+
+
+_hashings = _Hashing()
 
 
 def pack(weight: Tensor, block: int, multiplier: int = 1) -> Tensor:
@@ -68,7 +77,15 @@ def pack_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
     )
 
 
-def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> list[Any]:
+class Packed(list[Any]):
+    """Packed weights, and the calls that were prepared with them, which go when they go."""
+
+    def __init__(self, buffers: list[Any]) -> None:
+        super().__init__(buffers)
+        self.calls: dict[int, Any] = {}
+
+
+def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> Packed:
     """``make()``, kept for as long as the first weight lives and the bytes of all of them stay the same.
 
     ``make`` must depend on nothing but the weights' values and ``variant``, and must copy what it keeps.
@@ -81,7 +98,7 @@ def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Call
         if entry is not None and entry.digest == digest:
             _cache.move_to_end(key)
             return entry.packed
-    result = make()
+    result = Packed(make())
     owner = given[0] if given[0]._base is None else given[0]._base
     with _lock:
         _cache[key] = _Entry(weakref.ref(owner, lambda reference: _forget(key, reference)), digest, result)
@@ -108,15 +125,27 @@ def fingerprint(weight: Tensor) -> bytes:
     count = numbers.size
     if count < _HASH_FROM:
         return numbers.tobytes()
-    shares = _SHARES if count >= _SPLIT_FROM else 1
-    rows = count // (_LANES * shares)
-    bits = numbers.reshape(-1).view(np.uint32)
-    body = rows * _LANES * shares
-    state = (ctypes.c_uint32 * (shares * _LANES))()
-    read = Buffer((body,), (1,), bits.ctypes.data, UINT32)
-    written = Buffer((shares, _LANES), (_LANES, 1), ctypes.addressof(state), UINT32)
-    runtime.compiled(("fingerprint",), _build_fingerprint)(rows, read, written)
-    return bytes(state) + bits[body:].tobytes()
+    contiguous = numbers.flags.c_contiguous
+    flat = numbers.reshape(-1)
+    body, read, state, prepared = _hashing(count)
+    read.move(weight.data_ptr() if contiguous else flat.ctypes.data)
+    runtime.compiled(("fingerprint",), _build_fingerprint).run(prepared)
+    return bytes(state) if body == count else bytes(state) + flat[body:].tobytes()
+
+
+def _hashing(count: int) -> tuple[int, Buffer, Any, Arguments]:
+    known = _hashings.known
+    if count not in known:
+        if len(known) >= MAX_PACKED:
+            known.clear()
+        shares = _SHARES if count >= _SPLIT_FROM else 1
+        rows = count // (_LANES * shares)
+        body = rows * _LANES * shares
+        state = (ctypes.c_uint32 * (shares * _LANES))()
+        read = Buffer((body,), (1,), 0, UINT32)
+        written = Buffer((shares, _LANES), (_LANES, 1), ctypes.addressof(state), UINT32)
+        known[count] = body, read, state, arguments(rows, read, written)
+    return known[count]
 
 
 def _build_fingerprint() -> tuple[Any, list[Any]]:

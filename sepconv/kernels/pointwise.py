@@ -8,7 +8,7 @@ The number of pixels is not compiled in: one kernel serves every image size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.buffers import Buffer, buffer, dense
+from sepconv.kernels.calls import Call, Layout, PackedCalls
 from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
-from sepconv.kernels.layout import is_channels_last, like, new_output
+from sepconv.kernels.layout import is_channels_last, like
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
 
@@ -247,7 +248,7 @@ def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
 def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out: Tensor) -> Callable[[], None]:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
-    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``new_output(x, O, x.shape[2:])``.
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``layout.new_output(x, O, sizes)``.
     """
     layout = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
     if not out.is_contiguous(memory_format=layout):
@@ -259,18 +260,32 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
     return kernel.bind(found.chunk, found.share, source, *packed, *views)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
-) -> Tensor:
-    """``activation(F.conv2d(x, weight, bias) + residual)`` for a 1x1 weight, in one, two or three dimensions.
+class Prepared:
+    """``activation(F.conv2d(x, weight, bias) + residual)`` for all tensors of these sizes and strides, weights 1x1."""
 
-    Shape:
-        x: (N, C, ...)    weight: (O, C, 1, ...)    bias: (O,)    residual: (N, O, ...)    ->    (N, O, ...)
-    """
-    out = new_output(x, weight.shape[0], x.shape[2:])
-    if out.numel():
-        found = plan(x, weight.shape[0], activation, residual is not None)
-        variant = ("pointwise", found.block, weight.shape)
-        packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
-        bind(found, x, packed, residual, out)()
-    return out
+    def __init__(self, x: Tensor, weight: Tensor, activation: str = "", residual: bool = False) -> None:
+        self.shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+        self.memory_format = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
+        self._calls = None
+        if 0 not in self.shape:
+            self.found = plan(x, weight.shape[0], activation, residual)
+            variant = ("pointwise", self.found.block, weight.shape)
+            self._calls = PackedCalls(variant, partial(pack, self.found), self._prepare)
+
+    def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:
+        found, spec = self.found, self.found.spec
+        size = found.out_size
+        image = Layout(size, tuple([prod(size[d + 1 :]) for d in range(len(size))]), size)
+        images = [image] * (2 if spec.residual else 1)
+        given = (found.chunk, found.share, Layout(*found.x_view, found.x_view[0]), *packed, *images)
+        return [(Call(("pointwise", spec), partial(build, spec), given), 0)]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = torch.empty(self.shape, dtype=torch.float32, memory_format=self.memory_format)
+        if self._calls is not None:
+            if residual is None:
+                self._calls((weight, bias), x.data_ptr(), out.data_ptr())
+            else:
+                added = like(residual, out)
+                self._calls((weight, bias), x.data_ptr(), added.data_ptr(), out.data_ptr())
+        return out

@@ -1,7 +1,8 @@
 """Separable convolution: depthwise, activation, pointwise and activation in one pass over the image (channels_last).
 
-``plan`` chooses the kernel, ``pack`` brings weights into its order, ``bind`` ties it to memory; ``forward`` does all
-three, with the packed weights remembered. How the kernel works is written in ``separable_pipeline``.
+``plan`` chooses the kernel, ``pack`` brings weights into its order, ``bind`` ties it to memory; ``prepare`` gives a
+function for images of one size, with the packed weights remembered. How the kernel works is written in
+``separable_pipeline``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.buffers import Buffer, buffer, pixels
-from sepconv.kernels.layout import is_channels_last, like, new_output
+from sepconv.kernels.calls import Call, Layout, PackedCalls
+from sepconv.kernels.layout import is_channels_last, like
 from sepconv.kernels.schedule_gemm import separable_schedule
 from sepconv.kernels.separable_pipeline import UNROLLED_TAPS, Spec, build
 
 Padding = Sequence[tuple[int, int]]
+Sizes = tuple[int, ...]
 
 
 class Plan(NamedTuple):
@@ -198,17 +201,18 @@ def _pack_taps(weight: Tensor, multiplier: int) -> Tensor:
 def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out: Tensor) -> Callable[[], None]:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
-    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``new_output(x, O, found.size)``.
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``layout.new_output(x, O, found.size)``.
     """
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"separable.bind: out must be channels_last without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("separable", found.spec), lambda: build(found.spec))
     images = [out] if residual is None else [like(residual, out), out]
     inputs = [*found.before, pixels(x), *packed]
-    calls = [
-        kernel.bind(found.size[1], rows, first, share, *inputs, *[_tiles(v, rows, first, tiles) for v in images])
-        for (rows, first, tiles), share in zip(found.calls, found.share, strict=True)
-    ]
+    calls = []
+    for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
+        shape, strides, skipped = _tiles(tuple(out.shape), rows, first, tiles)
+        views = [Buffer(shape, strides, image.data_ptr() + skipped, holds=image) for image in images]
+        calls.append(kernel.bind(found.size[1], rows, first, share, *inputs, *views))
     return calls[0] if len(calls) == 1 else partial(_one_after_the_other, calls)
 
 
@@ -217,41 +221,63 @@ def _one_after_the_other(calls: Sequence[Callable[[], None]]) -> None:
         call()
 
 
-def _tiles(image: Tensor, rows: int, first: int, tiles: int) -> Buffer:
-    """(N, O, Ho, Wo), channels_last without gaps, from a row on: image, tile, pixel in tile, channel."""
-    images, channels, height, width = image.shape
+def _tiles(shape: Sizes, rows: int, first: int, tiles: int) -> tuple[Sizes, Sizes, int]:
+    """(N, O, Ho, Wo), channels_last without gaps, from a row on, as (N, tile, pixel in tile, O): sizes, strides, bytes
+    before it."""
+    images, channels, height, width = shape
     row = width * channels
-    strides = (height * row, rows * row, channels, 1)
-    return Buffer((images, tiles, rows * width, channels), strides, image.data_ptr() + 4 * first * row, holds=image)
+    return (images, tiles, rows * width, channels), (height * row, rows * row, channels, 1), 4 * first * row
 
 
-def forward(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    depthwise_activation: str,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Depthwise, then 1x1 convolution, with the activations and the residual of ``sepconv.separable_conv2d``.
+class Prepared:
+    """The operation for all tensors of these sizes and strides."""
 
-    Shape:
-        x: (N, C, H, W)    depthwise_weight: (C*M, 1, kH, kW)    pointwise_weight: (O, C*M, 1, 1)
-        residual: (N, O, Ho, Wo)    ->    (N, O, Ho, Wo)
-    """
-    found = plan_for(
-        x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation,
-        residual is not None,
-    )  # fmt: skip
-    out = new_output(x, pointwise_weight.shape[0], found.size)
-    if out.numel():
-        weights = (depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
+    def __init__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        depthwise_activation: str,
+        pointwise_weight: Tensor,
+        activation: str,
+        stride: Sequence[int],
+        padding: Padding,
+        dilation: Sequence[int],
+        residual: bool,
+    ) -> None:
+        self.found = found = plan_for(
+            x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation, residual
+        )
+        self.shape = (x.shape[0], pointwise_weight.shape[0], *found.size)
+        self.memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        image = pixels(x)
+        self._x = Layout(tuple(image.shape), tuple(image.strides), tuple(image.shape))
         variant = ("separable", found.spec.tile.wide, depthwise_weight.shape, pointwise_weight.shape)
-        packed = packing.remembered(weights, variant, lambda: pack(found, *weights))
-        bind(found, x, packed, residual, out)()
-    return out
+        self._calls = PackedCalls(variant, partial(pack, found), self._prepare)
+
+    def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:
+        found, calls = self.found, []
+        for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
+            shape, strides, skipped = _tiles(self.shape, rows, first, tiles)
+            images = [Layout(shape, strides, shape)] * (2 if found.spec.residual else 1)
+            given = (found.size[1], rows, first, share, *found.before, self._x, *packed, *images)
+            calls.append((Call(("separable", found.spec), partial(build, found.spec), given), skipped))
+        return calls
+
+    def __call__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        pointwise_weight: Tensor,
+        depthwise_bias: Tensor | None = None,
+        pointwise_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        out = torch.empty(self.shape, dtype=torch.float32, memory_format=self.memory_format)
+        if out.numel():
+            weights = (depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
+            if residual is None:
+                self._calls(weights, x.data_ptr(), out.data_ptr())
+            else:
+                added = like(residual, out)
+                self._calls(weights, x.data_ptr(), added.data_ptr(), out.data_ptr())
+        return out

@@ -160,3 +160,22 @@ def test_pointwise_says_where_pytorch_is_faster(shape: Any, out_channels: int, r
 def test_pointwise_refuses_an_output_beyond_32_bits() -> None:
     x = torch.empty(1).expand(1, 1, 1 << 16, 1 << 14)
     assert "2147483648 elements" in pointwise.supports(x, torch.empty(2, 1, 1, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "side", "channels", "expected"),
+    [
+        (True, 28, 64, ""),  # 3.2 M multiply-adds
+        (True, 26, 64, "2,768,896 multiply-adds take less time"),
+        (False, 28, 64, "3,211,264 multiply-adds take less time"),
+        (False, 28, 96, ""),
+        (True, 6, 512, "than is gained on 36 pixels"),
+    ],
+)
+def test_pointwise_leaves_small_products_to_pytorch(
+    channels_last: bool, side: int, channels: int, expected: str
+) -> None:
+    x, weight = image((1, channels, side, side), channels_last), torch.randn(channels, channels, 1, 1)
+    reason = pointwise.slower(x, weight, None)
+    assert expected in reason
+    assert bool(reason) == bool(expected)

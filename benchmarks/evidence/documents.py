@@ -100,12 +100,12 @@ def rivals(name: str) -> str:
 def distilled(name: str) -> str:
     teacher = read(f"teacher-{name}")
     rows = []
-    epochs = sorted({1, 5, *HEADLINE.values()})
+    epochs = sorted({1, 5, *HEADLINE[name].values()})
     starts = {"converted": "distil", "random weights": "random"}
     for count in epochs:
         for start, kind in starts.items():
             rows += _seeds(teacher, f"{start}, {count} epochs", [f"{kind}-{name}-e{count}-s{s}" for s in SEEDS])
-    total = TEACHERS[name][2].epochs + HEADLINE["third"]
+    total = TEACHERS[name][2].epochs + HEADLINE[name]["third"]
     rows += _seeds(teacher, f"random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
     return table(["start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"], rows)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,3 +197,20 @@ def test_the_number_of_threads_is_followed() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say what a process holds")
+def test_ten_thousand_sizes_take_no_more_memory_than_five_thousand() -> None:
+    weight, mix = torch.randn(16, 1, 3, 3), torch.randn(16, 16, 1, 1)
+    resident = []
+    for number in range(10_000):
+        x = torch.randn(1, 16, 33 + number % 100, 33 + number // 100).contiguous(memory_format=torch.channels_last)
+        sepconv.separable_conv2d(x, weight, mix, padding=1)
+        sepconv.depthwise_conv2d(x, weight, padding=1)
+        if number % 500 == 499:
+            gc.collect()
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert runtime.cached_kernels() <= runtime.MAX_KERNELS
+    # What is remembered grows to its bound and is forgotten, in turn.
+    assert max(resident[10:]) - max(resident[:10]) < 16 << 20

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
-from sepconv.bench import network, tables
+from sepconv.bench import network, tables, tune
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
@@ -17,6 +18,7 @@ from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.cost import count
 from sepconv.doctor import doctor
+from sepconv.kernels import code_cache, tuned
 from sepconv.model_file import open_model
 from sepconv.report import write_report
 
@@ -132,6 +134,36 @@ def bench_network(
     command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
     network.run(_counts(threads), seconds, match, names, footprints, json_file, command, screen.say)
     _finish(screen, json_file, tables.networks_summary)
+
+
+@bench_app.command("tune", epilog="Example: sepconv bench tune mobilenet_v1 --input 3x224x224 --threads 1,2")
+@guarded
+def bench_tune(
+    model: options.Model,
+    shape: Annotated[
+        str | None,
+        typer.Option("--input", metavar="CxHxW", help="One input without the batch.", show_default=False),
+    ] = None,
+    weights: options.Weights = None,
+    settings: options.Settings = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 1,
+    threads: SuiteThreads = "1",
+    seconds: SuiteSeconds = 0.3,
+    json_file: options.JsonFile = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Search for faster schedules of a network's kernels, and keep them for this machine."""
+    screen = Screen(quiet, json_file)
+    network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    example = torch.randn(batch, *arguments.shape_of(shape, card))
+    found = []
+    for done, of, one in tune.run(network.eval(), example, _counts(threads), seconds):
+        screen.say(f"{done}/{of} {one.kind} {one.size}, threads={one.threads}: {one.tried} schedules")
+        found.append(one)
+    show.tuned(screen, found)
+    screen.say(f"Kept in {tuned.path()}" if tuned.path() else f"Not kept: {code_cache.unusable()}")
+    screen.result({"model": card.model, "kernels": [asdict(one) for one in found], "table": str(tuned.path())})
 
 
 def _counts(threads: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sepconv.bench.tune import Tuned
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
 from sepconv.doctor import PROBE, Diagnosis
@@ -43,6 +44,22 @@ def _factor(before: float, after: float) -> str:
     if not before or not after:
         return ""
     return f"1/{before / after:.2f}" if after <= before else f"{after / before:.2f} x"
+
+
+def tuned(screen: Screen, found: list[Tuned]) -> None:
+    """Every kernel that was tuned, and how much faster it became."""
+    rows = [
+        (
+            one.kind,
+            one.size,
+            str(one.threads),
+            f"{one.usual_ms:.4f}",
+            f"{one.best_ms:.4f}",
+            _factor(one.usual_ms, one.best_ms),
+        )
+        for one in found
+    ]
+    screen.table("Kernels, milliseconds", ("kind", "input", "threads", "rules", "best", "change"), rows)
 
 
 FILES = {

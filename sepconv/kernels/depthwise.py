@@ -22,7 +22,7 @@ from torch import Tensor
 from sepconv.kernels import depthwise_choice, runtime
 from sepconv.kernels.buffers import buffer
 from sepconv.kernels.depthwise_call import Gather, WeightGradient, filters, no_bias, planes, reads_in_place
-from sepconv.kernels.depthwise_plan import Problem, plan, problem
+from sepconv.kernels.depthwise_plan import Plan, Problem, plan, problem
 from sepconv.kernels.layout import is_channels_last
 
 Padding = Sequence[tuple[int, int]]
@@ -173,7 +173,13 @@ def bind(
         "forward", channels_last, tuple(x.shape), tuple(out.shape), tuple(weight.shape), tuple(stride), low,
         tuple(dilation), bias is not None, activation,
     )  # fmt: skip
-    chosen = plan(p, torch.get_num_threads())
+    return bind_plan(plan(p, torch.get_num_threads()), p, x, weight, bias, out)
+
+
+def bind_plan(
+    chosen: Plan, p: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> Callable[[], None]:
+    """:func:`bind` with the plan that is given."""
     return runtime.compiled(chosen.key, chosen.build).bind(
         buffer(x, planes(tuple(x.shape), 1)),
         buffer(weight, filters(tuple(weight.shape), p.multiplier)),

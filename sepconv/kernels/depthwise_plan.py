@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
-from sepconv.kernels import depthwise_gather, depthwise_weight_grad
+from sepconv.kernels import depthwise_gather, depthwise_weight_grad, tuned
 from sepconv.kernels import schedule_depthwise as schedule
 from sepconv.kernels.depthwise_gather import GatherSpec
 from sepconv.kernels.depthwise_taps import Phase, forward_taps, transposed_taps
@@ -129,6 +129,8 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
         multiplier=p.multiplier,
     )
     tile = schedule.gather_tile(shape, p.channels_last, host())
+    others = partial(schedule.gather_alternatives, shape, tile, p.channels_last, host())
+    tile = tuned.choose("depthwise", (*astuple(p), threads), tile, others)
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
     blocks = schedule.ceil_div(p.channels, tile.block)
     items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
@@ -137,7 +139,7 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
         arguments=(*base, *boxes[: p.dims], items),
-        description=asdict(tile) | {"boxes": boxes, "blocks_per_task": items},
+        description=tile._asdict() | {"boxes": boxes, "blocks_per_task": items},
     )
 
 
@@ -152,5 +154,5 @@ def _weight_plan(p: Problem, threads: int) -> Plan:
         key=repr(spec),
         build=partial(depthwise_weight_grad.build, spec),
         arguments=(*(-low for low in p.low[: p.dims]), *asdict(boxes).values(), items),
-        description=asdict(tile) | asdict(boxes) | {"blocks_per_task": items},
+        description=tile._asdict() | asdict(boxes) | {"blocks_per_task": items},
     )

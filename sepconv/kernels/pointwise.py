@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.kernels import machine, packing, runtime
+from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.activations import activate
 from sepconv.kernels.buffers import Buffer, buffer, dense
 from sepconv.kernels.calls import Call, Layout, PackedCalls
 from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
 from sepconv.kernels.layout import is_channels_last, like
 from sepconv.kernels.runtime import hl
-from sepconv.kernels.schedule_gemm import Tile, pointwise_schedule
+from sepconv.kernels.schedule_gemm import Tile, pointwise_alternatives, pointwise_schedule
 
 # Measured on Zen 4: a call costs 6 us more than PyTorch's and gains 3 us in a million multiply-adds, half of that where
 # channels have to be gathered; and reading the weights once more, to see whether they changed, costs as much as is
@@ -171,7 +171,7 @@ def _matrix(shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool
 
 
 @lru_cache(maxsize=4096)
-def _plan(
+def plan_strided(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     channels_last: bool,
@@ -180,14 +180,20 @@ def _plan(
     residual: bool,
     threads: int,
 ) -> Plan | None:
-    """None where the pixels of such an input cannot be numbered."""
+    """The kernel and its schedule for such an input; None where its pixels cannot be numbered."""
     images, channels, *sizes = shape
     channels_last = channels_last or (prod(sizes) == 1 and stride[1] == 1)
     x_view = _matrix(shape, stride, channels_last)
     if x_view is None:
         return None
     images, pixels = (1, x_view[0][0]) if channels_last else (images, prod(sizes))
-    schedule = pointwise_schedule(machine.host(), channels_last, channels, out_channels, pixels, images, threads)
+    usual = pointwise_schedule(machine.host(), channels_last, channels, out_channels, pixels, images, threads)
+    schedule = tuned.choose(
+        "pointwise",
+        (shape, stride, channels_last, out_channels, activation, residual, threads),
+        usual,
+        lambda: pointwise_alternatives(machine.host(), channels_last, usual, pixels if channels_last else out_channels),
+    )
     tile = schedule.tile
     guard = not channels_last and pixels < tile.wide
     spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, residual)
@@ -200,7 +206,7 @@ def _plan(
 def plan(x: Tensor, out_channels: int, activation: str = "", residual: bool = False) -> Plan:
     """The kernel and its schedule for such an input."""
     threads = torch.get_num_threads()
-    found = _plan(x.shape, x.stride(), is_channels_last(x), out_channels, activation, residual, threads)
+    found = plan_strided(x.shape, x.stride(), is_channels_last(x), out_channels, activation, residual, threads)
     if found is None:
         raise ValueError(f"pointwise.plan: the pixels of x do not lie evenly spaced in memory, strides {x.stride()}")
     return found
@@ -215,7 +221,7 @@ def supports(
     reason = reason or runtime.too_large((x.shape[0], weight.shape[0], *x.shape[2:]))
     if not reason and x.numel():
         shape, stride = x.shape, x.stride()
-        if _plan(shape, stride, is_channels_last(x), weight.shape[0], "", False, 1) is None:
+        if plan_strided(shape, stride, is_channels_last(x), weight.shape[0], "", False, 1) is None:
             reason = f"the pixels of x do not lie evenly spaced in memory (strides {stride}); x.contiguous() would"
     return reason
 

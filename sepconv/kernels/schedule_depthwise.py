@@ -7,8 +7,10 @@ Sizes are in the order x, y, z.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from sepconv.kernels.machine import Machine
 
@@ -25,8 +27,7 @@ _CHUNKS = 16
 _TASKS_PER_THREAD = 8
 
 
-@dataclass(frozen=True)
-class GatherTile:
+class GatherTile(NamedTuple):
     """Loop sizes compiled into a forward or grad_input kernel.
 
     Attributes:
@@ -43,8 +44,7 @@ class GatherTile:
     unrolled_taps: int
 
 
-@dataclass(frozen=True)
-class WeightTile:
+class WeightTile(NamedTuple):
     """Loop sizes compiled into a grad_weight kernel.
 
     Attributes:
@@ -130,6 +130,24 @@ def gather_tile(shape: GatherShape, channels_last: bool, machine: Machine) -> Ga
         rows = _least_waste(height, [r for r in (1, 2, 4) if r <= room], 0.6)
     vectors = min(_floor_power_of_two(ceil_div(width, lanes)), max(1, room // rows), 4)
     return GatherTile(lanes, 1, lanes * vectors, rows, max(1, _BODY // (rows * vectors)))
+
+
+def gather_alternatives(
+    shape: GatherShape, usual: GatherTile, channels_last: bool, machine: Machine
+) -> Iterator[GatherTile]:
+    """Tiles near the usual one, that the tuner tries."""
+    if channels_last:
+        most = machine.registers // 2 - 1
+        blocks = [usual.lanes * n for n in (1, 2, 4, 8) if usual.lanes * n <= shape.channels]
+        runs = [(columns, 1) for columns in (1, 2, 4, 7, 8) if columns <= most]
+    else:
+        blocks = [1]
+        runs = [(usual.lanes * vectors, rows) for vectors in (1, 2, 4) for rows in (1, 2, 4)]
+    for block in blocks:
+        for columns, rows in runs:
+            body = columns * shape.multiplier if channels_last else rows * columns // usual.lanes
+            if body * prod(shape.phases) <= machine.registers:
+                yield GatherTile(usual.lanes, block, columns, rows, max(1, _BODY // body))
 
 
 def _units(shape: GatherShape, tile: GatherTile) -> list[int]:

@@ -7,6 +7,7 @@ All sizes follow from the machine's vector length, register count and caches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -120,6 +121,19 @@ def pointwise_schedule(
     return Pointwise(tile, min(fitting, steps), "channels")
 
 
+def pointwise_alternatives(machine: Machine, channels_last: bool, usual: Pointwise, count: int) -> Iterator[Pointwise]:
+    """Schedules near the usual one, that the tuner tries. ``count``: pixels where channels_last, else channels."""
+    for tile in _near(machine, usual.tile):
+        if tile.scalars <= count:
+            for chunk in dict.fromkeys((usual.chunk, max(1, usual.chunk // 2), usual.chunk * 2)):
+                yield Pointwise(tile, chunk, usual.parallel)
+
+
+def _near(machine: Machine, usual: Tile) -> list[Tile]:
+    """The usual register tile, and all that keep the multiply-add units busy."""
+    return list(dict.fromkeys([usual, *(fit for tile in _tiles(machine) for fit in (tile, _shallower(tile)))]))
+
+
 def _rounds(tasks: int, threads: int) -> float:
     """Time of equal tasks on so many threads, over the time if they could be shared out evenly."""
     return _round_up(tasks, threads) / tasks
@@ -188,6 +202,19 @@ def separable_schedule(
             tile, rows, parallel = whole, height, "channels"
     columns = 4 if machine.registers >= 32 else 2
     return Separable(tile, rows, columns, channel_lanes(machine, channels), parallel)
+
+
+def separable_alternatives(machine: Machine, usual: Separable, size: tuple[int, int]) -> Iterator[Separable]:
+    """Schedules near the usual one, that the tuner tries; ``size`` is the output's."""
+    height, width = size
+    rows = dict.fromkeys((usual.rows, max(1, usual.rows // 2), min(height, usual.rows * 2)))
+    for tile in _near(machine, usual.tile):
+        for count in rows if usual.parallel == "rows" else (usual.rows,):
+            if tile.scalars <= count * width and (height % count == 0 or tile.scalars <= height % count * width):
+                yield usual._replace(tile=tile, rows=count)
+    for columns in (1, 2, 4, 8):
+        if columns != usual.columns:
+            yield usual._replace(columns=columns)
 
 
 def _rows_cost(rows: int, height: int, width: int, images: int, threads: int, tile: Tile) -> float:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.kernels import machine, packing, runtime
+from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.buffers import Buffer, buffer, pixels
 from sepconv.kernels.calls import Call, Layout, PackedCalls
 from sepconv.kernels.layout import is_channels_last, like
-from sepconv.kernels.schedule_gemm import separable_schedule
+from sepconv.kernels.schedule_gemm import separable_alternatives, separable_schedule
 from sepconv.kernels.separable_pipeline import UNROLLED_TAPS, Spec, build
 
 Padding = Sequence[tuple[int, int]]
@@ -57,7 +57,13 @@ def plan(
     ends = zip((height, width), padding, kernel_size, stride, dilation, strict=True)
     out_height, out_width = ((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in ends)
     size = (out_height, out_width)
-    schedule = separable_schedule(machine.host(), channels, multiplier, out_channels, max(images, 1), size, threads)
+    usual = separable_schedule(machine.host(), channels, multiplier, out_channels, max(images, 1), size, threads)
+    schedule = tuned.choose(
+        "separable",
+        (shape, depthwise_shape, out_channels, stride, padding, dilation, activations, residual, threads),
+        usual,
+        lambda: separable_alternatives(machine.host(), usual, size),
+    )
     spec = Spec(
         channels, multiplier, out_channels, kernel_size, stride, dilation, schedule.tile, schedule.columns,
         schedule.depthwise_lanes, schedule.parallel, *activations, residual,

@@ -151,9 +151,12 @@ def _choose(consider: Callable[..., Choice], tensors: Sequence[Tensor | None], *
     return choice
 
 
-def _outline(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Sizes and strides without the memory: a choice that is kept must not keep tensors."""
-    return tuple(None if t is None else torch.empty_strided(t.shape, t.stride(), device="meta") for t in tensors)
+def _outline(tensor: Tensor | None) -> Callable[[], Any]:
+    """Makes a tensor of this size and strides without memory: a choice that is kept must not keep tensors."""
+    if tensor is None:
+        return lambda: None
+    shape, stride = tensor.shape, tensor.stride()
+    return lambda: torch.empty_strided(shape, stride, device="meta")
 
 
 def _prepare_pytorch(x: Tensor, geometry: tuple[Any, Any, Any], activation: str) -> Callable[..., Tensor]:
@@ -177,13 +180,13 @@ def _consider_forward(
     activation: str,
 ) -> Choice:
     geometry = (tuple(stride), _pairs(padding), tuple(dilation))
-    x_like, w_like = _outline(x, weight)
+    x_like, w_like = _outline(x), _outline(weight)
     case = ("forward", x, weight, *geometry, activation)
     return Choice(
         "depthwise_conv",
         depthwise.supports(*case) or depthwise.slower(*case),
         lambda: depthwise.prepare_forward(x, weight, bias, *geometry, activation),
-        lambda: depthwise.describe("forward", x_like, w_like, *geometry, activation),
+        lambda: depthwise.describe("forward", x_like(), w_like(), *geometry, activation),
         _prepare_pytorch(x, geometry, activation),
     )
 
@@ -197,13 +200,13 @@ def _consider_grad_input(
     dilation: Sequence[int],
 ) -> Choice:
     size, geometry = tuple(input_size), (tuple(stride), _pairs(padding), tuple(dilation))
-    g_like, w_like = _outline(grad_output, weight)
+    g_like, w_like = _outline(grad_output), _outline(weight)
     case = ("grad_input", grad_output, weight, *geometry)
     return Choice(
         "depthwise_conv_grad_input",
         depthwise.supports(*case) or depthwise.slower(*case, size=size),
         lambda: depthwise.prepare_grad_input(grad_output, weight, size, *geometry),
-        lambda: depthwise.describe("grad_input", g_like, w_like, *geometry, size=size),
+        lambda: depthwise.describe("grad_input", g_like(), w_like(), *geometry, size=size),
         lambda g, w: _as_output(aten.depthwise_grad_input(g, w, size, *geometry), g),
     )
 
@@ -217,13 +220,13 @@ def _consider_grad_weight(
     dilation: Sequence[int],
 ) -> Choice:
     size, geometry = tuple(weight_size), (tuple(stride), _pairs(padding), tuple(dilation))
-    g_like, x_like = _outline(grad_output, x)
+    g_like, x_like = _outline(grad_output), _outline(x)
     case = ("grad_weight", grad_output, x, *geometry)
     return Choice(
         "depthwise_conv_grad_weight",
         depthwise.supports(*case) or depthwise.slower(*case, size=size),
         lambda: depthwise.prepare_grad_weight(grad_output, x, size, *geometry),
-        lambda: depthwise.describe("grad_weight", g_like, x_like, *geometry, size=size),
+        lambda: depthwise.describe("grad_weight", g_like(), x_like(), *geometry, size=size),
         lambda g, x: aten.depthwise_grad_weight(g, x, size, *geometry).contiguous(),
     )
 
@@ -232,12 +235,12 @@ def _consider_pointwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Choice:
     arguments = (x, weight, bias, activation, residual)
-    x_like, w_like, b_like, r_like = _outline(x, weight, bias, residual)
+    x_like, w_like, b_like, r_like = map(_outline, (x, weight, bias, residual))
     return Choice(
         "pointwise_conv",
         pointwise.supports(*arguments) or pointwise.slower(*arguments),
         lambda: pointwise.Prepared(x, weight, activation, residual is not None),
-        lambda: pointwise.describe(x_like, w_like, b_like, activation, r_like),
+        lambda: pointwise.describe(x_like(), w_like(), b_like(), activation, r_like()),
         lambda x, w, b, r: _as_output(aten.pointwise_forward(x, w, b, activation, r), x),
     )
 
@@ -267,14 +270,14 @@ def _consider_separable(
         return x, dw, dw_bias, between, pw, pw_bias, activation, *geometry, residual
 
     tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
-    given, outline = arguments(*tensors), arguments(*_outline(*tensors))
+    given, outlines = arguments(*tensors), [_outline(tensor) for tensor in tensors]
     return Choice(
         "separable_conv",
         separable.supports(*given) or separable.slower(*given),
         lambda: separable.Prepared(
             x, depthwise_weight, between, pointwise_weight, activation, *geometry, residual is not None
         ),
-        lambda: separable.describe(*outline),
+        lambda: separable.describe(*arguments(*(outline() for outline in outlines))),
         separately,
         "depthwise, then pointwise",
     )

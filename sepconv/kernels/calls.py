@@ -11,27 +11,17 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from sepconv.kernels import packing, runtime
-from sepconv.kernels.buffers import Arguments, Buffer, arguments, steps
+from sepconv.kernels.buffers import Arguments, Buffer, arguments
 
 
 class Layout(NamedTuple):
-    """Sizes and strides of a float32 tensor, and the sizes in which the kernel reads it (dimensions reversed)."""
+    """Sizes and strides in which the kernel reads a float32 tensor (dimensions reversed)."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    view: tuple[int, ...]
-
-
-def _movable(layout: Layout) -> Buffer:
-    """A buffer that points nowhere yet."""
-    place = np.empty(1, np.float32)
-    strides = [4 * step for step in layout.stride]
-    array = np.lib.stride_tricks.as_strided(place, layout.shape, strides).reshape(layout.view)
-    return Buffer(array.shape, steps(array), 0)
 
 
 class Call:
@@ -53,7 +43,7 @@ class Call:
         self._prepare()
 
     def _prepare(self) -> tuple[Arguments, list[Buffer]]:
-        given = [_movable(item) if isinstance(item, Layout) else item for item in self._arguments]
+        given = [Buffer(*item, 0) if isinstance(item, Layout) else item for item in self._arguments]
         moved = [now for now, before in zip(given, self._arguments, strict=True) if now is not before]
         prepared = arguments(*given)
         self._local.prepared = prepared, moved

@@ -77,7 +77,7 @@ def describe(
     images = (first, second) if which == "grad_weight" else (first,)
     copies = sum(not reads_in_place(tensor, p.channels_last) for tensor in images)
     layout = "channels_last" if p.channels_last else "contiguous"
-    return {"layout": layout, "copied_tensors": copies} | plan(p, torch.get_num_threads()).description
+    return {"layout": layout, "copied_tensors": copies} | plan(p, torch.get_num_threads()).description()
 
 
 def _pose(

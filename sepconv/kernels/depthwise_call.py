@@ -30,6 +30,30 @@ def filters(shape: Sizes, multiplier: int) -> Sizes:
     return (channels // multiplier, multiplier, *(1,) * (3 - len(space)), *space)
 
 
+def _plane_layout(shape: Sizes, stride: Sizes, multiplier: int) -> Layout:
+    """:func:`planes` with strides. Those of single elements say nothing; the kernels expect them as without gaps."""
+    sizes = planes(shape, multiplier)
+    image, channel, *space = stride
+    if sizes[-1] == 1:
+        space[-1] = 1
+    across = channel if multiplier > 1 else 1
+    return Layout(
+        sizes,
+        (image, channel * multiplier if sizes[1] > 1 else multiplier, across, *(1,) * (3 - len(space)), *space),
+    )
+
+
+def _filter_layout(shape: Sizes, stride: Sizes, multiplier: int) -> Layout:
+    """:func:`filters` with strides."""
+    channel, _, *space = stride
+    return Layout(filters(shape, multiplier), (channel * multiplier, channel, *(1,) * (3 - len(space)), *space))
+
+
+def _bias_layout(bias: Tensor, multiplier: int) -> Layout:
+    (step,) = bias.stride()
+    return Layout((bias.shape[0] // multiplier, multiplier), (step * multiplier, step))
+
+
 @lru_cache(maxsize=1)
 def no_bias() -> Any:
     return buffer(torch.zeros(1), (1, 1))
@@ -51,7 +75,7 @@ class _Image:
         stride = tensor.stride()
         if self.copied:
             stride = torch.empty(tensor.shape, memory_format=self.memory_format, device="meta").stride()
-        self.layout = Layout(tuple(tensor.shape), stride, planes(tuple(tensor.shape), multiplier))
+        self.layout = _plane_layout(tuple(tensor.shape), stride, multiplier)
 
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=self.memory_format) if self.copied else tensor
@@ -76,10 +100,10 @@ class Gather:
             out = torch.empty(shape, memory_format=self.memory_format, device="meta").stride()
             arguments = (
                 self.image.layout,
-                Layout(tuple(weight.shape), weight.stride(), filters(tuple(weight.shape), p.multiplier)),
-                no_bias() if bias is None else Layout(tuple(bias.shape), bias.stride(), (-1, p.multiplier)),
+                _filter_layout(tuple(weight.shape), weight.stride(), p.multiplier),
+                no_bias() if bias is None else _bias_layout(bias, p.multiplier),
                 *chosen.arguments,
-                Layout(shape, out, planes(shape, p.multiplier if forward else 1)),
+                _plane_layout(shape, out, p.multiplier if forward else 1),
             )
             self.call = Call(chosen.key, chosen.build, arguments)
 
@@ -104,7 +128,7 @@ class WeightGradient:
         if grad_output.numel():
             chosen = plan(p, torch.get_num_threads())
             out = torch.empty(shape, device="meta").stride()
-            result = Layout(shape, out, filters(shape, p.multiplier))
+            result = _filter_layout(shape, out, p.multiplier)
             arguments = (self.image.layout, self.grad_image.layout, *chosen.arguments, result)
             self.call = Call(chosen.key, chosen.build, arguments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -49,12 +49,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """``build`` makes the kernel for ``key``; ``arguments`` are its numbers; ``description`` is for people."""
+    """``build`` makes the kernel for ``key``; ``arguments`` are its numbers; ``description()`` is for people."""
 
     key: str
     build: Callable[[], tuple[Any, list[Any]]]
     arguments: Numbers
-    description: dict[str, Any]
+    description: Callable[[], dict[str, Any]]
 
 
 def _xyz(values: Sequence[int], missing: int) -> Sizes:
@@ -130,7 +130,7 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
     )
     tile = schedule.gather_tile(shape, p.channels_last, host())
     others = partial(schedule.gather_alternatives, shape, tile, p.channels_last, host())
-    tile = tuned.choose("depthwise", (*astuple(p), threads), tile, others)
+    tile = tuned.choose("depthwise", (*vars(p).values(), threads), tile, others)
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
     blocks = schedule.ceil_div(p.channels, tile.block)
     items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
@@ -139,7 +139,7 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
         arguments=(*base, *boxes[: p.dims], items),
-        description=tile._asdict() | {"boxes": boxes, "blocks_per_task": items},
+        description=lambda: tile._asdict() | {"boxes": boxes, "blocks_per_task": items},
     )
 
 
@@ -154,5 +154,5 @@ def _weight_plan(p: Problem, threads: int) -> Plan:
         key=repr(spec),
         build=partial(depthwise_weight_grad.build, spec),
         arguments=(*(-low for low in p.low[: p.dims]), *asdict(boxes).values(), items),
-        description=tile._asdict() | asdict(boxes) | {"blocks_per_task": items},
+        description=lambda: tile._asdict() | asdict(boxes) | {"blocks_per_task": items},
     )

@@ -282,9 +282,9 @@ class Prepared:
     def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:
         found, spec = self.found, self.found.spec
         size = found.out_size
-        image = Layout(size, tuple([prod(size[d + 1 :]) for d in range(len(size))]), size)
+        image = Layout(size, tuple([prod(size[d + 1 :]) for d in range(len(size))]))
         images = [image] * (2 if spec.residual else 1)
-        given = (found.chunk, found.share, Layout(*found.x_view, found.x_view[0]), *packed, *images)
+        given = (found.chunk, found.share, Layout(*found.x_view), *packed, *images)
         return [(Call(("pointwise", spec), partial(build, spec), given), 0)]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

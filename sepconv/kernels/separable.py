@@ -256,7 +256,7 @@ class Prepared:
         self.shape = (x.shape[0], pointwise_weight.shape[0], *found.size)
         self.memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         image = pixels(x)
-        self._x = Layout(tuple(image.shape), tuple(image.strides), tuple(image.shape))
+        self._x = Layout(tuple(image.shape), tuple(image.strides))
         variant = ("separable", found.spec.tile.wide, depthwise_weight.shape, pointwise_weight.shape)
         self._calls = PackedCalls(variant, partial(pack, found), self._prepare)
 
@@ -264,7 +264,7 @@ class Prepared:
         found, calls = self.found, []
         for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
             shape, strides, skipped = _tiles(self.shape, rows, first, tiles)
-            images = [Layout(shape, strides, shape)] * (2 if found.spec.residual else 1)
+            images = [Layout(shape, strides)] * (2 if found.spec.residual else 1)
             given = (found.size[1], rows, first, share, *found.before, self._x, *packed, *images)
             calls.append((Call(("separable", found.spec), partial(build, found.spec), given), skipped))
         return calls

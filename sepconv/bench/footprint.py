@@ -62,9 +62,9 @@ def small_network() -> nn.Module:
 
 
 def measure(network: str, contender: str, threads: int, weight_bytes: int, folder: Path) -> Footprint:
-    """Processes for the small network, and two for the network of that name (see ``network.NETWORKS``).
+    """Two processes for the small network, and two for the network of that name (see ``network.NETWORKS``).
 
-    The small network's first process makes the file that its second one only reads, as the others do theirs.
+    The first of each fills caches and makes files that the second one only reads; memory is that of the second ones.
 
     Raises:
         ValueError: a process failed.
@@ -72,8 +72,7 @@ def measure(network: str, contender: str, threads: int, weight_bytes: int, folde
     with tempfile.TemporaryDirectory() as empty:
         environment = {"XDG_CACHE_HOME": empty, "TORCHINDUCTOR_CACHE_DIR": str(Path(empty, "inductor"))}
         run = partial(_in_a_process, contender=contender, threads=threads, folder=folder)
-        run(SMALL, environment={})
-        small, cold, warm = (run(name, environment=environment) for name in (SMALL, network, network))
+        _, small, cold, warm = (run(name, environment=environment) for name in (SMALL, SMALL, network, network))
     memory = None if warm["memory"] is None else warm["memory"] - small["memory"]
     return Footprint(network, contender, threads, weight_bytes, cold["ready_s"], warm["ready_s"], memory)
 

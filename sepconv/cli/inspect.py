@@ -27,10 +27,7 @@ from sepconv.report import write_report
 @guarded
 def count_command(
     model: options.Model,
-    shape: Annotated[
-        str | None,
-        typer.Option("--input", metavar="CxHxW", help="One input without the batch.", show_default=False),
-    ] = None,
+    shape: options.InputShape = None,
     weights: options.Weights = None,
     settings: options.Settings = None,
     json_file: options.JsonFile = None,
@@ -140,10 +137,7 @@ def bench_network(
 @guarded
 def bench_tune(
     model: options.Model,
-    shape: Annotated[
-        str | None,
-        typer.Option("--input", metavar="CxHxW", help="One input without the batch.", show_default=False),
-    ] = None,
+    shape: options.InputShape = None,
     weights: options.Weights = None,
     settings: options.Settings = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 1,

@@ -31,6 +31,15 @@ Settings = Annotated[
 Weights = Annotated[
     Path | None, typer.Option("--weights", metavar="FILE", help="Weights, a safetensors file.", show_default=False)
 ]
+InputShape = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="CxHxW",
+        help="One input without the batch, where the weights do not say it.",
+        show_default=False,
+    ),
+]
 DataSource = Annotated[
     str,
     typer.Option(

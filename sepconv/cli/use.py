@@ -26,12 +26,7 @@ def export_command(
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.", show_default=False)],
     weights: options.Weights = None,
     settings: options.Settings = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            "--input", metavar="CxHxW", help="One input, where the weights do not say it.", show_default=False
-        ),
-    ] = None,
+    shape: options.InputShape = None,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile import lower as lowering
 from sepconv.compile import plan as planning
+from sepconv.compile.constants import Constant
+from sepconv.compile.groups import Convolution
 from sepconv.compile.model import MAX_PLANS
 from sepconv.kernels import runtime, separable, threads
 from sepconv.kernels.runtime import BuildError
@@ -329,3 +331,27 @@ def test_compiled_model_memory_stays_bounded_over_a_thousand_sizes(model: nn.Mod
         if i in (99, 999):
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
     assert resident[1] - resident[0] < 100 * 2**20
+
+
+def _folded(compiled: CompiledModel) -> list[Constant]:
+    [plan] = [plan for plan in compiled._plans.values() if not isinstance(plan, str)]
+    groups = [part for step in plan.layout.steps for part in (getattr(step.target, "pointwise", None), step.target)]
+    weights = [group.weight for group in groups if isinstance(group, Convolution)]
+    return [weight for weight in weights if weight._again is not None]
+
+
+def test_folded_weights_are_kept_only_where_pytorch_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.BatchNorm2d(8)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())).eval()
+    x = torch.randn(2, 3, 9, 9)
+    truth = model.double()(x.double()).detach()
+    model.float()
+    packed = compile(model, x)
+    assert [weight._seen() for weight in _folded(packed)] == [None]
+    monkeypatch.setattr(lowering, "_unfit", lambda target, args, out: "it is Tuesday")
+    through_pytorch = compile(model, x)
+    assert [weight._seen() is None for weight in _folded(through_pytorch)] == [False]
+    for compiled in (packed, through_pytorch):
+        torch.testing.assert_close(compiled(x).double(), truth, rtol=1e-4, atol=1e-5)
+        compiled(torch.randn(1, 3, 5, 4))  # a new size makes them again
+        torch.testing.assert_close(compiled(x).double(), truth, rtol=1e-4, atol=1e-5)

@@ -23,10 +23,27 @@ T = TypeVar("T")
 
 
 class Constant:
-    """A tensor with the key under which the store knows it."""
+    """A tensor with the key under which the store knows it.
 
-    def __init__(self, tensor: Tensor, key: Hashable) -> None:
-        self.tensor, self.key = tensor, key
+    One that can be made again is not kept for longer than somebody uses it: of weights that a kernel has packed, the
+    packed copy is enough until another image size wants another one.
+    """
+
+    def __init__(self, tensor: Tensor, key: Hashable, again: Callable[[], Tensor] | None = None) -> None:
+        self.key, self.shape = key, tensor.shape
+        self._again, self._tensor = again, tensor if again is None else None
+        self._seen = weakref.ref(tensor)
+
+    @property
+    def tensor(self) -> Tensor:
+        if self._tensor is not None:
+            return self._tensor
+        found = self._seen()
+        if found is None:
+            assert self._again is not None
+            found = self._again()
+            self._seen = weakref.ref(found)
+        return found
 
 
 class Store:
@@ -39,6 +56,10 @@ class Store:
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Constant:
         return self.keep(("constant", key), lambda: Constant(make(), key))
+
+    def derived(self, key: Hashable, make: Callable[[], Tensor]) -> Constant:
+        """One that ``make`` can make again: it must hold constants, not their tensors."""
+        return self.keep(("constant", key), lambda: Constant(make(), key, make))
 
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returns, or returned before if that is still in use."""

@@ -44,19 +44,19 @@ class Convolution:
 
     @property
     def dims(self) -> int:
-        return self.weight.tensor.dim() - 2
+        return len(self.weight.shape) - 2
 
     @property
     def out_channels(self) -> int:
-        return self.weight.tensor.shape[0]
+        return self.weight.shape[0]
 
     @property
     def in_channels(self) -> int:
-        return self.weight.tensor.shape[1] * self.groups
+        return self.weight.shape[1] * self.groups
 
     @property
     def kernel_size(self) -> Numbers:
-        return tuple(self.weight.tensor.shape[2:])
+        return tuple(self.weight.shape[2:])
 
     @property
     def kind(self) -> str:
@@ -77,7 +77,7 @@ class Convolution:
 
     def macs(self, output: Numbers) -> int:
         """Multiply-adds for an output of that shape, batch included."""
-        return math.prod(output) * math.prod(self.weight.tensor.shape[1:])
+        return math.prod(output) * math.prod(self.weight.shape[1:])
 
     def then(self, what: str, **changes: object) -> Convolution:
         """The same with something more fused into it."""

@@ -46,7 +46,7 @@ def lower(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor], store:
             return (_bind_split if choice == "split" else _bind)(target, args, outputs[0], store)
         except BuildError as error:
             reason = str(error).splitlines()[0]
-    return Call(partial(_through_torch, target, args, outputs[0]), "torch", reason)
+    return Call(partial(_through_torch, target, args, outputs[0]), "torch", reason, _weights(target))
 
 
 def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store, choice: str = "") -> Call:
@@ -62,6 +62,12 @@ def lower_direct(target: Convolution, x: Tensor, out: Tensor, store: Store, choi
         bound()
 
     return call._replace(run=run)
+
+
+def _weights(target: Any) -> list[Tensor]:
+    """What PyTorch reads in every call, so that it need not be made again."""
+    parts = (target.depthwise, target.pointwise) if isinstance(target, Separable) else (target,)
+    return [c.tensor for part in parts if isinstance(part, Convolution) for c in (part.weight, part.bias) if c]
 
 
 def _through_torch(target: Any, args: Sequence[Tensor], out: Tensor) -> None:
@@ -110,7 +116,7 @@ def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, stor
     x, residual = args[0], args[1] if target.residual else None
     parts = (first.weight, first.bias, second.weight, second.bias)
     found = separable.plan(
-        x.shape, first.weight.tensor.shape, second.out_channels, first.stride, first.padding, first.dilation,
+        x.shape, first.weight.shape, second.out_channels, first.stride, first.padding, first.dilation,
         (first.activation, second.activation), residual is not None, torch.get_num_threads(),
     )  # fmt: skip
     packed = store.keep(

@@ -104,9 +104,8 @@ def _scaled_and_shifted(
     """``convolution * factor + shift`` with new weights, computed in float64; vectors over the output channels."""
     weight, bias = conv.weight, conv.bias
     if factor is not None:
-        column = factor.view(-1, *[1] * (weight.tensor.dim() - 1))
-        old = weight.tensor
-        weight = store.get(("scaled", conv.weight.key, key), lambda: (old.double() * column).float())
+        column = factor.view(-1, *[1] * (len(weight.shape) - 1))
+        weight = store.derived(("scaled", conv.weight.key, key), lambda: (conv.weight.tensor.double() * column).float())
     start = None if bias is None else bias.tensor.double() * (1.0 if factor is None else factor)
     if shift is not None:
         start = shift if start is None else start + shift

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import sizes
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import verdicts
 from sepconv.bench import tables
@@ -46,8 +47,9 @@ def _networks(content: dict[str, Any]) -> str:
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    conversion, claims, compiled = (ROOT / "docs" / f"{name}.md" for name in ("conversion", "claims", "compile"))
-    found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled)}
+    names = ("conversion", "claims", "compile", "kernels")
+    conversion, claims, compiled, kernels = (ROOT / "docs" / f"{name}.md" for name in names)
+    found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled, kernels)}
 
     def put(path: Path, name: str, content: str) -> None:
         found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
@@ -67,6 +69,8 @@ def documents() -> dict[Path, str]:
         content = tables.read(RESULTS / "network.json")
         put(readme, "network", tables.networks_summary(content))
         put(compiled, "network", _networks(content))
+    if sizes.RECORD.exists():
+        put(kernels, "sizes", sizes.table(json.loads(sizes.RECORD.read_text())))
     put(conversion, "evidence", evidence.conversion())
     put(claims, "claims", verdicts.document())
     return found

@@ -113,7 +113,7 @@ def depthwise_conv(
         return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
     tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
     if call is not None and not call[0]:
-        return direct.keep(call, depthwise_choice(*tensors, *walk, chosen))(*tensors)
+        return direct.keep(call, depthwise_choice(*tensors, *walk, chosen).unrecorded())(*tensors)
     split = _split_for_gradient(chosen, *tensors)
     options = (*walk, "" if split else chosen)
     if call is not None:
@@ -158,7 +158,7 @@ def pointwise_conv(
     if any(step > 1 for step in steps):
         call = None
     if call is not None and not call[0]:
-        return direct.keep(call, pointwise_choice(*tensors, chosen))(*tensors)
+        return direct.keep(call, pointwise_choice(*tensors, chosen).unrecorded())(*tensors)
     split = _split_for_gradient(chosen, *tensors)
     options = ("" if split else chosen,)
     if call is not None:
@@ -213,7 +213,7 @@ def separable_conv(
         return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
     walk = (g.stride, g.flat_padding, g.dilation)
     if call is not None and not call[0]:
-        return direct.keep(call, separable_choice(*tensors, *walk, between, chosen))(*tensors)
+        return direct.keep(call, separable_choice(*tensors, *walk, between, chosen).unrecorded())(*tensors)
     split = _split_for_gradient(chosen, *tensors)
     options = (*walk, between, "" if split else chosen)
     if call is not None:

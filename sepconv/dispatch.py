@@ -117,8 +117,13 @@ class Choice:
                 if recording():
                     note(Explanation(self.op, "halide", self._describe()))
                 return y
-        note(Explanation(self.op, self.slow_name, reasons={"halide": self.reason}))
+        if recording():
+            note(Explanation(self.op, self.slow_name, reasons={"halide": self.reason}))
         return self._slow(*tensors)
+
+    def unrecorded(self) -> Callable[..., Tensor]:
+        """The shortest way to the result, for calls that nobody records."""
+        return self if self._fast is not None else self._slow
 
 
 _choices: dict[Hashable, Choice] = {}
@@ -167,7 +172,16 @@ def _prepare_pytorch(x: Tensor, geometry: tuple[Any, Any, Any], activation: str)
     conv: Callable[..., Tensor] = aten.CONV[len(stride)]
     amounts, groups = [low for low, _ in padding], x.shape[1]
     form = _memory_format(x)
-    return lambda x, w, b: conv(x, w, b, stride, amounts, dilation, groups).contiguous(memory_format=form)
+    in_form: bool | None = None
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal in_form
+        y = conv(x, weight, bias, stride, amounts, dilation, groups)
+        if in_form is None:  # for these sizes and strides PyTorch's choice of a layout is always the same
+            in_form = y.is_contiguous(memory_format=form)
+        return y if in_form else y.contiguous(memory_format=form)
+
+    return run
 
 
 def _consider_forward(

@@ -26,6 +26,7 @@ from torch import nn
 
 from sepconv.bench.peers import CONTENDERS, Source
 from sepconv.bench.timing import threads_set_to
+from sepconv.kernels.code_cache import VARIABLE
 
 _RUNS = 5
 _PROCESS = Path("/proc/self")
@@ -70,7 +71,11 @@ def measure(network: str, contender: str, threads: int, weight_bytes: int, folde
         ValueError: a process failed.
     """
     with tempfile.TemporaryDirectory() as empty:
-        environment = {"XDG_CACHE_HOME": empty, "TORCHINDUCTOR_CACHE_DIR": str(Path(empty, "inductor"))}
+        environment = {
+            VARIABLE: empty,
+            "XDG_CACHE_HOME": empty,
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(empty, "inductor")),
+        }
         run = partial(_in_a_process, contender=contender, threads=threads, folder=folder)
         _, small, cold, warm = (run(name, environment=environment) for name in (SMALL, SMALL, network, network))
     memory = None if warm["memory"] is None else warm["memory"] - small["memory"]

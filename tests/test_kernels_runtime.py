@@ -14,6 +14,7 @@ import torch
 from kernel_checks import depthwise_forward, pointwise_forward
 
 from sepconv.kernels import depthwise, machine, peak, runtime
+from sepconv.kernels import pool as pool_kernel
 from sepconv.kernels import threads as pool
 from sepconv.kernels.buffers import buffer
 
@@ -246,3 +247,9 @@ def test_one_thread_is_one_thread_after_more_were_used() -> None:
         assert min(others) < 0.1
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_step_of_a_single_channel_says_nothing() -> None:
+    x, out = torch.randn(2, 1, 5, 7), torch.full((2, 1), float("nan"))
+    pool_kernel.bind(x, out)()
+    torch.testing.assert_close(out, x.mean((2, 3)))

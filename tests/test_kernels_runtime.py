@@ -229,7 +229,7 @@ def test_cache_sizes_come_from_the_system(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_one_thread_is_one_thread_after_more_were_used() -> None:
-    """Halide's pool keeps its threads, so a kernel for one thread must not share out anything."""
+    """A kernel for one thread shares nothing out."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import sepconv
+from sepconv import dispatch
 from sepconv.kernels import code_cache, llvm, machine_code, runtime
 from sepconv.kernels.buffers import Buffer, arguments, buffer
 
@@ -211,3 +213,15 @@ def test_a_moved_buffer_shows_other_memory() -> None:
         source.move(given.data_ptr())
         kernel.run(prepared)
         assert torch.equal(out, given)
+
+
+def test_a_full_disk_leaves_the_work_to_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(machine_code.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(dispatch, "_choices", {})
+    x, weight = torch.randn(8, 32, 61, 61), torch.randn(32, 1, 7, 7)
+    [choice] = sepconv.explain(sepconv.depthwise_conv2d, x, weight, None, 1, 3)
+    assert choice.kernel == "torch"
+    assert "No space left on device" in choice.reasons["halide"]

@@ -104,7 +104,11 @@ class Bound:
 
 
 def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:
-    """Halide's object code for a pipeline, with the entry that :class:`Kernel` calls."""
+    """Halide's object code for a pipeline, with the entry that :class:`Kernel` calls.
+
+    Raises:
+        OSError: there is no room for a temporary file.
+    """
     import halide as hl
 
     with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:

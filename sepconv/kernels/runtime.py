@@ -114,7 +114,7 @@ def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
         if entry.kernel is None:
             try:
                 entry.kernel = Kernel(_object_code(place, build))
-            except (hl.HalideError, RuntimeError) as error:
+            except (hl.HalideError, RuntimeError, OSError) as error:
                 entry.error = BuildError(f"Halide cannot build {place[0]}: {str(error).strip()}")
                 raise entry.error from error
         return entry.kernel

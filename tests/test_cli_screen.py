@@ -146,6 +146,7 @@ def test_completion_installs_and_completes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))  # tests may run in no shell
     with pytest.raises(SystemExit) as ended:
         cli.run(["--install-completion", "bash"])
     assert ended.value.code == 0

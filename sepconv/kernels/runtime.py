@@ -114,7 +114,9 @@ def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
         if entry.kernel is None:
             try:
                 entry.kernel = Kernel(_object_code(place, build))
-            except (hl.HalideError, RuntimeError, OSError) as error:
+            except OSError as error:  # a disk may have room again later
+                raise BuildError(f"Halide cannot build {place[0]}: {error}") from error
+            except (hl.HalideError, RuntimeError) as error:
                 entry.error = BuildError(f"Halide cannot build {place[0]}: {str(error).strip()}")
                 raise entry.error from error
         return entry.kernel

@@ -285,12 +285,11 @@ def _consider_separable(
 
     tensors = (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual)
     given, outlines = arguments(*tensors), [_outline(tensor) for tensor in tensors]
+    case = (x, depthwise_weight, between, pointwise_weight, activation, *geometry, residual is not None)
     return Choice(
         "separable_conv",
         separable.supports(*given) or separable.slower(*given),
-        lambda: separable.Prepared(
-            x, depthwise_weight, between, pointwise_weight, activation, *geometry, residual is not None
-        ),
+        lambda: separable.Prepared(separable.plan_for(*case), x, depthwise_weight, pointwise_weight),
         lambda: separable.describe(*arguments(*(outline() for outline in outlines))),
         separately,
         "depthwise, then pointwise",

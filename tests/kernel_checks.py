@@ -71,5 +71,6 @@ def separable_forward(
     *walk: Any,
     residual: Tensor | None = None,
 ) -> Tensor:
-    ready = separable.Prepared(x, weight, between, pointwise_weight, activation, *walk, residual is not None)
+    found = separable.plan_for(x, weight, between, pointwise_weight, activation, *walk, residual is not None)
+    ready = separable.Prepared(found, x, weight, pointwise_weight)
     return ready(x, weight, pointwise_weight, bias, pointwise_bias, residual)

@@ -23,7 +23,7 @@ class Machine:
 
     Attributes:
         name: CPU model, part of the key of tuned schedules.
-        target: Halide target string, without the features that only JIT compilation needs.
+        target: Halide target string.
         lanes: float32 values in one vector register.
         registers: vector registers the compiler may use.
         l1_bytes, l2_bytes: data caches of one core.

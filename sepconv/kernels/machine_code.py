@@ -1,9 +1,8 @@
 """A kernel as object code: made by Halide, brought into the process by LLVM, called with addresses.
 
-Halide's own just-in-time compiler took twice as long for the same kernel where this was measured, and its result ends
-with the process; object code can be kept on disk. It calls a few functions of a runtime, which are given here: memory
-for tiles that registers do not hold, parallel loops (see ``threads``), and one for each error it may find in its
-arguments.
+What Halide's own just-in-time compiler makes ends with the process; object code can be kept on disk. It calls a few
+functions of a runtime, which are given here: memory for tiles that registers do not hold, parallel loops (see
+``threads``), and one for each error it may find in its arguments.
 """
 
 from __future__ import annotations
@@ -126,11 +125,8 @@ def _define_runtime(code: bytes) -> None:
     """Make all functions known that this code calls."""
     if not _defined:
         llvm.define("halide_do_par_for", threads.loop())
-        for name, address in zip(
-            ("halide_malloc", "halide_free"), llvm.assemble(_MEMORY, "halide_malloc", "halide_free"), strict=True
-        ):
-            llvm.define(name, address)
-        _defined.update(("halide_do_par_for", "halide_malloc", "halide_free"))
+        _defined.add("halide_do_par_for")
+        _add(_MEMORY, ["halide_malloc", "halide_free"])
     new = {name.decode() for name in _CALLED.findall(code)} - _defined
     unknown = sorted(name for name in new if not name.startswith(_ERROR))
     if unknown:
@@ -143,10 +139,15 @@ def _define_errors(names: list[str]) -> None:
     if names:
         first = len(_errors) + 1
         lines = [f"define i32 @{name}() {{ ret i32 -{first + i} }}" for i, name in enumerate(names)]
-        for name, address in zip(names, llvm.assemble("\n".join(lines), *names), strict=True):
-            llvm.define(name, address)
+        _add("\n".join(lines), names)
         _errors.extend(names)
-        _defined.update(names)
+
+
+def _add(code: str, names: list[str]) -> None:
+    """Make the functions of a program in LLVM's language known."""
+    for name, address in zip(names, llvm.assemble(code, *names), strict=True):
+        llvm.define(name, address)
+    _defined.update(names)
 
 
 def _reason(error: int) -> str:

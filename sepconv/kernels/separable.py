@@ -238,21 +238,9 @@ def _tiles(shape: Sizes, rows: int, first: int, tiles: int) -> tuple[Sizes, Size
 class Prepared:
     """The operation for all tensors of these sizes and strides."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        depthwise_weight: Tensor,
-        depthwise_activation: str,
-        pointwise_weight: Tensor,
-        activation: str,
-        stride: Sequence[int],
-        padding: Padding,
-        dilation: Sequence[int],
-        residual: bool,
-    ) -> None:
-        self.found = found = plan_for(
-            x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation, residual
-        )
+    def __init__(self, found: Plan, x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> None:
+        """``found`` comes from :func:`plan_for`."""
+        self.found = found
         self.shape = (x.shape[0], pointwise_weight.shape[0], *found.size)
         self.memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         image = pixels(x)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepconv
 from sepconv import direct, dispatch, reference
-from sepconv.kernels import runtime
+from sepconv.kernels import aten, runtime
 from sepconv.kernels import threads as pool
 
 _WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
@@ -214,3 +214,25 @@ def test_ten_thousand_sizes_take_no_more_memory_than_five_thousand() -> None:
     assert runtime.cached_kernels() <= runtime.MAX_KERNELS
     # What is remembered grows to its bound and is forgotten, in turn.
     assert max(resident[10:]) - max(resident[:10]) < 16 << 20
+
+
+def test_more_threads_are_another_call() -> None:
+    x, before, keys = torch.randn(1, 8, 9, 9), torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            keys.add(direct.key((x,), "depthwise"))
+    finally:
+        torch.set_num_threads(before)
+    assert len(keys) == 2
+
+
+def test_pytorchs_result_comes_in_the_layout_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps the layout in all cases we know, but does not promise it."""
+    conv = aten.CONV[2]
+    monkeypatch.setitem(aten.CONV, 2, lambda *arguments: conv(*arguments).contiguous())
+    monkeypatch.setattr(dispatch.depthwise, "slower", lambda *case, **more: "it is Tuesday")
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        y = sepconv.depthwise_conv2d(x, torch.randn(8, 1, 3, 3), padding=1)
+        assert y.is_contiguous(memory_format=torch.channels_last)

@@ -192,3 +192,14 @@ def test_one_packed_copy_serves_images_of_several_sizes() -> None:
     for x, prepared in [*zip(images, ready, strict=True)] * 2:
         torch.testing.assert_close(prepared(x, weight, bias), torch.conv2d(x, weight, bias), rtol=1e-4, atol=1e-4)
     assert packing.cached_weights() == kept + 1
+
+
+def test_a_weight_with_gaps_is_hashed_by_its_own_numbers() -> None:
+    memory = torch.randn(192, 64)
+    weight = memory[::2]
+    before = packing.fingerprint(weight)
+    assert before == packing.fingerprint(weight.clone())
+    memory[1::2] += 1.0  # what lies between
+    assert packing.fingerprint(weight) == before
+    memory[190, 63] += 1.0
+    assert packing.fingerprint(weight) != before

@@ -123,7 +123,10 @@ def test_a_narrow_win_is_noise(monkeypatch: pytest.MonkeyPatch, table: Path) -> 
     assert not table.exists()
 
 
-def test_a_schedule_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:
+@pytest.mark.parametrize("fault", [lambda out: out.zero_(), lambda out: None], ids=["zeros", "nothing written"])
+def test_a_schedule_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, table: Path, fault: Any
+) -> None:
     maker = tune._MAKERS["separable"]
 
     def wrong(problem: Any) -> Any:
@@ -131,8 +134,11 @@ def test_a_schedule_that_computes_something_else_is_refused(monkeypatch: pytest.
 
         def spoiled() -> Any:
             call, out = make()
-            made.append(1)
-            return (call if len(made) < 3 else lambda: out.zero_()), out
+            made.append(out)
+            if len(made) < 3:
+                return call, out
+            out.copy_(made[0])  # as memory that a better schedule has filled before
+            return lambda: fault(out), out
 
         return spoiled
 
@@ -184,6 +190,10 @@ def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="threads must be positive"):
         list(tune.run(Small(), torch.randn(X), [0], 1.0))
+    with monkeypatch.context() as unkept:
+        unkept.setenv(code_cache.VARIABLE, "")
+        with pytest.raises(ValueError, match=f"cannot be kept: {code_cache.VARIABLE} is empty"):
+            list(tune.run(Small(), torch.randn(X), [1], 1.0))
     monkeypatch.setattr(runtime, "missing", lambda: "there is no wheel")
     with pytest.raises(ValueError, match="bench tune: there is no wheel"):
         tune.problems(Small(), torch.randn(X), 1)

@@ -18,7 +18,7 @@ from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.cost import count
 from sepconv.doctor import doctor
-from sepconv.kernels import code_cache, tuned
+from sepconv.kernels import tuned
 from sepconv.model_file import open_model
 from sepconv.report import write_report
 
@@ -156,7 +156,7 @@ def bench_tune(
         screen.say(f"{done}/{of} {one.kind} {one.size}, threads={one.threads}: {one.tried} schedules")
         found.append(one)
     show.tuned(screen, found)
-    screen.say(f"Kept in {tuned.path()}" if tuned.path() else f"Not kept: {code_cache.unusable()}")
+    screen.say(f"Kept in {tuned.path()}")
     screen.result({"model": card.model, "kernels": [asdict(one) for one in found], "table": str(tuned.path())})
 
 

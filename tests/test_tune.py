@@ -187,13 +187,18 @@ def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert tuned.table() == {}
 
 
-def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_tuned_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="threads must be positive"):
         list(tune.run(Small(), torch.randn(X), [0], 1.0))
     with monkeypatch.context() as unkept:
         unkept.setenv(code_cache.VARIABLE, "")
         with pytest.raises(ValueError, match=f"cannot be kept: {code_cache.VARIABLE} is empty"):
             list(tune.run(Small(), torch.randn(X), [1], 1.0))
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as full:
+        full.setenv(code_cache.VARIABLE, str(tmp_path / "file"))
+        with pytest.raises(OSError, match="cannot write to the folder"):
+            next(tune.run(Small(), torch.randn(X), [1], 1.0))
     monkeypatch.setattr(runtime, "missing", lambda: "there is no wheel")
     with pytest.raises(ValueError, match="bench tune: there is no wheel"):
         tune.problems(Small(), torch.randn(X), 1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.compile import compile
+from sepconv.files import make_folder
 from sepconv.kernels import code_cache, depthwise, depthwise_plan, pointwise, runtime, separable, tuned
 from sepconv.kernels.depthwise_plan import Problem
 from sepconv.kernels.layout import new_output
@@ -175,13 +176,16 @@ def run(model: nn.Module, example: Tensor, threads: Sequence[int], seconds: floa
     """Tune all kernels of a network: number done, number in all, and what came out. Keeps what is faster, one by one.
 
     Raises:
-        ValueError: Halide's kernels cannot run here, nothing can be kept on disk, or ``threads`` and ``seconds`` are
-            not positive.
+        ValueError: Halide's kernels cannot run here, nothing is kept on disk, or ``threads`` and ``seconds`` are not
+            positive.
+        OSError: the table cannot be written.
     """
     if not threads or min(threads) < 1 or seconds <= 0:
         raise ValueError(f"bench tune: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
-    if code_cache.unusable():
-        raise ValueError(f"bench tune: what is found cannot be kept: {code_cache.unusable()}")
+    place = tuned.path()
+    if place is None:
+        raise ValueError(f"bench tune: what is found cannot be kept: {code_cache.VARIABLE} is empty")
+    make_folder(place.parent)
     jobs = [(key, asked) for n in threads for key, asked in problems(model, example, n).items()]
     try:
         for done, (key, asked) in enumerate(jobs, 1):

@@ -22,10 +22,16 @@ _HALF_VECTOR_COST = 1.2
 # from L2. Fitted to a sweep over tiles and MobileNet layers on Zen 4.
 _L1_LOAD_COST = 0.15
 _L2_LOAD_COST = 0.35
+# Time to fetch a weight from beyond L2 once more, over that of a multiply-add. Measured on Zen 3, where the 7x7 layers
+# of MobileNet v1 take 0.87 of the time with all rows at once instead of six and one.
+_FETCH_COST = 5.0
 # A tile other than the usual one means one more kernel to compile; it must save this factor to be chosen.
 _NEW_KERNEL_COST = 1.03
 # Handing work to the thread pool a second time, as a share of the kernel's time.
 _SECOND_LOOP_COST = 1.05
+# Neighbouring pixels that share the loads of a depthwise filter, where taps come from memory as well as where there are
+# registers for them.
+_COLUMNS = 4
 # More rows at a time gain nothing: the weights are used for thousands of pixels by then.
 _MOST_ROWS = 32
 
@@ -171,19 +177,23 @@ def separable_schedule(
 ) -> Separable:
     """``size`` is the output's (Ho, Wo).
 
-    The tile of depthwise results, rows * Wo * C * M numbers, shares L2 with a block of weights. Within that, the best
-    number of rows keeps threads equally busy, fills register tiles and uses the weights for many pixels.
+    The tile of depthwise results, rows * Wo * C * M numbers, shares L2 with the weights, or with a block of them where
+    there is no room for all: these are fetched again for every tile. Within that, the best number of rows keeps threads
+    equally busy, fills register tiles and uses the weights for many pixels.
     """
     height, width = size
     depth = channels * multiplier
     usual = gemm_tile(machine, out_channels, depth)
-    most = min(height, _MOST_ROWS, max(1, machine.l2_bytes * 2 // 5 // (4 * depth * width)))
+    fits = 4 * depth * out_channels <= machine.l2_bytes // 2
+    most = min(height, _MOST_ROWS, max(1, machine.l2_bytes * (2 if fits else 4) // 5 // (4 * depth * width)))
+    fetched = 0.0 if fits else _FETCH_COST
 
     def cost(tile: Tile, rows: int, images: int, threads: int) -> float:
         new = 1.0 if tile == usual else _NEW_KERNEL_COST
         return (
             _tile_cost(tile, machine, out_channels, depth)
             * _rows_cost(rows, height, width, images, threads, tile)
+            * (1.0 + fetched * -(-height // rows) / (height * width))
             * new
         )
 
@@ -200,8 +210,7 @@ def separable_schedule(
         shared = cost(whole, height, 1, 1) * _SECOND_LOOP_COST * _rounds(-(-out_channels // whole.wide), threads)
         if shared < least:
             tile, rows, parallel = whole, height, "channels"
-    columns = 4 if machine.registers >= 32 else 2
-    return Separable(tile, rows, columns, channel_lanes(machine, channels), parallel)
+    return Separable(tile, rows, _COLUMNS, channel_lanes(machine, channels), parallel)
 
 
 def separable_alternatives(machine: Machine, usual: Separable, size: tuple[int, int]) -> Iterator[Separable]:

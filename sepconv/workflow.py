@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from sepconv import environment, explanation, export, measure, model_file
@@ -26,8 +26,9 @@ from sepconv.files import make_folder, replacing
 from sepconv.model_file import Card
 from sepconv.progress import OnProgress, Step, ignore
 from sepconv.report import write_report
-from sepconv.train import Distillation, Progress, Recipe, evaluate, train
+from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
+from sepconv.train.processes import processes
 
 RESULT = "result.json"
 ONNX = "model.onnx"
@@ -95,7 +96,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     """
     prepare(out)
     # What an interrupted demo left: this one starts from the beginning.
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    _remove_checkpoints(out)
     started = time.perf_counter()
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
@@ -125,6 +126,9 @@ def convert_model(
 
     Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
     ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
+
+    Under `accelerate launch` or `torchrun` every process calls this with the same arguments: they share out the
+    calibration, the distillation and the test images; the main process alone measures latency, and writes.
 
     Args:
         model: trained; left as it was.
@@ -182,7 +186,7 @@ def train_model(
         "confusion": {"normal": metrics.confusion.tolist()},
         "test_images": len(data.test),
     }
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         model_file.write(out / model_file.FILE, model, card.with_data(data))
         _write_json(out / RESULT, record)
         write_report(out)
@@ -218,8 +222,23 @@ def _run(
 ) -> dict[str, Any]:
     plan = _convert(outcome, data, job, on_progress)
     _distil(outcome, data, job, out, resume, on_progress)
-    measured = _measure(outcome, plan, data, job, on_progress)
-    on_progress(Step("write", 0, 1))
+    on_progress(Step("measure", 0, 1))
+    judged = _judge(outcome, data)
+    record = None
+    if processes().is_main_process:
+        measured = _measure(outcome, plan, judged, data, job)
+        on_progress(Step("measure", 1, 1))
+        on_progress(Step("write", 0, 1))
+        record = _write(outcome, measured, data, job, out, started)
+    record = broadcast_object_list([record])[0]
+    _remove_checkpoints(out)
+    on_progress(Step("write", 1, 1))
+    return record
+
+
+def _write(
+    outcome: Outcome, measured: dict[str, Any], data: Data, job: Job, out: Path, started: float
+) -> dict[str, Any]:
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)
     record = {
@@ -236,9 +255,13 @@ def _run(
     _write_json(out / "explanation.json", explanation.collect(outcome.original, outcome.separable, image, label=label))
     _write_json(out / RESULT, record)
     write_report(out)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    on_progress(Step("write", 1, 1))
     return record
+
+
+def _remove_checkpoints(out: Path) -> None:
+    if processes().is_main_process:
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    processes().wait_for_everyone()
 
 
 def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) -> Any:
@@ -283,13 +306,17 @@ def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_
     outcome.finished("distilled", outcome.separable, data, history.seconds)
 
 
-def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnProgress) -> dict[str, Any]:
-    on_progress(Step("measure", 0, 1))
+def _judge(outcome: Outcome, data: Data) -> dict[str, Metrics]:
+    """Both networks on all test images, which the processes share out."""
+    networks = {"normal": outcome.original, "separable": outcome.separable}
+    return {name: evaluate(model, data.test) for name, model in networks.items()}
+
+
+def _measure(outcome: Outcome, plan: Any, metrics: dict[str, Metrics], data: Data, job: Job) -> dict[str, Any]:
     threads = torch.get_num_threads()
     before = limits(threads)
     networks = {"normal": outcome.original, "separable": outcome.separable}
     x = data.test.normalise(data.test.images.take(torch.arange(job.batch) % len(data.test)))
-    metrics = {name: evaluate(model, data.test) for name, model in networks.items()}
     different = measure.disagreements(outcome.original, outcome.separable, data)
     for model in networks.values():
         model.cpu()
@@ -299,7 +326,7 @@ def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnP
     compiled = {name: found["sepconv"] for name, found in contenders.items()}
     layer_ms = latency.layer_ms(compiled, [layer.name for layer in plan.layers], threads=threads)
     after = limits(threads)
-    record = {
+    return {
         **{
             name: measure.network_record(costs[name], metrics[name], latencies[name], compiled[name], threads, len(x))
             for name in networks
@@ -311,8 +338,6 @@ def _measure(outcome: Outcome, plan: Any, data: Data, job: Job, on_progress: OnP
         # Another program may have had the cores during one of the two measurements.
         "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
     }
-    on_progress(Step("measure", 1, 1))
-    return record
 
 
 def _largest(by_threads: dict[str, float]) -> float:
@@ -321,7 +346,7 @@ def _largest(by_threads: dict[str, float]) -> float:
 
 def _device() -> torch.device:
     """Where the conversion computes: in float64, which not every accelerator has."""
-    device: torch.device = PartialState().device
+    device: torch.device = processes().device
     return device if device.type == "cuda" else torch.device("cpu")
 
 

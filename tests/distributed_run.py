@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +43,10 @@ def network(norm: bool = False, dropout: float = 0.0) -> nn.Module:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
 
 
 RECIPE = Recipe(epochs=3, batch_size=15, lr=0.05, label_smoothing=0.1, flip=True, crop_padding=1, ema=0.9)

@@ -5,22 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import json
-import multiprocessing
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import distributed_run
 import pytest
 import torch
-from distributed_run import RECIPE, network, random_data
+from distributed_run import RECIPE, network, random_data, without_times
 from torch import nn
 
 from sepconv import files
@@ -51,11 +43,6 @@ def stop_after(epoch: int, step: int = 1) -> Callable[[Progress], None]:
 def assert_same_state(a: nn.Module, b: nn.Module) -> None:
     for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
-
-
-def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    times = ("seconds", "cpu_seconds", "images_per_second")
-    return [{key: value for key, value in record.items() if key not in times} for record in records]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
@@ -280,64 +267,3 @@ def test_checkpoint_is_deterministic_and_small_state_survives(tmp_path: Path) ->
     assert found["records"] == state["records"]
     assert torch.equal(found["model"]["w"], state["model"]["w"])
     assert torch.load(io.BytesIO(path.read_bytes().partition(b"\n")[2]), weights_only=True).keys() == state.keys()
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """50 times kill -9 between a new checkpoint and a tenth of a second (about two epochs) later."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    # A server that has imported everything once: each killed process starts in milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distributed_run"])
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    epochs = 300
-
-    def start(folder: Path) -> Any:
-        folder.mkdir(exist_ok=True)
-        process = context.Process(target=distributed_run.main, args=(folder, epochs))
-        process.start()
-        return process
-
-    undisturbed = start(whole)
-    moments = random.Random(0)
-    for _ in range(50):
-        before = checkpoint.checkpoints(killed)
-        process = start(killed)
-        while checkpoint.checkpoints(killed) == before:
-            assert process.is_alive()
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.1))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    for process in (undisturbed, start(killed)):
-        process.join()
-        assert process.exitcode == 0
-    expected, found = (checkpoint.read(folder / f"checkpoint-{epochs:05d}.pt") for folder in (whole, killed))
-    assert without_times(found["records"]) == without_times(expected["records"])
-    for key, value in expected["model"].items():
-        assert torch.equal(value, found["model"][key]), key
-    assert not list(killed.glob("*.partial"))
-
-
-@pytest.mark.slow
-def test_a_killed_worker_ends_the_run_and_a_restart_continues(tmp_path: Path) -> None:
-    """Two processes, the second killed after a checkpoint: the launcher says so, and at most an epoch is lost."""
-    epochs = 400
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, distributed_run.__file__, str(tmp_path), str(epochs)]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(checkpoint.checkpoints(tmp_path)) < 2:
-        assert first.poll() is None
-        time.sleep(0.01)
-    os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
-    said = first.communicate(timeout=120)[1]
-    assert first.returncode != 0
-    assert "SIGKILL" in said or "Signal 9" in said
-    done = checkpoint.read(checkpoint.checkpoints(tmp_path)[0])["records"]
-    assert 2 <= len(done) < epochs
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
-    records = checkpoint.read(tmp_path / f"checkpoint-{epochs:05d}.pt")["records"]
-    assert records[: len(done)] == done
-    assert len(records) == epochs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import cli_run
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,3 +51,32 @@ def test_several_processes_convert_as_one(tmp_path: Path, processes: int) -> Non
         for name, value in one.items():
             # Sums in another order, through solves whose condition the ridge keeps near 1e5.
             torch.testing.assert_close(many[name], value, rtol=1e-7, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+def test_the_command_converts_with_two_processes_as_with_one(tmp_path: Path) -> None:
+    """Without distillation, in which rounding would grow; and with it, once."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sepconv"]
+    job = ["convert", str(cli_run.trained_folder()), "--data", "digits", "--budget", "1/4", "--threads", "1"]
+    said = {}
+    for name, start, epochs in (
+        ("one", [sys.executable, "-m", "sepconv"], 0),
+        ("two", launcher, 0),
+        ("learn", launcher, 1),
+    ):
+        command = [*start, *job, "--epochs", str(epochs), "--out", str(tmp_path / name)]
+        done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+        said[name] = done.stdout
+    records = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in said}
+    for name, text in said.items():
+        assert text.count("Accuracy of 359 held-out images") == 1, name
+        assert sum(map(sum, records[name]["confusion"]["separable"])) == 359
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            "explanation.json", "model.onnx", "model.safetensors", "report.html", "result.json"
+        ]  # fmt: skip
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for key, value in one.items():
+        # float32 statistics of the same images in another order, through solves whose condition the ridge keeps.
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, k=key: f"{k}: {text}")
+    assert [row["rank"] for row in records["two"]["layers"]] == [row["rank"] for row in records["one"]["layers"]]
+    assert [stage["name"] for stage in records["learn"]["stages"]][-1] == "distilled"

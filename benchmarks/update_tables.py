@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import sizes
+from benchmarks import compile_times, sizes
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import verdicts
 from sepconv.bench import tables
@@ -71,6 +71,8 @@ def documents() -> dict[Path, str]:
         put(compiled, "network", _networks(content))
     if sizes.RECORD.exists():
         put(kernels, "sizes", sizes.table(json.loads(sizes.RECORD.read_text())))
+    if compile_times.RECORD.exists():
+        put(kernels, "compile_times", compile_times.summary(json.loads(compile_times.RECORD.read_text())))
     put(conversion, "evidence", evidence.conversion())
     put(claims, "claims", verdicts.document())
     return found

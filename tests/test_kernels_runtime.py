@@ -17,6 +17,7 @@ from sepconv.kernels import depthwise, machine, peak, runtime
 from sepconv.kernels import pool as pool_kernel
 from sepconv.kernels import threads as pool
 from sepconv.kernels.buffers import buffer
+from sepconv.kernels.calls import Call, Layout
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -27,7 +28,7 @@ def _doubling() -> tuple[Any, list[Any]]:
     import halide as hl
 
     x, y = hl.vars("x y")
-    source, out = hl.ImageParam(hl.Float(32), 2, "source"), hl.Func("out")
+    source, out = hl.ImageParam(hl.Float(32), 2, "source"), hl.Func("doubling")
     source.dim(0).set_stride(hl.Expr())
     out[x, y] = source[x, y] * 2
     out.output_buffer().dim(0).set_stride(hl.Expr())
@@ -60,20 +61,51 @@ def test_buffer_splits_and_adds_dimensions() -> None:
     assert list(split.strides) == [210, 70, 35, 35, 7, 1]
 
 
+SQUARE = torch.empty(3, 3)
+
+
 @pytest.mark.parametrize(
-    ("source", "target", "reason"),
+    ("given", "reason"),
     [
-        (torch.empty(3, 3), torch.empty(3, 4), "access out of bounds"),
-        (torch.empty(3, 3), torch.empty(9), "bad dimensions"),
-        (torch.empty(3, 3).int().numpy(), torch.empty(3, 3), "bad type"),
+        ((SQUARE, torch.empty(3, 4)), "access out of bounds of source: 0 to 4 of 3 in dimension 0"),
+        ((SQUARE, torch.empty(9)), "bad dimensions of doubling: 2, got 1"),
+        ((SQUARE.int().numpy(), SQUARE), "bad type of source"),
+        ((1, SQUARE), "bad kind of source, got int"),
+        ((SQUARE,), "it takes 2, got 1"),
+        ((SQUARE, SQUARE, SQUARE), "it takes 2, got 3"),
     ],
 )
-def test_a_wrong_buffer_raises_instead_of_crashing(source: Any, target: Any, reason: str) -> None:
+def test_a_wrong_argument_raises_instead_of_crashing(given: tuple[Any, ...], reason: str) -> None:
     kernel = runtime.compiled("doubling", _doubling)
-    with pytest.raises(RuntimeError, match=f"refused its arguments: {reason}"):
-        kernel(buffer(source), buffer(target))
-    with pytest.raises(RuntimeError, match=f"refused its arguments: {reason}"):
-        kernel.bind(buffer(source), buffer(target))()
+    arguments = [item if isinstance(item, int) else buffer(item) for item in given]
+    for call in (kernel, kernel.bind):
+        with pytest.raises(RuntimeError, match=f"a kernel refused its arguments: {reason}"):
+            call(*arguments)
+
+
+def _shifted() -> tuple[Any, list[Any]]:
+    import halide as hl
+
+    x, by = hl.Var("x"), hl.Param(hl.Int(32), "by")
+    source, out = hl.ImageParam(hl.Float(32), 1, "source"), hl.Func("shifted")
+    out[x] = source[x + by]
+    return out, [source, by]
+
+
+def test_what_is_read_depends_on_numbers_too() -> None:
+    kernel = runtime.compiled("shifted", _shifted)
+    source, out = torch.arange(7.0), torch.full((4,), float("nan"))
+    kernel(buffer(source), 3, buffer(out))
+    assert out.tolist() == [3, 4, 5, 6]
+    for by, place in ((4, "4 to 8 of 7"), (-1, "-1 to 3 of 7")):
+        with pytest.raises(RuntimeError, match=f"access out of bounds of source: {place} in dimension 0"):
+            kernel(buffer(source), by, buffer(out))
+    assert out.tolist() == [3, 4, 5, 6]
+
+
+def test_a_prepared_call_is_checked_before_it_is_made() -> None:
+    with pytest.raises(RuntimeError, match="access out of bounds of source: 0 to 4 of 3 in dimension 0"):
+        Call("doubling", _doubling, [Layout((3,) * 2, (3, 1)), Layout((3, 4), (4, 1))])
 
 
 def test_a_kernel_is_built_once() -> None:

@@ -22,6 +22,7 @@ FLOAT32, UINT32 = 2, 1
 _CODES = {np.dtype(np.float32): FLOAT32, np.dtype(np.uint32): UINT32, np.dtype(np.int32): 0}
 # Eight bytes each: device, its interface, host, flags, type and dimensions, place of the dims, padding.
 _HEAD, _HOST = 56, struct.Struct("16xQ")
+_DIMENSION, _RANGE = 16, struct.Struct("ii")
 
 
 @lru_cache(maxsize=16)
@@ -34,13 +35,13 @@ def _form(dims: int) -> tuple[Any, Any]:
 class Buffer:
     """Sizes and steps of an array, the last dimension first, and the address where it lies at the moment."""
 
-    __slots__ = ("_holds", "_memory", "address", "shape", "strides")
+    __slots__ = ("_holds", "_memory", "address", "code", "shape", "strides")
 
     def __init__(
         self, shape: Sequence[int], strides: Sequence[int], host: int, code: int = FLOAT32, holds: Any = None
     ) -> None:
         """``strides`` in elements; ``holds`` is kept alive as long as the buffer."""
-        self.shape, self.strides, self._holds = shape, strides, holds
+        self.shape, self.strides, self.code, self._holds = shape, strides, code, holds
         make, pack = _form(len(shape))
         self._memory = make()
         self.address = ctypes.addressof(self._memory)
@@ -53,6 +54,10 @@ class Buffer:
     def move(self, host: int) -> None:
         """Point at other memory, of the same sizes and steps."""
         _HOST.pack_into(self._memory, 0, host)
+
+    def extents(self) -> list[tuple[int, int]]:
+        """From and extent of each dimension, the first of Halide's first: as they stand in the structure now."""
+        return [_RANGE.unpack_from(self._memory, _HEAD + d * _DIMENSION) for d in range(len(self.shape))]
 
 
 def buffer(source: Tensor | np.ndarray[Any, Any], shape: Sequence[int] | None = None) -> Buffer:

@@ -36,11 +36,12 @@ class Call:
 
         Raises:
             BuildError: it cannot be compiled.
+            RuntimeError: the arguments do not fit.
         """
         self._key, self._build, self._arguments = key, build, arguments
         self._local = threading.local()
-        runtime.compiled(key, build)
-        self._prepare()
+        kernel = runtime.compiled(key, build)
+        kernel.check(self._prepare()[0])
 
     def _prepare(self) -> tuple[Arguments, list[Buffer]]:
         given = [Buffer(*item, 0) if isinstance(item, Layout) else item for item in self._arguments]

@@ -45,8 +45,8 @@ def define(name: str, address: int) -> None:
     llvm.add_symbol(name, address)
 
 
-def load(code: bytes, name: str) -> tuple[Any, int]:
-    """The engine that holds object code, and the address of its function ``name``.
+def load(code: bytes, *names: str) -> tuple[Any, list[int]]:
+    """The engine that holds object code, and the addresses of its functions ``names``.
 
     The code goes when nobody holds the engine any more. Every function it calls has to be defined: LLVM ends the
     process otherwise.
@@ -56,4 +56,4 @@ def load(code: bytes, name: str) -> tuple[Any, int]:
     engine = _engine("")
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine, int(engine.get_function_address(name))
+    return engine, [int(engine.get_function_address(name)) for name in names]

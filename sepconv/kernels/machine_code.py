@@ -1,8 +1,8 @@
 """A kernel as object code: made by Halide, brought into the process by LLVM, called with addresses.
 
 What Halide's own just-in-time compiler makes ends with the process; object code can be kept on disk. It calls a few
-functions of a runtime, which are given here: memory for tiles that registers do not hold, parallel loops (see
-``threads``), and one for each error it may find in its arguments.
+functions of a runtime, which are given here: memory for tiles that registers do not hold, and parallel loops (see
+``threads``).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from sepconv.kernels import llvm, threads
+from sepconv.kernels import fit, llvm, threads
 from sepconv.kernels.buffers import Arguments, Buffer, arguments
 
 NAME = "sepconv_kernel"
 _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)  # the lock of Python is released meanwhile
 _CALLED = re.compile(rb"halide_[a-z0-9_]+")
-_ERROR = "halide_error_"
 
 # Halide may read a vector beyond what it asked for. The address that malloc gave lies before the memory.
 _MEMORY = """
@@ -68,24 +67,33 @@ class Kernel:
         """
         with _loading:
             _define_runtime(code)
-            self._engine, address = llvm.load(code, f"{NAME}_argv")
+            self._engine, (address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
         self._entry: Any = _ENTRY(address)
+        self._takes = fit.parameters(about)
 
-    def run(self, prepared: Arguments) -> None:
+    def check(self, prepared: Arguments) -> None:
         """
         Raises:
-            RuntimeError: the arguments do not fit; the message names Halide's error.
+            RuntimeError: the arguments do not fit.
         """
-        error = self._entry(prepared.address)
-        if error:
-            raise RuntimeError(f"a kernel refused its arguments: {_reason(error)}")
+        fit.check(self._takes, self._entry, prepared)
+
+    def run(self, prepared: Arguments) -> None:
+        """With arguments that were checked once; since then only addresses may have changed."""
+        self._entry(prepared.address)
 
     def __call__(self, *given: Buffer | int | float) -> None:
-        self.run(arguments(*given))
+        self.bind(*given)()
 
     def bind(self, *given: Buffer | int | float) -> Bound:
-        """The call with these arguments, for repeated use."""
-        return Bound(self, arguments(*given))
+        """The call with these arguments, for repeated use.
+
+        Raises:
+            RuntimeError: the arguments do not fit.
+        """
+        prepared = arguments(*given)
+        self.check(prepared)
+        return Bound(self, prepared)
 
 
 class Bound:
@@ -98,8 +106,7 @@ class Bound:
         self._entry, self._address = kernel._entry, prepared.address
 
     def __call__(self) -> None:
-        if self._entry(self._address):
-            self._kernel.run(self.prepared)
+        self._entry(self._address)
 
 
 def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:
@@ -117,7 +124,6 @@ def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:
 
 
 _loading = threading.Lock()
-_errors: list[str] = []
 _defined: set[str] = set()
 
 
@@ -127,20 +133,9 @@ def _define_runtime(code: bytes) -> None:
         llvm.define("halide_do_par_for", threads.loop())
         _defined.add("halide_do_par_for")
         _add(_MEMORY, ["halide_malloc", "halide_free"])
-    new = {name.decode() for name in _CALLED.findall(code)} - _defined
-    unknown = sorted(name for name in new if not name.startswith(_ERROR))
+    unknown = sorted({name.decode() for name in _CALLED.findall(code)} - _defined)
     if unknown:
         raise RuntimeError(f"the code calls {', '.join(unknown)}, for which there is no function")
-    _define_errors(sorted(new))
-
-
-def _define_errors(names: list[str]) -> None:
-    """Functions that return a number of their own each; they are called with more arguments, which are left alone."""
-    if names:
-        first = len(_errors) + 1
-        lines = [f"define i32 @{name}() {{ ret i32 -{first + i} }}" for i, name in enumerate(names)]
-        _add("\n".join(lines), names)
-        _errors.extend(names)
 
 
 def _add(code: str, names: list[str]) -> None:
@@ -148,11 +143,6 @@ def _add(code: str, names: list[str]) -> None:
     for name, address in zip(names, llvm.assemble(code, *names), strict=True):
         llvm.define(name, address)
     _defined.update(names)
-
-
-def _reason(error: int) -> str:
-    found = -error - 1
-    return _errors[found].removeprefix(_ERROR).replace("_", " ") if 0 <= found < len(_errors) else f"error {error}"
 
 
 def after_fork() -> None:

@@ -144,7 +144,9 @@ def _hashing(count: int) -> tuple[int, Buffer, Any, Arguments]:
         state = (ctypes.c_uint32 * (shares * _LANES))()
         read = Buffer((body,), (1,), 0, UINT32)
         written = Buffer((shares, _LANES), (_LANES, 1), ctypes.addressof(state), UINT32)
-        known[count] = body, read, state, arguments(rows, read, written)
+        prepared = arguments(rows, read, written)
+        runtime.compiled(("fingerprint",), _build_fingerprint).check(prepared)
+        known[count] = body, read, state, prepared
     return known[count]
 
 

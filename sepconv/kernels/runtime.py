@@ -172,8 +172,9 @@ def clear_cache() -> None:
 
 @lru_cache(maxsize=1)
 def target() -> Any:
-    """What is compiled for: this machine. Halide's assertions stay on: a wrong buffer raises instead of crashing."""
-    return hl.get_host_target().with_feature(hl.TargetFeature.NoRuntime)
+    """What is compiled for: this machine. Arguments are checked when they are bound (see ``fit``), not in each call."""
+    host = hl.get_host_target()
+    return host.with_feature(hl.TargetFeature.NoRuntime).with_feature(hl.TargetFeature.NoAsserts)
 
 
 def _after_fork() -> None:

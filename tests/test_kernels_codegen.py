@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,18 @@ def test_inner_loops_of_a_known_program() -> None:
     assert inner_loops(program) == [["vfmadd231ps %ymm1, %ymm2, %ymm3", "jne .L1"]]
     assert _SPILL.search("vmovups 32(%rsp), %ymm0")
     assert not _SPILL.search("vmovaps 384(%rsp,%r15), %ymm8")
+
+
+@pytest.mark.parametrize(("channels", "side"), [(512, 14), (1024, 7), (960, 7)])
+def test_weights_that_l2_cannot_keep_are_read_once(channels: int, side: int) -> None:
+    """On one thread; all filtered rows fit the cache beside a block of weights."""
+    processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
+    plan = schedule_gemm.separable_schedule(processor, channels, 1, channels, 1, (side, side), 1)
+    assert plan.rows == side
+    assert 4 * channels * side * side <= processor.l2_bytes * 4 // 5
+
+
+def test_weights_that_l2_keeps_leave_the_rows_most_of_it() -> None:
+    processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
+    plan = schedule_gemm.separable_schedule(processor, 256, 1, 256, 1, (28, 28), 1)
+    assert 4 * 256 * 28 * plan.rows <= processor.l2_bytes * 2 // 5

@@ -1,7 +1,7 @@
 """Whether arguments fit a kernel: asked once when they are bound.
 
-Halide could ask in every call, but its questions are a good part of the code to compile. Strides are not asked about: who
-makes the buffers sees to them.
+Halide could ask in every call, but its questions are a good part of the code to compile. Strides are not asked about:
+who makes the buffers sees to them.
 """
 
 from __future__ import annotations

@@ -157,16 +157,17 @@ def test_many_threads_pack_and_change_their_own_weights() -> None:
 
 
 @pytest.mark.parametrize("multiplier", [1, 3])
-def test_pack_orders_weights_by_block(multiplier: int) -> None:
+@pytest.mark.parametrize(("panel", "panels"), [(4, 2), (2, 4), (1, 8)])
+def test_pack_orders_weights_by_panel(panel: int, panels: int, multiplier: int) -> None:
     weight = torch.randn(7, 6, 1, 1)
-    result = packing.pack(weight, 4, multiplier)
-    assert result.shape == (2, 6, 4)
+    result = packing.pack(weight, panel, 4, multiplier)
+    assert result.shape == (panels, 6, panel)
     groups = 6 // multiplier
     for o in range(8):
         for c in range(6):
             row = (c % multiplier) * groups + c // multiplier
             expected = float(weight[o, c, 0, 0]) if o < 7 else 0.0
-            assert float(result[o // 4, row, o % 4]) == expected
+            assert float(result[o // panel, row, o % panel]) == expected
 
 
 @pytest.mark.parametrize("count", [4096, 4096 + 1, 65536 + 63])

@@ -120,7 +120,7 @@ def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, stor
         (first.activation, second.activation), residual is not None, torch.get_num_threads(),
     )  # fmt: skip
     packed = store.keep(
-        ("separable", found.spec.tile.wide, *_keys(*parts)),
+        ("separable", *found.spec.tile.panels, *_keys(*parts)),
         lambda: _Packed(separable.pack(found, *map(_tensor, parts))),
     )
     return Call(separable.bind(found, x, packed, residual, out), "halide", holds=packed)
@@ -144,7 +144,7 @@ def _bind_conv(target: Convolution, args: Sequence[Tensor], out: Tensor, store: 
     weight, bias = target.weight.tensor, _tensor(target.bias)
     found = conv.plan_for(args[0], weight, target.activation, target.stride, target.padding)
     packed = store.keep(
-        ("conv", found.spec.tile.wide, *_keys(target.weight, target.bias)),
+        ("conv", *found.spec.tile.panels, *_keys(target.weight, target.bias)),
         lambda: _Packed(conv.pack(found, weight, bias)),
     )
     return Call(conv.bind(found, args[0], packed, out), "halide", holds=packed)
@@ -161,7 +161,7 @@ def _bind_matrix(target: Convolution, args: Sequence[Tensor], out: Tensor, store
     weight, bias = target.weight.tensor, _tensor(target.bias)
     found = pointwise.plan(x, target.out_channels, target.activation, residual is not None)
     packed = store.keep(
-        ("matrix", found.block, *_keys(target.weight, target.bias)),
+        ("matrix", *found.panels, *_keys(target.weight, target.bias)),
         lambda: _Packed(pointwise.pack(found, weight, bias)),
     )
     return Call(pointwise.bind(found, x, packed, residual, out), "halide", holds=packed)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sepconv.kernels import machine, packing, runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.buffers import buffer, pixels
-from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
+from sepconv.kernels.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, stem_schedule
 
@@ -45,7 +45,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     x.dim(0).set_min(0).set_extent(spec.channels).set_stride(1 if spec.channels_last else hl.Expr())
     x.dim(1).set_stride(hl.Expr() if spec.channels_last else 1)
     (height, width), tile = spec.kernel_size, spec.tile
-    weight = packed_param("weight", tile.wide, spec.channels * width * height, spec.out_channels)
+    weight = packed_param("weight", *tile.panels, spec.channels * width * height, spec.out_channels)
     c, column, row, o, n = (hl.Var(name) for name in ("c", "column", "row", "o", "n"))
 
     unbounded = hl.Range(hl.Expr(), hl.Expr())
@@ -58,7 +58,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     sums, out = hl.Func("sums"), hl.Func("conv")
     sums[o, column, row, n] = hl.f32(0.0)
     sums[o, column, row, n] += (
-        weight[o % tile.wide, k.x + spec.channels * (k.y + width * k.z), o // tile.wide]
+        packed(weight, tile.lanes, o, k.x + spec.channels * (k.y + width * k.z))
         * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
     )
     bias = bias_param("bias", spec.out_channels)
@@ -178,7 +178,7 @@ def new_output(x: Tensor, found: Plan) -> Tensor:
 def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
     """Copies of weight and bias as the kernel of this plan takes them."""
     rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    tensors = (packing.pack(rows, found.spec.tile.wide), packing.pack_bias(bias, weight))
+    tensors = (packing.pack(rows, *found.spec.tile.panels), packing.pack_bias(bias, weight))
     return [buffer(tensor) for tensor in tensors]
 
 
@@ -204,7 +204,7 @@ def forward(
     found = plan_for(x, weight, activation, stride, padding)
     out = new_output(x, found)
     if out.numel():
-        variant = ("conv", found.spec.tile.wide, weight.shape)
+        variant = ("conv", *found.spec.tile.panels, weight.shape)
         packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
         bind(found, x, packed, out)()
     return out

@@ -1,7 +1,8 @@
 """The matrix product inside pointwise, separable and stem convolution: packed weights and a tile of sums in registers.
 
 ``sums[v, s] = sum over k of vector[v, k] * scalar[s, k]``. ``v`` fills vector registers, every ``s`` is a number
-broadcast to all lanes. Weights are packed in blocks so that each step of ``k`` reads the next few bytes of memory.
+broadcast to all lanes. Weights are packed in panels, one for each vector of the tile (or one for all scalars), in which
+each step of ``k`` reads the next few bytes: processors fetch ahead along a run, and several runs bring more in time.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ def dense(param: Any, *extents: Any) -> None:
         stride *= extent
 
 
-def packed_param(name: str, block: int, depth: int, length: int) -> Any:
-    """The packed weights of ``length`` channels, ``depth`` numbers each: [block][k][channel in block]."""
+def packed_param(name: str, panel: int, block: int, depth: int, length: int) -> Any:
+    """The packed weights of ``length`` channels, ``depth`` numbers each, as ``packing.pack`` lays them."""
     param = hl.ImageParam(hl.Float(32), 3, name)
-    dense(param, block, depth, -(-length // block))
+    dense(param, panel, depth, -(-length // block) * block // panel)
     return param
+
+
+def packed(param: Any, panel: int, channel: Any, k: Any) -> Any:
+    """The packed weight that output channel ``channel`` has for term ``k`` of its sum."""
+    return param[channel % panel, k, channel // panel]
 
 
 def bias_param(name: str, length: int) -> Any:

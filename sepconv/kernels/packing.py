@@ -51,8 +51,8 @@ class _Hashing(threading.local):
 _hashings = _Hashing()
 
 
-def pack(weight: Tensor, block: int, multiplier: int = 1) -> Tensor:
-    """(O, C*M, 1, ...) -> (ceil(O / block), M * C, block), zeros after the last output channel.
+def pack(weight: Tensor, panel: int, block: int, multiplier: int = 1) -> Tensor:
+    """(O, C*M, 1, ...) -> (panels, M * C, panel): whole blocks of panels, zeros after the last output channel.
 
     Input channel c*M + m of the weight becomes row m*C + c: the separable kernel makes its channels in that order.
     """
@@ -65,7 +65,7 @@ def pack(weight: Tensor, block: int, multiplier: int = 1) -> Tensor:
         padded = rows.new_zeros(blocks * block, depth)
         padded[:length] = rows
         rows = padded
-    return rows.reshape(blocks, block, depth).transpose(1, 2).contiguous()
+    return rows.reshape(-1, panel, depth).transpose(1, 2).contiguous()
 
 
 def pack_bias(bias: Tensor | None, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.activations import activate
 from sepconv.kernels.buffers import Buffer, buffer, dense
 from sepconv.kernels.calls import Call, Layout, PackedCalls
-from sepconv.kernels.gemm import bias_param, keep_in_registers, packed_param
+from sepconv.kernels.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.layout import is_channels_last, like
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_alternatives, pointwise_schedule
@@ -72,13 +72,13 @@ def _strides(param: Any, spec: Spec, channels: int) -> None:
 def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
     tile, chunk, share = spec.tile, hl.Param(hl.Int(32), "chunk"), hl.Param(hl.Int(32), "share")
     x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
-    weight = packed_param("weight", tile.wide, spec.channels, spec.out_channels)
+    weight = packed_param("weight", *tile.panels, spec.channels, spec.out_channels)
     o, p = hl.Var("o"), hl.Var("p")
     k = hl.RDom([hl.Range(0, spec.channels)], "k")
 
     sums, out = hl.Func("sums"), hl.Func("pointwise")
     sums[o, p] = hl.f32(0.0)
-    sums[o, p] += weight[o % tile.wide, k.x, o // tile.wide] * x[k.x, p]
+    sums[o, p] += packed(weight, tile.lanes, o, k.x) * x[k.x, p]
     out[o, p], extra = _result(spec, sums[o, p], o, [o, p])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
@@ -103,7 +103,7 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
 def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
     tile, chunk, share = spec.tile, hl.Param(hl.Int(32), "chunk"), hl.Param(hl.Int(32), "share")
     x = hl.ImageParam(hl.Float(32), 3, "x")  # pixel, channel, image
-    weight = packed_param("weight", tile.scalars, spec.channels, spec.out_channels)
+    weight = packed_param("weight", tile.scalars, tile.scalars, spec.channels, spec.out_channels)
     o, p, n = hl.Var("o"), hl.Var("p"), hl.Var("n")
     k = hl.RDom([hl.Range(0, spec.channels)], "k")
     source = x
@@ -116,7 +116,7 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
     panel, sums, out = hl.Func("panel"), hl.Func("sums"), hl.Func("pointwise")
     panel[p, o, n] = source[p, o, n]
     sums[p, o, n] = hl.f32(0.0)
-    sums[p, o, n] += panel[p, k.x, n] * weight[o % tile.scalars, k.x, o // tile.scalars]
+    sums[p, o, n] += panel[p, k.x, n] * packed(weight, tile.scalars, o, k.x)
     out[p, o, n], extra = _result(spec, sums[p, o, n], o, [p, o, n])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
@@ -152,9 +152,10 @@ class Plan(NamedTuple):
     out_size: tuple[int, ...]
 
     @property
-    def block(self) -> int:
-        """Output channels in one block of packed weights."""
-        return self.spec.tile.wide if self.spec.channels_last else self.spec.tile.scalars
+    def panels(self) -> tuple[int, int]:
+        """Output channels in one panel of packed weights, and in one block of panels."""
+        tile = self.spec.tile
+        return tile.panels if self.spec.channels_last else (tile.scalars, tile.scalars)
 
 
 @lru_cache(maxsize=4096)
@@ -248,7 +249,7 @@ def describe(
 
 def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
     """Copies of weight and bias as the kernel of this plan takes them."""
-    tensors = (packing.pack(weight, found.block), packing.pack_bias(bias, weight))
+    tensors = (packing.pack(weight, *found.panels), packing.pack_bias(bias, weight))
     return [buffer(tensor) for tensor in tensors]
 
 
@@ -276,7 +277,7 @@ class Prepared:
         self._calls = None
         if 0 not in self.shape:
             self.found = plan(x, weight.shape[0], activation, residual)
-            variant = ("pointwise", self.found.block, weight.shape)
+            variant = ("pointwise", *self.found.panels, weight.shape)
             self._calls = PackedCalls(variant, partial(pack, self.found), self._prepare)
 
     def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:

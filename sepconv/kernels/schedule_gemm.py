@@ -13,18 +13,25 @@ from typing import NamedTuple
 
 from sepconv.kernels.machine import Machine
 
-# Two multiply-add units of four cycles latency need 8 independent sums and some slack; more than 14 gain nothing.
+# Two multiply-add units of four cycles latency need 8 independent sums and some slack. From 14 on, more sums only save
+# loads, which show where both units take whole AVX-512 vectors.
 _LEAST_SUMS = 10
 _ENOUGH_SUMS = 14
+_STEM_SUMS = 16
+# Every scalar has an address of its own, in one of about sixteen registers that are used for more than that.
+_MOST_POINTERS = 12
 # A vector of half the length does its work in more instructions; it must save this factor elsewhere to be chosen.
 _HALF_VECTOR_COST = 1.2
 # Time of a load over that of a multiply-add, as far as it shows: a broadcast number or a vector from L1, a vector
-# from L2. Fitted to a sweep over tiles and MobileNet layers on Zen 4.
-_L1_LOAD_COST = 0.15
-_L2_LOAD_COST = 0.35
+# from L2. Between what sweeps over tiles and MobileNet layers say on Zen 4, which makes one multiply-add of 512 bits at
+# a time, and on Granite Rapids, which makes two.
+_L1_LOAD_COST = 0.2
+_L2_LOAD_COST = 0.5
 # Time to fetch a weight from beyond L2 once more, over that of a multiply-add. Measured on Zen 3, where the 7x7 layers
 # of MobileNet v1 take 0.87 of the time with all rows at once instead of six and one.
 _FETCH_COST = 5.0
+# Share of L2 that depthwise results take beside the weights: more of it costs up to 12 % on Granite Rapids.
+_TILE_SHARE = 8
 # A tile other than the usual one means one more kernel to compile; it must save this factor to be chosen.
 _NEW_KERNEL_COST = 1.03
 # Handing work to the thread pool a second time, as a share of the kernel's time.
@@ -48,14 +55,20 @@ class Tile(NamedTuple):
         """Numbers along the vectorised dimension."""
         return self.lanes * self.vectors
 
+    @property
+    def panels(self) -> tuple[int, int]:
+        """How weights along the vectorised dimension are packed: channels in a panel, and in a block of panels."""
+        return self.lanes, self.wide
+
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _scalars(machine: Machine, vectors: int) -> int:
-    """As many as registers allow, one loaded vector each and one broadcast number kept beside the sums."""
-    return min((machine.registers - vectors - 1) // vectors, -(-_ENOUGH_SUMS // vectors))
+def _scalars(machine: Machine, vectors: int) -> list[int]:
+    """Enough of them, and as many as registers allow, one loaded vector each and one broadcast number kept beside."""
+    registers, enough = (machine.registers - vectors - 1) // vectors, -(-_ENOUGH_SUMS // vectors)
+    return sorted({min(registers, enough), min(registers, max(enough, _MOST_POINTERS))})
 
 
 def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
@@ -70,17 +83,19 @@ def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
 def _tiles(machine: Machine) -> list[Tile]:
     """The register tiles that keep the multiply-add units busy."""
     return [
-        Tile(lanes, vectors, _scalars(machine, vectors))
+        Tile(lanes, vectors, scalars)
         for lanes in (machine.lanes, machine.lanes // 2)
         for vectors in (2, 3, 4, 1)
-        if lanes >= 4 and vectors * _scalars(machine, vectors) >= _LEAST_SUMS
+        for scalars in _scalars(machine, vectors)
+        if lanes >= 4 and vectors * scalars >= _LEAST_SUMS
     ]
 
 
 @lru_cache(maxsize=1024)
-def gemm_tile(machine: Machine, wide: int, depth: int) -> Tile:
+def gemm_tile(machine: Machine, wide: int, depth: int, most_sums: int = 32) -> Tile:
     """The register tile for sums of ``depth`` terms, ``wide`` of them along the vectorised dimension."""
-    return min(_tiles(machine), key=lambda tile: _tile_cost(tile, machine, wide, depth))
+    tiles = [tile for tile in _tiles(machine) if tile.vectors * tile.scalars <= most_sums]
+    return min(tiles, key=lambda tile: _tile_cost(tile, machine, wide, depth))
 
 
 def _shallower(tile: Tile) -> Tile:
@@ -177,15 +192,17 @@ def separable_schedule(
 ) -> Separable:
     """``size`` is the output's (Ho, Wo).
 
-    The tile of depthwise results, rows * Wo * C * M numbers, shares L2 with the weights, or with a block of them where
-    there is no room for all: these are fetched again for every tile. Within that, the best number of rows keeps threads
-    equally busy, fills register tiles and uses the weights for many pixels.
+    The tile of depthwise results, rows * Wo * C * M numbers, takes a small part of L2, in which the weights lie too;
+    where there is no room for all of these they are fetched again for every tile, which may then be as large as L2
+    allows. Within that, the best number of rows keeps threads equally busy, fills register tiles and uses the weights
+    for many pixels.
     """
     height, width = size
     depth = channels * multiplier
     usual = gemm_tile(machine, out_channels, depth)
     fits = 4 * depth * out_channels <= machine.l2_bytes // 2
-    most = min(height, _MOST_ROWS, max(1, machine.l2_bytes * (2 if fits else 4) // 5 // (4 * depth * width)))
+    room = machine.l2_bytes // _TILE_SHARE if fits else machine.l2_bytes * 4 // 5
+    most = min(height, _MOST_ROWS, max(1, room // (4 * depth * width)))
     fetched = 0.0 if fits else _FETCH_COST
 
     def cost(tile: Tile, rows: int, images: int, threads: int) -> float:
@@ -255,7 +272,8 @@ def stem_schedule(
 ) -> Stem:
     """``depth`` terms in each sum; ``size`` is the output's (Ho, Wo); ``row_bytes`` of input for each output row."""
     height, width = size
-    tile = fit_scalars(gemm_tile(machine, out_channels, depth), width)
+    # Several terms in straight-line code need registers as well.
+    tile = fit_scalars(gemm_tile(machine, out_channels, depth, _STEM_SUMS), width)
     most = max(1, min(height, machine.l1_bytes // 2 // row_bytes))
     tasks = -(-height // most)
     if images * tasks < 4 * threads:

@@ -192,7 +192,7 @@ def pack(
     tensors = (
         _pack_taps(depthwise_weight, multiplier),
         _pack_taps(packing.pack_bias(depthwise_bias, depthwise_weight), multiplier),
-        packing.pack(pointwise_weight, found.spec.tile.wide, multiplier),
+        packing.pack(pointwise_weight, *found.spec.tile.panels, multiplier),
         packing.pack_bias(pointwise_bias, pointwise_weight),
     )
     return [buffer(tensor) for tensor in tensors]
@@ -245,7 +245,7 @@ class Prepared:
         self.memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         image = pixels(x)
         self._x = Layout(tuple(image.shape), tuple(image.strides))
-        variant = ("separable", found.spec.tile.wide, depthwise_weight.shape, pointwise_weight.shape)
+        variant = ("separable", *found.spec.tile.panels, depthwise_weight.shape, pointwise_weight.shape)
         self._calls = PackedCalls(variant, partial(pack, found), self._prepare)
 
     def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:

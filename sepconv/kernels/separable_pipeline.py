@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sepconv.kernels import runtime
 from sepconv.kernels.activations import activate
-from sepconv.kernels.gemm import bias_param, dense, keep_in_registers, packed_param
+from sepconv.kernels.gemm import bias_param, dense, keep_in_registers, packed, packed_param
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile
 
@@ -52,7 +52,7 @@ class _Inputs:
         dense(self.taps, spec.channels, spec.multiplier, width, height)
         self.depthwise_bias = hl.ImageParam(hl.Float(32), 2, "depthwise_bias")  # channel, multiplier
         dense(self.depthwise_bias, spec.channels, spec.multiplier)
-        self.weight = packed_param("weight", spec.tile.wide, depth, spec.out_channels)
+        self.weight = packed_param("weight", *spec.tile.panels, depth, spec.out_channels)
         self.bias = bias_param("bias", spec.out_channels)
         self.residual = self._image("residual", 4, spec.out_channels)  # like the output: channel, pixel, tile, image
         numbers = [self.width, self.rows, self.first_row, self.share, self.top, self.left]
@@ -95,10 +95,10 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     )
 
     k = hl.RDom([hl.Range(0, spec.channels), hl.Range(0, spec.multiplier)], "k")
-    wide = spec.tile.wide
     sums, out = hl.Func("sums"), hl.Func("separable")
     sums[o, q, t, n] = hl.f32(0.0)
-    sums[o, q, t, n] += inputs.weight[o % wide, k.x + spec.channels * k.y, o // wide] * hidden[k.x, k.y, q, t, n]
+    weight = packed(inputs.weight, spec.tile.lanes, o, k.x + spec.channels * k.y)
+    sums[o, q, t, n] += weight * hidden[k.x, k.y, q, t, n]
     value = sums[o, q, t, n] + inputs.bias[o]
     if spec.residual:
         value = value + inputs.residual[o, q, t, n]

@@ -42,7 +42,7 @@ def test_every_epoch_has_its_own_order_and_every_image_once(digits: Data) -> Non
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_batches_do_not_depend_on_the_number_of_processes(digits: Data, world: int) -> None:
-    settings = dict(shuffle_seed=4, epoch=2, augment=Augment(flip=True, crop_padding=2), world=world)
+    settings = dict(shuffle_seed=4, epoch=2, augment=Augment(flip=True, crop_padding=2, cutout=3), world=world)
     shares = [digits.test.batches(50, rank=rank, **settings) for rank in range(world)]
     whole = digits.test.batches(50, **(settings | {"world": 1}))
     count = 0
@@ -64,11 +64,11 @@ def test_drop_last_keeps_an_only_batch(digits: Data) -> None:
 
 def test_augment_moves_and_mirrors_and_pads_with_zeros() -> None:
     images = torch.randint(1, 256, (9, 2, 5, 5), dtype=torch.uint8)
-    centre = torch.tensor([[2, 2, 0]]).expand(9, 3)
+    centre = torch.tensor([[2, 2, 0, 0, 0]]).expand(9, 5)
     augment = Augment(flip=True, crop_padding=2)
     assert torch.equal(augment(images, centre), images)
-    assert torch.equal(augment(images, torch.tensor([[2, 2, 1]]).expand(9, 3)), images.flip(3))
-    moved = augment(images, torch.tensor([[0, 3, 0]]).expand(9, 3))
+    assert torch.equal(augment(images, torch.tensor([[2, 2, 1, 0, 0]]).expand(9, 5)), images.flip(3))
+    moved = augment(images, torch.tensor([[0, 3, 0, 0, 0]]).expand(9, 5))
     assert (moved[:, :, :2] == 0).all()
     assert (moved[:, :, :, -1] == 0).all()
     assert torch.equal(moved[:, :, 2:, :-1], images[:, :, :3, 1:])
@@ -80,5 +80,27 @@ def test_augment_draws_every_offset_and_half_the_flips() -> None:
     assert draw[:, 1].bincount(minlength=3).min() > 900
     assert 1400 < draw[:, 2].sum() < 1600
     assert Augment().draw(5, generator(0)).eq(0).all()
-    with pytest.raises(ValueError, match="crop_padding must be at least 0 but is -1"):
+    with pytest.raises(ValueError, match="Augment: crop_padding must be at least 0 but is -1"):
         Augment(crop_padding=-1)
+    with pytest.raises(ValueError, match="Augment: cutout must be at least 0 but is -2"):
+        Augment(cutout=-2)
+
+
+@pytest.mark.parametrize(
+    ("cutout", "row", "column", "rows", "columns"),
+    [(3, 2, 3, range(1, 4), range(2, 5)), (2, 0, 6, range(1), range(5, 7)), (4, 4, 0, range(2, 5), range(2))],
+)
+def test_augment_cuts_out_one_square(cutout: int, row: int, column: int, rows: range, columns: range) -> None:
+    images = torch.randint(1, 256, (3, 2, 5, 7), dtype=torch.uint8)
+    # Only the remainder of a place counts, so that the draw need not know the image's size.
+    draw = torch.tensor([[0, 0, 0, row + 5 * 11, column + 7 * 13]]).expand(3, 5)
+    expected = images.clone()
+    expected[:, :, rows.start : rows.stop, columns.start : columns.stop] = 0
+    assert torch.equal(Augment(cutout=cutout)(images, draw), expected)
+
+
+def test_augment_draws_squares_everywhere() -> None:
+    draw = Augment(cutout=3).draw(4000, generator(0))
+    for place in (draw[:, 3] % 8, draw[:, 4] % 8):
+        assert place.bincount(minlength=8).min() > 400
+    assert torch.equal(draw[:, :3], Augment().draw(4000, generator(0))[:, :3])

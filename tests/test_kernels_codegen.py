@@ -141,3 +141,15 @@ def test_weights_that_l2_keeps_leave_the_rows_most_of_it() -> None:
     processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
     plan = schedule_gemm.separable_schedule(processor, 256, 1, 256, 1, (28, 28), 1)
     assert 4 * 256 * 28 * plan.rows <= processor.l2_bytes * 2 // 5
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(("channels", "out_channels", "side"), [(32, 64, 112), (128, 128, 56), (256, 256, 28)])
+def test_depthwise_results_leave_the_cache_to_the_weights(
+    name: str, channels: int, out_channels: int, side: int
+) -> None:
+    processor = machine.named(name)
+    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (side, side), 1)
+    fits = 4 * channels * out_channels <= processor.l2_bytes // 2
+    assert plan.rows == 1 or 4 * plan.rows * side * channels <= processor.l2_bytes // (8 if fits else 1)
+    assert plan.rows < side

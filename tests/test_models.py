@@ -46,6 +46,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "vgg-grey": lambda: VGGSmall(1.0, 10, 1),
     "quick": lambda: QuickNet(False, 0.25, 5, dropout=0.1),
     "quick-residual-grey": lambda: QuickNet(True, 0.25, 5, 1),
+    "quick-gelu": lambda: QuickNet(False, 0.25, 5, activation="gelu"),
     "resnet": lambda: ResNet(8, num_classes=5),
     "resnet-projection": lambda: ResNet(14, 0.5, 5, 1, shortcut="projection"),
 }
@@ -481,6 +482,7 @@ def test_create_refuses(name: str, settings: dict[str, Any], message: str) -> No
             r"VGGSmall: images must have at least 8x8 pixels, got \(1, 3, 9, 7\)",
         ),
         (lambda: QuickNet(width_mult=0), "QuickNet: width_mult must be a positive number, got 0"),
+        (lambda: QuickNet(activation="relu6"), "QuickNet: activation must be one of relu, gelu, silu, got 'relu6'"),
         (
             lambda: QuickNet()(torch.ones(1, 3, 8, 9)),
             r"QuickNet: images must have at least 9x9 pixels, got \(1, 3, 8, 9\)",
@@ -522,3 +524,11 @@ def test_depthwise_filters_start_as_wide_as_their_own_inputs_ask() -> None:
     model = MobileNetV1()
     assert model.blocks[12].depthwise.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.05)
     assert model.blocks[12].pointwise.weight.std().item() == pytest.approx((2 / 1024) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("relu", nn.ReLU), ("gelu", nn.GELU), ("silu", nn.SiLU)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_quick_networks_activate_alike_everywhere(name: str, kind: type[nn.Module], residual: bool) -> None:
+    model = QuickNet(residual, 0.25, activation=name)
+    active = [type(m) for m in model.modules() if isinstance(m, (nn.ReLU, nn.GELU, nn.SiLU))]
+    assert active == [kind] * (10 if residual else 7)

@@ -49,6 +49,8 @@ def data() -> Data:
         ({"warmup_epochs": 11}, ValueError, "warmup_epochs must be from 0 to 10 epochs but is 11"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be from 0 to below 1 but is 1.0"),
         ({"crop_padding": -1}, ValueError, "crop_padding must be at least 0 but is -1"),
+        ({"cutout": -1}, ValueError, "cutout must be at least 0 but is -1"),
+        ({"cutout": 1.5}, TypeError, "cutout must be an int but is 1.5"),
         ({"ema": 1.0}, ValueError, "ema must be from 0 to below 1 but is 1.0"),
     ],
 )

@@ -70,6 +70,7 @@ WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Not applied 
 LabelSmoothing = Annotated[float, typer.Option("--label-smoothing", help="Share of a target spread over all classes.")]
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror images at random; wrong for digits and letters.")]
 Crop = Annotated[int, typer.Option("--crop-padding", min=0, help="Shift images at random by up to so many pixels.")]
+Cutout = Annotated[int, typer.Option("--cutout", min=0, help="Black out a random square of so many pixels a side.")]
 Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
 Average = Annotated[
     float, typer.Option("--average", metavar="DECAY", help="Keep a running average of the weights; 0.99 is usual.")

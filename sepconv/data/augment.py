@@ -1,4 +1,4 @@
-"""Random flips and crops of a whole batch at once, the same for any number of processes."""
+"""Random flips, crops and holes of a whole batch at once, the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -18,32 +18,50 @@ def generator(*key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Augment:
-    """Horizontal flips and crops at random offsets of the zero-padded image.
+    """Horizontal flips, crops at random offsets of the zero-padded image, and a square of zeros at a random place.
 
     Args:
         flip: mirror each image with probability one half. Wrong for digits and letters.
         crop_padding: pixels of zeros around the image before it is cropped back to its size.
+        cutout: side in pixels of the square, whose middle lies anywhere in the image (DeVries and Taylor 2017,
+            arXiv:1708.04552); 0 for none.
     """
 
     flip: bool = False
     crop_padding: int = 0
+    cutout: int = 0
 
     def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise ValueError(f"Augment: crop_padding must be at least 0 but is {self.crop_padding}")
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Augment: {name} must be at least 0 but is {getattr(self, name)}")
 
     def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
-        """Shape: images (N, C, H, W) and draw (N, 3) from `draw`  ->  (N, C, H, W), channels_last."""
+        """Shape: images (N, C, H, W) and draw (N, 5) from `draw`  ->  (N, C, H, W), channels_last."""
         height, width = images.shape[-2:]
         rows = draw[:, 0, None] + torch.arange(height)
         columns = draw[:, 1, None] + torch.arange(width)
         columns = torch.where(draw[:, 2, None] > 0, columns.flip(1), columns)
         padded = F.pad(images, [self.crop_padding] * 4).permute(0, 2, 3, 1)
         batch = torch.arange(len(images))[:, None, None]
-        return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        cropped = padded[batch, rows[:, :, None], columns[:, None, :]]
+        if self.cutout:
+            inside = self._hit(draw[:, 3], height)[:, :, None] & self._hit(draw[:, 4], width)[:, None, :]
+            cropped.masked_fill_(inside[..., None], 0)
+        return cropped.permute(0, 3, 1, 2)
+
+    def _hit(self, place: Tensor, size: int) -> Tensor:
+        """Which positions of `size` the square covers whose middle is at `place`, a random number: (N, size)."""
+        begin = place % size - self.cutout // 2
+        after = torch.arange(size) - begin[:, None]
+        return (after >= 0) & (after < self.cutout)
 
     def draw(self, count: int, random: torch.Generator) -> Tensor:
-        """Row offset, column offset and whether to flip, for `count` images: (count, 3)."""
+        """Row offset, column offset, whether to flip, and row and column of the square, for `count` images: (count, 5).
+
+        The last two are random numbers of which the remainder by the image's size counts.
+        """
         offsets = torch.randint(0, 2 * self.crop_padding + 1, (count, 2), generator=random)
         flips = torch.randint(0, 2, (count, 1), generator=random) * int(self.flip)
-        return torch.cat([offsets, flips], dim=1)
+        places = torch.randint(0, 2**31 if self.cutout else 1, (count, 2), generator=random)
+        return torch.cat([offsets, flips, places], dim=1)

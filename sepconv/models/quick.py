@@ -7,20 +7,21 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv.models.blocks import check_settings, classifier_head, conv3x3, conv_norm, initialize
+from sepconv.models.blocks import Activation, check_settings, classifier_head, conv3x3, conv_norm, initialize
 
 STEM = 24
 """Filters of the stem: twice its 2*2*3 inputs, so that they can be all principal patterns and their negatives."""
 PLAIN_WIDTHS = (48, 128, 256)
 RESIDUAL_WIDTHS = (48, 96, 192)
+ACTIVATIONS: dict[str, Activation] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class Shortcut(nn.Module):
     """Two normal 3x3 convolutions of equal width around which the input is added."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: Activation) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv_norm(conv3x3(width, width), nn.ReLU), conv_norm(conv3x3(width, width), nn.ReLU))
+        self.body = nn.Sequential(*(conv_norm(conv3x3(width, width), activation) for _ in range(2)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -39,6 +40,7 @@ class QuickNet(nn.Module):
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         dropout: before the classifier.
+        activation: "relu", "gelu" or "silu".
 
     Shape:
         x: (N, in_channels, H, W), H and W at least 9    ->    (N, num_classes)
@@ -56,15 +58,19 @@ class QuickNet(nn.Module):
         in_channels: int = 3,
         *,
         dropout: float = 0.0,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         check_settings("QuickNet", width_mult, num_classes, in_channels, dropout)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"QuickNet: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        active = ACTIVATIONS[activation]
         widths = [max(round(w * width_mult), 8) for w in (RESIDUAL_WIDTHS if residual else PLAIN_WIDTHS)]
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, STEM, 2), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, STEM, 2), active())
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Sequential(conv3x3(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()),
-                Shortcut(width) if residual else conv_norm(conv3x3(width, width), nn.ReLU),
+                nn.Sequential(conv3x3(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), active()),
+                Shortcut(width, active) if residual else conv_norm(conv3x3(width, width), active),
             )
             for before, width in zip((STEM, *widths), widths, strict=False)
         )

@@ -35,7 +35,7 @@ class Recipe:
         schedule: "one_cycle" (linear up, linear down to 0; Smith, arXiv:1708.07120), "cosine" or "constant".
         warmup_epochs: epochs of linear rise; None is 30 % of the training for one_cycle and none for the others.
         label_smoothing: share of the target that is spread evenly over the classes.
-        flip, crop_padding: see `sepconv.data.Augment`.
+        flip, crop_padding, cutout: see `sepconv.data.Augment`.
         mixed_precision: "no", "bf16" or "fp16" (not on CPUs).
         channels_last: store images and filters with the channels innermost, which is faster on CPUs.
         ema: decay of the running average of the weights, which is then what is evaluated and returned; 0 for none.
@@ -58,6 +58,7 @@ class Recipe:
     label_smoothing: float = 0.0
     flip: bool = False
     crop_padding: int = 0
+    cutout: int = 0
     mixed_precision: str = "no"
     channels_last: bool = True
     ema: float = 0.0
@@ -68,7 +69,7 @@ class Recipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"Recipe: {name} must be one of {', '.join(choices)} but is {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "crop_padding", "seed"):
+        for name in ("epochs", "batch_size", "crop_padding", "cutout", "seed"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"Recipe: {name} must be an int but is {getattr(self, name)!r}")
         self._check("epochs", self.epochs >= 1, "at least 1")
@@ -78,6 +79,7 @@ class Recipe:
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
         self._check("crop_padding", self.crop_padding >= 0, "at least 0")
+        self._check("cutout", self.cutout >= 0, "at least 0")
         self._check("ema", 0 <= self.ema < 1, "from 0 to below 1")
         fits = self.warmup_epochs is None or 0 <= self.warmup_epochs <= self.epochs
         self._check("warmup_epochs", fits, f"from 0 to {self.epochs} epochs")
@@ -88,7 +90,7 @@ class Recipe:
 
     @property
     def augment(self) -> Augment:
-        return Augment(self.flip, self.crop_padding)
+        return Augment(self.flip, self.crop_padding, self.cutout)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step `step`, counted from the first of the training."""

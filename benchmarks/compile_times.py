@@ -5,25 +5,22 @@ Every kernel is made anew, with none on disk, and timed until it can be called: 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import sepconv
-from sepconv import environment
+from benchmarks.record import save, stamped
 from sepconv.bench import operations
 from sepconv.bench.timing import threads_set_to
-from sepconv.files import replacing
 from sepconv.kernels import code_cache, runtime
 from sepconv.models import MobileNetV1, MobileNetV2
 
-RECORD = Path(__file__).parent / "results" / "compile_times.json"
+NAME = "compile_times"
 LIMIT = 0.5
 KINDS = {"G": "depthwise", "W": "depthwise weight gradient"}
 """Short names in the keys of kernels."""
@@ -85,14 +82,8 @@ def main() -> None:
     os.environ[code_cache.VARIABLE] = ""
     sepconv.compile(MobileNetV1(0.25).eval(), torch.randn(1, 3, 32, 32))  # imports and the first use of LLVM
     rows = [row for threads in (1, 2) for row in measure(threads)]
-    record = {
-        "command": "python -m benchmarks.compile_times",
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-        "rows": rows,
-    }
-    with replacing(RECORD) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    record = stamped(command="python -m benchmarks.compile_times", rows=rows)
+    save(NAME, record)
     print(summary(record))
 
 

@@ -14,18 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sepconv import environment
-from sepconv.files import replacing
+from benchmarks.record import save, stamped
 from sepconv.kernels import code_cache
 from sepconv.models import MobileNetV1
 
-RECORD = Path(__file__).parent / "results" / "sizes.json"
+NAME = "sizes"
 COUNT, SMALLEST, LARGEST = 300, 224, 448
 
 
@@ -105,16 +103,13 @@ def main() -> None:
     for threads in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             rows += [measure(threads, folder, kernels) for kernels in ("compiled meanwhile", "on disk")]
-    record = {
-        "command": "python -m benchmarks.sizes",
-        "network": "mobilenet_v1, width 0.5, channels_last",
-        "sizes": [SMALLEST, LARGEST, COUNT],
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-        "rows": rows,
-    }
-    with replacing(RECORD) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    record = stamped(
+        command="python -m benchmarks.sizes",
+        network="mobilenet_v1, width 0.5, channels_last",
+        sizes=[SMALLEST, LARGEST, COUNT],
+        rows=rows,
+    )
+    save(NAME, record)
     print(table(record))
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_times, sizes
+from benchmarks import compile_times, record, sizes
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import verdicts
 from sepconv.bench import tables
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
-def before_and_after(record: dict[str, Any]) -> str:
+def before_and_after(run: dict[str, Any]) -> str:
     """One conversion: the normal network beside the separable one."""
-    normal, separable = record["normal"], record["separable"]
+    normal, separable = run["normal"], run["separable"]
     rows = [
         ("convolution weights", "conv_params", "{:,}"),
         ("parameters", "params", "{:,}"),
@@ -29,9 +27,7 @@ def before_and_after(record: dict[str, Any]) -> str:
     for contender in ("torch", "sepconv"):
         times = [f"{network['latency_ms'][contender]:.3f}" for network in (normal, separable)]
         lines.append(f"| ms an image, {contender}, {normal['threads']} threads | {times[0]} | {times[1]} |")
-    stages = ", ".join(
-        f"{stage['name']} {stage['accuracy']:.2%} ({stage['seconds']:.0f} s)" for stage in record["stages"]
-    )
+    stages = ", ".join(f"{stage['name']} {stage['accuracy']:.2%} ({stage['seconds']:.0f} s)" for stage in run["stages"])
     return "\n".join(lines) + f"\n\nStages: {stages}.\n"
 
 
@@ -54,25 +50,24 @@ def documents() -> dict[Path, str]:
     def put(path: Path, name: str, content: str) -> None:
         found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
 
-    for name, file in (("demo", "digits-demo.json"), ("cifar10", "cifar10-convert.json")):
-        if (RESULTS / file).exists():
-            put(readme, name, before_and_after(json.loads((RESULTS / file).read_text())))
-    if (RESULTS / "ops.json").exists():
-        content = tables.read(RESULTS / "ops.json")
+    for name, source in (("demo", "digits-demo"), ("cifar10", "cifar10-convert")):
+        if record.path(source).exists():
+            put(readme, name, before_and_after(record.read(source)))
+    if record.path("ops").exists():
+        content = tables.read(record.path("ops"))
         put(readme, "ops", tables.operations_summary(content))
         put(details, "ops", "\n".join(f"{n} thread(s):\n\n{tables.operations(content, n)}" for n in (1, 2)))
-    if (RESULTS / "blocks.json").exists():
-        content = tables.read(RESULTS / "blocks.json")
+    if record.path("blocks").exists():
+        content = tables.read(record.path("blocks"))
         put(readme, "blocks", tables.blocks_summary(content))
         put(details, "blocks", "\n".join(f"{n} thread(s):\n\n{tables.blocks(content, n)}" for n in (1, 2)))
-    if (RESULTS / "network.json").exists():
-        content = tables.read(RESULTS / "network.json")
+    if record.path("network").exists():
+        content = tables.read(record.path("network"))
         put(readme, "network", tables.networks_summary(content))
         put(compiled, "network", _networks(content))
-    if sizes.RECORD.exists():
-        put(kernels, "sizes", sizes.table(json.loads(sizes.RECORD.read_text())))
-    if compile_times.RECORD.exists():
-        put(kernels, "compile_times", compile_times.summary(json.loads(compile_times.RECORD.read_text())))
+    for name, make in ((sizes.NAME, sizes.table), (compile_times.NAME, compile_times.summary)):
+        if record.path(name).exists():
+            put(kernels, name, make(record.read(name)))
     put(conversion, "evidence", evidence.conversion())
     put(claims, "claims", verdicts.document())
     return found

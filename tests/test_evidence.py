@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import record
 from benchmarks.evidence import claims, rivals, runner, students, verdicts
 from benchmarks.evidence.__main__ import chosen
 from benchmarks.evidence.runner import Step
@@ -24,7 +25,7 @@ MULTIPLIERS = (1, 2, 9)
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(runner.time, "sleep", lambda seconds: pytest.fail("nothing is being done elsewhere"))
     return tmp_path
@@ -69,7 +70,7 @@ def test_a_step_in_the_hands_of_another_process_is_left_to_it(folders: Path, mon
     lock.parent.mkdir(parents=True)
 
     def other_finishes(seconds: float) -> None:
-        runner.write("a", {"by": "the other"})
+        record.save("evidence-a", {"by": "the other"})
 
     monkeypatch.setattr(runner.time, "sleep", other_finishes)
     with lock.open("w") as held:
@@ -204,7 +205,7 @@ def test_tables() -> None:
 
 
 def test_records_carry_no_paths_of_a_machine() -> None:
-    for path in Path(runner.ROOT, "benchmarks", "results").glob("evidence-*.json"):
+    for path in record.RESULTS.glob("evidence-*.json"):
         text = path.read_text()
         assert json.loads(text)["step"] == path.stem.removeprefix("evidence-")
         assert "/home" not in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,9 @@ from typing import Any
 
 import torch
 
-from sepconv import environment
-from sepconv.files import replacing
+from benchmarks import record
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-RUNS = ROOT / "benchmarks" / "runs"
+RUNS = record.RESULTS.parent / "runs"
 """Weights and checkpoints: not kept in the repository, made again by the steps that need them."""
 
 
@@ -38,7 +34,7 @@ class Step:
 
 
 def record_path(name: str) -> Path:
-    return RESULTS / f"evidence-{name}.json"
+    return record.path(f"evidence-{name}")
 
 
 def finished(name: str) -> bool:
@@ -47,8 +43,7 @@ def finished(name: str) -> bool:
 
 def read(name: str) -> dict[str, Any]:
     """The record of a finished step."""
-    found: dict[str, Any] = json.loads(record_path(name).read_text())
-    return found
+    return record.read(f"evidence-{name}")
 
 
 def run(steps: Sequence[Step]) -> None:
@@ -72,24 +67,16 @@ def _attempt(step: Step) -> bool:
         print(f"{time.strftime('%H:%M:%S')} {step.name} begins", flush=True)
         begin, work = time.perf_counter(), time.process_time()
         result = step.work(folder)
-        record = {
-            "step": step.name,
-            "seconds_of_last_call": round(time.perf_counter() - begin, 1),
-            "cpu_seconds_of_last_call": round(time.process_time() - work, 1),
-            "threads": torch.get_num_threads(),
-            "machine": environment.machine(),
-            "versions": environment.versions(),
+        found = record.stamped(
+            step=step.name,
+            seconds_of_last_call=round(time.perf_counter() - begin, 1),
+            cpu_seconds_of_last_call=round(time.process_time() - work, 1),
+            threads=torch.get_num_threads(),
             **result,
-        }
-        write(step.name, record)
+        )
+        record.save(f"evidence-{step.name}", found)
         print(f"{time.strftime('%H:%M:%S')} {step.name} ends", flush=True)
     return True
-
-
-def write(name: str, record: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with replacing(record_path(name)) as file:
-        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

@@ -153,3 +153,20 @@ def test_depthwise_results_leave_the_cache_to_the_weights(
     fits = 4 * channels * out_channels <= processor.l2_bytes // 2
     assert plan.rows == 1 or 4 * plan.rows * side * channels <= processor.l2_bytes // (8 if fits else 1)
     assert plan.rows < side
+
+
+def test_half_vectors_are_for_processors_that_compute_whole_ones_in_halves() -> None:
+    whole = machine.named("avx512")
+    halved = dataclasses.replace(whole, half_vector_cost=1.2)
+    # 24 channels: two whole vectors, or three halves of which none is wasted.
+    assert schedule_gemm.gemm_tile(whole, 24, 144)[:2] == (16, 2)
+    assert schedule_gemm.gemm_tile(halved, 24, 144)[:2] == (8, 3)
+    assert (schedule_gemm.channel_lanes(whole, 24), schedule_gemm.channel_lanes(halved, 24)) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("features", "cost"),
+    [("avx512_zen4", 1.2), ("avx512_zen4-avx512_zen5", 2.0), ("avx512_sapphirerapids", 2.0), ("avx2", 2.0)],
+)
+def test_zen_4_computes_whole_vectors_in_halves(features: str, cost: float) -> None:
+    assert machine._half_vector_cost(f"x86-64-linux-avx-avx2-{features}-fma") == cost

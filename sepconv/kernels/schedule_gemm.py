@@ -20,8 +20,6 @@ _ENOUGH_SUMS = 14
 _STEM_SUMS = 16
 # Every scalar has an address of its own, in one of about sixteen registers that are used for more than that.
 _MOST_POINTERS = 12
-# A vector of half the length does its work in more instructions; it must save this factor elsewhere to be chosen.
-_HALF_VECTOR_COST = 1.2
 # Time of a load over that of a multiply-add, as far as it shows: a broadcast number or a vector from L1, a vector
 # from L2. Between what sweeps over tiles and MobileNet layers say on Zen 4, which makes one multiply-add of 512 bits at
 # a time, and on Granite Rapids, which makes two.
@@ -76,7 +74,7 @@ def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
     block_bytes = 4 * tile.wide * depth
     vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes // 2 else _L2_LOAD_COST
     loads = vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors
-    halves = _HALF_VECTOR_COST if tile.lanes < machine.lanes else 1.0
+    halves = machine.half_vector_cost if tile.lanes < machine.lanes else 1.0
     return _round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
 
 
@@ -177,7 +175,7 @@ class Separable(NamedTuple):
 def channel_lanes(machine: Machine, channels: int) -> int:
     """Lanes of a vector along the channels: shorter ones where fewer of them are wasted on the last vector."""
     lengths = [n for n in (32, 16, 8, 4, 2, 1) if n <= min(machine.lanes, channels)]
-    return min(lengths, key=lambda n: _round_up(channels, n) * _HALF_VECTOR_COST ** lengths.index(n))
+    return min(lengths, key=lambda n: _round_up(channels, n) * machine.half_vector_cost ** lengths.index(n))
 
 
 @lru_cache(maxsize=4096)

@@ -79,12 +79,14 @@ def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) ->
 def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_path: Path) -> None:
     processor = machine.named(name)
     plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1)
+    streams = schedule_gemm.streams(processor, channels, out_channels)
     spec = separable.Spec(
         channels, 1, out_channels, (3, 3), (1, 1), (1, 1), plan.tile, plan.columns, plan.depthwise_lanes,
-        plan.parallel, "relu6", "relu6", False,
+        plan.parallel, "relu6", "relu6", False, streams,
     )  # fmt: skip
+    assert streams == (4 if channels == 512 else 1)
     loop = product_loop(separable.build(spec), processor, tmp_path)
-    assert_in_registers(loop, processor, plan.tile, 1)
+    assert_in_registers(loop, processor, plan.tile, streams)
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -170,3 +172,11 @@ def test_half_vectors_are_for_processors_that_compute_whole_ones_in_halves() -> 
 )
 def test_zen_4_computes_whole_vectors_in_halves(features: str, cost: float) -> None:
     assert machine._half_vector_cost(f"x86-64-linux-avx-avx2-{features}-fma") == cost
+
+
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "count"),
+    [(512, 512, 4), (160, 960, 2), (96, 1000, 1), (514, 512, 2), (511, 512, 1), (128, 128, 1)],
+)
+def test_large_weights_are_read_in_several_long_runs(channels: int, out_channels: int, count: int) -> None:
+    assert schedule_gemm.streams(machine.named("avx512"), channels, out_channels) == count

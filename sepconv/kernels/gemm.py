@@ -41,6 +41,15 @@ def bias_param(name: str, length: int) -> Any:
     return param
 
 
+def in_streams(channels: int, streams: int, *others: int) -> tuple[Any, Any]:
+    """The reduction over the channels, in so many runs side by side (see ``schedule_gemm.streams``), and the channel.
+
+    The first dimension is the number of the run, which is to be unrolled; ``others`` follow the channels.
+    """
+    k = hl.RDom([hl.Range(0, extent) for extent in (streams, channels // streams, *others)], "k")
+    return k, k[1] + channels // streams * k[0]
+
+
 def keep_in_registers(sums: Any, v: Any, s: Any, depth: list[Any], tile: Tile) -> None:
     """Schedule the sums: all of the tile in registers, the sum's dimensions outside it."""
     for stage in (sums, sums.update()):

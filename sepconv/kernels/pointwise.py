@@ -19,10 +19,10 @@ from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.activations import activate
 from sepconv.kernels.buffers import Buffer, buffer, dense
 from sepconv.kernels.calls import Call, Layout, PackedCalls
-from sepconv.kernels.gemm import bias_param, keep_in_registers, packed, packed_param
+from sepconv.kernels.gemm import bias_param, in_streams, keep_in_registers, packed, packed_param
 from sepconv.kernels.layout import is_channels_last, like
 from sepconv.kernels.runtime import hl
-from sepconv.kernels.schedule_gemm import Tile, pointwise_alternatives, pointwise_schedule
+from sepconv.kernels.schedule_gemm import Tile, pointwise_alternatives, pointwise_schedule, streams
 
 # Measured on Zen 4: a call costs 6 us more than PyTorch's and gains 3 us in a million multiply-adds, half of that where
 # channels have to be gathered; and reading the weights once more, to see whether they changed, costs as much as is
@@ -44,6 +44,7 @@ class Spec(NamedTuple):
     parallel: str
     activation: str
     residual: bool
+    streams: int = 1
 
 
 def build(spec: Spec) -> tuple[Any, list[Any]]:
@@ -74,11 +75,11 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
     x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
     weight = packed_param("weight", *tile.panels, spec.channels, spec.out_channels)
     o, p = hl.Var("o"), hl.Var("p")
-    k = hl.RDom([hl.Range(0, spec.channels)], "k")
+    k, channel = in_streams(spec.channels, spec.streams)
 
     sums, out = hl.Func("sums"), hl.Func("pointwise")
     sums[o, p] = hl.f32(0.0)
-    sums[o, p] += packed(weight, tile.lanes, o, k.x) * x[k.x, p]
+    sums[o, p] += packed(weight, tile.lanes, o, channel) * x[channel, p]
     out[o, p], extra = _result(spec, sums[o, p], o, [o, p])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
@@ -93,7 +94,8 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
         runtime.share(out.reorder(o_in, p_in, step, block, group), group, share)
     out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(p_in)
     sums.compute_at(out, step)
-    keep_in_registers(sums, o, p, [k.x], tile)
+    keep_in_registers(sums, o, p, [k[0], k[1]], tile)
+    sums.update().unroll(k[0])
 
     _strides(x, spec, spec.channels)
     _strides(out.output_buffer(), spec, spec.out_channels)
@@ -197,7 +199,8 @@ def plan_strided(
     )
     tile = schedule.tile
     guard = not channels_last and pixels < tile.wide
-    spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, residual)
+    runs = streams(machine.host(), channels, out_channels) if channels_last else 1
+    spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, residual, runs)
     size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
     groups = -(-pixels // (schedule.chunk * (tile.scalars if channels_last else tile.wide))) * images
     passes = -(-out_channels // tile.wide) if schedule.parallel == "channels" else groups
@@ -244,7 +247,13 @@ def describe(
     """The schedule that ``forward`` uses for these arguments."""
     found = plan(x, weight.shape[0], activation, residual is not None)
     layout = "channels_last" if found.spec.channels_last else "contiguous"
-    return {"layout": layout, **found.spec.tile._asdict(), "chunk": found.chunk, "parallel": found.spec.parallel}
+    return {
+        "layout": layout,
+        **found.spec.tile._asdict(),
+        "chunk": found.chunk,
+        "parallel": found.spec.parallel,
+        "streams": found.spec.streams,
+    }
 
 
 def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:

@@ -41,6 +41,10 @@ _COLUMNS = 4
 _MOST_ROWS = 32
 
 
+# Channels of a run that is worth being read beside others.
+_LEAST_RUN = 64
+
+
 class Tile(NamedTuple):
     """A block of the result held in registers: ``vectors`` of ``lanes`` numbers by ``scalars``."""
 
@@ -107,6 +111,19 @@ def fit_scalars(tile: Tile, count: int) -> Tile:
     if count <= tile.scalars:
         return tile._replace(scalars=max(count, 1))
     return min((tile, _shallower(tile)), key=lambda fit: _round_up(count, fit.scalars))
+
+
+@lru_cache(maxsize=1024)
+def streams(machine: Machine, channels: int, length: int) -> int:
+    """Into how many runs a sum over the channels is cut, which are then read side by side; ``length`` sums.
+
+    Large weights come from beyond L2. A processor fetches ahead along every run of memory on its own, so that several
+    bring more in time (Granite Rapids: 0.92 to 0.96 of the time); small weights and short runs gain nothing. The order
+    of the sum depends on the weights' size alone, so that the result of an image does not on how many there are.
+    """
+    if 4 * channels * length < machine.l2_bytes // 4:
+        return 1
+    return next((count for count in (4, 2) if channels % count == 0 and channels // count >= _LEAST_RUN), 1)
 
 
 class Pointwise(NamedTuple):

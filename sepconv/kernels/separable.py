@@ -18,7 +18,7 @@ from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.buffers import Buffer, buffer, pixels
 from sepconv.kernels.calls import Call, Layout, PackedCalls
 from sepconv.kernels.layout import is_channels_last, like
-from sepconv.kernels.schedule_gemm import separable_alternatives, separable_schedule
+from sepconv.kernels.schedule_gemm import separable_alternatives, separable_schedule, streams
 from sepconv.kernels.separable_pipeline import UNROLLED_TAPS, Spec, build
 
 Padding = Sequence[tuple[int, int]]
@@ -67,6 +67,7 @@ def plan(
     spec = Spec(
         channels, multiplier, out_channels, kernel_size, stride, dilation, schedule.tile, schedule.columns,
         schedule.depthwise_lanes, schedule.parallel, *activations, residual,
+        streams(machine.host(), channels, multiplier * out_channels),
     )  # fmt: skip
     tiles, left = divmod(size[0], schedule.rows)
     calls = [(schedule.rows, 0, tiles)] + [(left, tiles * schedule.rows, 1)] * (left > 0)
@@ -176,6 +177,7 @@ def describe(
         "rows": rows,
         "columns": spec.columns,
         "depthwise_lanes": spec.depthwise_lanes,
+        "streams": spec.streams,
         "parallel": spec.parallel,
     }
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sepconv.kernels import runtime
 from sepconv.kernels.activations import activate
-from sepconv.kernels.gemm import bias_param, dense, keep_in_registers, packed, packed_param
+from sepconv.kernels.gemm import bias_param, dense, in_streams, keep_in_registers, packed, packed_param
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile
 
@@ -35,6 +35,7 @@ class Spec(NamedTuple):
     depthwise_activation: str
     activation: str
     residual: bool
+    streams: int = 1
 
 
 class _Inputs:
@@ -94,11 +95,11 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
         filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m], spec.depthwise_activation
     )
 
-    k = hl.RDom([hl.Range(0, spec.channels), hl.Range(0, spec.multiplier)], "k")
+    k, channel = in_streams(spec.channels, spec.streams, spec.multiplier)
     sums, out = hl.Func("sums"), hl.Func("separable")
     sums[o, q, t, n] = hl.f32(0.0)
-    weight = packed(inputs.weight, spec.tile.lanes, o, k.x + spec.channels * k.y)
-    sums[o, q, t, n] += weight * hidden[k.x, k.y, q, t, n]
+    weight = packed(inputs.weight, spec.tile.lanes, o, channel + spec.channels * k[2])
+    sums[o, q, t, n] += weight * hidden[channel, k[2], q, t, n]
     value = sums[o, q, t, n] + inputs.bias[o]
     if spec.residual:
         value = value + inputs.residual[o, q, t, n]
@@ -144,7 +145,8 @@ def _schedule_product(spec: Spec, share: Any, out: Any, sums: Any, dims: tuple[A
         out.never_partition([t, n, step, block])
         runtime.share(out, block, share)
     sums.compute_at(out, step)
-    keep_in_registers(sums, o, q, [k.x, k.y], tile)
+    keep_in_registers(sums, o, q, [k[0], k[1], k[2]], tile)
+    sums.update().unroll(k[0])
     return task if spec.parallel == "rows" else t
 
 

@@ -33,7 +33,10 @@ def before_and_after(run: dict[str, Any]) -> str:
 
 def _networks(content: dict[str, Any]) -> str:
     """All contenders by thread count, what each needs, and who could not take part."""
-    parts = [f"{n} thread(s):\n\n{tables.networks(content, n)}" for n in (1, 2)]
+    machine = content["machine"]
+    peak = machine["fma_peak_gflops"]["1"]
+    parts = [f"On {machine['cpu']}, {peak:.0f} GFLOP/s a thread, code of {content['commit']}.\n"]
+    parts += [f"{n} thread(s):\n\n{tables.networks(content, n)}" for n in (1, 2)]
     if content["footprints"]:
         parts.append(f"MobileNet v1, a process each:\n\n{tables.footprints(content)}")
     missing = "; ".join(f"{name}: {reason}" for name, reason in sorted(content["absent"].items()))
@@ -65,6 +68,8 @@ def documents() -> dict[Path, str]:
         content = tables.read(record.path("network"))
         put(readme, "network", tables.networks_summary(content))
         put(compiled, "network", _networks(content))
+    if record.path("network-zen4").exists():
+        put(compiled, "network-zen4", _networks(tables.read(record.path("network-zen4"))))
     for name, make in ((sizes.NAME, sizes.table), (compile_times.NAME, compile_times.summary)):
         if record.path(name).exists():
             put(kernels, name, make(record.read(name)))

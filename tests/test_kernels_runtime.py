@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sepconv.kernels import pool as pool_kernel
 from sepconv.kernels import threads as pool
 from sepconv.kernels.buffers import buffer
 from sepconv.kernels.calls import Call, Layout
+from sepconv.kernels.machine_code import Chain, in_chains
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -123,6 +125,24 @@ def test_a_kernel_is_built_once() -> None:
         starter.join()
     assert built == [1]
     assert runtime.cached_kernels() == 1
+
+
+def test_neighbouring_kernels_are_joined_in_order() -> None:
+    tensors = [torch.full((3, 5), float(i)) for i in range(1, 6)]
+    kernel = runtime.compiled("doubling", _doubling)
+    calls: list[Any] = [kernel.bind(buffer(a), buffer(b)) for a, b in pairwise(tensors)]
+    seen = []
+    joined = in_chains([Chain(calls[:2]), calls[2], lambda: seen.append(tensors[3].clone()), calls[3]])
+    del kernel, calls
+    runtime.clear_cache()
+    assert [type(run) for run in joined[::2]] == [Chain, Chain]
+    assert [len(run.bound) for run in joined[::2]] == [3, 1]
+    for start in (1.0, 3.0):
+        tensors[0].fill_(start)
+        for run in joined:
+            run()
+        assert [float(tensor[2, 4]) for tensor in tensors] == [start * 2**i for i in range(5)]
+        assert (seen.pop() == start * 8).all()
 
 
 def test_a_failed_build_is_a_reason_and_is_remembered() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,7 @@ from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
 from sepconv.compile.tune import alternatives, fastest
 from sepconv.kernels import threads
+from sepconv.kernels.machine_code import in_chains
 
 
 class Plan:
@@ -85,7 +87,11 @@ class Instance:
         first, rest = bound[: layout.sliced], bound[layout.sliced :]
         in_turn = [(i, calls[image]) for image in range(layout.images) for i, calls in enumerate(first)]
         in_turn += [(i, calls[0]) for i, calls in enumerate(rest, layout.sliced)]
-        self._runs = [(i, call.run, layout.direct is not None and i == 0) for i, call in in_turn]
+        self._runs = [(i, call.run, self._is_direct(i)) for i, call in in_turn]
+        self._chains: list[tuple[Callable[..., None], bool]] = []
+        for direct, group in groupby(self._runs, lambda run: run[2]):
+            runs = [run for _, run, _ in group]
+            self._chains += [(run, direct) for run in (runs if direct else in_chains(runs))]
         self._copied = [(i, self._tensor(layout.inputs[i])) for i in layout.copied]
         self._results = [(self._tensor(place), like) for place, like in layout.outputs]
 
@@ -144,7 +150,7 @@ class Instance:
         """The network's outputs, in memory of their own."""
         for i, place in self._copied:
             place.copy_(inputs[i])
-        for _, run, direct in self._runs:
+        for run, direct in self._chains:
             if direct:
                 run(inputs[self._layout.direct])  # type: ignore[index]
             else:

@@ -11,6 +11,9 @@ import ctypes
 import re
 import tempfile
 import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,30 @@ end:
 """
 
 
+# Kernels and the addresses of their arguments, in turn.
+_CHAIN = """
+define void @chain(ptr %calls, i64 %count) {
+entry:
+  br label %next
+next:
+  %i = phi i64 [ 0, %entry ], [ %following, %call ]
+  %left = icmp ult i64 %i, %count
+  br i1 %left, label %call, label %end
+call:
+  %place = getelementptr { ptr, ptr }, ptr %calls, i64 %i
+  %kernel = load ptr, ptr %place
+  %arguments.at = getelementptr { ptr, ptr }, ptr %calls, i64 %i, i32 1
+  %arguments = load ptr, ptr %arguments.at
+  %error = call i32 %kernel(ptr %arguments)
+  %following = add i64 %i, 1
+  br label %next
+end:
+  ret void
+}
+"""
+_CHAIN_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+
+
 class Kernel:
     """Object code that was loaded; several Python threads may run it at once."""
 
@@ -67,8 +94,8 @@ class Kernel:
         """
         with _loading:
             _define_runtime(code)
-            self._engine, (address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
-        self._entry: Any = _ENTRY(address)
+            self._engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
+        self._entry: Any = _ENTRY(self.address)
         self._takes = fit.parameters(about)
 
     def check(self, prepared: Arguments) -> None:
@@ -99,14 +126,44 @@ class Kernel:
 class Bound:
     """A kernel and its arguments."""
 
-    __slots__ = ("_address", "_entry", "_kernel", "prepared")
+    __slots__ = ("_address", "_entry", "kernel", "prepared")
 
     def __init__(self, kernel: Kernel, prepared: Arguments) -> None:
-        self._kernel, self.prepared = kernel, prepared
+        self.kernel, self.prepared = kernel, prepared
         self._entry, self._address = kernel._entry, prepared.address
 
     def __call__(self) -> None:
         self._entry(self._address)
+
+
+class Chain:
+    """Kernels with their arguments, one after the other, with no return to Python in between."""
+
+    def __init__(self, calls: Sequence[Bound | Chain]) -> None:
+        self.bound: list[Bound] = []
+        for call in calls:
+            self.bound += call.bound if isinstance(call, Chain) else [call]
+        pairs = [(bound.kernel.address, bound.prepared.address) for bound in self.bound]
+        self._calls = (ctypes.c_void_p * (2 * len(pairs)))(*[address for pair in pairs for address in pair])
+        self._given = ctypes.addressof(self._calls), len(pairs)
+        self._entry = _CHAIN_ENTRY(_chain())
+
+    def __call__(self) -> None:
+        self._entry(*self._given)
+
+
+@lru_cache(maxsize=1)
+def _chain() -> int:
+    return llvm.assemble(_CHAIN, "chain")[0]
+
+
+def in_chains(runs: Iterable[Callable[..., None]]) -> list[Callable[..., None]]:
+    """The same calls, neighbouring kernels joined."""
+    found: list[Callable[..., None]] = []
+    for kernels, group in groupby(runs, lambda run: isinstance(run, (Bound, Chain))):
+        calls: list[Any] = list(group)
+        found += [Chain(calls)] if kernels else calls
+    return found
 
 
 def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:

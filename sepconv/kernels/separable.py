@@ -18,6 +18,7 @@ from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.buffers import Buffer, buffer, pixels
 from sepconv.kernels.calls import Call, Layout, PackedCalls
 from sepconv.kernels.layout import is_channels_last, like
+from sepconv.kernels.machine_code import Chain
 from sepconv.kernels.schedule_gemm import separable_alternatives, separable_schedule, streams
 from sepconv.kernels.separable_pipeline import UNROLLED_TAPS, Spec, build
 
@@ -221,12 +222,7 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
         shape, strides, skipped = _tiles(tuple(out.shape), rows, first, tiles)
         views = [Buffer(shape, strides, image.data_ptr() + skipped, holds=image) for image in images]
         calls.append(kernel.bind(found.size[1], rows, first, share, *inputs, *views))
-    return calls[0] if len(calls) == 1 else partial(_one_after_the_other, calls)
-
-
-def _one_after_the_other(calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
+    return calls[0] if len(calls) == 1 else Chain(calls)
 
 
 def _tiles(shape: Sizes, rows: int, first: int, tiles: int) -> tuple[Sizes, Sizes, int]:

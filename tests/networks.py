@@ -199,3 +199,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]
     "near_misses": (NearMisses, image(2, 8, 7, 9)),
     "signal": (Signal, image(3, 6, 11)),
 }
+
+
+def images_for(model: nn.Module, height: int = 32, width: int = 32, batch: int = 3) -> Tensor:
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return torch.randn(batch, first.in_channels, height, width)
+
+
+def classes_of(model: nn.Module) -> int:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1].out_features

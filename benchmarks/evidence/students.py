@@ -101,7 +101,7 @@ RIVALS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
 HEADLINE = {
     "vgg": {"third": 2, "whole": 7},
     "resnet": {"third": 2, "whole": 5},
-    "wide": {"third": 14, "whole": 24},
+    "wide": {"third": 8, "whole": 30},
 }
 """Epochs of distillation that take, with the conversion, at most a third of each teacher's training time, and at most
 all of it."""

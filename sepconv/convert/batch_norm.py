@@ -20,11 +20,14 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Change:
-    """The change of one batch norm's input from the old network to the new, averaged over batches."""
+    """The change of one batch norm's input from the old network to the new, averaged over batches.
+
+    Only changes are added up: where there are none the statistics stay what they are, to the last bit.
+    """
 
     def __init__(self, norm: Any) -> None:
         self.mean, self.var, self.eps = norm.running_mean.double(), norm.running_var.double(), norm.eps
-        self.means, self.logs, self.batches = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
+        self.moves, self.logs, self.batches = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
 
     def add(self, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Take in one batch; returns the statistics that suit this batch.
@@ -32,17 +35,17 @@ class _Change:
         Where the running statistics stood relative to the old batch, the new ones stand relative to the new batch.
         """
         ratio = (after[1] + self.eps) / (before[1] + self.eps)
-        mean = after[0] + (self.mean - before[0]) * ratio.sqrt()
-        self.means += mean
+        move = after[0] - before[0] + (self.mean - before[0]) * (ratio.sqrt() - 1)
+        self.moves += move
         self.logs += ratio.log()
         self.batches += 1
-        return mean, self._scaled(ratio)
+        return self.mean + move, self._scaled(ratio)
 
     def average(self) -> tuple[Tensor, Tensor]:
-        return self.means / self.batches, self._scaled((self.logs / self.batches).exp())
+        return self.mean + self.moves / self.batches, self._scaled((self.logs / self.batches).exp())
 
     def _scaled(self, ratio: Tensor) -> Tensor:
-        return ((self.var + self.eps) * ratio - self.eps).clamp_min(0)
+        return (self.var + (self.var + self.eps) * (ratio - 1)).clamp_min(0)
 
 
 def reestimate(old: nn.Module, new: nn.Module, images: Images) -> int:

@@ -77,6 +77,23 @@ def test_pointwise_matches_definition(case: Case, channels_last: bool, assert_ro
     margins_untouched()
 
 
+@pytest.mark.parametrize("streams", [2, 4])
+def test_pointwise_sum_in_several_runs(streams: int, assert_rounding: Callable[..., None]) -> None:
+    x, weight = image((2, 44, 5, 7), True), torch.randn(37, 44, 1, 1)
+    found = pointwise.plan(x, 37)
+    found = found._replace(spec=found.spec._replace(streams=streams))
+    out, margins_untouched = poisoned(pointwise_forward(x, weight, None))
+    pointwise.bind(found, x, pointwise.pack(found, weight, None), None, out)()
+    assert_rounding(out, truth(*double(x, weight), None, None, ""), truth(*magnitude(x, weight), None, None, ""), 44)
+    margins_untouched()
+
+
+def test_large_weights_are_read_in_several_runs() -> None:
+    x, weight = image((1, 512, 3, 3), True), torch.randn(2048, 512, 1, 1)
+    assert pointwise.describe(x, weight, None)["streams"] == 4
+    assert pointwise.describe(x, weight[:16], None)["streams"] == 1
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_pointwise_is_the_same_with_any_threads(channels_last: bool) -> None:
     x, weight = image((1, 40, 23, 29), channels_last), torch.randn(64, 40, 1, 1)

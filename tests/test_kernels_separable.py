@@ -110,6 +110,28 @@ def test_separable_matches_definition(case: Case, assert_rounding: Callable[...,
     margins_untouched()
 
 
+@pytest.mark.parametrize("streams", [2, 4])
+@pytest.mark.parametrize("multiplier", [1, 3])
+def test_separable_sum_in_several_runs(streams: int, multiplier: int, assert_rounding: Callable[..., None]) -> None:
+    case = Case("streams", (1, 20, 7, 11), 19, multiplier=multiplier)
+    tensors, geometry = arguments(case)
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
+    usual = run(tensors, case.activations, geometry)
+    assert x is not None
+    found = separable.plan_for(
+        x, depthwise_weight, case.activations[0], pointwise_weight, case.activations[1], *geometry
+    )
+    found = found._replace(spec=found.spec._replace(streams=streams))
+    out, margins_untouched = poisoned(usual)
+    separable.bind(
+        found, x, separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias), None, out
+    )()
+    expected = truth(double(*tensors), case.activations, geometry)
+    sizes = truth(magnitude(*tensors), ("", ""), geometry) + expected.abs()
+    assert_rounding(out, expected, sizes, 9 + 20 * multiplier)
+    margins_untouched()
+
+
 @pytest.mark.parametrize(
     ("shape", "out_channels", "parallel"), [((1, 16, 24, 24), 16, "rows"), ((1, 32, 5, 5), 128, "channels")]
 )

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.groups import Convolution, Separable
 from sepconv.kernels import aten
-from sepconv.models import MobileNetV2
+from sepconv.kernels.machine_code import Chain
+from sepconv.models import MobileNetV1, MobileNetV2
 
 RELATIVE = 1e-5
 
@@ -229,3 +230,14 @@ def test_compile_random_separable_networks(blocks: Any, height: int, width: int,
     assert "separable" in kinds(compiled)
     assert {group.kernel for group in compiled.explain().groups} == {"halide"}
     assert_equals_model(compiled, model, (x,))
+
+
+def test_kernels_of_a_network_run_without_a_return_to_python() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    fast = compile(MobileNetV1(0.25, 10).eval(), x)
+    instance = next(iter(fast._plans.values())).take()  # type: ignore[union-attr]
+    # The stem reads the caller's own image; the thirteen blocks, pooling and classifier follow in one call.
+    (_, direct), (rest, _) = instance._chains
+    assert direct
+    assert isinstance(rest, Chain)
+    assert len(rest.bound) >= 15

@@ -23,6 +23,7 @@ from sepconv import export, png
 from sepconv.cli import arguments, console
 from sepconv.compile import CompiledModel, compile
 from sepconv.data import load
+from sepconv.data.augment import Augment
 from sepconv.model_file import open_model
 
 COMMANDS = ("demo", "convert", "train", "count", "export", "predict", "doctor", "report")
@@ -222,6 +223,17 @@ def test_doctor_lists_kernels_and_packages() -> None:
 def test_quiet_prints_nothing(tmp_path: Path) -> None:
     ran = run("train", *SMALL, "--epochs", 1, "--out", tmp_path, "--quiet")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
+
+
+def test_augmentation_reaches_both_trainings(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Augment] = []
+    draw = Augment.draw
+    monkeypatch.setattr(Augment, "draw", lambda self, *given: used.append(self) or draw(self, *given))
+    wanted = ("--flip", "--crop-padding", 1, "--cutout", 3, "--epochs", 1, "--quiet")
+    for begin in (("train", *SMALL), ("convert", trained, "--data", "digits", "--budget", "1/2")):
+        used.clear()
+        assert run(*begin, *wanted, "--out", tmp_path / begin[0]).code == 0
+        assert Augment(flip=True, crop_padding=1, cutout=3) in used
 
 
 def test_own_function_as_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,11 @@ def test_a_full_disk_leaves_the_work_to_pytorch(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(dispatch, "_choices", {})
     [choice] = sepconv.explain(sepconv.depthwise_conv2d, x, weight, None, 1, 3)
     assert choice.kernel == "halide"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="knows its addresses")
+def test_free_memory_in_small_pieces_is_enough(folder: Path) -> None:
+    """LLVM ends the process where the parts of an object lie too far from each other."""
+    script = Path(__file__).with_name("fragmented.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr[-2000:]

@@ -27,7 +27,10 @@ def _engine(code: str) -> Any:
 
     module = llvm.parse_assembly(code)
     module.verify()
-    return llvm.create_mcjit_compiler(module, llvm.Target.from_default_triple().create_target_machine(opt=2))
+    machine = llvm.Target.from_default_triple().create_target_machine(opt=2)
+    # The parts of an object reach each other over 2 GiB at most, and LLVM ends the process where they lie farther
+    # apart. This manager of memory lays them side by side.
+    return llvm.create_mcjit_compiler(module, machine, use_lmm=True)
 
 
 def assemble(code: str, *names: str) -> list[int]:

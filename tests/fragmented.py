@@ -7,6 +7,7 @@ them among its libraries, and for the others far below.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def gaps() -> list[tuple[int, int]]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     used = [span for span in spans if 0x700000000000 < span[0] < 0x7FFF00000000]
-    free = [(low[1], high[0]) for low, high in zip(used, used[1:], strict=False) if low[1] < high[0]]
+    free = [(low[1], high[0]) for low, high in itertools.pairwise(used) if low[1] < high[0]]
     return [*free, (used[0][0] - FAR, used[0][0])]
 
 

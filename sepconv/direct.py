@@ -63,11 +63,20 @@ def possible(*tensors: Tensor) -> bool:
     return not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
 
 
+def inference(x: Tensor) -> bool:
+    """Whether only the result counts of what a layer does with ``x``, a plain float32 tensor on the CPU: no gradients,
+    and no mode that wants to see each operator, but for ``explain``."""
+    return not torch.is_grad_enabled() and not _traced() and type(x) is Tensor and _plain(x)
+
+
 def _watched() -> bool:
     """Whether a mode, a transformation, autocast, a profiler or ``explain`` wants to see each operator."""
+    return _traced() or recording()
+
+
+def _traced() -> bool:
     return bool(
         torch.compiler.is_compiling()  # first: what follows cannot be traced
-        or recording()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None

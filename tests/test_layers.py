@@ -98,8 +98,15 @@ def test_activation_module_and_name_agree() -> None:
     made.load_state_dict(named.state_dict())
     x = _image(2)
     torch.testing.assert_close(named(x), made(x))
-    assert sepconv.explain(named, x)[0].op == "separable_conv"
-    assert [choice.op for choice in sepconv.explain(made, x)] == ["depthwise_conv", "pointwise_conv"]
+    assert sepconv.explain(named, x)[0].op == sepconv.explain(made, x)[0].op == "separable_conv"
+
+
+@pytest.mark.parametrize("other", [nn.ELU(), nn.GELU(approximate="tanh"), None], ids=["elu", "tanh", "none"])
+def test_another_activation_takes_the_place_of_the_first(other: nn.Module | None) -> None:
+    layer = sepconv.SeparableConv2d(4, 6, 3, activation="relu")
+    layer.activation = other
+    x, active = _image(2), other or nn.Identity()
+    torch.testing.assert_close(layer(x), active(layer.pointwise(active(layer.depthwise(x)))))
 
 
 def test_stacked_pointwise_layers() -> None:

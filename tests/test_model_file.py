@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sepconv import models, structure
+from sepconv import explain, models, structure
 from sepconv.data import load
 from sepconv.layers import DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 from sepconv.model_file import Card, open_model, read_card, write
@@ -42,7 +42,8 @@ def test_network_of_every_kind_opens_as_it_was(tmp_path: Path) -> None:
     assert len(card.changes) == 10
     x = torch.randn(2, 1, 13, 11)
     assert torch.equal(opened(x), model(x))
-    assert opened.stages[1][0][0]._is_one_operation() == model.stages[1][0][0]._is_one_operation()
+    kernels = [[choice.op for choice in explain(network, x)] for network in (opened, model)]
+    assert kernels[0] == kernels[1]
     assert {key: value.shape for key, value in opened.state_dict().items()} == {
         key: value.shape for key, value in model.state_dict().items()
     }

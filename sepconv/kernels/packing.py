@@ -8,6 +8,7 @@ are frozen pack them themselves and skip it.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import threading
 import weakref
@@ -39,6 +40,7 @@ class _Entry(NamedTuple):
 
 _cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.RLock()
+atexit.register(_cache.clear)  # weights that die with the interpreter would look for what has gone before them
 
 
 class _Hashing(threading.local):
@@ -85,13 +87,22 @@ class Packed(list[Any]):
         self.calls: dict[int, Any] = {}
 
 
+_constants: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """The same tensor, whose numbers nobody else can reach and change: they need not be compared."""
+    _constants[id(tensor)] = tensor
+    return tensor
+
+
 def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> Packed:
     """``make()``, kept for as long as the first weight lives and the bytes of all of them stay the same.
 
     ``make`` must depend on nothing but the weights' values and ``variant``, and must copy what it keeps.
     """
     given = [weight for weight in weights if weight is not None]
-    digest = tuple([fingerprint(weight) for weight in given])
+    digest = tuple([b"" if _constants.get(id(weight)) is weight else fingerprint(weight) for weight in given])
     key = (variant, *[None if weight is None else weight.data_ptr() for weight in weights])
     with _lock:
         entry = _cache.get(key)

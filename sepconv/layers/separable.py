@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sepconv import ops
+from sepconv.layers import folding
 from sepconv.layers.conv import (
     DepthwiseConv1d,
     DepthwiseConv2d,
@@ -30,9 +31,11 @@ _ACTIVATION: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "sigmoid": nn.Sigmoid,
 }
+_NAMES: dict[type, str] = {kind: name for name, kind in _ACTIVATION.items()}  # type: ignore[misc]
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DEPTHWISE: dict[int, Any] = {1: DepthwiseConv1d, 2: DepthwiseConv2d, 3: DepthwiseConv3d}
 _POINTWISE: dict[int, Any] = {1: PointwiseConv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
+_POINTWISE_CONV = {1: ops.pointwise_conv1d, 2: ops.pointwise_conv2d, 3: ops.pointwise_conv3d}
 _SEPARABLE = {1: ops.separable_conv1d, 2: ops.separable_conv2d, 3: ops.separable_conv3d}
 
 
@@ -55,6 +58,11 @@ def _make_activation(name: str, activation: Activation) -> nn.Module | None:
         known = ", ".join(map(repr, _ACTIVATION))
         raise ValueError(f"{name}: activation must be None, a callable or one of {known}, got {activation!r}")
     return _ACTIVATION[activation]()
+
+
+def _is_known(activation: nn.Module | None) -> bool:
+    """Whether the functions of ``ops`` can compute it."""
+    return activation is None or (type(activation) in _NAMES and getattr(activation, "approximate", "none") == "none")
 
 
 class _SeparableConv(nn.Module):
@@ -102,7 +110,6 @@ class _SeparableConv(nn.Module):
             self.add_module(f"pointwise{i}_norm", _make_norm(name, norm, dims, out_channels))
         for module in self.children():
             module.to(device=device, dtype=dtype)
-        self._fused = activation if isinstance(activation, str) else None
 
     @property
     def in_channels(self) -> int:
@@ -112,41 +119,42 @@ class _SeparableConv(nn.Module):
     def out_channels(self) -> int:
         return int(self.pointwise.out_channels)
 
-    def _is_one_operation(self) -> bool:
-        """Whether the whole layer is one fused operation: no norm, a known activation, and nobody watches its parts."""
+    def _stages(self) -> list[tuple[Any, nn.Module | None]]:
+        """Each convolution with its norm."""
+        more = [f"pointwise{i}" for i in range(2, self.pointwise_layers + 1)]
+        names = ["depthwise", "pointwise", *more]
+        return [(getattr(self, name), getattr(self, f"{name}_norm")) for name in names]
+
+    def _weights(self, x: Tensor) -> list[folding.Folded] | None:
+        """A weight and a bias for each convolution with which the functions of ``ops`` do the whole layer.
+
+        None where they cannot: there is a norm that does more than scale and shift, an unknown activation, another
+        padding, or somebody watches the parts.
+        """
         d, p = self.depthwise, self.pointwise
-        plain = self.activation is None or self._fused is not None
-        watched = d._forward_hooks or d._forward_pre_hooks or p._forward_hooks or p._forward_pre_hooks
-        watched = watched or d._backward_hooks or p._backward_hooks
-        known = type(d) is _DEPTHWISE[self.dims] and type(p) is _POINTWISE[self.dims]
-        zeros = known and d.padding_mode == "zeros"
-        unnormed = self.depthwise_norm is None and self.pointwise_norm is None
-        return plain and zeros and unnormed and not watched and self.pointwise_layers == 1
+        if type(d) is not _DEPTHWISE[self.dims] or type(p) is not _POINTWISE[self.dims] or d.padding_mode != "zeros":
+            return None
+        if not _is_known(self.activation) or folding.watched(self.children()):
+            return None
+        stages = self._stages()
+        if all([norm is None for _, norm in stages]):
+            return [(conv.weight, conv.bias) for conv, _ in stages]
+        return folding.fold(stages) if folding.foldable(x, [norm for _, norm in stages]) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_one_operation():
-            d, p = self.depthwise, self.pointwise
-            return _SEPARABLE[self.dims](
-                x,
-                d.weight,
-                p.weight,
-                d.bias,
-                p.bias,
-                d.stride,
-                d.padding,
-                d.dilation,
-                depthwise_activation=self._fused,
-                activation=self._fused,
-            )
-        x = self._finish(self.depthwise(x), self.depthwise_norm)
-        x = self._finish(self.pointwise(x), self.pointwise_norm)
-        for i in range(2, self.pointwise_layers + 1):
-            x = self._finish(getattr(self, f"pointwise{i}")(x), getattr(self, f"pointwise{i}_norm"))
+        weights = self._weights(x)
+        if weights is None:
+            for conv, norm in self._stages():
+                x = conv(x) if norm is None else norm(conv(x))
+                x = x if self.activation is None else self.activation(x)
+            return x
+        d, ((dw, dw_bias), (pw, pw_bias), *more) = self.depthwise, weights
+        name = _NAMES.get(type(self.activation))
+        walk = (d.stride, d.padding, d.dilation)
+        x = _SEPARABLE[self.dims](x, dw, pw, dw_bias, pw_bias, *walk, depthwise_activation=name, activation=name)
+        for weight, bias in more:
+            x = _POINTWISE_CONV[self.dims](x, weight, bias, activation=name)
         return x
-
-    def _finish(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        x = x if norm is None else norm(x)
-        return x if self.activation is None else self.activation(x)
 
     @classmethod
     def from_conv(cls: Any, depthwise: nn.Module, pointwise: nn.Module) -> Any:

@@ -1,0 +1,219 @@
+"""Batch norms in evaluation are folded into the convolutions before them, and never stale or unasked."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sepconv
+from sepconv.kernels import packing
+from sepconv.models.mobilenet_v2 import InvertedResidual
+
+_LAYER: dict[int, Any] = {1: sepconv.SeparableConv1d, 2: sepconv.SeparableConv2d, 3: sepconv.SeparableConv3d}
+_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def _lively(model: nn.Module) -> nn.Module:
+    """Norms with statistics and weights that show when they are left out."""
+    for norm in model.modules():
+        if isinstance(norm, tuple(_NORMS.values())):
+            for values in (norm.running_mean, norm.bias):
+                if values is not None:
+                    nn.init.normal_(values)
+            for values in (norm.running_var, norm.weight):
+                if values is not None:
+                    nn.init.uniform_(values, 0.5, 2.0)
+    return model.eval()
+
+
+def _by_parts(layer: Any, x: Tensor) -> Tensor:
+    """The truth: one module after the other, in float64."""
+    stages = [("depthwise", "depthwise_norm"), ("pointwise", "pointwise_norm")]
+    stages += [(f"pointwise{i}", f"pointwise{i}_norm") for i in range(2, layer.pointwise_layers + 1)]
+    kept = layer.double()
+    y = x.double()
+    with torch.no_grad():
+        for stage in stages:
+            for name in (*stage, "activation"):
+                part = getattr(kept, name)
+                y = y if part is None else part(y)
+    layer.float()
+    return y
+
+
+def _operations(model: nn.Module, x: Tensor) -> list[str]:
+    with torch.no_grad():
+        return [choice.op for choice in sepconv.explain(model, x)]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "relu6", "bias": False},
+        {"activation": nn.SiLU, "stride": 2, "depth_multiplier": 2},
+        {"activation": None, "pointwise_layers": 3},
+        {"plain": True, "activation": "gelu"},
+    ],
+    ids=["mobilenet", "silu", "stacked", "no scale"],
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_result_is_that_of_the_parts(dims: int, options: dict[str, Any], channels_last: bool) -> None:
+    options = dict(options)
+    plain = options.pop("plain", False)
+    layer: Any = _lively(
+        _LAYER[dims](5, 7, 3, padding=1, norm=lambda c: _NORMS[dims](c, eps=1e-2, affine=not plain), **options)
+    )
+    x = torch.randn(2, 5, *(11, 9, 7)[:dims])
+    if channels_last and dims > 1:
+        x = x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    truth = _by_parts(layer, x)
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5)
+    more = options.get("pointwise_layers", 1) - 1
+    operations = _operations(layer, x)
+    assert operations[0] == "separable_conv"
+    assert operations[len(operations) - more :] == ["pointwise_conv"] * more
+
+
+def _layer() -> Any:
+    return _lively(sepconv.SeparableConv2d(8, 16, 3, padding=1, norm="batch", activation="relu"))
+
+
+def _image() -> Tensor:
+    return torch.randn(2, 8, 9, 11).contiguous(memory_format=torch.channels_last)
+
+
+_TENSORS = [
+    *("depthwise.weight", "depthwise.bias", "pointwise.weight", "pointwise.bias"),
+    *(f"{norm}_norm.{name}" for norm in ("depthwise", "pointwise") for name in ("weight", "bias")),
+    *(f"{norm}_norm.running_{name}" for norm in ("depthwise", "pointwise") for name in ("mean", "var")),
+]
+
+
+@pytest.mark.parametrize("name", _TENSORS)
+@pytest.mark.parametrize("how", ["in place", "data", "state_dict"])
+def test_a_changed_number_is_seen(name: str, how: str) -> None:
+    layer, x = _layer(), _image()
+    with torch.no_grad():
+        before = layer(x)
+        tensor = layer.state_dict()[name]
+        if how == "in place":
+            tensor[-1] += 0.25
+        elif how == "data":
+            tensor.data[-1] += 0.25
+        else:
+            layer.load_state_dict({**layer.state_dict(), name: tensor + 0.25})
+        after = layer(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after.double(), _by_parts(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_another_epsilon_is_seen() -> None:
+    layer, x = _layer(), _image()
+    with torch.no_grad():
+        layer(x)
+        layer.pointwise_norm.eps = 0.5
+        torch.testing.assert_close(layer(x).double(), _by_parts(layer, x), rtol=1e-5, atol=1e-5)
+
+
+class _OwnNorm(nn.BatchNorm2d):
+    pass
+
+
+def _with(change: Callable[[Any], object]) -> Callable[[], Any]:
+    def make() -> Any:
+        layer = _layer()
+        change(layer)
+        return layer
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _with(lambda layer: layer.depthwise_norm.train()),
+        _with(lambda layer: setattr(layer, "pointwise_norm", _OwnNorm(16).eval())),
+        _with(lambda layer: setattr(layer, "pointwise_norm", nn.GroupNorm(2, 16))),
+        _with(lambda layer: setattr(layer, "depthwise_norm", nn.BatchNorm2d(8, track_running_stats=False).eval())),
+        _with(lambda layer: setattr(layer, "activation", nn.ELU())),
+        _with(lambda layer: layer.pointwise_norm.register_forward_hook(lambda *_: None)),
+        _with(lambda layer: layer.activation.register_forward_pre_hook(lambda *_: None)),
+    ],
+    ids=["training", "own norm", "group norm", "batch statistics", "own activation", "hook", "pre-hook"],
+)
+def test_what_does_more_than_scale_and_shift_runs_by_itself(make: Callable[[], Any]) -> None:
+    layer, x = make(), _image()
+    assert _operations(layer, x) == ["depthwise_conv", "pointwise_conv"]
+
+
+def test_with_gradients_the_parts_run() -> None:
+    layer, x = _layer(), _image()
+    assert [choice.op for choice in sepconv.explain(layer, x)] == ["depthwise_conv", "pointwise_conv"]
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_hooks_of_all_modules_see_every_part() -> None:
+    layer, seen = _layer(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        with torch.no_grad():
+            layer(_image())
+    finally:
+        handle.remove()
+    assert seen.count("BatchNorm2d") == 2
+
+
+def test_under_autocast_the_parts_run() -> None:
+    layer, x = _layer(), _image()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _operations(layer, x) == ["depthwise_conv", "pointwise_conv"]
+
+
+def test_an_exported_layer_keeps_its_norms() -> None:
+    layer, x = _layer(), _image()
+    with torch.no_grad():
+        graph = torch.export.export(layer, (x,)).graph
+    assert sum("batch_norm" in str(node.target) for node in graph.nodes) == 2
+
+
+def test_folded_weights_go_with_the_layer() -> None:
+    layer, x = _layer(), _image()
+    gc.collect()
+    before = packing.cached_weights()
+    with torch.no_grad():
+        layer(x)
+    assert packing.cached_weights() > before
+    del layer
+    gc.collect()
+    assert packing.cached_weights() == before
+
+
+@pytest.mark.parametrize(("stride", "expansion", "outputs"), [(1, 6, 8), (2, 6, 12), (1, 1, 8)])
+def test_an_inverted_residual_is_two_kernels(stride: int, expansion: int, outputs: int) -> None:
+    block, x = _lively(InvertedResidual(8, outputs, stride, expansion)), _image()
+    with torch.no_grad():
+        y = block(x)
+    truth = block.double().conv(x.double()) + (x if block.use_shortcut else 0)
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5)
+    block.float()
+    expected = ["separable_conv"] if expansion == 1 else ["pointwise_conv", "separable_conv"]
+    assert _operations(block, x)[: len(expected)] == expected
+    block.conv[-1].train()
+    assert "separable_conv" not in _operations(block, x)
+
+
+def test_changed_blocks_run_as_they_are() -> None:
+    block, x = _lively(InvertedResidual(8, 8, 1, 6)), _image()
+    block.conv[1][2] = nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), x + block.conv(x))
+    assert "separable_conv" not in _operations(block, x)

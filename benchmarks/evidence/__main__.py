@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.evidence import claims, conversions, speed, students, teachers
 from benchmarks.evidence.runner import Step, finished, run
+from sepconv.allocator import keep_freed_memory
 
 
 def chosen(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
@@ -30,6 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     teachers.SOURCE["cifar10"] = options.cifar10
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     every = [*teachers.steps(), *conversions.steps(), *students.steps(), *speed.steps(), *claims.steps()]
     steps = chosen(every, options.names)
     if options.list:

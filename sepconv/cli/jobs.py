@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sepconv.allocator import keep_freed_memory
 from sepconv.bench.timing import threads_set_to
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
@@ -32,6 +33,7 @@ def demo_command(
     """The main job on embedded data, in about a minute: train, convert, distil, measure."""
     screen = Screen(quiet, json_file)
     screen.check_json()
+    keep_freed_memory()
     with threads_set_to(threads), screen.progress() as on_progress:
         record = demo(out, seed=seed, command=context.obj, on_progress=on_progress)
     show.stages(screen, record)
@@ -110,6 +112,7 @@ def convert_command(
     screen.check_json()
     images = _load(screen, data, image_size, skip_broken)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images)
+    keep_freed_memory()
     with threads_set_to(threads), resumable(out / CHECKPOINTS, context.obj), screen.progress() as on_progress:
         record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)
     show.stages(screen, record)
@@ -169,6 +172,7 @@ def train_command(
     screen.check_json()
     images = _load(screen, data, image_size, skip_broken)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images, seed=seed)
+    keep_freed_memory()
     with threads_set_to(threads), resumable(out, context.obj), screen.progress() as on_progress:
         record = train_model(
             network, card, images, recipe, out, resume=resume, command=context.obj, on_progress=on_progress

@@ -195,6 +195,19 @@ def channel_lanes(machine: Machine, channels: int) -> int:
     return min(lengths, key=lambda n: _round_up(channels, n) * machine.half_vector_cost ** lengths.index(n))
 
 
+def _price(tile: Tile, usual: Tile, machine: Machine, wide: int, depth: int) -> float:
+    """The tile's cost, and some more for one that makes another kernel than the usual."""
+    return _tile_cost(tile, machine, wide, depth) * (1.0 if tile == usual else _NEW_KERNEL_COST)
+
+
+@lru_cache(maxsize=1024)
+def _priced(machine: Machine, wide: int, depth: int) -> list[tuple[float, Tile]]:
+    """All tiles that keep the multiply-add units busy, the cheapest first."""
+    usual = gemm_tile(machine, wide, depth)
+    tiles = dict.fromkeys(fit for tile in _tiles(machine) for fit in (tile, _shallower(tile)))
+    return sorted((_price(tile, usual, machine, wide, depth), tile) for tile in tiles)
+
+
 @lru_cache(maxsize=4096)
 def separable_schedule(
     machine: Machine,
@@ -220,26 +233,25 @@ def separable_schedule(
     most = min(height, _MOST_ROWS, max(1, room // (4 * depth * width)))
     fetched = 0.0 if fits else _FETCH_COST
 
-    def cost(tile: Tile, rows: int, images: int, threads: int) -> float:
-        new = 1.0 if tile == usual else _NEW_KERNEL_COST
-        return (
-            _tile_cost(tile, machine, out_channels, depth)
-            * _rows_cost(rows, height, width, images, threads, tile)
-            * (1.0 + fetched * -(-height // rows) / (height * width))
-            * new
-        )
+    def cost(price: float, tile: Tile, rows: int, images: int, threads: int) -> float:
+        walk = _rows_cost(rows, height, width, images, threads, tile)
+        return price * walk * (1.0 + fetched * -(-height // rows) / (height * width))
 
     small = fit_scalars(usual, width)
-    choices = [(cost(small, 1, images, threads), small, 1)]
-    for tile in dict.fromkeys(fit for t in _tiles(machine) for fit in (t, _shallower(t))):
+    of_small = _price(small, usual, machine, out_channels, depth)
+    best = cost(of_small, small, 1, images, threads), small, 1
+    for price, tile in _priced(machine, out_channels, depth):
+        if price > best[0]:
+            break  # the other factors are at least 1
         for rows in range(1, most + 1):
             if tile.scalars <= rows * width and (height % rows == 0 or tile.scalars <= height % rows * width):
-                choices.append((cost(tile, rows, images, threads), tile, rows))
-    least, tile, rows = min(choices)
+                best = min(best, (cost(price, tile, rows, images, threads), tile, rows))
+    least, tile, rows = best
     parallel = "rows"
     if threads > 1 and images == 1:
         whole = fit_scalars(usual, height * width)
-        shared = cost(whole, height, 1, 1) * _SECOND_LOOP_COST * _rounds(-(-out_channels // whole.wide), threads)
+        price = _price(whole, usual, machine, out_channels, depth)
+        shared = cost(price, whole, height, 1, 1) * _SECOND_LOOP_COST * _rounds(-(-out_channels // whole.wide), threads)
         if shared < least:
             tile, rows, parallel = whole, height, "channels"
     return Separable(tile, rows, _COLUMNS, channel_lanes(machine, channels), parallel)

@@ -6,8 +6,9 @@ channel, m the filter of that channel (output channel c*M + m) and n the image.
 How memory is walked, in both layouts:
 
 1. A task is a box of output pixels of one image, for one channel (contiguous) or a block of channels (channels_last).
-2. The input under the box is copied, with its zero padding, into a tile of the thread that stays in the cache.
-   So the loops that compute have no conditions, and padding costs nothing there.
+2. The input under the box is copied, with its zero padding, into a tile of the thread that stays in the cache; images
+   at channels_last row by row, each just before it is first needed. So the loops that compute have no conditions, and
+   padding costs nothing there.
 3. A few vectors of results are kept in registers while all taps are added (``sums``): neighbouring pixels at
    channels_last, where a vector is one pixel's channels; vectors of a row and neighbouring rows at contiguous.
    Neighbours share the input that they load.
@@ -112,7 +113,8 @@ def schedule_padded(padded: Any, multiplier: int, tile: Any, channels_last: bool
     if channels_last:
         padded.partition(x, hl.Partition.Always)
         padded.reorder_storage(c, m, x, y, z, n).reorder(m, c, x, y, z, n)
-        padded.bound_extent(c, tile.block).bound_extent(m, multiplier).unroll(m).vectorize(c, tile.lanes)
+        padded.bound_extent(c, tile.block).bound_extent(m, multiplier)
+        padded.unroll(m).vectorize(c, tile.lanes).unroll(c)
     else:
         padded.vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
         column, whole, lane = padded.rvars(0)[0], hl.RVar("whole"), hl.RVar("lane")
@@ -143,7 +145,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     weight, bias = weight_param(), hl.ImageParam(hl.Float(32), 2, "bias")
     bias.dim(0).set_stride(hl.Expr())
     base, boxes = space_params("base", spec.dims, 0), space_params("box", spec.dims, 1)
-    items = hl.Param(hl.Int(32), "items")
+    items, planes = hl.Param(hl.Int(32), "items"), hl.Param(hl.Int(32), "planes")
 
     padded = padded_source(source, base, v, spec.channels_last)
     read = padded
@@ -161,17 +163,19 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     out.bound(v.m, 0, out_multiplier)
     for var in v.space[spec.dims :]:
         out.bound(var, 0, 1)
-    item = _schedule_out(spec, v, out, boxes, items)
+    item = _schedule_out(spec, v, out, boxes, items, planes)
     schedule_sums = _schedule_sums_channels_last if spec.channels_last else _schedule_sums_contiguous
     for function, domain, phases in sums.values():
         schedule_sums(spec, v, function.compute_at(out, hl.Var("xo")), domain, phases, out_multiplier)
-    schedule_padded(padded.compute_at(out, item), in_multiplier, spec.tile, spec.channels_last)
+    by_row = spec.channels_last and spec.dims == 2
+    padded.store_at(out, item).compute_at(out, hl.Var("yo") if by_row else item)
+    schedule_padded(padded, in_multiplier, spec.tile, spec.channels_last)
     if read is not padded:
         schedule_deinterleaved(read.compute_at(out, item), spec.step[0], spec.tile)
     if spec.channels_last:
         packed.compute_root().bound_extent(v.m, spec.multiplier).never_partition_all()
         packed.unroll(v.m).vectorize(v.c, spec.tile.lanes, hl.TailStrategy.GuardWithIf)
-    return out, [source, weight, bias, *base[: spec.dims], *boxes[: spec.dims], items]
+    return out, [source, weight, bias, *base[: spec.dims], *boxes[: spec.dims], items, planes]
 
 
 def _sums(
@@ -216,33 +220,44 @@ def _pick(spec: GatherSpec, v: Vars, sums: dict[tuple[int, ...], Any]) -> Any:
     return choose(2, ())
 
 
-def _schedule_out(spec: GatherSpec, v: Vars, out: Any, boxes: list[Any], items: Any) -> Any:
+def _schedule_out(spec: GatherSpec, v: Vars, out: Any, boxes: list[Any], items: Any, planes: Any) -> Any:
     """Boxes of pixels are shared out to threads; inside, registers are filled block by block."""
     tile, (px, py, pz) = spec.tile, (len(p) for p in spec.taps)
     guard, shift = hl.TailStrategy.GuardWithIf, hl.TailStrategy.ShiftInwards
     xt, xo, xi, yt, yo, yi, zt, zo, zi = hl.vars("xt xo xi yt yo yi zt zo zi")
-    group, item, cv, ci, phase, lane, task = hl.vars("group item cv ci phase lane task")
+    group, item, plane, cv, ci, phase, lane, task = hl.vars("group item plane cv ci phase lane task")
     out.split(v.x, xt, v.x, boxes[0] * (tile.columns * px), guard).split(v.x, xo, xi, tile.columns * px, guard)
     out.split(v.y, yt, v.y, boxes[1] * (tile.rows * py), guard).split(v.y, yo, yi, tile.rows * py, guard)
     out.split(v.z, zt, v.z, boxes[2] * pz, guard).split(v.z, zo, zi, pz, guard)
     if spec.channels_last:
         out.split(v.c, item, ci, tile.block, shift).split(ci, cv, ci, tile.lanes).split(item, group, item, items, guard)
-        out.reorder(ci, v.m, xi, yi, zi, xo, yo, zo, cv, item, xt, yt, zt, group, v.n)
+        walk = [xo, cv, yo, zo] if spec.dims == 2 else [xo, yo, zo, cv]
+        out.reorder(ci, v.m, xi, yi, zi, *walk, item, xt, yt, zt, group, v.n)
         out.vectorize(ci).unroll(v.m).unroll(xi).unroll(yi).unroll(zi)
     else:
-        out.split(v.c, group, item, items, guard)
+        out.split(v.c, group, item, items, guard).split(item, item, plane, planes, guard)
         out.split(xi, xi, lane, tile.lanes * px, guard).split(lane, lane, phase, px, guard)
-        out.reorder(phase, lane, xi, yi, zi, xo, yo, zo, v.m, item, xt, yt, zt, group, v.n)
+        out.reorder(phase, lane, xi, yi, zi, xo, yo, zo, v.m, plane, item, xt, yt, zt, group, v.n)
         out.unroll(phase).vectorize(lane).unroll(xi).unroll(yi).unroll(zi)
     out.fuse(group, v.n, task).fuse(zt, task, task).fuse(yt, task, task).fuse(xt, task, task)
     runtime.parallel(out, task).never_partition_all()
     return item
 
 
+def _read_whole_tiles(sums: Any, v: Vars, tile: GatherTile) -> None:
+    """Have all that a register tile reads written, even beyond the last pixel.
+
+    Its results there are dropped, but memory that nobody has written may hold numbers below 1e-38, for which a
+    processor takes a hundred times as long.
+    """
+    sums.align_bounds(v.x, tile.columns).align_bounds(v.y, tile.rows)
+
+
 def _schedule_sums_channels_last(
     spec: GatherSpec, v: Vars, sums: Any, domain: Any, phases: list[Phase], multiplier: int
 ) -> None:
     tile = spec.tile
+    _read_whole_tiles(sums, v, tile)
     sums.reorder_storage(v.c, v.m, v.x, v.y, v.z, v.n)
     sums.bound_extent(v.x, tile.columns).bound_extent(v.y, tile.rows).bound_extent(v.c, tile.lanes)
     sums.bound_extent(v.m, multiplier).bound_extent(v.z, 1).bound_extent(v.n, 1)
@@ -258,6 +273,7 @@ def _schedule_sums_contiguous(
     spec: GatherSpec, v: Vars, sums: Any, domain: Any, phases: list[Phase], multiplier: int
 ) -> None:
     tile, xv = spec.tile, hl.Var("xv")
+    _read_whole_tiles(sums, v, tile)
     sums.bound_extent(v.x, tile.columns).bound_extent(v.y, tile.rows)
     for var in (v.z, v.m, v.c, v.n):
         sums.bound_extent(var, 1)

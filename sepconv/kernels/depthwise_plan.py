@@ -134,12 +134,13 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
     blocks = schedule.ceil_div(p.channels, tile.block)
     items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
+    planes = 1 if p.channels_last else min(items, schedule.planes(shape, tile, boxes))
     spec = GatherSpec(p.dims, p.channels_last, not forward, tuple(taps), step, p.multiplier, p.bias, p.activation, tile)
     return Plan(
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
-        arguments=(*base, *boxes[: p.dims], items),
-        description=lambda: tile._asdict() | {"boxes": boxes, "blocks_per_task": items},
+        arguments=(*base, *boxes[: p.dims], items, planes),
+        description=lambda: tile._asdict() | {"boxes": boxes, "blocks_per_task": items, "planes": planes},
     )
 
 

@@ -163,6 +163,7 @@ def _schedule_channels_last(
     schedule_padded(padded.compute_at(partial, box[0]), 1, tile, channels_last=True)
 
     sums.compute_at(partial, kxo).bound_extent(ch, tile.lanes).bound_extent(v.m, spec.multiplier)
+    sums.align_bounds(kx, tile.taps_x).align_bounds(ky, tile.taps_y)  # what the last group reads too much is there
     sums.bound_extent(kx, tile.taps_x).bound_extent(ky, tile.taps_y)
     for var in (kz, v.c, loops.tile_x, loops.tile_y, v.z, v.n):
         sums.bound_extent(var, 1)
@@ -232,6 +233,7 @@ def _schedule_contiguous(
     schedule_padded(near.compute_at(partial, v.m), 1, tile, channels_last=False)
 
     sums.compute_at(partial, kxo).bound_extent(lane, tile.lanes)
+    sums.align_bounds(kx, tile.taps_x).align_bounds(ky, tile.taps_y)  # what the last group reads too much is there
     sums.bound_extent(kx, tile.taps_x).bound_extent(ky, tile.taps_y)
     for var in (kz, v.m, v.c, loops.tile_x, loops.tile_y, v.z, v.n):
         sums.bound_extent(var, 1)

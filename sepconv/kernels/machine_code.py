@@ -24,6 +24,7 @@ NAME = "sepconv_kernel"
 _ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)  # the lock of Python is released meanwhile
 _CALLED = re.compile(rb"halide_[a-z0-9_]+")
 
+_MEMORY_FUNCTIONS = ("halide_malloc", "halide_free")
 # Halide may read a vector beyond what it asked for. The address that malloc gave lies before the memory.
 _MEMORY = """
 declare ptr @malloc(i64)
@@ -189,17 +190,16 @@ def _define_runtime(code: bytes) -> None:
     if not _defined:
         llvm.define("halide_do_par_for", threads.loop())
         _defined.add("halide_do_par_for")
-        _add(_MEMORY, ["halide_malloc", "halide_free"])
+        _define_memory()
     unknown = sorted({name.decode() for name in _CALLED.findall(code)} - _defined)
     if unknown:
         raise RuntimeError(f"the code calls {', '.join(unknown)}, for which there is no function")
 
 
-def _add(code: str, names: list[str]) -> None:
-    """Make the functions of a program in LLVM's language known."""
-    for name, address in zip(names, llvm.assemble(code, *names), strict=True):
+def _define_memory() -> None:
+    for name, address in zip(_MEMORY_FUNCTIONS, llvm.assemble(_MEMORY, *_MEMORY_FUNCTIONS), strict=True):
         llvm.define(name, address)
-    _defined.update(names)
+    _defined.update(_MEMORY_FUNCTIONS)
 
 
 def after_fork() -> None:

@@ -215,13 +215,14 @@ def _consider_grad_input(
 ) -> Choice:
     size, geometry = tuple(input_size), (tuple(stride), _pairs(padding), tuple(dilation))
     g_like, w_like = _outline(grad_output), _outline(weight)
+    by_pytorch, form = aten.prepare_grad_input(size, *geometry), _memory_format(grad_output)
     case = ("grad_input", grad_output, weight, *geometry)
     return Choice(
         "depthwise_conv_grad_input",
         depthwise.supports(*case) or depthwise.slower(*case, size=size),
         lambda: depthwise.prepare_grad_input(grad_output, weight, size, *geometry),
         lambda: depthwise.describe("grad_input", g_like(), w_like(), *geometry, size=size),
-        lambda g, w: _as_output(aten.depthwise_grad_input(g, w, size, *geometry), g),
+        lambda g, w: by_pytorch(g, w).contiguous(memory_format=form),
     )
 
 
@@ -235,13 +236,14 @@ def _consider_grad_weight(
 ) -> Choice:
     size, geometry = tuple(weight_size), (tuple(stride), _pairs(padding), tuple(dilation))
     g_like, x_like = _outline(grad_output), _outline(x)
+    by_pytorch = aten.prepare_grad_weight(size, x.shape[1], *geometry)
     case = ("grad_weight", grad_output, x, *geometry)
     return Choice(
         "depthwise_conv_grad_weight",
         depthwise.supports(*case) or depthwise.slower(*case, size=size),
         lambda: depthwise.prepare_grad_weight(grad_output, x, size, *geometry),
         lambda: depthwise.describe("grad_weight", g_like(), x_like(), *geometry, size=size),
-        lambda g, x: aten.depthwise_grad_weight(g, x, size, *geometry).contiguous(),
+        lambda g, x: by_pytorch(g, x).contiguous(),
     )
 
 

@@ -251,10 +251,11 @@ def test_slower_names_a_reason() -> None:
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
 def test_pytorch_is_told_the_layout_of_x(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its choice of a kernel for the gradient of the input depends on it."""
-    given, backward = [], aten._backward
-    monkeypatch.setattr(aten, "_backward", lambda *arguments: given.append(arguments[1]) or backward(*arguments))
+    given, backward = [], aten._BACKWARD
+    monkeypatch.setattr(aten, "_BACKWARD", lambda *arguments: given.append(arguments[1]) or backward(*arguments))
     grad = _arrange(torch.randn(2, 8, 5, 7), how)
-    y = aten.depthwise_grad_input(grad, torch.randn(8, 1, 3, 3), (2, 8, 5, 7), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    run = aten.prepare_grad_input((2, 8, 5, 7), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    y = run(grad, torch.randn(8, 1, 3, 3))
     assert [x.shape for x in given] == [y.shape]
     assert given[0].stride() == y.stride()
     assert layout.is_channels_last(given[0]) == (how == "channels_last")

@@ -5,7 +5,7 @@ PyTorch's convolutions pad both ends of a dimension alike, so asymmetric padding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,55 +53,60 @@ def depthwise_forward(
     return conv(x, weight, bias, stride, padding, dilation, activation, groups=x.shape[1])
 
 
-def _backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: list[int],
-    dilation: Sequence[int],
-    mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    zeros = [0] * len(stride)
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad_output, x, weight, None, stride, padding, dilation, False, zeros, x.shape[1], mask
-    )
-    return grads
-
-
-def depthwise_grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
+def prepare_grad_input(
     input_size: Sequence[int],
     stride: Sequence[int],
     padding: Padding,
     dilation: Sequence[int],
-) -> Tensor:
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The gradient of a depthwise convolution's input, by grad_output and weight; all else is decided here."""
     symmetric = all(low == high for low, high in padding)
     size, amounts = list(input_size), [low for low, _ in padding]
     if not symmetric:
         size[2:] = [s + low + high for s, (low, high) in zip(size[2:], padding, strict=True)]
         amounts = [0] * len(padding)
-    # PyTorch chooses its kernel by the layout of x too, whose values it does not read; nor is the memory touched.
-    x = new_output(grad_output, size[1], size[2:])
-    grad = _backward(grad_output, x, weight, stride, amounts, dilation, [True, False, False])[0]
-    if not symmetric:
-        for d, (low, _) in enumerate(padding):
-            grad = grad.narrow(2 + d, low, input_size[2 + d])
-    return grad
+    options = _backward_options(stride, amounts, dilation, size[1], [True, False, False])
+
+    def run(grad_output: Tensor, weight: Tensor) -> Tensor:
+        # PyTorch chooses its kernel by the layout of x too, whose values it does not read; nor is the memory touched.
+        grad: Tensor = _BACKWARD(grad_output, new_output(grad_output, size[1], size[2:]), weight, *options)[0]
+        if not symmetric:
+            for d, (low, _) in enumerate(padding):
+                grad = grad.narrow(2 + d, low, input_size[2 + d])
+        return grad
+
+    return run
 
 
-def depthwise_grad_weight(
-    grad_output: Tensor,
-    x: Tensor,
+def prepare_grad_weight(
     weight_size: Sequence[int],
+    channels: int,
     stride: Sequence[int],
     padding: Padding,
     dilation: Sequence[int],
-) -> Tensor:
-    x, amounts = _symmetric(x, padding)
-    weight = grad_output.new_empty(1).expand(weight_size)
-    return _backward(grad_output, x, weight, stride, amounts, dilation, [False, True, False])[1]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The gradient of a depthwise convolution's filters, by grad_output and x; all else is decided here."""
+    symmetric = all(low == high for low, high in padding)
+    amounts = [low if symmetric else 0 for low, _ in padding]
+    options = _backward_options(stride, amounts, dilation, channels, [False, True, False])
+    size = tuple(weight_size)
+
+    def run(grad_output: Tensor, x: Tensor) -> Tensor:
+        padded = x if symmetric else _symmetric(x, padding)[0]
+        grad: Tensor = _BACKWARD(grad_output, padded, grad_output.new_empty(size), *options)[1]
+        return grad
+
+    return run
+
+
+_BACKWARD = torch.ops.aten.convolution_backward.default
+
+
+def _backward_options(
+    stride: Sequence[int], padding: list[int], dilation: Sequence[int], groups: int, mask: list[bool]
+) -> tuple[object, ...]:
+    """What follows grad_output, x and weight."""
+    return None, list(stride), padding, list(dilation), False, [0] * len(padding), groups, mask
 
 
 def pointwise_forward(

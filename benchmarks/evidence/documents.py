@@ -15,6 +15,7 @@ TITLES = {
     "vgg": "plain (`vgg_quick`)",
     "resnet": "with shortcuts (`resnet_quick`)",
     "wide": "plain, wider, trained longer",
+    "deep": "with shortcuts, twice as wide, trained longer",
 }
 SEEDS = (0, 1, 2)
 

@@ -102,7 +102,7 @@ HEADLINE = {
     "vgg": {"third": 2, "whole": 7},
     "resnet": {"third": 2, "whole": 5},
     "wide": {"third": 8, "whole": 30},
-    "deep": {"third": 8, "whole": 30},
+    "deep": {"third": 7, "whole": 22},
 }
 """Epochs of distillation that take, with the conversion, at most a third of each teacher's training time, and at most
 all of it."""

@@ -11,7 +11,6 @@ from math import prod
 
 from sepconv.kernels.depthwise_plan import Problem
 
-_MANY_BYTES = 8 * 1024 * 1024
 _FEW_BYTES = 5 * 512 * 1024
 _FEW_BYTES_CONTIGUOUS = 3 * 512 * 1024
 _SHORT_ROW = 24
@@ -50,13 +49,10 @@ def _slower_strided(p: Problem, taps: int) -> str:
 
 def _slower_contiguous(p: Problem, taps: int) -> str:
     width, columns = p.output[0], p.kernel[0]
-    short = width < _SHORT_ROW
+    if width >= _SHORT_ROW:
+        return ""
     if p.which == "grad_weight":
-        few = p.bytes < _MANY_BYTES or short or max(p.stride) > 1
-        return f"PyTorch has a grad_weight kernel of its own for filters {columns} wide" if few and columns <= 3 else ""
-    if max(p.stride) > 1:
-        return f"PyTorch's {p.which} kernel is faster with stride {max(p.stride)} on contiguous tensors"
-    narrow = taps > 9 or 1 in p.kernel[:2] or (p.which == "forward" and width < 8)
-    if short and narrow and p.bytes > _FEW_BYTES_CONTIGUOUS:
+        return f"PyTorch has a grad_weight kernel of its own for filters {columns} wide" if columns <= 3 else ""
+    if (taps > 9 or 1 in p.kernel[:2]) and p.bytes > _FEW_BYTES_CONTIGUOUS:
         return f"rows of {width} pixels fill vectors badly; PyTorch converts to a blocked layout instead"
     return ""

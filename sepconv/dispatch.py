@@ -66,7 +66,7 @@ def note(choice: Explanation) -> None:
         collected.append(choice)
 
 
-def _as_output(y: Tensor, x: Tensor) -> Tensor:
+def as_output(y: Tensor, x: Tensor) -> Tensor:
     """Give PyTorch's result the layout that ``layout.new_output`` promises; no copy where it has it already."""
     return y.contiguous(memory_format=_memory_format(x))
 
@@ -168,7 +168,7 @@ def _prepare_pytorch(x: Tensor, geometry: tuple[Any, Any, Any], activation: str)
     """PyTorch's depthwise convolution for tensors like ``x``, with all that their sizes decide decided."""
     stride, padding, dilation = geometry
     if activation or any(low != high for low, high in padding):
-        return lambda x, w, b: _as_output(aten.depthwise_forward(x, w, b, *geometry, activation), x)
+        return lambda x, w, b: as_output(aten.depthwise_forward(x, w, b, *geometry, activation), x)
     conv: Callable[..., Tensor] = aten.CONV[len(stride)]
     amounts, groups = [low for low, _ in padding], x.shape[1]
     form = _memory_format(x)
@@ -257,7 +257,7 @@ def _consider_pointwise(
         pointwise.supports(*arguments) or pointwise.slower(*arguments),
         lambda: pointwise.Prepared(x, weight, activation, residual is not None),
         lambda: pointwise.describe(x_like(), w_like(), b_like(), activation, r_like()),
-        lambda x, w, b, r: _as_output(aten.pointwise_forward(x, w, b, activation, r), x),
+        lambda x, w, b, r: as_output(aten.pointwise_forward(x, w, b, activation, r), x),
     )
 
 

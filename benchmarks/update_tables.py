@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import compile_times, record, sizes
 from benchmarks.evidence import documents as evidence
-from benchmarks.evidence import verdicts
+from benchmarks.evidence import speed, verdicts
 from sepconv.bench import tables
 
 ROOT = Path(__file__).parents[1]
@@ -46,9 +46,9 @@ def _networks(content: dict[str, Any]) -> str:
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    names = ("conversion", "claims", "compile", "kernels")
-    conversion, claims, compiled, kernels = (ROOT / "docs" / f"{name}.md" for name in names)
-    found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled, kernels)}
+    names = ("conversion", "claims", "compile", "kernels", "scale")
+    conversion, claims, compiled, kernels, scale = (ROOT / "docs" / f"{name}.md" for name in names)
+    found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled, kernels, scale)}
 
     def put(path: Path, name: str, content: str) -> None:
         found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
@@ -64,6 +64,11 @@ def documents() -> dict[Path, str]:
         content = tables.read(record.path("blocks"))
         put(readme, "blocks", tables.blocks_summary(content))
         put(details, "blocks", "\n".join(f"{n} thread(s):\n\n{tables.blocks(content, n)}" for n in (1, 2)))
+    for name, summary in (("ops-zen4", tables.operations_summary), ("blocks-zen4", tables.blocks_summary)):
+        if record.path(name).exists():
+            put(details, name, summary(tables.read(record.path(name))))
+    if record.path("evidence-training-speed").exists():
+        put(scale, "training-speed", speed.table(record.read("evidence-training-speed")))
     if record.path("network").exists():
         content = tables.read(record.path("network"))
         put(readme, "network", tables.networks_summary(content))

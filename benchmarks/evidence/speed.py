@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.evidence import summary
 from benchmarks.evidence.runner import Step
 from sepconv.layers import SeparableConv2d
 from sepconv.models import MobileNetV1, create
@@ -129,6 +130,22 @@ def check_equal(model: nn.Module, other: nn.Module, images: Tensor) -> None:
     wanted, found = (m.eval()(images) for m in (model, other))
     if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-5):
         raise RuntimeError(f"speed: the networks differ by {float((wanted - found).abs().max()):.3g}")
+
+
+def table(record: dict[str, Any]) -> str:
+    """Images a second with both kinds of kernels, a line for each network, precision and number of threads."""
+    found: dict[tuple[str, str, int], dict[str, float]] = {}
+    for row in record["rows"]:
+        key = row["network"], row["mixed_precision"], row["threads"]
+        found.setdefault(key, {})[row["kernels"]] = row["images_per_second"]
+    rows = [
+        [network, precision, str(threads), f"{ours:.0f}", f"{theirs:.0f}", f"**{ours / theirs:.2f}**"]
+        for (network, precision, threads), speeds in found.items()
+        for ours, theirs in [(speeds["sepconv"], speeds["PyTorch"])]
+    ]
+    header = ["network", "mixed precision", "threads", "sepconv, images/s", "PyTorch, images/s", "sepconv / PyTorch"]
+    machine = record["machine"]
+    return summary.table(header, rows) + f"\nOn {machine['cpu']} with {machine['features']}.\n"
 
 
 def steps() -> list[Step]:

@@ -52,15 +52,20 @@ def some_code() -> bytes:
     return code
 
 
-torch.set_num_threads(1)
-code = some_code()
-place = _libc.mmap(None, 64 * PAGE, 0, MAP_NEW, -1, 0)
-for gap in gaps():
-    close(*gap)
-for pages in range(1, 9):
-    assert _libc.munmap(place, pages * PAGE) == 0
-    kernel = machine_code.Kernel(code)
-    for start, end in gaps()[:-1]:
-        close(start, end)
-    place += pages * PAGE
-print("right")
+def main() -> None:
+    torch.set_num_threads(1)
+    code = some_code()
+    place = _libc.mmap(None, 64 * PAGE, 0, MAP_NEW, -1, 0)
+    for gap in gaps():
+        close(*gap)
+    for pages in range(1, 9):
+        assert _libc.munmap(place, pages * PAGE) == 0
+        kernel = machine_code.Kernel(code)
+        for start, end in gaps()[:-1]:
+            close(start, end)
+        place += pages * PAGE
+    print("right")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,9 +22,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def watched(parts: Iterable[nn.Module | None]) -> bool:
-    """Whether anybody wants to see what goes into or comes out of single modules."""
-    if torch_modules._has_any_global_hook():
-        return True
+    """Whether anybody wants to see what goes into or comes out of one of these modules."""
     return any(
         [
             bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
@@ -35,7 +33,10 @@ def watched(parts: Iterable[nn.Module | None]) -> bool:
 
 
 def foldable(x: Tensor, norms: Sequence[nn.Module | None]) -> bool:
-    """Whether the norms only scale and shift, nobody needs gradients, and our kernels are what ``x`` goes to."""
+    """Whether the norms only scale and shift, nobody needs gradients or watches all modules, and our kernels are what
+    ``x`` goes to."""
+    if torch_modules._has_any_global_hook():
+        return False
     return direct.inference(x) and all(
         [
             norm is None or (type(norm) in _BATCH_NORMS and not norm.training and norm.running_mean is not None)

@@ -58,9 +58,10 @@ def main() -> None:
     place = _libc.mmap(None, 64 * PAGE, 0, MAP_NEW, -1, 0)
     for gap in gaps():
         close(*gap)
+    kernels = []
     for pages in range(1, 9):
         assert _libc.munmap(place, pages * PAGE) == 0
-        kernel = machine_code.Kernel(code)
+        kernels.append(machine_code.Kernel(code))
         for start, end in gaps()[:-1]:
             close(start, end)
         place += pages * PAGE

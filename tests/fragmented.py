@@ -27,11 +27,6 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
-def close(start: int, end: int) -> None:
-    """Leave nothing free between two addresses."""
-    assert _libc.mmap(start, end - start, 0, MAP_NEW | MAP_AT_THIS_ADDRESS, -1, 0) == start
-
-
 def gaps() -> list[tuple[int, int]]:
     """What is free among the libraries; the last address is where they start."""
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -39,6 +34,12 @@ def gaps() -> list[tuple[int, int]]:
     used = [span for span in spans if 0x700000000000 < span[0] < 0x7FFF00000000]
     free = [(low[1], high[0]) for low, high in itertools.pairwise(used) if low[1] < high[0]]
     return [*free, (used[0][0] - FAR, used[0][0])]
+
+
+def close(free: list[tuple[int, int]]) -> None:
+    """Leave nothing free there, but for what Python takes meanwhile."""
+    for start, end in free:
+        _libc.mmap(start, end - start, 0, MAP_NEW | MAP_AT_THIS_ADDRESS, -1, 0)
 
 
 def some_code() -> bytes:
@@ -56,14 +57,12 @@ def main() -> None:
     torch.set_num_threads(1)
     code = some_code()
     place = _libc.mmap(None, 64 * PAGE, 0, MAP_NEW, -1, 0)
-    for gap in gaps():
-        close(*gap)
+    close(gaps())
     kernels = []
     for pages in range(1, 9):
         assert _libc.munmap(place, pages * PAGE) == 0
         kernels.append(machine_code.Kernel(code))
-        for start, end in gaps()[:-1]:
-            close(start, end)
+        close(gaps()[:-1])
         place += pages * PAGE
     print("right")
 

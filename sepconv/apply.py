@@ -71,7 +71,7 @@ def _by_pytorch(op: str) -> bool:
 
 def _in_half(op: str, x: Tensor) -> bool:
     """Whether the numbers have 16 bits, as under autocast: our kernels do not compute with them, and PyTorch's own
-    operators take a fifth less time in training than ours that would call the same kernels."""
+    operators train faster than ours, which would call the same kernels and compute more of them again."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if not torch.compiler.is_compiling():

@@ -36,7 +36,7 @@ def key(tensors: Sequence[Tensor | None], *options: Any) -> tuple[Any, ...] | No
             seen.append(None)
             continue
         kind = type(t)
-        if (kind is not Tensor and kind is not Parameter) or not _plain(t):
+        if (kind is not Tensor and kind is not Parameter) or not plain(t):
             return None
         seen += (t.shape, t.stride())
         if grad_enabled and t.requires_grad:
@@ -52,7 +52,8 @@ def key(tensors: Sequence[Tensor | None], *options: Any) -> tuple[Any, ...] | No
     return needs_grad, torch.get_num_threads(), *seen
 
 
-def _plain(t: Tensor) -> bool:
+def plain(t: Tensor) -> bool:
+    """Whether our kernels may read it: float32 numbers in the memory of the CPU."""
     return t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not t.is_neg()
 
 
@@ -66,7 +67,7 @@ def possible(*tensors: Tensor) -> bool:
 def inference(x: Tensor) -> bool:
     """Whether only the result counts of what a layer does with ``x``, a plain float32 tensor on the CPU: no gradients,
     and no mode that wants to see each operator, but for ``explain``."""
-    return not torch.is_grad_enabled() and not _traced() and type(x) is Tensor and _plain(x)
+    return not torch.is_grad_enabled() and not _traced() and type(x) is Tensor and plain(x)
 
 
 def _watched() -> bool:

@@ -217,3 +217,15 @@ def test_changed_blocks_run_as_they_are() -> None:
     with torch.no_grad():
         torch.testing.assert_close(block(x), x + block.conv(x))
     assert "separable_conv" not in _operations(block, x)
+
+
+def test_weights_of_another_kind_are_refused_as_ever() -> None:
+    layer, x = _layer().double(), _image()
+    with torch.no_grad(), pytest.raises(TypeError, match="float64"):
+        layer(x)
+
+
+def test_a_replaced_pointwise_layer_is_used() -> None:
+    layer, x = sepconv.SeparableConv2d(8, 16, 3, pointwise_layers=2), _image()
+    layer.pointwise2 = nn.Identity()
+    torch.testing.assert_close(layer(x), layer.pointwise(layer.depthwise(x)))

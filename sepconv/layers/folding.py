@@ -32,17 +32,16 @@ def watched(parts: Iterable[nn.Module | None]) -> bool:
     )
 
 
-def foldable(x: Tensor, norms: Sequence[nn.Module | None]) -> bool:
+def foldable(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> bool:
     """Whether the norms only scale and shift, nobody needs gradients or watches all modules, and our kernels are what
-    ``x`` goes to."""
-    if torch_modules._has_any_global_hook():
+    ``x`` and the weights go to."""
+    if torch_modules._has_any_global_hook() or not direct.inference(x):
         return False
-    return direct.inference(x) and all(
-        [
-            norm is None or (type(norm) in _BATCH_NORMS and not norm.training and norm.running_mean is not None)
-            for norm in norms
-        ]
-    )
+    norms = [norm for _, norm in pairs if norm is not None]
+    if not all([type(norm) in _BATCH_NORMS and not norm.training and norm.running_mean is not None for norm in norms]):
+        return False
+    tensors = [conv.weight for conv, _ in pairs] + [norm.running_mean for norm in norms]
+    return all([direct.plain(tensor) for tensor in tensors])
 
 
 def fold(pairs: Sequence[tuple[Any, nn.Module | None]]) -> list[Folded]:

@@ -131,15 +131,17 @@ class _SeparableConv(nn.Module):
         None where they cannot: there is a norm that does more than scale and shift, an unknown activation, another
         padding, or somebody watches the parts.
         """
-        d, p = self.depthwise, self.pointwise
-        if type(d) is not _DEPTHWISE[self.dims] or type(p) is not _POINTWISE[self.dims] or d.padding_mode != "zeros":
+        stages = self._stages()
+        (d, _), *pointwise = stages
+        if type(d) is not _DEPTHWISE[self.dims] or d.padding_mode != "zeros":
+            return None
+        if any([type(p) is not _POINTWISE[self.dims] or set(p.stride) != {1} for p, _ in pointwise]):
             return None
         if not _is_known(self.activation) or folding.watched(self.children()):
             return None
-        stages = self._stages()
         if all([norm is None for _, norm in stages]):
             return [(conv.weight, conv.bias) for conv, _ in stages]
-        return folding.fold(stages) if folding.foldable(x, [norm for _, norm in stages]) else None
+        return folding.fold(stages) if folding.foldable(x, stages) else None
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self._weights(x)

@@ -70,7 +70,7 @@ class InvertedResidual(nn.Module):
             return None
         convolutions, norms = [parts[i::3] for i in range(2)]
         pairs: list[tuple[Any, nn.Module | None]] = list(zip(convolutions, norms, strict=True))
-        if convolutions[-2].padding_mode != "zeros" or not folding.foldable(x, [norm for _, norm in pairs]):
+        if convolutions[-2].padding_mode != "zeros" or not folding.foldable(x, pairs):
             return None
         *expansion, (dw, dw_bias), (pw, pw_bias) = folding.fold(pairs)
         for weight, bias in expansion:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sepconv.data import Augment, Data, load
+from sepconv.data import Augment, Data, Split, load
 from sepconv.data.augment import generator
+from sepconv.data.images import TensorImages
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +75,39 @@ def test_augment_moves_and_mirrors_and_pads_with_zeros() -> None:
     assert torch.equal(moved[:, :, 2:, :-1], images[:, :, :3, 1:])
 
 
-def test_augment_draws_every_offset_and_half_the_flips() -> None:
-    draw = Augment(flip=True, crop_padding=1).draw(3000, generator(0))
+def test_augment_draws_every_offset() -> None:
+    flips = torch.tensor([0, 1]).repeat(1500)
+    draw = Augment(flip=True, crop_padding=1).draw(flips, generator(0))
     assert draw[:, 0].bincount(minlength=3).min() > 900
     assert draw[:, 1].bincount(minlength=3).min() > 900
-    assert 1400 < draw[:, 2].sum() < 1600
-    assert Augment().draw(5, generator(0)).eq(0).all()
+    assert torch.equal(draw[:, 2], flips)
+    assert Augment().draw(torch.zeros(5, dtype=torch.int64), generator(0)).eq(0).all()
     with pytest.raises(ValueError, match="Augment: crop_padding must be at least 0 but is -1"):
         Augment(crop_padding=-1)
     with pytest.raises(ValueError, match="Augment: cutout must be at least 0 but is -2"):
         Augment(cutout=-2)
+
+
+def test_two_epochs_show_both_forms_of_every_image() -> None:
+    augment = Augment(flip=True)
+    first, second, third = (augment.flips(3000, seed=1, epoch=epoch) for epoch in range(3))
+    assert 1400 < first.sum() < 1600
+    assert torch.equal(second, 1 - first)
+    assert torch.equal(third, first)
+    assert not torch.equal(augment.flips(3000, seed=2, epoch=0), first)
+    assert Augment().flips(7, seed=1, epoch=1).eq(0).all()
+
+    pixels = torch.tensor([10, 20], dtype=torch.uint8).expand(8, 1, 1, 2)
+    split = Split(TensorImages(pixels), torch.arange(8), torch.zeros(1), torch.ones(1))
+
+    def left(epoch: int) -> torch.Tensor:
+        """The left pixel of each image, in the order of the data set."""
+        (images, labels), *rest = split.batches(8, shuffle_seed=1, epoch=epoch, augment=augment)
+        assert not rest
+        return images[labels.argsort(), 0, 0, 0] * 255
+
+    assert torch.equal(left(0) + left(1), torch.full((8,), 30.0))
+    assert sorted(left(0).tolist()) != [10.0] * 8
 
 
 @pytest.mark.parametrize(
@@ -100,7 +124,8 @@ def test_augment_cuts_out_one_square(cutout: int, row: int, column: int, rows: r
 
 
 def test_augment_draws_squares_everywhere() -> None:
-    draw = Augment(cutout=3).draw(4000, generator(0))
+    flips = torch.zeros(4000, dtype=torch.int64)
+    draw = Augment(cutout=3).draw(flips, generator(0))
     for place in (draw[:, 3] % 8, draw[:, 4] % 8):
         assert place.bincount(minlength=8).min() > 400
-    assert torch.equal(draw[:, :3], Augment().draw(4000, generator(0))[:, :3])
+    assert torch.equal(draw[:, :3], Augment().draw(flips, generator(0))[:, :3])

@@ -39,7 +39,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any], Recipe]] = {
     "vgg": ("vgg_quick", {}, replace(QUICK, epochs=12)),
     "resnet": ("resnet_quick", {}, replace(QUICK, epochs=8)),
     "wide": ("vgg_quick", {"width_mult": 1.5, "activation": "gelu"}, LONG),
-    "deep": ("resnet_quick", {"width_mult": 2.0, "activation": "gelu"}, LONG),
+    "deep": ("resnet_quick", {"width_mult": 2.0, "activation": "gelu"}, replace(LONG, epochs=42)),
 }
 """Name -> model, its settings, recipe."""
 SOURCE = {"cifar10": "", "fashion": "/usr/share/datasets/fashion-mnist"}

@@ -21,7 +21,8 @@ class Augment:
     """Horizontal flips, crops at random offsets of the zero-padded image, and a square of zeros at a random place.
 
     Args:
-        flip: mirror each image with probability one half. Wrong for digits and letters.
+        flip: mirror one half of the images, the other half in the next epoch (Jordan 2024, arXiv:2404.00498), so that
+            two epochs show both forms of every image. Wrong for digits and letters.
         crop_padding: pixels of zeros around the image before it is cropped back to its size.
         cutout: side in pixels of the square, whose middle lies anywhere in the image (DeVries and Taylor 2017,
             arXiv:1708.04552); 0 for none.
@@ -56,12 +57,22 @@ class Augment:
         after = torch.arange(size) - begin[:, None]
         return (after >= 0) & (after < self.cutout)
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        """Row offset, column offset, whether to flip, and row and column of the square, for `count` images: (count, 5).
+    def flips(self, count: int, seed: int, epoch: int) -> Tensor:
+        """Which of a data set's `count` images are mirrored in `epoch`: int64 (count,) of 0 and 1."""
+        if not self.flip:
+            return torch.zeros(count, dtype=torch.int64)
+        in_even_epochs = torch.randint(0, 2, (count,), generator=generator(seed))
+        return in_even_epochs if epoch % 2 == 0 else 1 - in_even_epochs
+
+    def draw(self, flips: Tensor, random: torch.Generator) -> Tensor:
+        """Row offset, column offset, whether to flip, and row and column of the square, for N images: (N, 5).
 
         The last two are random numbers of which the remainder by the image's size counts.
+
+        Args:
+            flips: of these images, from `flips`.
         """
+        count = len(flips)
         offsets = torch.randint(0, 2 * self.crop_padding + 1, (count, 2), generator=random)
-        flips = torch.randint(0, 2, (count, 1), generator=random) * int(self.flip)
         places = torch.randint(0, 2**31 if self.cutout else 1, (count, 2), generator=random)
-        return torch.cat([offsets, flips, places], dim=1)
+        return torch.cat([offsets, flips[:, None], places], dim=1)

@@ -71,11 +71,12 @@ class Split:
         order = torch.arange(n)
         if shuffle_seed is not None:
             order = torch.randperm(n, generator=generator(seed, epoch))
+        flips = augment.flips(n, seed, epoch)
         stop = n - n % batch_size if drop_last and n > batch_size else n
 
         def batch(number: int) -> tuple[Tensor, Tensor]:
             chosen = order[number * batch_size : min((number + 1) * batch_size, stop)]
-            draw = augment.draw(len(chosen), generator(seed, epoch, number))
+            draw = augment.draw(flips[chosen], generator(seed, epoch, number))
             mine = chosen[rank::world]
             images = self.images.take(mine)
             if augment != NO_AUGMENT:

@@ -1,9 +1,9 @@
 """Depthwise separable convolution for PyTorch: fast layers, and a converter from normal CNNs to separable ones."""
 
+from sepconv.choices import explain as explain
 from sepconv.compile import compile as compile
 from sepconv.convert import convert as convert
 from sepconv.cost import count as count
-from sepconv.dispatch import explain as explain
 from sepconv.doctor import doctor as doctor
 from sepconv.layers import DepthwiseConv1d as DepthwiseConv1d
 from sepconv.layers import DepthwiseConv2d as DepthwiseConv2d

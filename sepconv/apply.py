@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sepconv import direct
-from sepconv.dispatch import Explanation, as_output, depthwise_choice, note, pointwise_choice, separable_choice
+from sepconv.choices import HALF, Explanation, note
+from sepconv.dispatch import as_output, depthwise_choice, left_to_pytorch, pointwise_choice, separable_choice
 from sepconv.kernels import aten
+from sepconv.kernels.depthwise_choice import PASSES
 from sepconv.operators import (
     DEPTHWISE,
     FROM_OUTPUT,
@@ -69,14 +71,24 @@ def _by_pytorch(op: str) -> bool:
     return True
 
 
-def _in_half(op: str, x: Tensor) -> bool:
-    """Whether the numbers have 16 bits, as under autocast: our kernels do not compute with them, and PyTorch's own
-    operators train faster than ours, which would call the same kernels and compute more of them again."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if not torch.compiler.is_compiling():
-        note(Explanation(op, "torch", reasons={"halide": f"the kernel computes in float32 but got {x.dtype}"}))
-    return True
+def _without_kernel(op: str, reason: str, instead: str = "torch") -> bool:
+    """Whether there is a reason to compose the operation of others, which is then noted."""
+    if reason and not torch.compiler.is_compiling():
+        note(Explanation(op, instead, reasons={"halide": reason}))
+    return bool(reason)
+
+
+def _half_reason(x: Tensor) -> str:
+    """Why numbers of 16 bits are not for our products of matrices: PyTorch's use the processor's units for them."""
+    return f"the kernel computes in float32 but got {x.dtype}" if x.dtype in HALF else ""
+
+
+def _half_depthwise_reason(x: Tensor, weight: Tensor, g: Geometry, *others: Tensor | None) -> str:
+    """Why a depthwise convolution in 16 bits is left to PyTorch, gradients included if they will be asked for."""
+    if x.dtype not in HALF:
+        return ""
+    trains = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, weight, *others)])
+    return left_to_pytorch(x, weight, g.stride, g.dilation, PASSES if trains else PASSES[:1])
 
 
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
@@ -121,7 +133,7 @@ def depthwise_conv(
     check_output(name, x, kernel_size, g)
     if _by_pytorch("depthwise_conv"):
         return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
-    if _in_half("depthwise_conv", x):
+    if _without_kernel("depthwise_conv", _half_depthwise_reason(x, weight, g, bias)):
         return as_output(aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen), x)
     tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
     if call is not None and not call[0]:
@@ -163,8 +175,8 @@ def pointwise_conv(
         raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
     if _by_pytorch("pointwise_conv"):
         return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
-    if _in_half("pointwise_conv", x):
-        return as_output(aten.pointwise_forward(x, weight, bias, chosen, residual, steps), x)
+    if _without_kernel("pointwise_conv", _half_reason(x)):
+        return as_output(aten.pointwise_bf16(x, weight, bias, chosen, residual, steps), x)
     for d, step in enumerate(steps):
         # A filter of one pixel that walks in steps sees every step-th pixel and no other.
         x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
@@ -225,8 +237,9 @@ def separable_conv(
     geometry = (g.stride, g.padding, g.dilation)
     if _by_pytorch("separable_conv"):
         return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
-    if _in_half("separable_conv", x):
-        return as_output(aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry), x)
+    if _without_kernel("separable_conv", _half_reason(x), "depthwise, then pointwise"):
+        hidden = depthwise_conv(dims, x, dw, dw_bias, stride, padding, dilation, depthwise_activation)
+        return pointwise_conv(dims, hidden, pw, pw_bias, 1, activation, None)
     walk = (g.stride, g.flat_padding, g.dilation)
     if call is not None and not call[0]:
         return direct.keep(call, separable_choice(*tensors, *walk, between, chosen).unrecorded())(*tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from sepconv.dispatch import recording
+from sepconv.choices import recording
 
 MAX_CALLS = 4096
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv import dispatch, environment, ops
+from sepconv import choices, environment, ops
 from sepconv.kernels import code_cache, runtime
 from sepconv.kernels import threads as halide_threads
 
@@ -151,7 +151,7 @@ def _spinning_pools() -> Iterator[Finding]:
 def _kernels() -> dict[str, str]:
     """The kernel behind each operation, and why no faster one, found by running it with its gradients."""
     found: dict[str, str] = {}
-    for choice in dispatch.explain(_try_operations):
+    for choice in choices.explain(_try_operations):
         reasons = "; ".join(f"not {kernel}: {reason}" for kernel, reason in choice.reasons.items())
         found.setdefault(choice.op, f"{choice.kernel} ({reasons})" if reasons else choice.kernel)
     return found

@@ -230,7 +230,7 @@ def test_a_fused_layer_counts_as_its_parts(dims: int) -> None:
     conv: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
     fused = separable(3, 7, 3, 2, 1, depth_multiplier=2, activation="relu")
     parts = nn.Sequential(conv(3, 6, 3, 2, 1, groups=3), nn.ReLU(), conv(6, 7, 1), nn.ReLU())
-    with sepconv.dispatch.record() as choices:
+    with sepconv.choices.record() as choices:
         fused(torch.zeros(1, 3, *(5,) * dims))
     assert choices[0].op == "separable_conv"
     shape = (3, *(5,) * dims)

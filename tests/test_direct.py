@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepconv
-from sepconv import direct, dispatch, reference
+from sepconv import choices, direct, dispatch, reference
 from sepconv.kernels import aten, runtime
 from sepconv.kernels import threads as pool
 
@@ -25,7 +25,7 @@ _WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "_calls", {})
-    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(choices, "_choices", {})
 
 
 def _problem(channels_last: bool = True, *, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,12 +176,12 @@ def test_no_call_keeps_a_tensor_alive() -> None:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, "MAX_CALLS", 5)
-    monkeypatch.setattr(dispatch, "MAX_CHOICES", 5)
+    monkeypatch.setattr(choices, "MAX_CHOICES", 5)
     w = torch.randn(8, 1, 3, 3)
     for width in range(3, 30):
         assert sepconv.depthwise_conv2d(torch.randn(1, 8, 3, width), w).shape[3] == width - 2
         assert len(direct._calls) <= 5
-        assert len(dispatch._choices) <= 5
+        assert len(choices._choices) <= 5
 
 
 def test_the_number_of_threads_is_followed() -> None:

@@ -10,7 +10,7 @@ import pytest
 import threadpoolctl
 import torch
 
-from sepconv import dispatch, environment
+from sepconv import choices, environment
 from sepconv.doctor import Finding
 from sepconv.kernels import code_cache, runtime, threads
 
@@ -32,9 +32,9 @@ def test_every_operation_and_gradient_is_tried() -> None:
     }
 
 
-def test_kernels_are_what_dispatch_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = dispatch.Explanation("some_op", "torch", {}, {"halide": "it is Tuesday"})
-    monkeypatch.setattr(dispatch, "explain", lambda function: [choice])
+def test_kernels_are_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choices.Explanation("some_op", "torch", {}, {"halide": "it is Tuesday"})
+    monkeypatch.setattr(choices, "explain", lambda function: [choice])
     assert doctor.doctor().kernels == {"some_op": "torch (not halide: it is Tuesday)"}
 
 

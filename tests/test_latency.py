@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sepconv import dispatch
+from sepconv import choices
 from sepconv.bench import latency as bench
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.explain import Explanation, Group
@@ -21,8 +21,8 @@ def test_contenders_are_torchs_layers_and_the_compiled_network() -> None:
     network, x = _network(), torch.randn(1, 3, 9, 9)
     found = bench.contenders(network, x)
     assert list(found) == ["torch", "sepconv"]
-    assert dispatch.explain(found["torch"], x) == []
-    assert "separable_conv" in [choice.op for choice in dispatch.explain(network, x)]
+    assert choices.explain(found["torch"], x) == []
+    assert "separable_conv" in [choice.op for choice in choices.explain(network, x)]
     assert isinstance(found["sepconv"], CompiledModel)
     torch.testing.assert_close(found["sepconv"](x), network(x).detach())
 

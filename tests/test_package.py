@@ -17,7 +17,8 @@ ROOT = Path(sepconv.__file__).parent
 LEVELS = [
     ["reference", "shapes", "files", "png", "progress", "allocator"],
     ["kernels"],
-    ["dispatch", "environment"],
+    ["choices", "environment"],
+    ["dispatch"],
     ["direct"],
     ["operators"],
     ["apply"],

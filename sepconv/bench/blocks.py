@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sepconv
-from sepconv import dispatch
 from sepconv.bench.records import Record
 from sepconv.bench.timing import interleaved, threads_set_to
+from sepconv.choices import record
 from sepconv.cost import count
 from sepconv.kernels import separable
 from sepconv.kernels.layout import new_output
@@ -136,7 +136,7 @@ def run_block(block: Block, batch: int, threads: int, seconds: float) -> Iterato
             t = _tensors(block, batch, memory_format)
             for contender, function in (("torch", pytorchs), ("sepconv", ours)):
                 key = f"{contender}-{layout}"
-                with dispatch.record() as choices:
+                with record() as choices:
                     result = function(block, t)
                 errors[key] = _error(result, block, t)
                 if not errors[key] <= 1:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconv import dispatch, operators, ops
+from sepconv import operators, ops
 from sepconv.bench.records import Record
 from sepconv.bench.timing import interleaved, threads_set_to
+from sepconv.choices import record
 from sepconv.shapes import Geometry, output_size, resolve
 
 _OURS = {1: ops.depthwise_conv1d, 2: ops.depthwise_conv2d, 3: ops.depthwise_conv3d}
@@ -182,7 +183,7 @@ def run_case(case: Case, threads: int, seconds: float) -> Iterator[Record]:
             for layout, t in tensors.items():
                 for contender, make in (("torch", pytorchs), ("sepconv", ours)):
                     call, key = make(case, t)[which], f"{contender}-{layout}"
-                    with dispatch.record() as choices:
+                    with record() as choices:
                         result = call()
                     expected, bound = truth[which]
                     errors[key] = float(((result.double() - expected).abs() / bound).max())

@@ -22,6 +22,7 @@ from torch import Tensor
 from sepconv.kernels import depthwise_choice, runtime
 from sepconv.kernels.buffers import buffer
 from sepconv.kernels.depthwise_call import Gather, WeightGradient, filters, no_bias, planes, reads_in_place
+from sepconv.kernels.depthwise_choice import PASSES
 from sepconv.kernels.depthwise_plan import Plan, Problem, plan, problem
 from sepconv.kernels.layout import is_channels_last
 
@@ -30,7 +31,6 @@ Padding = Sequence[tuple[int, int]]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Below this many channels a vector of channels is mostly empty.
 _LEAST_CHANNELS = 4
-_PASSES = ("forward", "grad_input", "grad_weight")
 
 
 def supports(
@@ -43,8 +43,8 @@ def supports(
     activation: str = "",
 ) -> str:
     """Why this kernel cannot do it, in a sentence; the empty string if it can."""
-    if which not in _PASSES:
-        raise ValueError(f"depthwise.supports: which must be one of {_PASSES} but is {which!r}")
+    if which not in PASSES:
+        raise ValueError(f"depthwise.supports: which must be one of {PASSES} but is {which!r}")
     return runtime.missing() or runtime.unsuitable(first, second)
 
 
@@ -60,6 +60,22 @@ def slower(
 ) -> str:
     """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is."""
     return depthwise_choice.slower(_pose(which, first, second, stride, padding, dilation, activation, size))
+
+
+def slower_in_16_bits(
+    which: str,
+    first: Tensor,
+    second: Tensor,
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    activation: str = "",
+    size: Sequence[int] | None = None,
+) -> str:
+    """:func:`slower` for tensors of 16 bits, which this kernel computes in float32 between two conversions."""
+    p = _pose(which, first, second, stride, padding, dilation, activation, size)
+    kernel = p.kernel[: p.dims][::-1]
+    return depthwise_choice.slower_in_16_bits(which, p.multiplier, kernel, stride, dilation, p.channels_last)
 
 
 def describe(

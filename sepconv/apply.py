@@ -16,9 +16,8 @@ from torch import Tensor
 
 from sepconv import direct
 from sepconv.choices import HALF, Explanation, note
-from sepconv.dispatch import as_output, depthwise_choice, left_to_pytorch, pointwise_choice, separable_choice
+from sepconv.dispatch import as_output, depthwise_choice, pointwise_choice, separable_choice
 from sepconv.kernels import aten
-from sepconv.kernels.depthwise_choice import PASSES
 from sepconv.operators import (
     DEPTHWISE,
     FROM_OUTPUT,
@@ -83,14 +82,6 @@ def _half_reason(x: Tensor) -> str:
     return f"the kernel computes in float32 but got {x.dtype}" if x.dtype in HALF else ""
 
 
-def _half_depthwise_reason(x: Tensor, weight: Tensor, g: Geometry, *others: Tensor | None) -> str:
-    """Why a depthwise convolution in 16 bits is left to PyTorch, gradients included if they will be asked for."""
-    if x.dtype not in HALF:
-        return ""
-    trains = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, weight, *others)])
-    return left_to_pytorch(x, weight, g.stride, g.dilation, PASSES if trains else PASSES[:1])
-
-
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
     if activation in FROM_OUTPUT or not torch.is_grad_enabled():
@@ -133,8 +124,6 @@ def depthwise_conv(
     check_output(name, x, kernel_size, g)
     if _by_pytorch("depthwise_conv"):
         return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
-    if _without_kernel("depthwise_conv", _half_depthwise_reason(x, weight, g, bias)):
-        return as_output(aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen), x)
     tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
     if call is not None and not call[0]:
         return direct.keep(call, depthwise_choice(*tensors, *walk, chosen).unrecorded())(*tensors)

@@ -20,7 +20,7 @@ from sepconv.kernels import runtime
 MAX_CHOICES = 4096
 HALF = (torch.bfloat16, torch.float16)
 """Numbers of 16 bits."""
-_REMEMBERED = (torch.float32, *HALF)
+NUMBERS = (torch.float32, *HALF)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
     for t in tensors:
         if t is None:
             found.append(None)
-        elif t.is_cpu and t.dtype in _REMEMBERED and t.layout is torch.strided and not t.is_neg():
+        elif t.is_cpu and t.dtype in NUMBERS and t.layout is torch.strided and not t.is_neg():
             found.append((t.dtype, t.shape, t.stride()))
         else:
             return None
@@ -146,8 +146,8 @@ def outline(tensor: Tensor | None) -> Callable[[], Any]:
     """Makes a tensor of this size and strides without memory: a choice that is kept must not keep tensors."""
     if tensor is None:
         return lambda: None
-    shape, stride = tensor.shape, tensor.stride()
-    return lambda: torch.empty_strided(shape, stride, device="meta")
+    shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
+    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from sepconv.choices import recording
+from sepconv.choices import NUMBERS, recording
 
 MAX_CALLS = 4096
 
@@ -36,9 +36,9 @@ def key(tensors: Sequence[Tensor | None], *options: Any) -> tuple[Any, ...] | No
             seen.append(None)
             continue
         kind = type(t)
-        if (kind is not Tensor and kind is not Parameter) or not plain(t):
+        if (kind is not Tensor and kind is not Parameter) or not _readable(t):
             return None
-        seen += (t.shape, t.stride())
+        seen += (t.dtype, t.shape, t.stride())
         if grad_enabled and t.requires_grad:
             needs_grad = True
     for option in options:
@@ -53,8 +53,12 @@ def key(tensors: Sequence[Tensor | None], *options: Any) -> tuple[Any, ...] | No
 
 
 def plain(t: Tensor) -> bool:
-    """Whether our kernels may read it: float32 numbers in the memory of the CPU."""
-    return t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not t.is_neg()
+    """Whether all our kernels may read it: float32 numbers in the memory of the CPU."""
+    return t.dtype is torch.float32 and _readable(t)
+
+
+def _readable(t: Tensor) -> bool:
+    return t.is_cpu and t.dtype in NUMBERS and t.layout is torch.strided and not t.is_neg()
 
 
 def possible(*tensors: Tensor) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sepconv.choices import HALF, Choice, choose, outline
 from sepconv.kernels import aten, depthwise, layout, pointwise, separable
-from sepconv.kernels.depthwise_choice import slower_in_16_bits
 
 
 def as_output(y: Tensor, x: Tensor) -> Tensor:
@@ -33,38 +32,18 @@ def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """What the conversion of a tensor of 16 bits to float32 has: sizes and strides, not yet the numbers."""
-    return torch.empty_like(tensor, dtype=torch.float32) if tensor.dtype in HALF else tensor
+    """Filters as our kernel reads them: float32 even where the image's numbers have 16 bits."""
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
-def _converting(run: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """``run`` for tensors of ``dtype``: where that has 16 bits, in float32 between two conversions."""
+def _with_single_filters(run: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
     if dtype not in HALF:
         return run
-    return lambda *tensors: run(*[None if t is None else t.float() for t in tensors]).to(dtype)
+    return lambda image, weight, bias=None: run(image, weight.float(), None if bias is None else bias.float())
 
 
-def _against(dtype: torch.dtype, case: tuple[Any, ...], size: Sequence[int] | None = None) -> str:
-    """Why not our depthwise kernel: it cannot compute the case, or PyTorch's kernel for ``dtype`` is faster."""
-    slower: Callable[..., str] = depthwise.slower_in_16_bits if dtype in HALF else depthwise.slower
-    return depthwise.supports(*case) or slower(*case, size=size)
-
-
-def _described(schedule: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return schedule | {"converted_from": str(dtype)} if dtype in HALF else schedule
-
-
-def left_to_pytorch(
-    x: Tensor, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], passes: Sequence[str]
-) -> str:
-    """Why all these passes of a depthwise convolution in 16 bits are PyTorch's, "" if one of them is not."""
-    if not x.is_cpu:
-        return f"the kernel runs on cpu tensors but got device {x.device}"
-    multiplier, channels_last = weight.shape[0] // max(x.shape[1], 1), layout.is_channels_last(x)
-    reasons = [
-        slower_in_16_bits(which, multiplier, weight.shape[2:], stride, dilation, channels_last) for which in passes
-    ]
-    return reasons[0] if all(reasons) else ""
+def _rounding(run: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    return (lambda grad_output, x: run(grad_output, x).to(dtype)) if dtype in HALF else run
 
 
 def _prepare_pytorch(x: Tensor, geometry: tuple[Any, Any, Any], activation: str) -> Callable[..., Tensor]:
@@ -97,14 +76,14 @@ def _consider_forward(
     activation: str,
 ) -> Choice:
     geometry, dtype = (tuple(stride), _pairs(padding), tuple(dilation)), x.dtype
-    image, filters = _single(x), _single(weight)
-    x_like, w_like = outline(image), outline(filters)
-    case = ("forward", image, filters, *geometry, activation)
+    filters = _single(weight)
+    x_like, w_like = outline(x), outline(filters)
+    case = ("forward", x, filters, *geometry, activation)
     return Choice(
         "depthwise_conv",
-        _against(dtype, case),
-        lambda: _converting(depthwise.prepare_forward(image, filters, bias, *geometry, activation), dtype),
-        lambda: _described(depthwise.describe("forward", x_like(), w_like(), *geometry, activation), dtype),
+        depthwise.supports(*case) or depthwise.slower(*case),
+        lambda: _with_single_filters(depthwise.prepare_forward(x, filters, bias, *geometry, activation), dtype),
+        lambda: depthwise.describe("forward", x_like(), w_like(), *geometry, activation),
         _prepare_pytorch(x, geometry, activation),
     )
 
@@ -118,15 +97,15 @@ def _consider_grad_input(
     dilation: Sequence[int],
 ) -> Choice:
     size, geometry, dtype = tuple(input_size), (tuple(stride), _pairs(padding), tuple(dilation)), grad_output.dtype
-    grad, filters = _single(grad_output), _single(weight)
-    g_like, w_like = outline(grad), outline(filters)
+    filters = _single(weight)
+    g_like, w_like = outline(grad_output), outline(filters)
     by_pytorch, form = aten.prepare_grad_input(size, *geometry), _memory_format(grad_output)
-    case = ("grad_input", grad, filters, *geometry)
+    case = ("grad_input", grad_output, filters, *geometry)
     return Choice(
         "depthwise_conv_grad_input",
-        _against(dtype, case, size),
-        lambda: _converting(depthwise.prepare_grad_input(grad, filters, size, *geometry), dtype),
-        lambda: _described(depthwise.describe("grad_input", g_like(), w_like(), *geometry, size=size), dtype),
+        depthwise.supports(*case) or depthwise.slower(*case, size=size),
+        lambda: _with_single_filters(depthwise.prepare_grad_input(grad_output, filters, size, *geometry), dtype),
+        lambda: depthwise.describe("grad_input", g_like(), w_like(), *geometry, size=size),
         lambda g, w: by_pytorch(g, w).contiguous(memory_format=form),
     )
 
@@ -140,15 +119,14 @@ def _consider_grad_weight(
     dilation: Sequence[int],
 ) -> Choice:
     size, geometry, dtype = tuple(weight_size), (tuple(stride), _pairs(padding), tuple(dilation)), x.dtype
-    grad, image = _single(grad_output), _single(x)
-    g_like, x_like = outline(grad), outline(image)
+    g_like, x_like = outline(grad_output), outline(x)
     by_pytorch = aten.prepare_grad_weight(size, x.shape[1], *geometry)
-    case = ("grad_weight", grad, image, *geometry)
+    case = ("grad_weight", grad_output, x, *geometry)
     return Choice(
         "depthwise_conv_grad_weight",
-        _against(dtype, case, size),
-        lambda: _converting(depthwise.prepare_grad_weight(grad, image, size, *geometry), dtype),
-        lambda: _described(depthwise.describe("grad_weight", g_like(), x_like(), *geometry, size=size), dtype),
+        depthwise.supports(*case) or depthwise.slower(*case, size=size),
+        lambda: _rounding(depthwise.prepare_grad_weight(grad_output, x, size, *geometry), dtype),
+        lambda: depthwise.describe("grad_weight", g_like(), x_like(), *geometry, size=size),
         lambda g, x: by_pytorch(g, x).contiguous(),
     )
 

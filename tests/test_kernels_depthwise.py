@@ -293,8 +293,9 @@ _TARGETS = {"avx2": ("ymm", 8, 16), "avx512": ("zmm", 16, 32), "neon": (".4s", 4
 
 
 @pytest.mark.parametrize("name", _TARGETS)
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
 @pytest.mark.parametrize("which", ["forward", "grad_weight"])
-def test_other_processors_get_wide_multiply_adds(name: str, which: str, tmp_path: Any) -> None:
+def test_other_processors_get_wide_multiply_adds(name: str, which: str, numbers: str, tmp_path: Any) -> None:
     import halide as hl
 
     register, lanes, _ = _TARGETS[name]
@@ -303,9 +304,10 @@ def test_other_processors_get_wide_multiply_adds(name: str, which: str, tmp_path
     taps = tuple(depthwise_taps.forward_taps(size, 1) for size in (3, 3, 1))
     if which == "forward":
         tile = GatherTile(lanes, lanes, 4, 1, 16)
-        func, arguments = build(GatherSpec(2, True, False, taps, (1, 1, 1), 1, False, "", tile))
+        func, arguments = build(GatherSpec(2, True, False, taps, (1, 1, 1), 1, False, "", tile, numbers))
     else:
-        spec = weight_grad.WeightSpec(2, True, (3, 3, 1), (1, 1, 1), (1, 1, 1), 1, WeightTile(lanes, lanes, 3, 1, 4, 1))
+        tile_of_weight = WeightTile(lanes, lanes, 3, 1, 4, 1)
+        spec = weight_grad.WeightSpec(2, True, (3, 3, 1), (1, 1, 1), (1, 1, 1), 1, tile_of_weight, numbers)
         func, arguments = weight_grad.build(spec)
     path = tmp_path / "kernel.s"
     hl.Pipeline(func).compile_to_assembly(str(path), arguments, "kernel", hl.Target(target.target))

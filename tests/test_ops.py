@@ -206,13 +206,12 @@ def test_autocast_computes_in_the_lower_precision() -> None:
     assert dw.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes_run_through_pytorch_and_say_so(dtype: torch.dtype) -> None:
-    x, dw = torch.randn(1, 4, 9, 7).to(dtype), torch.randn(4, 1, 3, 3).to(dtype)
+def test_double_precision_runs_through_pytorch_and_says_so() -> None:
+    x, dw = torch.randn(1, 4, 9, 7).double(), torch.randn(4, 1, 3, 3).double()
     [choice] = sepconv.explain(sepconv.depthwise_conv2d, x, dw)
     assert choice.kernel == "torch"
     assert choice.reasons["halide"]
-    assert sepconv.depthwise_conv2d(x, dw).dtype == dtype
+    assert sepconv.depthwise_conv2d(x, dw).dtype == torch.float64
 
 
 def test_compile_without_graph_breaks() -> None:

@@ -22,6 +22,7 @@ _FORMATS = {
     "nchw": {1: torch.contiguous_format, 2: torch.contiguous_format, 3: torch.contiguous_format},
     "nhwc": {2: torch.channels_last, 3: torch.channels_last_3d},
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "grad_input", "grad_weight")
 
 
@@ -112,12 +113,12 @@ class Tensors:
     grad: Tensor
 
 
-def make_tensors(case: Case, memory_format: torch.memory_format) -> Tensors:
+def make_tensors(case: Case, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     filters = case.channels * case.multiplier
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     return Tensors(
         random(case.batch, case.channels, *case.image).contiguous(memory_format=memory_format),
@@ -151,31 +152,40 @@ def pytorchs(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
 
 
 def bounds(case: Case, t: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
-    """The float64 truth of each pass, and the bound of its rounding: terms * eps * (the same on absolute values)."""
+    """The float64 truth of each pass, and the bound of its rounding: terms * eps * (the same on absolute values).
+
+    A result of 16 bits is summed in float32 and rounded once more.
+    """
     doubles = Tensors(*(v.double().contiguous() for v in (t.x, t.weight, t.bias, t.grad)))
     sizes = Tensors(*(v.abs() for v in (doubles.x, doubles.weight, doubles.bias, doubles.grad)))
     taps = prod(case.kernel)
     terms = {"forward": taps + 1, "grad_input": taps * case.multiplier, "grad_weight": case.batch * prod(case.output)}
     eps = torch.finfo(torch.float32).eps
     true, large = pytorchs(case, doubles), pytorchs(case, sizes)
-    return {p: (true[p](), (terms[p] + 2) * eps * large[p]() + 1e-30) for p in PASSES}
+    last = 0.0 if t.x.dtype is torch.float32 else torch.finfo(t.x.dtype).eps
+    return {p: (true[p](), (terms[p] + 2) * eps * large[p]() + last * true[p]().abs() + 1e-30) for p in PASSES}
 
 
-def _bytes(case: Case, which: str) -> int:
+def _bytes(case: Case, itemsize: int) -> int:
     x = case.batch * case.channels * prod(case.image)
     y = case.batch * case.channels * case.multiplier * prod(case.output)
     weight = case.channels * case.multiplier * prod(case.kernel)
-    return 4 * (x + y + weight)
+    return itemsize * (x + y + weight)
 
 
-def run_case(case: Case, threads: int, seconds: float) -> Iterator[Record]:
+def suite_name(dtype: torch.dtype) -> str:
+    return "ops" if dtype is torch.float32 else f"ops-{str(dtype).removeprefix('torch.')}"
+
+
+def run_case(case: Case, threads: int, seconds: float, dtype: torch.dtype = torch.float32) -> Iterator[Record]:
     """Verify every contender and pass, then time them.
 
     Raises:
         ValueError: a result is outside its rounding bound; nothing of the case was timed.
     """
     layouts = [name for name, formats in _FORMATS.items() if len(case.image) in formats]
-    tensors = {name: make_tensors(case, _FORMATS[name][len(case.image)]) for name in layouts}
+    tensors = {name: make_tensors(case, _FORMATS[name][len(case.image)], dtype) for name in layouts}
+    suite = suite_name(dtype)
     truth = bounds(case, tensors["nchw"])
     with threads_set_to(threads), torch.inference_mode():
         for which in PASSES:
@@ -195,6 +205,6 @@ def run_case(case: Case, threads: int, seconds: float) -> Iterator[Record]:
                 contender, layout = key.split("-")
                 name = key if contender == "torch" else contender
                 yield Record(
-                    "ops", case.name, name, threads, layout, timing.median_ms, timing.low_ms, timing.high_ms,
-                    timing.samples, case.macs, _bytes(case, which), round(errors[key], 4), kernels[key], which,
+                    suite, case.name, name, threads, layout, timing.median_ms, timing.low_ms, timing.high_ms,
+                    timing.samples, case.macs, _bytes(case, dtype.itemsize), round(errors[key], 4), kernels[key], which,
                 )  # fmt: skip

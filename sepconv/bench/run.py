@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from sepconv.bench import blocks, operations, records
 from sepconv.bench.records import Record
@@ -13,13 +16,15 @@ Progress = Callable[[int, int, str], None]
 BATCHES = (1, 8)
 
 
-def run_ops(threads: Sequence[int], seconds: float, match: str, progress: Progress) -> list[Record]:
-    """Every case of ``operations`` whose name contains ``match``."""
+def run_ops(
+    threads: Sequence[int], seconds: float, match: str, progress: Progress, dtype: torch.dtype = torch.float32
+) -> list[Record]:
+    """Every case of ``operations`` whose name contains ``match``, with numbers of ``dtype``."""
     jobs = [(case, n) for n in threads for case in operations.CASES if match in case.name]
     found: list[Record] = []
     for done, (case, n) in enumerate(jobs):
         progress(done, len(jobs), f"{case.name}, threads={n}")
-        found += operations.run_case(case, n, seconds)
+        found += operations.run_case(case, n, seconds, dtype)
     return found
 
 
@@ -33,7 +38,10 @@ def run_blocks(threads: Sequence[int], seconds: float, match: str, progress: Pro
     return found
 
 
-SUITES = {"ops": run_ops, "blocks": run_blocks}
+SUITES = {
+    **{operations.suite_name(dtype): partial(run_ops, dtype=dtype) for dtype in operations.DTYPES.values()},
+    "blocks": run_blocks,
+}
 
 
 def run(

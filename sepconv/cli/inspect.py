@@ -11,6 +11,7 @@ import torch
 import typer
 
 from sepconv.bench import network, tables, tune
+from sepconv.bench.operations import DTYPES, suite_name
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
@@ -88,11 +89,14 @@ def bench_ops(
     threads: SuiteThreads = "1",
     seconds: SuiteSeconds = 1.0,
     match: SuiteMatch = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of all numbers: float32 or bfloat16.")] = "float32",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Depthwise convolutions of every kind, each pass, against PyTorch in both layouts."""
-    _bench("ops", json_file, threads, seconds, match, quiet)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}")
+    _bench(suite_name(DTYPES[dtype]), f"ops --dtype {dtype}", json_file, threads, seconds, match, quiet)
 
 
 @bench_app.command("blocks", epilog="Example: sepconv bench blocks --threads 1,2 --json blocks.json")
@@ -106,7 +110,7 @@ def bench_blocks(
     debug: options.Debug = False,
 ) -> None:
     """Every separable block of MobileNet v1 and v2, batch 1 and 8, against PyTorch in both layouts."""
-    _bench("blocks", json_file, threads, seconds, match, quiet)
+    _bench("blocks", "blocks", json_file, threads, seconds, match, quiet)
 
 
 @bench_app.command("network", epilog="Example: sepconv bench network --threads 1,2 --json network.json")
@@ -167,12 +171,12 @@ def _counts(threads: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _bench(suite: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:
+def _bench(suite: str, called: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:
     counts = _counts(threads)
     screen = _benchmark_screen(quiet, path)
-    command = f"sepconv bench {suite} --threads {threads} --seconds {seconds:g}"
+    command = f"sepconv bench {called} --threads {threads} --seconds {seconds:g}"
     run_suite(suite, counts, seconds, match, path, command, lambda done, of, what: screen.say(f"{done}/{of} {what}"))
-    _finish(screen, path, tables.operations_summary if suite == "ops" else tables.blocks_summary)
+    _finish(screen, path, tables.blocks_summary if suite == "blocks" else tables.operations_summary)
 
 
 def _benchmark_screen(quiet: bool, path: Path) -> Screen:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from sepconv.kernels.layout import array
 
-FLOAT32, UINT32 = 2, 1
-"""Halide's codes for kinds of numbers; all are of 32 bits here."""
-_CODES = {np.dtype(np.float32): FLOAT32, np.dtype(np.uint32): UINT32, np.dtype(np.int32): 0}
+_WHOLE, _NATURAL, _FLOATING = 0, 1, 2  # halide_type_code_t
+FLOAT32, FLOAT16 = _FLOATING | 32 << 8, _FLOATING | 16 << 8
+UINT32, BITS16 = _NATURAL | 32 << 8, _NATURAL | 16 << 8
+"""Halide's codes for kinds of numbers, with their bits."""
+_CODES = {np.dtype(np.float32): FLOAT32, np.dtype(np.uint32): UINT32, np.dtype(np.int32): _WHOLE | 32 << 8}
 # Eight bytes each: device, its interface, host, flags, type and dimensions, place of the dims, padding.
 _HEAD, _HOST = 56, struct.Struct("16xQ")
 _DIMENSION, _RANGE = 16, struct.Struct("ii")
@@ -48,7 +50,7 @@ class Buffer:
         dims: list[int] = []
         for extent, stride in zip(shape[::-1], strides[::-1], strict=True):
             dims += (0, extent, stride, 0)
-        kind = code | 32 << 8 | 1 << 16 | len(shape) << 32
+        kind = code | 1 << 16 | len(shape) << 32
         pack(self._memory, 0, 0, 0, host, 0, kind, self.address + _HEAD, 0, *dims)
 
     def move(self, host: int) -> None:

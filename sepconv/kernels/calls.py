@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sepconv.kernels import packing, runtime
-from sepconv.kernels.buffers import Arguments, Buffer, arguments
+from sepconv.kernels.buffers import FLOAT32, Arguments, Buffer, arguments
 
 
 class Layout(NamedTuple):
-    """Sizes and strides in which the kernel reads a float32 tensor (dimensions reversed)."""
+    """Sizes and strides in which the kernel reads a tensor (dimensions reversed), and the code of its numbers."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    code: int = FLOAT32
+
+    def buffer(self) -> Buffer:
+        """One of this layout, not yet over memory."""
+        return Buffer(self.shape, self.stride, 0, self.code)
 
 
 class Call:
@@ -44,7 +49,7 @@ class Call:
         kernel.check(self._prepare()[0])
 
     def _prepare(self) -> tuple[Arguments, list[Buffer]]:
-        given = [Buffer(*item, 0) if isinstance(item, Layout) else item for item in self._arguments]
+        given = [item.buffer() if isinstance(item, Layout) else item for item in self._arguments]
         moved = [now for now, before in zip(given, self._arguments, strict=True) if now is not before]
         prepared = arguments(*given)
         self._local.prepared = prepared, moved

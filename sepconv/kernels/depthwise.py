@@ -1,4 +1,6 @@
-"""Depthwise convolution of float32 tensors on CPUs: forward, gradient of the input and of the filters.
+"""Depthwise convolution on CPUs in float32: forward, gradient of the input and of the filters.
+
+Images may hold numbers of 16 bits (see ``numbers``); filters, their gradient and biases are float32.
 
 Tensors are (N, C, ...) with one to three spatial dimensions, weights (C*M, 1, ...); output channel c*M + m depends on
 input channel c alone. Contiguous and channels_last tensors are read in place, views included; others are copied once.
@@ -25,6 +27,7 @@ from sepconv.kernels.depthwise_call import Gather, WeightGradient, filters, no_b
 from sepconv.kernels.depthwise_choice import PASSES
 from sepconv.kernels.depthwise_plan import Plan, Problem, plan, problem
 from sepconv.kernels.layout import is_channels_last
+from sepconv.kernels.numbers import KINDS
 
 Padding = Sequence[tuple[int, int]]
 
@@ -45,7 +48,12 @@ def supports(
     """Why this kernel cannot do it, in a sentence; the empty string if it can."""
     if which not in PASSES:
         raise ValueError(f"depthwise.supports: which must be one of {PASSES} but is {which!r}")
-    return runtime.missing() or runtime.unsuitable(first, second)
+    second_dtypes = (first.dtype,) if which == "grad_weight" else runtime.FLOAT32
+    return (
+        runtime.missing()
+        or runtime.unsuitable(first, dtypes=tuple(KINDS))
+        or runtime.unsuitable(second, dtypes=second_dtypes)
+    )
 
 
 def slower(
@@ -60,22 +68,6 @@ def slower(
 ) -> str:
     """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is."""
     return depthwise_choice.slower(_pose(which, first, second, stride, padding, dilation, activation, size))
-
-
-def slower_in_16_bits(
-    which: str,
-    first: Tensor,
-    second: Tensor,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    activation: str = "",
-    size: Sequence[int] | None = None,
-) -> str:
-    """:func:`slower` for tensors of 16 bits, which this kernel computes in float32 between two conversions."""
-    p = _pose(which, first, second, stride, padding, dilation, activation, size)
-    kernel = p.kernel[: p.dims][::-1]
-    return depthwise_choice.slower_in_16_bits(which, p.multiplier, kernel, stride, dilation, p.channels_last)
 
 
 def describe(
@@ -93,7 +85,8 @@ def describe(
     images = (first, second) if which == "grad_weight" else (first,)
     copies = sum(not reads_in_place(tensor, p.channels_last) for tensor in images)
     layout = "channels_last" if p.channels_last else "contiguous"
-    return {"layout": layout, "copied_tensors": copies} | plan(p, torch.get_num_threads()).description()
+    known = {"layout": layout, "numbers": p.numbers, "copied_tensors": copies}
+    return known | plan(p, torch.get_num_threads()).description()
 
 
 def _pose(
@@ -118,8 +111,9 @@ def _pose(
         output, image = tuple(first.shape), tuple(second.shape)
         weight = tuple(size) if size else (output[1], 1, *_filter_sizes(output, image, stride, padding, dilation))
     channels_last = image[1] >= _LEAST_CHANNELS and is_channels_last(second if which == "grad_weight" else first)
-    low = tuple([amount for amount, _ in padding])
-    return problem(which, channels_last, image, output, weight, tuple(stride), low, tuple(dilation), bias, activation)
+    low, numbers = tuple([amount for amount, _ in padding]), KINDS[first.dtype]
+    walk = (tuple(stride), low, tuple(dilation))
+    return problem(which, channels_last, image, output, weight, *walk, bias, activation, numbers)
 
 
 def _output_sizes(

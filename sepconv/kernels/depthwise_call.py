@@ -12,6 +12,7 @@ from sepconv.kernels.buffers import buffer
 from sepconv.kernels.calls import Call, Layout
 from sepconv.kernels.depthwise_plan import Problem, plan
 from sepconv.kernels.layout import is_channels_last
+from sepconv.kernels.numbers import CODES, DTYPES
 
 Sizes = tuple[int, ...]
 
@@ -30,7 +31,7 @@ def filters(shape: Sizes, multiplier: int) -> Sizes:
     return (channels // multiplier, multiplier, *(1,) * (3 - len(space)), *space)
 
 
-def _plane_layout(shape: Sizes, stride: Sizes, multiplier: int) -> Layout:
+def _plane_layout(shape: Sizes, stride: Sizes, multiplier: int, numbers: str) -> Layout:
     """:func:`planes` with strides. Those of single elements say nothing; the kernels expect them as without gaps."""
     sizes = planes(shape, multiplier)
     image, channel, *space = stride
@@ -40,6 +41,7 @@ def _plane_layout(shape: Sizes, stride: Sizes, multiplier: int) -> Layout:
     return Layout(
         sizes,
         (image, channel * multiplier if sizes[1] > 1 else multiplier, across, *(1,) * (3 - len(space)), *space),
+        CODES[numbers],
     )
 
 
@@ -75,7 +77,7 @@ class _Image:
         stride = tensor.stride()
         if self.copied:
             stride = torch.empty(tensor.shape, memory_format=self.memory_format, device="meta").stride()
-        self.layout = _plane_layout(tuple(tensor.shape), stride, multiplier)
+        self.layout = _plane_layout(tuple(tensor.shape), stride, multiplier, p.numbers)
 
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=self.memory_format) if self.copied else tensor
@@ -90,7 +92,7 @@ class Gather:
 
     def __init__(self, p: Problem, source: Tensor, weight: Tensor, bias: Tensor | None, shape: Sizes) -> None:
         forward = p.which == "forward"
-        self.shape, self.memory_format = shape, _memory_format(shape, p)
+        self.shape, self.memory_format, self.dtype = shape, _memory_format(shape, p), DTYPES[p.numbers]
         # What was computed in contiguous form returns to the layout of the source: images of very few channels.
         self.returned = _FORMATS[len(shape)] if not p.channels_last and is_channels_last(source) else None
         self.image = _Image(source, p, 1 if forward else p.multiplier)
@@ -103,12 +105,12 @@ class Gather:
                 _filter_layout(tuple(weight.shape), weight.stride(), p.multiplier),
                 no_bias() if bias is None else _bias_layout(bias, p.multiplier),
                 *chosen.arguments,
-                _plane_layout(shape, out, p.multiplier if forward else 1),
+                _plane_layout(shape, out, p.multiplier if forward else 1, p.numbers),
             )
             self.call = Call(chosen.key, chosen.build, arguments)
 
     def __call__(self, source: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = torch.empty(self.shape, dtype=torch.float32, memory_format=self.memory_format)
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=self.memory_format)
         if self.call is not None:
             source = self.image.read(source)
             if bias is None:

@@ -4,13 +4,11 @@ PyTorch (oneDNN) is good at what MobileNets need most: few taps, one filter per 
 costs more, so small tensors are ours. Between the shapes where our kernels won clearly and those where they lost, the
 choice is PyTorch's kernel.
 
-Our kernels compute in float32. Numbers of 16 bits are worth the two conversions where PyTorch has no good kernel for
-them: most gradients.
+For numbers of 16 bits PyTorch has fewer good kernels: for most gradients it has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 from sepconv.kernels.depthwise_plan import Problem
@@ -20,7 +18,7 @@ _FEW_BYTES = 5 * 512 * 1024
 _FEW_BYTES_CONTIGUOUS = 3 * 512 * 1024
 _SHORT_ROW = 24
 _SMALL_PLANE = 64
-_MANY_TAPS = {1: 15, 2: 25}
+_MANY_TAPS = 25
 
 
 def slower(p: Problem) -> str:
@@ -32,6 +30,8 @@ def slower(p: Problem) -> str:
         return ""
     if p.multiplier > 1:
         return ""
+    if p.numbers != "float32" and p.channels_last:
+        return _slower_forward_in_16_bits(p, taps) if p.which == "forward" else ""
     if p.channels_last:
         return _slower_forward_channels_last(p, taps) if p.which == "forward" else _slower_strided(p, taps)
     return "" if p.dims == 3 or max(p.dilation) > 1 else _slower_contiguous(p, taps)
@@ -45,6 +45,14 @@ def _slower_forward_channels_last(p: Problem, taps: int) -> str:
     if prod(p.output) <= _SMALL_PLANE:
         return f"PyTorch's forward kernel is faster on channels_last planes of {prod(p.output)} pixels"
     return ""
+
+
+def _slower_forward_in_16_bits(p: Problem, taps: int) -> str:
+    if p.bytes <= _FEW_BYTES or max(p.dilation) > 1:
+        return ""
+    if p.dims == 2 and taps >= _MANY_TAPS and prod(p.output) > _SMALL_PLANE:
+        return ""
+    return f"PyTorch's forward kernel is as fast with {taps} taps on channels_last tensors of {p.numbers}"
 
 
 def _slower_strided(p: Problem, taps: int) -> str:
@@ -62,27 +70,3 @@ def _slower_contiguous(p: Problem, taps: int) -> str:
     if (taps > 9 or 1 in p.kernel[:2]) and p.bytes > _FEW_BYTES_CONTIGUOUS:
         return f"rows of {width} pixels fill vectors badly; PyTorch converts to a blocked layout instead"
     return ""
-
-
-def slower_in_16_bits(
-    which: str,
-    multiplier: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-) -> str:
-    """Why PyTorch's kernel for 16 bits is the better choice, in a sentence; the empty string if ours in float32 is."""
-    dims, taps, width = len(kernel), prod(kernel), kernel[-1]
-    if multiplier > 1:
-        return ""
-    if which == "forward":
-        few = dims == 3 or channels_last or taps < _MANY_TAPS[dims]
-        return "PyTorch's forward kernel for 16 bits is faster than conversions and ours" if few else ""
-    if dims == 3 or max(dilation) > 1:
-        return ""
-    if which == "grad_weight":
-        return "PyTorch has a grad_weight kernel for 16 bits and filters 3 wide" if width <= 3 else ""
-    if max(stride) > 1 or taps >= _MANY_TAPS[dims]:
-        return ""
-    return f"PyTorch's grad_input kernel for 16 bits is faster with {taps} taps and stride 1"

@@ -24,6 +24,7 @@ from typing import Any
 from sepconv.kernels import runtime
 from sepconv.kernels.activations import activate
 from sepconv.kernels.depthwise_taps import Phase
+from sepconv.kernels.numbers import halide_type, read, write
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_depthwise import GatherTile
 
@@ -41,6 +42,7 @@ class GatherSpec:
     bias: bool
     activation: str
     tile: GatherTile
+    numbers: str = "float32"
 
 
 class Vars:
@@ -51,10 +53,10 @@ class Vars:
         self.space = [self.x, self.y, self.z]
 
 
-def plane_param(name: str, dims: int, multiplier: int, channels_last: bool) -> Any:
+def plane_param(name: str, spec: Any, multiplier: int) -> Any:
     """A tensor (N, C*M, ...) seen as x, y, z, m, c, n; the vectorised dimension has a stride known to the compiler."""
-    param = hl.ImageParam(hl.Float(32), 6, name)
-    fix_layout(param, dims, multiplier, channels_last)
+    param = hl.ImageParam(halide_type(spec.numbers), 6, name)
+    fix_layout(param, spec.dims, multiplier, spec.channels_last)
     return param
 
 
@@ -84,8 +86,8 @@ def weight_param() -> Any:
     return param
 
 
-def padded_source(source: Any, base: list[Any], v: Vars, channels_last: bool) -> Any:
-    """``padded[x, ...] = source[x + base, ...]``, zero outside of the image."""
+def padded_source(source: Any, base: list[Any], v: Vars, spec: Any) -> Any:
+    """``padded[x, ...] = source[x + base, ...]`` in float32, zero outside of the image."""
     padded = hl.Func("padded")
     index, within = [], []
     for d, var in enumerate(v.space):
@@ -94,15 +96,15 @@ def padded_source(source: Any, base: list[Any], v: Vars, channels_last: bool) ->
         index.append(hl.clamp(hl.likely(at) if d == 0 else at, 0, extent - 1))
     image = hl.clamp(v.n, 0, source.dim(5).extent() - 1)
     here = [v.x, v.y, v.z, v.m, v.c, v.n]
-    if channels_last:
-        row = hl.select(within[0], hl.likely(source[[*index, v.m, v.c, image]]), hl.f32(0.0))
+    if spec.channels_last:
+        row = hl.select(within[0], hl.likely(read(spec.numbers, source[[*index, v.m, v.c, image]])), hl.f32(0.0))
         padded[here] = hl.select(within[1] & within[2], row, hl.f32(0.0))
     else:
         # Whole rows are copied in vectors; a clamped column would turn their loads into gathers.
         column = hl.RDom([hl.Range(0, source.dim(0).extent())], "column")
         column.where(within[1] & within[2])
         padded[here] = hl.f32(0.0)
-        padded[[column.x - base[0], *here[1:]]] = source[[column.x, *index[1:], v.m, v.c, image]]
+        padded[[column.x - base[0], *here[1:]]] = read(spec.numbers, source[[column.x, *index[1:], v.m, v.c, image]])
     return padded
 
 
@@ -125,15 +127,15 @@ def schedule_padded(padded: Any, multiplier: int, tile: Any, channels_last: bool
 
 def deinterleave(padded: Any, step: int, v: Vars) -> Any:
     """Columns sorted by their remainder, so that a strided convolution reads whole vectors."""
-    phase, read = hl.Var("phase"), hl.Func("deinterleaved")
-    read[v.x, phase, v.y, v.z, v.m, v.c, v.n] = padded[v.x * step + phase, v.y, v.z, v.m, v.c, v.n]
-    return read
+    phase, found = hl.Var("phase"), hl.Func("deinterleaved")
+    found[v.x, phase, v.y, v.z, v.m, v.c, v.n] = padded[v.x * step + phase, v.y, v.z, v.m, v.c, v.n]
+    return found
 
 
-def schedule_deinterleaved(read: Any, step: int, tile: Any) -> None:
-    x, phase, *_ = read.args()
-    read.bound_extent(phase, step).never_partition_all()
-    read.reorder(phase, x).unroll(phase).vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
+def schedule_deinterleaved(columns: Any, step: int, tile: Any) -> None:
+    x, phase, *_ = columns.args()
+    columns.bound_extent(phase, step).never_partition_all()
+    columns.reorder(phase, x).unroll(phase).vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
 
 
 def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
@@ -141,23 +143,23 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     v = Vars()
     out_multiplier = 1 if spec.transposed else spec.multiplier
     in_multiplier = spec.multiplier if spec.transposed else 1
-    source = plane_param("source", spec.dims, in_multiplier, spec.channels_last)
+    source = plane_param("source", spec, in_multiplier)
     weight, bias = weight_param(), hl.ImageParam(hl.Float(32), 2, "bias")
     bias.dim(0).set_stride(hl.Expr())
     base, boxes = space_params("base", spec.dims, 0), space_params("box", spec.dims, 1)
     items, planes = hl.Param(hl.Int(32), "items"), hl.Param(hl.Int(32), "planes")
 
-    padded = padded_source(source, base, v, spec.channels_last)
-    read = padded
+    padded = padded_source(source, base, v, spec)
+    sorted_columns = padded
     if spec.step[0] > 1 and not spec.channels_last:
-        read = deinterleave(padded, spec.step[0], v)
+        sorted_columns = deinterleave(padded, spec.step[0], v)
     packed = hl.Func("packed")
     kx, ky, kz = (hl.Var(name) for name in ("kx", "ky", "kz"))
     packed[v.c, v.m, kx, ky, kz] = weight[kx, ky, kz, v.m, v.c]
 
-    sums = _sums(spec, v, packed, read, bias, base, source.dim(1).extent())
+    sums = _sums(spec, v, packed, sorted_columns, bias, base, source.dim(1).extent())
     out = hl.Func("out")
-    out[v.x, v.y, v.z, v.m, v.c, v.n] = activate(_pick(spec, v, sums), spec.activation)
+    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.numbers, activate(_pick(spec, v, sums), spec.activation))
 
     fix_layout(out.output_buffer(), spec.dims, out_multiplier, spec.channels_last)
     out.bound(v.m, 0, out_multiplier)
@@ -170,8 +172,8 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     by_row = spec.channels_last and spec.dims == 2
     padded.store_at(out, item).compute_at(out, hl.Var("yo") if by_row else item)
     schedule_padded(padded, in_multiplier, spec.tile, spec.channels_last)
-    if read is not padded:
-        schedule_deinterleaved(read.compute_at(out, item), spec.step[0], spec.tile)
+    if sorted_columns is not padded:
+        schedule_deinterleaved(sorted_columns.compute_at(out, item), spec.step[0], spec.tile)
     if spec.channels_last:
         packed.compute_root().bound_extent(v.m, spec.multiplier).never_partition_all()
         packed.unroll(v.m).vectorize(v.c, spec.tile.lanes, hl.TailStrategy.GuardWithIf)
@@ -179,7 +181,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
 
 
 def _sums(
-    spec: GatherSpec, v: Vars, packed: Any, read: Any, bias: Any, base: list[Any], height: Any
+    spec: GatherSpec, v: Vars, packed: Any, padded: Any, bias: Any, base: list[Any], height: Any
 ) -> dict[tuple[int, ...], Any]:
     """For every combination of phases the sum over its taps: (Func, its reduction domain, its phases)."""
     sums: dict[tuple[int, ...], Any] = {}
@@ -201,7 +203,7 @@ def _sums(
             filter_m, source_m = (domain[3], domain[3]) if spec.transposed else (v.m, 0)
             if not spec.channels_last and spec.step[0] > 1:
                 at[:1] = [v.x + moved[0] // spec.step[0], moved[0] % spec.step[0]]
-            total[here] += packed[v.c, filter_m, tap[0], tap[1], tap[2]] * read[[*at, source_m, v.c, v.n]]
+            total[here] += packed[v.c, filter_m, tap[0], tap[1], tap[2]] * padded[[*at, source_m, v.c, v.n]]
         sums[which] = (total, domain, phases)
     return sums
 

@@ -21,7 +21,8 @@ Numbers = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """One pass of a depthwise convolution. ``image`` is the size of x, ``output`` that of the convolution's result.
+    """One pass of a depthwise convolution. ``image`` is the size of x, ``output`` that of the convolution's result;
+    ``numbers`` is the kind of both (see ``numbers``), filters and bias are float32.
 
     Sizes are in the order x, y, z; the first ``dims`` of them are the tensor's, the rest are those of one pixel.
     """
@@ -40,6 +41,7 @@ class Problem:
     dilation: Sizes
     bias: bool
     activation: str
+    numbers: str = "float32"
 
     @property
     def bytes(self) -> int:
@@ -74,6 +76,7 @@ def problem(
     dilation: Numbers,
     bias: bool = False,
     activation: str = "",
+    numbers: str = "float32",
 ) -> Problem:
     """The problem with tensors of these shapes; arguments are in PyTorch's order."""
     return Problem(
@@ -91,6 +94,7 @@ def problem(
         dilation=_xyz(dilation, 1),
         bias=bias,
         activation=activation,
+        numbers=numbers,
     )
 
 
@@ -130,12 +134,15 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
     )
     tile = schedule.gather_tile(shape, p.channels_last, host())
     others = partial(schedule.gather_alternatives, shape, tile, p.channels_last, host())
-    tile = tuned.choose("depthwise", (*vars(p).values(), threads), tile, others)
+    # The schedule does not depend on the kind of numbers: the tuner knows problems without it.
+    problem = [value for name, value in vars(p).items() if name != "numbers"]
+    tile = tuned.choose("depthwise", (*problem, threads), tile, others)
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
     blocks = schedule.ceil_div(p.channels, tile.block)
     items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
     planes = 1 if p.channels_last else min(items, schedule.planes(shape, tile, boxes))
-    spec = GatherSpec(p.dims, p.channels_last, not forward, tuple(taps), step, p.multiplier, p.bias, p.activation, tile)
+    kind = (p.dims, p.channels_last, not forward)
+    spec = GatherSpec(*kind, tuple(taps), step, p.multiplier, p.bias, p.activation, tile, p.numbers)
     return Plan(
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
@@ -150,7 +157,7 @@ def _weight_plan(p: Problem, threads: int) -> Plan:
     tile = schedule.weight_tile(shape, p.channels_last, host())
     boxes = schedule.weight_boxes(shape, tile, p.channels_last, host())
     items = schedule.items_per_task(schedule.ceil_div(p.channels, tile.block), 1, threads)
-    spec = WeightSpec(p.dims, p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile)
+    spec = WeightSpec(p.dims, p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile, p.numbers)
     return Plan(
         key=repr(spec),
         build=partial(depthwise_weight_grad.build, spec),

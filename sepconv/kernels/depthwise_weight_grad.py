@@ -28,6 +28,7 @@ from sepconv.kernels.depthwise_gather import (
     schedule_padded,
     space_params,
 )
+from sepconv.kernels.numbers import read
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_depthwise import WeightTile
 
@@ -43,6 +44,7 @@ class WeightSpec:
     dilation: tuple[int, int, int]
     multiplier: int
     tile: WeightTile
+    numbers: str = "float32"
 
 
 class _Loops:
@@ -68,10 +70,10 @@ class _Loops:
 def build(spec: WeightSpec) -> tuple[Any, list[Any]]:
     """The output Func and its arguments: source, grad, base, box (2), tiles and images per chunk, chunks (2)."""
     v, loops = Vars(), _Loops()
-    source = plane_param("source", spec.dims, 1, spec.channels_last)
-    grad = plane_param("grad", spec.dims, spec.multiplier, spec.channels_last)
+    source = plane_param("source", spec, 1)
+    grad = plane_param("grad", spec, spec.multiplier)
     base = space_params("base", spec.dims, 0)
-    padded = padded_source(source, base, v, spec.channels_last)
+    padded = padded_source(source, base, v, spec)
     if spec.channels_last:
         out = _build_channels_last(spec, v, loops, grad, padded)
     else:
@@ -128,9 +130,9 @@ def _build_channels_last(spec: WeightSpec, v: Any, loops: _Loops, grad: Any, pad
     ch, none = hl.Var("ch"), v.c
     sums = hl.Func("sums")
     here = [ch, v.m, *loops.k, none, loops.tile_x, loops.tile_y, v.z, v.n]
-    read = padded[[*_source_index(spec, loops, [x, y, v.z]), 0, ch, v.n]]
+    near = padded[[*_source_index(spec, loops, [x, y, v.z]), 0, ch, v.n]]
     sums[here] = hl.f32(0.0)
-    sums[here] += grad[gx, gy, v.z, v.m, ch, image] * read
+    sums[here] += read(spec.numbers, grad[gx, gy, v.z, v.m, ch, image]) * near
     partial, box = _partial(spec, v, loops, grad, sums, ch)
     total, out = _finish(spec, v, loops, partial, 1)
     _schedule_channels_last(spec, v, loops, (sums, pixel), (partial, box), total, out, padded)
@@ -185,8 +187,8 @@ def _build_contiguous(spec: WeightSpec, v: Any, loops: _Loops, grad: Any, padded
     """Vectors along a row; the taps of a group times a few rows are straight-line code."""
     tile = spec.tile
     zero = [hl.cast(hl.Int(32), 0)] * 3
-    near = padded_source(grad, zero, v, channels_last=False)
-    read = deinterleave(padded, spec.step[0], v) if spec.step[0] > 1 else padded
+    near = padded_source(grad, zero, v, spec)
+    columns = deinterleave(padded, spec.step[0], v) if spec.step[0] > 1 else padded
     pixel = hl.RDom([hl.Range(0, loops.box_x // tile.lanes), hl.Range(0, loops.box_y)], "pixel")
     x = loops.tile_x * loops.box_x + pixel[0] * tile.lanes + loops.lane
     y = loops.tile_y * loops.box_y + pixel[1]
@@ -197,20 +199,20 @@ def _build_contiguous(spec: WeightSpec, v: Any, loops: _Loops, grad: Any, padded
         moved = loops.k[0] * spec.dilation[0]
         at[:1] = [x + moved // spec.step[0], moved % spec.step[0]]
     here = [loops.lane, v.m, *loops.k, v.c, loops.tile_x, loops.tile_y, v.z, v.n]
-    product = near[x, y, v.z, v.m, v.c, v.n] * read[[*at, 0, v.c, v.n]]
+    product = near[x, y, v.z, v.m, v.c, v.n] * columns[[*at, 0, v.c, v.n]]
     sums[here] = hl.f32(0.0)
     # Past the row's end both factors are stored; what is not a pixel must not count even where it is NaN.
     sums[here] += hl.select(x < grad.dim(0).extent(), hl.likely(product), hl.f32(0.0))
     partial, box = _partial(spec, v, loops, grad, sums, loops.lane)
     total, out = _finish(spec, v, loops, partial, tile.lanes)
-    _schedule_contiguous(spec, v, loops, (sums, pixel), (partial, box), total, out, (padded, read, near))
+    _schedule_contiguous(spec, v, loops, (sums, pixel), (partial, box), total, out, (padded, columns, near))
     return out
 
 
 def _schedule_contiguous(
     spec: WeightSpec, v: Any, loops: _Loops, inner: Any, outer: Any, total: Any, out: Any, copies: Any
 ) -> None:
-    tile, (sums, pixel), (partial, box), (padded, read, near) = spec.tile, inner, outer, copies
+    tile, (sums, pixel), (partial, box), (padded, columns, near) = spec.tile, inner, outer, copies
     (kx, ky, kz), lane = loops.k, loops.lane
     kxo, kxi, kyo, kyi, chunk = hl.vars("kxo kxi kyo kyi chunk")
     out.output_buffer().dim(0).set_stride(hl.Expr())
@@ -228,8 +230,8 @@ def _schedule_contiguous(
     update.vectorize(lane).unroll(kxi).unroll(kyi)
     runtime.parallel(update.fuse(loops.chunk_y, loops.chunk_n, chunk), chunk)
     schedule_padded(padded.compute_at(partial, box[0]), 1, tile, channels_last=False)
-    if read is not padded:
-        schedule_deinterleaved(read.compute_at(partial, box[0]), spec.step[0], tile)
+    if columns is not padded:
+        schedule_deinterleaved(columns.compute_at(partial, box[0]), spec.step[0], tile)
     schedule_padded(near.compute_at(partial, v.m), 1, tile, channels_last=False)
 
     sums.compute_at(partial, kxo).bound_extent(lane, tile.lanes)

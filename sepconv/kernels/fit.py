@@ -53,7 +53,7 @@ def parameters(address: int) -> list[Parameter]:
     """The kernel's parameters, by its function of that address."""
     found = _METADATA(address)().contents
     given = [found.arguments[i] for i in range(found.count)]
-    return [Parameter(a.name.decode(), a.kind > 0, a.dimensions, a.code) for a in given]
+    return [Parameter(a.name.decode(), a.kind > 0, a.dimensions, a.code | a.bits << 8) for a in given]
 
 
 def check(takes: list[Parameter], run: Callable[[int], Any], prepared: Arguments) -> None:

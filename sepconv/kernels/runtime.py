@@ -46,12 +46,15 @@ def missing() -> str:
     return llvm.missing() or (threads.missing() if torch.get_num_threads() > 1 else "")
 
 
-def unsuitable(*tensors: Tensor) -> str:
+FLOAT32 = (torch.float32,)
+
+
+def unsuitable(*tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOAT32) -> str:
     """Why Halide cannot read these tensors in place, in a sentence; the empty string if it can."""
     for tensor in tensors:
         if not tensor.is_cpu:
             return f"the kernel runs on cpu tensors but got device {tensor.device}"
-        if tensor.dtype is not torch.float32:
+        if tensor.dtype not in dtypes:
             return f"the kernel computes in float32 but got {tensor.dtype}"
         if tensor.layout != torch.strided or tensor.is_neg():
             return "the kernel reads plain strided tensors only"

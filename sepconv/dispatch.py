@@ -76,13 +76,13 @@ def _consider_forward(
     activation: str,
 ) -> Choice:
     geometry, dtype = (tuple(stride), _pairs(padding), tuple(dilation)), x.dtype
-    filters = _single(weight)
+    filters, added = _single(weight), None if bias is None else _single(bias)
     x_like, w_like = outline(x), outline(filters)
     case = ("forward", x, filters, *geometry, activation)
     return Choice(
         "depthwise_conv",
         depthwise.supports(*case) or depthwise.slower(*case),
-        lambda: _with_single_filters(depthwise.prepare_forward(x, filters, bias, *geometry, activation), dtype),
+        lambda: _with_single_filters(depthwise.prepare_forward(x, filters, added, *geometry, activation), dtype),
         lambda: depthwise.describe("forward", x_like(), w_like(), *geometry, activation),
         _prepare_pytorch(x, geometry, activation),
     )

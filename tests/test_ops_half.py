@@ -43,13 +43,14 @@ KERNEL_OF_PASSES = {
 
 
 def tensors(case: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """x as a view of the middle channels of a larger image, filters, bias: leaves that need gradients."""
+    """x, filters and bias as views of larger tensors: leaves that need gradients."""
     kernel, _, _, multiplier, channels_last = case
     wide = torch.randn(2, 9, *(13, 17, 11)[: len(kernel)]).to(dtype)
     if channels_last:
         wide = wide.contiguous(memory_format=FORMATS[len(kernel)])
-    made = (wide[:, 1:8], torch.randn(7 * multiplier, 1, *kernel).to(dtype), torch.randn(7 * multiplier).to(dtype))
-    return tuple(t.requires_grad_() for t in made)
+    filters = 7 * multiplier
+    weight, bias = torch.randn(filters, 2, *kernel).to(dtype)[:, 1:], torch.randn(2 * filters).to(dtype)[::2]
+    return tuple(t.detach().requires_grad_() for t in (wide[:, 1:8], weight, bias))
 
 
 def small_numbers(y: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def slower(p: Problem) -> str:
     """Why PyTorch's kernel is the better choice, in a sentence; the empty string if ours is."""
     taps = prod(p.kernel)
     if p.dims == 1:
-        if p.which == "grad_input" and taps > 31:
+        if p.which == "grad_input" and taps > 31 and p.numbers == "float32":
             return f"PyTorch computes grad_input of a signal faster with {taps} taps"
         return ""
     if p.multiplier > 1:

@@ -42,6 +42,14 @@ def test_a_case_is_verified_timed_and_recorded() -> None:
     assert all(r.median_ms > 0 and 0 <= r.max_error <= 1 and r.macs == 8 * 35 * 9 for r in found)
 
 
+def test_numbers_of_16_bits_are_verified_and_recorded_apart() -> None:
+    found = list(operations.run_case(SMALL, 1, 0.0, torch.bfloat16))
+    assert {r.suite for r in found} == {"ops-bfloat16"}
+    assert all(0 < r.max_error <= 1 for r in found)
+    in_float32 = list(operations.run_case(SMALL, 1, 0.0))
+    assert [2 * r.bytes for r in found] == [r.bytes for r in in_float32]
+
+
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = operations.ours
 
@@ -122,7 +130,7 @@ def test_all_passes_together_are_of_one_layout() -> None:
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("suite must be one of ops, blocks, got 'all'", ("all", [1], 1.0, "")),
+        ("suite must be one of ops, ops-bfloat16, blocks, got 'all'", ("all", [1], 1.0, "")),
         ("threads must be positive", ("ops", [0], 1.0, "")),
         ("no case has 'zebra' in its name", ("ops", [1], 1.0, "zebra")),
     ],

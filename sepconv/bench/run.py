@@ -38,7 +38,7 @@ def run_blocks(threads: Sequence[int], seconds: float, match: str, progress: Pro
     return found
 
 
-SUITES = {
+SUITES: dict[str, Callable[..., list[Record]]] = {
     **{operations.suite_name(dtype): partial(run_ops, dtype=dtype) for dtype in operations.DTYPES.values()},
     "blocks": run_blocks,
 }

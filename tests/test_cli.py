@@ -25,6 +25,7 @@ from sepconv.compile import CompiledModel, compile
 from sepconv.data import load
 from sepconv.data.augment import Augment
 from sepconv.model_file import open_model
+from sepconv.train import Mix
 
 COMMANDS = ("demo", "convert", "train", "count", "export", "predict", "doctor", "report")
 
@@ -234,6 +235,17 @@ def test_augmentation_reaches_both_trainings(trained: Path, tmp_path: Path, monk
         used.clear()
         assert run(*begin, *wanted, "--out", tmp_path / begin[0]).code == 0
         assert Augment(flip=True, crop_padding=1, cutout=3) in used
+
+
+def test_mixing_reaches_both_trainings(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Mix] = []
+    mix = Mix.__call__
+    monkeypatch.setattr(Mix, "__call__", lambda self, *given: used.append(self) or mix(self, *given))
+    for begin in (("train", *SMALL), ("convert", trained, "--data", "digits", "--budget", "1/2")):
+        used.clear()
+        wanted = ("--mixup", 0.2, "--cutmix", 1, "--epochs", 1, "--quiet", "--out", tmp_path / begin[0])
+        assert run(*begin, *wanted).code == 0
+        assert set(used) == {Mix(mixup=0.2, cutmix=1.0)}
 
 
 def test_own_function_as_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,8 @@ def data() -> Data:
         ({"crop_padding": -1}, ValueError, "crop_padding must be at least 0 but is -1"),
         ({"cutout": -1}, ValueError, "cutout must be at least 0 but is -1"),
         ({"cutout": 1.5}, TypeError, "cutout must be an int but is 1.5"),
+        ({"mixup": -0.1}, ValueError, "mixup must be at least 0 and finite but is -0.1"),
+        ({"cutmix": math.inf}, ValueError, "cutmix must be at least 0 and finite but is inf"),
         ({"ema": 1.0}, ValueError, "ema must be from 0 to below 1 but is 1.0"),
     ],
 )

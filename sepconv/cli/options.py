@@ -71,6 +71,12 @@ LabelSmoothing = Annotated[float, typer.Option("--label-smoothing", help="Share 
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror images at random; wrong for digits and letters.")]
 Crop = Annotated[int, typer.Option("--crop-padding", min=0, help="Shift images at random by up to so many pixels.")]
 Cutout = Annotated[int, typer.Option("--cutout", min=0, help="Black out a random square of so many pixels a side.")]
+Mixup = Annotated[
+    float, typer.Option("--mixup", metavar="ALPHA", help="Mix images in pairs, in shares of Beta(ALPHA, ALPHA).")
+]
+Cutmix = Annotated[
+    float, typer.Option("--cutmix", metavar="ALPHA", help="Put part of another image in, shares of Beta(ALPHA, ALPHA).")
+]
 Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
 Average = Annotated[
     float, typer.Option("--average", metavar="DECAY", help="Keep a running average of the weights; 0.99 is usual.")

@@ -8,5 +8,6 @@ from sepconv.train.history import History as History
 from sepconv.train.history import Progress as Progress
 from sepconv.train.history import TrainingStopped as TrainingStopped
 from sepconv.train.loop import train as train
+from sepconv.train.mix import Mix as Mix
 from sepconv.train.recipe import Recipe as Recipe
 from sepconv.train.recipe import default_recipe as default_recipe

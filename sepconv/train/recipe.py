@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from sepconv.data import Augment, Data
 from sepconv.layers import DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d
+from sepconv.train.mix import Mix
 
 CHOICES = {
     "optimizer": ("sgd", "adamw", "rmsprop"),
@@ -36,6 +37,7 @@ class Recipe:
         warmup_epochs: epochs of linear rise; None is 30 % of the training for one_cycle and none for the others.
         label_smoothing: share of the target that is spread evenly over the classes.
         flip, crop_padding, cutout: see `sepconv.data.Augment`.
+        mixup, cutmix: see `sepconv.train.Mix`; of several processes each mixes its own share of a batch.
         mixed_precision: "no", "bf16" or "fp16" (not on CPUs).
         channels_last: store images and filters with the channels innermost, which is faster on CPUs.
         ema: decay of the running average of the weights, which is then what is evaluated and returned; 0 for none.
@@ -59,6 +61,8 @@ class Recipe:
     flip: bool = False
     crop_padding: int = 0
     cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     mixed_precision: str = "no"
     channels_last: bool = True
     ema: float = 0.0
@@ -80,6 +84,8 @@ class Recipe:
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1")
         self._check("crop_padding", self.crop_padding >= 0, "at least 0")
         self._check("cutout", self.cutout >= 0, "at least 0")
+        self._check("mixup", 0 <= self.mixup < math.inf, "at least 0 and finite")
+        self._check("cutmix", 0 <= self.cutmix < math.inf, "at least 0 and finite")
         self._check("ema", 0 <= self.ema < 1, "from 0 to below 1")
         fits = self.warmup_epochs is None or 0 <= self.warmup_epochs <= self.epochs
         self._check("warmup_epochs", fits, f"from 0 to {self.epochs} epochs")
@@ -91,6 +97,10 @@ class Recipe:
     @property
     def augment(self) -> Augment:
         return Augment(self.flip, self.crop_padding, self.cutout)
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.mixup, self.cutmix)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of step `step`, counted from the first of the training."""

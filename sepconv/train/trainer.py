@@ -50,6 +50,7 @@ class Trainer:
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.batch_size = min(recipe.batch_size, len(data.train))
         self.steps = len(data.train) // self.batch_size
+        self.mix = recipe.mix
         self.optimizer = recipe.make_optimizer(model)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         device = self.process.device
@@ -135,9 +136,13 @@ class Trainer:
         device = self.process.device
         images = images.to(device, memory_format=self.memory_format, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
+        target = labels
+        if self.mix:
+            images, target = self.mix(images, labels, self.data.num_classes)
+            labels = target.argmax(1)
         with self._autocast():
             logits = self.parallel(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=self.recipe.label_smoothing)
             if self.guide is not None:
                 loss = self.guide.loss(logits, images, loss)
         share = len(images) / self.batch_size

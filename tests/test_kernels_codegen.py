@@ -78,7 +78,7 @@ def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) ->
 @pytest.mark.parametrize(("channels", "out_channels"), [(144, 24), (512, 512)])
 def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_path: Path) -> None:
     processor = machine.named(name)
-    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1)
+    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1, 1)
     streams = schedule_gemm.streams(processor, channels, out_channels)
     spec = separable.Spec(
         channels, 1, out_channels, (3, 3), (1, 1), (1, 1), plan.tile, plan.columns, plan.depthwise_lanes,
@@ -113,7 +113,7 @@ def test_tiles_fit_the_registers(name: str, wide: int) -> None:
 def test_separable_schedule_leaves_no_tile_shorter_than_its_registers(size: tuple[int, int], threads: int) -> None:
     for name in MACHINES:
         for channels, out_channels in ((3, 5), (64, 128), (1024, 1024)):
-            plan = schedule_gemm.separable_schedule(machine.named(name), channels, 1, out_channels, 1, size, threads)
+            plan = schedule_gemm.separable_schedule(machine.named(name), channels, 1, out_channels, 1, size, 1, threads)
             left = size[0] % plan.rows
             assert plan.rows <= size[0]
             assert plan.tile.scalars <= plan.rows * size[1]
@@ -134,14 +134,14 @@ def test_inner_loops_of_a_known_program() -> None:
 def test_weights_that_l2_cannot_keep_are_read_once(channels: int, side: int) -> None:
     """On one thread; all filtered rows fit the cache beside a block of weights."""
     processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
-    plan = schedule_gemm.separable_schedule(processor, channels, 1, channels, 1, (side, side), 1)
+    plan = schedule_gemm.separable_schedule(processor, channels, 1, channels, 1, (side, side), 1, 1)
     assert plan.rows == side
     assert 4 * channels * side * side <= processor.l2_bytes * 4 // 5
 
 
 def test_weights_that_l2_keeps_leave_the_rows_most_of_it() -> None:
     processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
-    plan = schedule_gemm.separable_schedule(processor, 256, 1, 256, 1, (28, 28), 1)
+    plan = schedule_gemm.separable_schedule(processor, 256, 1, 256, 1, (28, 28), 1, 1)
     assert 4 * 256 * 28 * plan.rows <= processor.l2_bytes * 2 // 5
 
 
@@ -151,10 +151,34 @@ def test_depthwise_results_leave_the_cache_to_the_weights(
     name: str, channels: int, out_channels: int, side: int
 ) -> None:
     processor = machine.named(name)
-    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (side, side), 1)
+    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (side, side), 1, 1)
     fits = 4 * channels * out_channels <= processor.l2_bytes // 2
     assert plan.rows == 1 or 4 * plan.rows * side * channels <= processor.l2_bytes // (8 if fits else 1)
     assert plan.rows < side
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_input_under_a_tile_leaves_room_too(step: int) -> None:
+    processor = machine.named("avx512")
+    plan = schedule_gemm.separable_schedule(processor, 128, 1, 128, 1, (56, 56), step, 1)
+    assert 4 * 128 * 56 * plan.rows * (1 + step) <= processor.l2_bytes // 6
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_many_pixels_are_shared_out_evenly(threads: int) -> None:
+    """Whatever the chunk that fits the cache, the threads have equally many; channels are for few pixels."""
+    for name in MACHINES:
+        for pixels in (32 * 32 * 128, 16 * 16 * 128 + 1, 8 * 8 * 128):
+            plan = schedule_gemm.pointwise_schedule(machine.named(name), True, 128, 128, pixels, 1, threads)
+            assert plan.parallel == "pixels"
+            chunks = -(-pixels // (plan.chunk * plan.tile.scalars))
+            assert -(-chunks // threads) * threads / chunks < 1.05
+
+
+def test_a_few_pixels_saved_are_no_reason_for_smaller_register_tiles() -> None:
+    tile = schedule_gemm.Tile(16, 4, 6)
+    assert schedule_gemm.fit_scalars(tile, 16 * 16 * 128) == tile
+    assert schedule_gemm.fit_scalars(tile, 10) == tile._replace(scalars=5)
 
 
 def test_half_vectors_are_for_processors_that_compute_whole_ones_in_halves() -> None:

@@ -133,7 +133,7 @@ def test_separable_sum_in_several_runs(streams: int, multiplier: int, assert_rou
 
 
 @pytest.mark.parametrize(
-    ("shape", "out_channels", "parallel"), [((1, 16, 24, 24), 16, "rows"), ((1, 32, 5, 5), 128, "channels")]
+    ("shape", "out_channels", "parallel"), [((1, 16, 24, 24), 16, "rows"), ((1, 32, 1, 25), 128, "channels")]
 )
 def test_separable_shares_out_rows_or_channels(shape: Any, out_channels: int, parallel: str) -> None:
     case = Case(parallel, shape, out_channels)

@@ -28,12 +28,16 @@ _L2_LOAD_COST = 0.5
 # Time to fetch a weight from beyond L2 once more, over that of a multiply-add. Measured on Zen 3, where the 7x7 layers
 # of MobileNet v1 take 0.87 of the time with all rows at once instead of six and one.
 _FETCH_COST = 5.0
-# Share of L2 that depthwise results take beside the weights: more of it costs up to 12 % on Granite Rapids.
-_TILE_SHARE = 8
+# Share of L2 that a tile of depthwise results and the input under it take beside the weights: of larger ones the input
+# pushes the weights out, and comes from memory in bursts while nothing is multiplied (up to 18 % on Granite Rapids).
+_TILE_SHARE = 6
 # A tile other than the usual one means one more kernel to compile; it must save this factor to be chosen.
 _NEW_KERNEL_COST = 1.03
-# Handing work to the thread pool a second time, as a share of the kernel's time.
-_SECOND_LOOP_COST = 1.05
+# Time where threads share out output channels, over that where they share out pixels: each core reads all of the input,
+# some of which another has just written (Granite Rapids: 1.1 to 1.4).
+_SHARED_CHANNELS_COST = 1.2
+# A call more for the rows that are left over, as a share of the kernel's time.
+_SECOND_CALL_COST = 1.02
 # Neighbouring pixels that share the loads of a depthwise filter, where taps come from memory as well as where there are
 # registers for them.
 _COLUMNS = 4
@@ -76,7 +80,7 @@ def _scalars(machine: Machine, vectors: int) -> list[int]:
 def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
     """Relative time per useful multiply-add: what the tile computes beyond ``wide``, and its loads."""
     block_bytes = 4 * tile.wide * depth
-    vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes // 2 else _L2_LOAD_COST
+    vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes else _L2_LOAD_COST
     loads = vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors
     halves = machine.half_vector_cost if tile.lanes < machine.lanes else 1.0
     return _round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
@@ -110,7 +114,9 @@ def fit_scalars(tile: Tile, count: int) -> Tile:
     """The tile, or one scalar less where that wastes less of ``count`` scalars; never more than there are."""
     if count <= tile.scalars:
         return tile._replace(scalars=max(count, 1))
-    return min((tile, _shallower(tile)), key=lambda fit: _round_up(count, fit.scalars))
+    return min(
+        (tile, _shallower(tile)), key=lambda fit: _round_up(count, fit.scalars) * (1 + _L1_LOAD_COST / fit.scalars)
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -147,14 +153,14 @@ def pointwise_schedule(
         step, blocks, outer = tile.wide, -(-out_channels // tile.scalars), images
     steps = -(-pixels // step)
     fitting = max(1, machine.l2_bytes // 4 // (4 * channels * step))
-    by_pixels = _rounds(outer * -(-steps // min(fitting, -(-steps // threads))), threads)
-    by_channels = _rounds(blocks, threads)
-    if by_pixels <= by_channels or not channels_last:
-        shares = -(-steps // fitting)
-        if outer * shares < 4 * threads:
-            shares = min(steps, _round_up(shares, threads))
-        return Pointwise(tile, -(-steps // shares), "pixels")
-    return Pointwise(tile, min(fitting, steps), "channels")
+    shares = -(-steps // fitting)
+    if outer % threads:
+        shares = min(steps, _round_up(shares, threads))
+    chunk = -(-steps // shares)
+    by_channels = _SHARED_CHANNELS_COST * _rounds(blocks, threads)
+    if channels_last and by_channels < _rounds(outer * -(-steps // chunk), threads):
+        return Pointwise(tile, min(fitting, steps), "channels")
+    return Pointwise(tile, chunk, "pixels")
 
 
 def pointwise_alternatives(machine: Machine, channels_last: bool, usual: Pointwise, count: int) -> Iterator[Pointwise]:
@@ -216,21 +222,23 @@ def separable_schedule(
     out_channels: int,
     images: int,
     size: tuple[int, int],
+    step: int,
     threads: int,
 ) -> Separable:
-    """``size`` is the output's (Ho, Wo).
+    """``size`` is the output's (Ho, Wo), for each pixel of which the image has ``step``.
 
-    The tile of depthwise results, rows * Wo * C * M numbers, takes a small part of L2, in which the weights lie too;
-    where there is no room for all of these they are fetched again for every tile, which may then be as large as L2
-    allows. Within that, the best number of rows keeps threads equally busy, fills register tiles and uses the weights
-    for many pixels.
+    A tile of depthwise results, rows * Wo * C * M numbers, and the input under it take a small part of L2, in which the
+    weights lie too; where there is no room for all of these they are fetched again for every tile, whose results may
+    then be as large as L2 allows. Within that, the best number of rows keeps threads equally busy, fills register tiles
+    and uses the weights for many pixels.
     """
     height, width = size
     depth = channels * multiplier
     usual = gemm_tile(machine, out_channels, depth)
     fits = 4 * depth * out_channels <= machine.l2_bytes // 2
-    room = machine.l2_bytes // _TILE_SHARE if fits else machine.l2_bytes * 4 // 5
-    most = min(height, _MOST_ROWS, max(1, room // (4 * depth * width)))
+    row, under = 4 * depth * width, 4 * channels * width * step
+    most = machine.l2_bytes // _TILE_SHARE // (row + under) if fits else machine.l2_bytes * 4 // 5 // row
+    most = min(height, _MOST_ROWS, max(1, most))
     fetched = 0.0 if fits else _FETCH_COST
 
     def cost(price: float, tile: Tile, rows: int, images: int, threads: int) -> float:
@@ -239,19 +247,21 @@ def separable_schedule(
 
     small = fit_scalars(usual, width)
     of_small = _price(small, usual, machine, out_channels, depth)
-    best = cost(of_small, small, 1, images, threads), small, 1
+    best = cost(of_small, small, 1, images, threads), small, -1
     for price, tile in _priced(machine, out_channels, depth):
         if price > best[0]:
             break  # the other factors are at least 1
         for rows in range(1, most + 1):
             if tile.scalars <= rows * width and (height % rows == 0 or tile.scalars <= height % rows * width):
-                best = min(best, (cost(price, tile, rows, images, threads), tile, rows))
-    least, tile, rows = best
+                best = min(best, (cost(price, tile, rows, images, threads), tile, -rows))
+    least, tile, rows = best[0], best[1], -best[2]
     parallel = "rows"
     if threads > 1 and images == 1:
         whole = fit_scalars(usual, height * width)
         price = _price(whole, usual, machine, out_channels, depth)
-        shared = cost(price, whole, height, 1, 1) * _SECOND_LOOP_COST * _rounds(-(-out_channels // whole.wide), threads)
+        shared = (
+            cost(price, whole, height, 1, 1) * _SHARED_CHANNELS_COST * _rounds(-(-out_channels // whole.wide), threads)
+        )
         if shared < least:
             tile, rows, parallel = whole, height, "channels"
     return Separable(tile, rows, _COLUMNS, channel_lanes(machine, channels), parallel)
@@ -273,11 +283,9 @@ def separable_alternatives(machine: Machine, usual: Separable, size: tuple[int, 
 def _rows_cost(rows: int, height: int, width: int, images: int, threads: int, tile: Tile) -> float:
     """Relative time with tiles of so many rows; the rows left over make one more, smaller tile of each image."""
     tiles, left = divmod(height, rows)
-    busy = _round_up(images * tiles, threads) * rows + _round_up(images, threads) * left
-    pixels = rows * width
-    waste = _round_up(pixels, tile.scalars) / pixels
-    # The first register tile of each block waits for its weights.
-    return busy / (images * height) * waste * (1.0 + 0.5 * tile.scalars / pixels)
+    busy = _round_up(images * tiles, threads) * _round_up(rows * width, tile.scalars)
+    busy += _round_up(images, threads) * _round_up(left * width, tile.scalars)
+    return busy / (images * height * width) * (_SECOND_CALL_COST if left else 1.0)
 
 
 class Stem(NamedTuple):

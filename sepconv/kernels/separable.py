@@ -58,7 +58,9 @@ def plan(
     ends = zip((height, width), padding, kernel_size, stride, dilation, strict=True)
     out_height, out_width = ((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in ends)
     size = (out_height, out_width)
-    usual = separable_schedule(machine.host(), channels, multiplier, out_channels, max(images, 1), size, threads)
+    usual = separable_schedule(
+        machine.host(), channels, multiplier, out_channels, max(images, 1), size, stride[0] * stride[1], threads
+    )
     schedule = tuned.choose(
         "separable",
         (shape, depthwise_shape, out_channels, stride, padding, dilation, activations, residual, threads),

@@ -140,7 +140,11 @@ def _before_activation(grad: Tensor, activation: str, y: Tensor, compute_z: Call
 
 
 def _sum_to_bias(grad: Tensor) -> Tensor:
-    return grad.sum([0, *range(2, grad.dim())])
+    if not is_channels_last(grad):
+        return grad.sum([0, *range(2, grad.dim())])
+    # A product with ones takes half the time of PyTorch's sum over the first dimension.
+    pixels = _pixels(grad)
+    return (pixels.new_ones(1, len(pixels)) @ pixels)[0]
 
 
 def depthwise_grad_input(grad_output: Tensor, weight: Tensor, *sizes_and_geometry: Any) -> Tensor:
@@ -182,7 +186,8 @@ def _pointwise_grads(
     elif need[0]:
         grad_x = (matrix.T @ grad.flatten(2)).unflatten(2, grad.shape[2:])
     if need[1] and is_channels_last(grad):
-        grad_weight = (_pixels(grad).T @ _pixels(x)).view_as(weight)
+        # A row for each input channel, fewer than the outputs in most layers: 0.86 of the other product's time.
+        grad_weight = (_pixels(x).T @ _pixels(grad)).T.contiguous().view_as(weight)
     elif need[1]:
         grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), x.flatten(2)).view_as(weight)
     return grad_x, grad_weight, _sum_to_bias(grad) if need[2] else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.evidence import rivals
 from benchmarks.evidence.runner import RUNS, Step
-from benchmarks.evidence.teachers import TEACHERS, cifar10, teacher
+from benchmarks.evidence.teachers import CONVERTED, cifar10, teacher
 from sepconv.convert import convert
 from sepconv.cost import count
 from sepconv.model_file import FILE, open_model, read_card, write
@@ -108,7 +108,7 @@ def compared(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
 
 def steps() -> list[Step]:
     found = []
-    for name in TEACHERS:
+    for name in CONVERTED:
         needs = (f"teacher-{name}",)
         found += [Step(f"budget-{name}-{b}", partial(budget, name, b), needs) for b in BUDGETS]
         found += [Step(f"stages-{name}-m{m}", partial(stages, name, m), needs) for m in MULTIPLIERS]

@@ -16,6 +16,7 @@ TITLES = {
     "resnet": "with shortcuts (`resnet_quick`)",
     "wide": "plain, wider, trained longer",
     "deep": "with shortcuts, twice as wide, trained longer",
+    "mixed": "the same, trained with cutmix",
 }
 SEEDS = (0, 1, 2)
 
@@ -99,6 +100,8 @@ def rivals(name: str) -> str:
 
 
 def distilled(name: str) -> str:
+    if name not in HEADLINE:
+        return ""
     teacher = read(f"teacher-{name}")
     rows = []
     epochs = sorted({1, 5, *HEADLINE[name].values()})

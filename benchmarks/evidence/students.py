@@ -21,6 +21,8 @@ from sepconv.train import Distillation, Recipe, train
 BUDGET = "params-1-8"
 LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
 DISTILLATION = Distillation(temperature=4.0, alpha=0.9)
+MANY_EPOCHS = 20
+"""From here on the images are mixed, so that they differ more from one pass to the next."""
 FROM_RANDOM = replace(LEARNING, lr=QUICK.lr, warmup_epochs=None, whiten=True)
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -63,13 +65,13 @@ def forgotten(model: nn.Module, seed: int) -> nn.Module:
 
 
 def distil(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
-    recipe = replace(LEARNING, epochs=epochs, seed=seed)
+    recipe = replace(LEARNING, epochs=epochs, seed=seed, cutmix=0.5 if epochs >= MANY_EPOCHS else 0.0)
     return distilled(name, converted(name, BUDGET), recipe, DISTILLATION, folder)
 
 
 def from_random(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     """The same network, loss and time, without the converted weights."""
-    recipe = replace(FROM_RANDOM, epochs=epochs, seed=seed)
+    recipe = replace(FROM_RANDOM, epochs=epochs, seed=seed, cutmix=0.5 if epochs >= MANY_EPOCHS else 0.0)
     return distilled(name, forgotten(converted(name, BUDGET), seed), recipe, DISTILLATION, folder)
 
 
@@ -102,7 +104,7 @@ HEADLINE = {
     "vgg": {"third": 2, "whole": 7},
     "resnet": {"third": 2, "whole": 5},
     "wide": {"third": 8, "whole": 30},
-    "deep": {"third": 7, "whole": 22},
+    "mixed": {"third": 10, "whole": 30},
 }
 """Epochs of distillation that take, with the conversion, at most a third of each teacher's training time, and at most
 all of it."""
@@ -124,7 +126,7 @@ def steps() -> list[Step]:
             found += both(name, epochs, 0)
     found += [step for epochs in (1, 5) for step in both("vgg", epochs, 0)]
     found += [Step(f"variant-vgg-{key}", partial(variant, "vgg", key), (f"budget-vgg-{BUDGET}",)) for key in VARIANTS]
-    for name in ("wide", "vgg"):
+    for name in ("mixed", "wide", "vgg"):
         for epochs in HEADLINE[name].values():
             found += [step for seed in (1, 2) for step in both(name, epochs, seed)]
     teacher_needs = ("teacher-vgg",)

@@ -45,6 +45,8 @@ TEACHERS: dict[str, tuple[str, dict[str, Any], Recipe]] = {
     "mixed": ("resnet_quick", {"width_mult": 2.0, "activation": "gelu"}, MIXED),
 }
 """Name -> model, its settings, recipe."""
+CONVERTED = ("vgg", "resnet", "wide", "mixed")
+"""The other one shows what cutmix is worth."""
 SOURCE = {"cifar10": "", "fashion": "/usr/share/datasets/fashion-mnist"}
 """Where the JPEG copy of CIFAR-10 lies, set by the command line, and where Debian's dataset-fashion-mnist does."""
 

@@ -18,7 +18,8 @@ from sepconv.cost import count
 from sepconv.model_file import FILE, open_model, read_card, write
 from sepconv.train import evaluate
 
-IMAGES = 1000
+IMAGES = {"mixed": 5000}
+"""Images that the conversions of a teacher see: 1000 but for the one whose last layers have nine pixels in each."""
 MULTIPLIERS = (1, 2, 3, 4)
 BUDGETS = {
     **{f"macs-1-{n}": ("macs", 1 / n) for n in (2, 3)},
@@ -33,8 +34,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def calibration(images: int = IMAGES, seed: int = 0) -> Tensor:
-    return cifar10().calibration(images, seed)
+def calibration(name: str) -> Tensor:
+    return cifar10().calibration(IMAGES.get(name, 1000), 0)
 
 
 def measured(model: nn.Module, seconds: float) -> dict[str, Any]:
@@ -52,19 +53,19 @@ def measured(model: nn.Module, seconds: float) -> dict[str, Any]:
 
 def stages(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
     """Accuracy after each stage of a conversion with one depth multiplier for all layers."""
-    model, images = teacher(name), calibration()
+    model, images = teacher(name), calibration(name)
     rows = []
     for stage, arguments in STAGES.items():
         begin = time.process_time()
         settings = {"reestimate_bn": False, **arguments}
         new, _ = convert(model, images, depth_multiplier=multiplier, **settings)
         rows.append({"stage": stage, **measured(new, time.process_time() - begin)})
-    return {"teacher": name, "depth_multiplier": multiplier, "images": IMAGES, "rows": rows}
+    return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
 
 
 def budget(name: str, budget_name: str, folder: Path) -> dict[str, Any]:
     """A conversion under one budget with images and without; the network stays in `folder` for the distillation."""
-    model, images = teacher(name), calibration()
+    model, images = teacher(name), calibration(name)
     metric, share = BUDGETS[budget_name]
     begin = time.process_time()
     new, plan = convert(model, images, share, metric=metric)
@@ -76,7 +77,7 @@ def budget(name: str, budget_name: str, folder: Path) -> dict[str, Any]:
     free, _ = convert(model, None, share, metric=metric, method="svd", example_input=images[:2])
     result["without images"] = measured(free, time.process_time() - begin)
     ranks = {row.name: row.depth_multiplier for row in plan.layers}
-    return {"teacher": name, "metric": metric, "budget": share, "images": IMAGES, "ranks": ranks, **result}
+    return {"teacher": name, "metric": metric, "budget": share, "images": len(images), "ranks": ranks, **result}
 
 
 def converted(name: str, budget_name: str) -> nn.Module:
@@ -98,12 +99,12 @@ def contenders(model: nn.Module, multiplier: int, images: Tensor) -> Iterator[tu
 
 def compared(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
     """Both orders, Tucker and CP at the same weights of the 3x3 convolutions."""
-    model, images = teacher(name), calibration()
+    model, images = teacher(name), calibration(name)
     rows = []
     for contender, make in contenders(model, multiplier, images):
         begin = time.process_time()
         rows.append({"contender": contender, **measured(make(), time.process_time() - begin)})
-    return {"teacher": name, "depth_multiplier": multiplier, "images": IMAGES, "rows": rows}
+    return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
 
 
 def steps() -> list[Step]:

@@ -68,7 +68,7 @@ def without_training(name: str) -> str:
                     minutes(new["cpu_seconds"]),
                 ]
             )
-    header = ["budget", "conv weights", "MACs", "1000 images", "points", "no images", "M of each layer", "core-minutes"]
+    header = ["budget", "conv weights", "MACs", "with images", "points", "no images", "M of each layer", "core-minutes"]
     return table(header, rows)
 
 

@@ -32,7 +32,7 @@ _FETCH_COST = 5.0
 # pushes the weights out, and comes from memory in bursts while nothing is multiplied (up to 18 % on Granite Rapids).
 _TILE_SHARE = 6
 # A tile other than the usual one means one more kernel to compile; it must save this factor to be chosen.
-_NEW_KERNEL_COST = 1.03
+_NEW_KERNEL_COST = 1.06
 # Time where threads share out output channels, over that where they share out pixels: each core reads all of the input,
 # some of which another has just written (Granite Rapids: 1.1 to 1.4).
 _SHARED_CHANNELS_COST = 1.2

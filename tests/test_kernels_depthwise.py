@@ -14,7 +14,7 @@ from kernel_checks import depthwise_forward, depthwise_grad_input, depthwise_gra
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.kernels import aten, depthwise, depthwise_plan, depthwise_taps, layout, machine, runtime
+from sepconv.kernels import aten, depthwise, depthwise_choice, depthwise_plan, depthwise_taps, layout, machine, runtime
 from sepconv.kernels import depthwise_weight_grad as weight_grad
 from sepconv.kernels.depthwise_gather import GatherSpec, build
 from sepconv.kernels.schedule_depthwise import GatherTile, WeightTile
@@ -249,6 +249,29 @@ def test_slower_names_a_reason() -> None:
     assert "wide" in depthwise.slower("grad_weight", small.contiguous(), small.contiguous(), *walk)
     large = torch.randn(1, 8, 28, 28)
     assert depthwise.slower("grad_weight", large, large, *walk) == ""
+
+
+@pytest.mark.parametrize(
+    ("processor", "shape", "kernel", "dilation", "by_pytorch"),
+    [
+        ("avx512", (32, 128, 56, 56), 3, 1, True),
+        ("avx2", (32, 128, 56, 56), 3, 1, False),
+        ("avx512", (1, 128, 56, 56), 3, 1, False),
+        ("avx512", (64, 512, 14, 14), 3, 1, False),
+        ("avx512", (32, 128, 56, 56), 5, 1, False),
+        ("avx512", (32, 128, 56, 56), 3, 2, False),
+    ],
+)
+def test_gradients_of_filters_on_wide_rows(
+    processor: str, shape: Any, kernel: int, dilation: int, by_pytorch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depthwise_choice, "host", lambda: machine.named(processor))
+    x = torch.empty(shape, device="meta", dtype=torch.float32).to(memory_format=torch.channels_last)
+    walk = (1, 1), ((dilation * (kernel // 2),) * 2,) * 2, (dilation, dilation)
+    reason = depthwise.slower("grad_weight", x, x, *walk, size=(shape[1], 1, kernel, kernel))
+    assert reason == (
+        f"PyTorch's grad_weight kernel is faster with 9 taps on rows of 56 pixels, {8 * x.numel()} bytes" * by_pytorch
+    )
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])

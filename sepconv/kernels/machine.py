@@ -39,6 +39,11 @@ class Machine:
     l2_bytes: int = _DEFAULT_L2
     half_vector_cost: float = 2.0
 
+    @property
+    def whole_avx512(self) -> bool:
+        """Whether it computes 16 numbers in the time of 8."""
+        return self.lanes == 16 and self.half_vector_cost == 2.0
+
 
 _NAMED = {
     "sse41": Machine("sse41", "x86-64-linux-sse41", 4, 16),

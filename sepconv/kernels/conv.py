@@ -39,8 +39,10 @@ class Spec(NamedTuple):
 
 
 def build(spec: Spec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: rows per task, tasks per thread, top and left padding, x, packed weights, bias."""
-    rows, share, top, left = (hl.Param(hl.Int(32), name) for name in ("rows", "share", "top", "left"))
+    """The pipeline; arguments: rows per task, tasks per thread, top and left padding, columns with the padding that is
+    read, x, packed weights, bias."""
+    names = ("rows", "share", "top", "left", "wide")
+    rows, share, top, left, wide = (hl.Param(hl.Int(32), name) for name in names)
     x = hl.ImageParam(hl.Float(32), 4, "x")  # channel, column, row, image, in whatever order they lie in memory
     x.dim(0).set_min(0).set_extent(spec.channels).set_stride(1 if spec.channels_last else hl.Expr())
     x.dim(1).set_stride(hl.Expr() if spec.channels_last else 1)
@@ -48,11 +50,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     weight = packed_param("weight", *tile.panels, spec.channels * width * height, spec.out_channels)
     c, column, row, o, n = (hl.Var(name) for name in ("c", "column", "row", "o", "n"))
 
-    unbounded = hl.Range(hl.Expr(), hl.Expr())
-    image = [hl.Range(0, x.dim(1).extent()), hl.Range(0, x.dim(2).extent())]
-    outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
-    padded = hl.Func("padded")
-    padded[column, row, c, n] = outside[c, column - left, row - top, n]
+    padded = _padded(spec, x, top, left, wide, (column, row, c, n))
 
     k = hl.RDom([hl.Range(0, e) for e in (spec.channels, width, height)], "k")
     sums, out = hl.Func("sums"), hl.Func("conv")
@@ -69,7 +67,44 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     for d in (1, 2, 3):
         result.dim(d).set_min(0)
     _schedule(spec, (rows, share), out, sums, padded, (o, column, row, n), k)
-    return out, [rows, share, top, left, x, weight, bias]
+    return out, [rows, share, top, left, wide, x, weight, bias]
+
+
+def _padded(spec: Spec, x: Any, top: Any, left: Any, wide: Any, at: tuple[Any, ...]) -> Any:
+    """``padded[column, row, c, n] = x[c, column - left, row - top, n]``, zeros around the image, ``wide`` columns."""
+    (column, row, c, n), (width, height) = at, (x.dim(1).extent(), x.dim(2).extent())
+    padded = hl.Func("padded")
+    if spec.channels_last:
+        unbounded, image = hl.Range(hl.Expr(), hl.Expr()), [hl.Range(0, width), hl.Range(0, height)]
+        outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
+        padded[at] = outside[c, column - left, row - top, n]
+        return padded
+    # Whole rows are copied in vectors; a clamped column would turn the loads at both ends into one for each number.
+    inside = (row >= top) & (row - top < height)
+    sizes = {"across": width, "before": left, "behind": hl.max(0, wide - left - width), "outside": wide}
+    across, before, behind, outside = (hl.RDom([hl.Range(0, size)], name) for name, size in sizes.items())
+    across.where(inside)
+    outside.where(~inside)
+    padded[at] = hl.undef(hl.Float(32))
+    padded[across.x + left, row, c, n] = x[c, across.x, hl.clamp(row - top, 0, height - 1), n]
+    for zeros, first in ((before, 0), (behind, left + width), (outside, 0)):
+        padded[zeros.x + first, row, c, n] = hl.f32(0.0)
+    return padded
+
+
+def _schedule_padded(spec: Spec, padded: Any) -> None:
+    column, row, c, n = padded.args()
+    if spec.channels_last:
+        padded.vectorize(column, spec.tile.lanes, hl.TailStrategy.RoundUp)
+        return
+    across, whole, lane = padded.rvars(0)[0], hl.RVar("whole"), hl.RVar("lane")
+    copy = padded.update().allow_race_conditions()
+    copy.split(across, whole, lane, spec.tile.lanes, hl.TailStrategy.Predicate)
+    copy.reorder(lane, whole, row, c, n).vectorize(lane)
+    for margin in (1, 2):
+        # Down the rows: of a row's one or two zeros the compiler would make a call, which takes longer than they do.
+        padded.update(margin).reorder(row, padded.rvars(margin)[0], c, n)
+    padded.update(3).unscheduled()
 
 
 def _schedule(
@@ -91,7 +126,7 @@ def _schedule(
     sums.compute_at(out, step)
     keep_in_registers(sums, o, column, [k.x, k.y, k.z], tile)
     sums.update().unroll(k.x)
-    padded.compute_at(out, task).vectorize(column, tile.lanes)
+    _schedule_padded(spec, padded.compute_at(out, task))
 
 
 class Plan(NamedTuple):
@@ -99,7 +134,7 @@ class Plan(NamedTuple):
 
     spec: Spec
     size: tuple[int, int]
-    numbers: tuple[int, int, int, int]
+    numbers: tuple[int, int, int, int, int]
 
 
 @lru_cache(maxsize=4096)
@@ -124,7 +159,8 @@ def plan(
     filters = (kernel_size[0], kernel_size[1])
     spec = Spec(channels_last, channels, out_channels, filters, stride, schedule.tile, activation)
     share = runtime.per_thread(images * -(-out_height // schedule.rows), threads)
-    return Plan(spec, size, (schedule.rows, share, padding[0][0], padding[1][0]))
+    wide = (out_width - 1) * stride[1] + kernel_size[1]
+    return Plan(spec, size, (schedule.rows, share, padding[0][0], padding[1][0], wide))
 
 
 def plan_for(x: Tensor, weight: Tensor, activation: str, stride: Sequence[int], padding: Padding) -> Plan:

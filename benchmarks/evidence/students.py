@@ -21,8 +21,6 @@ from sepconv.train import Distillation, Recipe, train
 BUDGET = "params-1-8"
 LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
 DISTILLATION = Distillation(temperature=4.0, alpha=0.9)
-MANY_EPOCHS = 20
-"""From here on the images are mixed, so that they differ more from one pass to the next."""
 FROM_RANDOM = replace(LEARNING, lr=QUICK.lr, warmup_epochs=None, whiten=True)
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -65,13 +63,13 @@ def forgotten(model: nn.Module, seed: int) -> nn.Module:
 
 
 def distil(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
-    recipe = replace(LEARNING, epochs=epochs, seed=seed, cutmix=0.5 if epochs >= MANY_EPOCHS else 0.0)
+    recipe = replace(LEARNING, epochs=epochs, seed=seed)
     return distilled(name, converted(name, BUDGET), recipe, DISTILLATION, folder)
 
 
 def from_random(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     """The same network, loss and time, without the converted weights."""
-    recipe = replace(FROM_RANDOM, epochs=epochs, seed=seed, cutmix=0.5 if epochs >= MANY_EPOCHS else 0.0)
+    recipe = replace(FROM_RANDOM, epochs=epochs, seed=seed)
     return distilled(name, forgotten(converted(name, BUDGET), seed), recipe, DISTILLATION, folder)
 
 
@@ -104,7 +102,7 @@ HEADLINE = {
     "vgg": {"third": 2, "whole": 7},
     "resnet": {"third": 2, "whole": 5},
     "wide": {"third": 8, "whole": 30},
-    "mixed": {"third": 10, "whole": 30},
+    "mixed": {"third": 10, "whole": 22},
 }
 """Epochs of distillation that take, with the conversion, at most a third of each teacher's training time, and at most
 all of it."""

@@ -36,7 +36,7 @@ LONG = replace(
 )
 """More passes need images that differ more from one to the next."""
 MIXED = replace(LONG, epochs=42, label_smoothing=0.1, cutmix=0.5)
-"""The recipe of `LONG` ends with 97 % of the training images known by heart."""
+"""`LONG` ends with 97 % of the training images known by heart; this recipe has not learned enough by then."""
 TEACHERS: dict[str, tuple[str, dict[str, Any], Recipe]] = {
     "vgg": ("vgg_quick", {}, replace(QUICK, epochs=12)),
     "resnet": ("resnet_quick", {}, replace(QUICK, epochs=8)),

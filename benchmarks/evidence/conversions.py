@@ -20,6 +20,7 @@ from sepconv.train import evaluate
 
 IMAGES = {"mixed": 5000}
 """Images that the conversions of a teacher see: 1000 but for the one whose last layers have nine pixels in each."""
+FEWER_IMAGES = (1000,)
 MULTIPLIERS = (1, 2, 3, 4)
 BUDGETS = {
     **{f"macs-1-{n}": ("macs", 1 / n) for n in (2, 3)},
@@ -36,6 +37,14 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def calibration(name: str) -> Tensor:
     return cifar10().calibration(IMAGES.get(name, 1000), 0)
+
+
+def fewer_images(name: str, budget_name: str, images: int, folder: Path) -> dict[str, Any]:
+    """The conversion under one budget that sees so many images; the network is not kept."""
+    metric, share = BUDGETS[budget_name]
+    begin = time.process_time()
+    new, _ = convert(teacher(name), cifar10().calibration(images, 0), share, metric=metric)
+    return {"teacher": name, "budget": share, "images": images, **measured(new, time.process_time() - begin)}
 
 
 def measured(model: nn.Module, seconds: float) -> dict[str, Any]:
@@ -112,6 +121,8 @@ def steps() -> list[Step]:
     for name in CONVERTED:
         needs = (f"teacher-{name}",)
         found += [Step(f"budget-{name}-{b}", partial(budget, name, b), needs) for b in BUDGETS]
+        few = partial(fewer_images, name, "params-1-8")
+        found += [Step(f"images-{name}-{n}", partial(few, n), needs) for n in FEWER_IMAGES if name in IMAGES]
         found += [Step(f"stages-{name}-m{m}", partial(stages, name, m), needs) for m in MULTIPLIERS]
         found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in (1, 2, 4)]
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.evidence.conversions import BUDGETS, MULTIPLIERS, STAGES
+from benchmarks.evidence.conversions import BUDGETS, FEWER_IMAGES, MULTIPLIERS, STAGES
 from benchmarks.evidence.runner import finished, read
 from benchmarks.evidence.students import BUDGET, HEADLINE, RIVALS, VARIANTS
 from benchmarks.evidence.summary import mean, percent, plus_minus, table
@@ -16,7 +16,7 @@ TITLES = {
     "resnet": "with shortcuts (`resnet_quick`)",
     "wide": "plain, wider, trained longer",
     "deep": "with shortcuts, twice as wide, trained longer",
-    "mixed": "the same, trained with cutmix",
+    "mixed": "with shortcuts, twice as wide, trained with cutmix",
 }
 SEEDS = (0, 1, 2)
 
@@ -70,6 +70,19 @@ def without_training(name: str) -> str:
             )
     header = ["budget", "conv weights", "MACs", "with images", "points", "no images", "M of each layer", "core-minutes"]
     return table(header, rows)
+
+
+def images(name: str) -> str:
+    """The conversion at an eighth that sees all images, and fewer."""
+    fewer = records([f"images-{name}-{n}" for n in FEWER_IMAGES])
+    if not fewer:
+        return ""
+    [most] = records([f"budget-{name}-params-1-8"])
+    rows = [[str(r["images"]), percent(r["accuracy"]), minutes(r["cpu_seconds"])] for r in fewer]
+    rows.append(
+        [str(most["images"]), percent(most["with images"]["accuracy"]), minutes(most["with images"]["cpu_seconds"])]
+    )
+    return table(["unlabelled images", "1/8 of the weights, untrained", "core-minutes"], rows)
 
 
 def stages(name: str) -> str:
@@ -151,6 +164,7 @@ def rivals_distilled() -> str:
 
 SECTIONS: list[tuple[str, Callable[[str], str]]] = [
     ("Without any training, under one budget", without_training),
+    ("The images that the conversion sees", images),
     ("Accuracy after each stage, the same M for all 3x3 convolutions", stages),
     ("Both orders, Tucker and CP at equal weights, without training", rivals),
     (f"Distilled, {BUDGET.replace('params-1-', '1/')} of the conv weights", distilled),

@@ -19,7 +19,7 @@ from sepconv.model_file import FILE, open_model, read_card, write
 from sepconv.train import evaluate
 
 IMAGES = {"mixed": 5000}
-"""Images that the conversions of a teacher see: 1000 but for the one whose last layers have nine pixels in each."""
+"""Images that the conversions of a teacher see, 1000 where none are named: layers with nine pixels an image want more."""
 FEWER_IMAGES = (1000,)
 MULTIPLIERS = (1, 2, 3, 4)
 BUDGETS = {

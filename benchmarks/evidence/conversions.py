@@ -19,7 +19,7 @@ from sepconv.model_file import FILE, open_model, read_card, write
 from sepconv.train import evaluate
 
 IMAGES = {"mixed": 5000}
-"""Images that the conversions of a teacher see, 1000 where none are named: layers with nine pixels an image want more."""
+"""Images that the conversions of a teacher see, 1000 of all others: layers of nine pixels an image want more."""
 FEWER_IMAGES = (1000,)
 MULTIPLIERS = (1, 2, 3, 4)
 BUDGETS = {

@@ -139,6 +139,13 @@ def _before_activation(grad: Tensor, activation: str, y: Tensor, compute_z: Call
     return _FROM_INPUT[activation](grad, compute_z())
 
 
+def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the weight's strides, also in dimensions of size 1, which DistributedDataParallel compares."""
+    if grad.stride() == weight.stride() or not (weight.is_contiguous() and grad.is_contiguous()):
+        return grad
+    return grad.as_strided(weight.shape, weight.stride())
+
+
 def _sum_to_bias(grad: Tensor) -> Tensor:
     if not is_channels_last(grad):
         return grad.sum([0, *range(2, grad.dim())])
@@ -166,7 +173,7 @@ def _depthwise_grads(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return (
         depthwise_grad_input(grad, weight, x.shape, *geometry) if need[0] else None,
-        depthwise_grad_weight(grad, x, weight.shape, *geometry) if need[1] else None,
+        _laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, *geometry)) if need[1] else None,
         _sum_to_bias(grad) if need[2] else None,
     )
 
@@ -190,6 +197,8 @@ def _pointwise_grads(
         grad_weight = (_pixels(x).T @ _pixels(grad)).T.contiguous().view_as(weight)
     elif need[1]:
         grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), x.flatten(2)).view_as(weight)
+    if grad_weight is not None:
+        grad_weight = _laid_out_as(weight, grad_weight)
     return grad_x, grad_weight, _sum_to_bias(grad) if need[2] else None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sepconv
 from sepconv import reference
+from sepconv.layers import SeparableConv2d
 
 _DEPTHWISE = {1: sepconv.depthwise_conv1d, 2: sepconv.depthwise_conv2d, 3: sepconv.depthwise_conv3d}
 _POINTWISE = {1: sepconv.pointwise_conv1d, 2: sepconv.pointwise_conv2d, 3: sepconv.pointwise_conv3d}
@@ -192,6 +193,22 @@ def test_output_has_the_layout_of_the_input(case: Case) -> None:
         assert y.is_contiguous(memory_format=memory_format) or case.channels == 1
         z = sepconv.pointwise_conv2d(y, pw, pb)
         assert z.is_contiguous(memory_format=memory_format) or case.channels == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_have_the_strides_of_the_weights(compiled: bool) -> None:
+    """DistributedDataParallel warns otherwise, also where only dimensions of size 1 differ."""
+    layer = SeparableConv2d(8, 5, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+    layer.pointwise(layer.depthwise(x)).sum().backward()
+    first = [parameter.grad for parameter in layer.parameters()]
+    layer.zero_grad()
+    run(x).sum().backward()
+    strides = [(9, 1, 3, 1), (1,), (8, 1, 8, 8), (1,)]
+    assert [parameter.stride() for parameter in layer.parameters()] == strides
+    assert [grad.stride() for grad in first if grad is not None] == strides
+    assert [parameter.grad.stride() for parameter in layer.parameters() if parameter.grad is not None] == strides
 
 
 def test_autocast_computes_in_the_lower_precision() -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from benchmarks import record
-from benchmarks.evidence import claims, rivals, runner, students, verdicts
+from benchmarks.evidence import between, claims, rivals, runner, students, verdicts
 from benchmarks.evidence.__main__ import chosen
 from benchmarks.evidence.runner import Step
 from benchmarks.evidence.summary import plus_minus, table
 from sepconv.convert import convert
 from sepconv.cost import count
+from sepconv.layers import SeparableConv2d
 from sepconv.models import create
 
 MULTIPLIERS = (1, 2, 9)
@@ -211,3 +212,16 @@ def test_records_carry_no_paths_of_a_machine() -> None:
         assert "/home" not in text
         assert "/root" not in text
         assert "/work" not in text
+
+
+@pytest.mark.parametrize("change", [between.norm, between.activation])
+def test_what_is_put_between_the_layers_starts_as_nothing(network: nn.Module, change: Any) -> None:
+    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    new, _ = convert(network, None, method="svd", depth_multiplier=1)
+    with torch.no_grad():
+        wanted = new.eval()(images)
+        changed = change(new, images)
+        layers = [m for m in changed.modules() if isinstance(m, SeparableConv2d)]
+        assert len(layers) == 7
+        assert all(isinstance(m.depthwise_norm, nn.Module) for m in layers)
+        torch.testing.assert_close(changed(images), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.runner import RUNS, Step
-from benchmarks.evidence.teachers import SOURCE
+from benchmarks.evidence.teachers import NAMES, SOURCE
 from sepconv.cost import count
 from sepconv.data import Data, load
 from sepconv.files import replacing
@@ -35,7 +35,6 @@ RECIPES = {
     "fashion": Recipe(epochs=2, batch_size=128, lr=0.2, label_smoothing=0.1, flip=True),
     "cifar10": Recipe(epochs=4, batch_size=128, lr=0.2, label_smoothing=0.1, flip=True, crop_padding=2),
 }
-NAMES = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG copy)"}
 Block = Callable[[int, int, int], nn.Module]
 
 

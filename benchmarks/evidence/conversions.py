@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.evidence import rivals
 from benchmarks.evidence.runner import RUNS, Step
-from benchmarks.evidence.teachers import CONVERTED, cifar10, teacher
+from benchmarks.evidence.teachers import CONVERTED, SMALL, data_of, teacher
 from sepconv.convert import convert
 from sepconv.cost import count
 from sepconv.model_file import FILE, open_model, read_card, write
@@ -26,6 +26,10 @@ BUDGETS = {
     **{f"macs-1-{n}": ("macs", 1 / n) for n in (2, 3)},
     **{f"params-1-{n}": ("conv_params", 1 / n) for n in (8, 2, 3, 4)},
 }
+BUDGETS_OF = {"vgg": tuple(BUDGETS), "wide": ("params-1-8",)}
+"""Of the other teachers the three that say whether it holds there too."""
+FEW_BUDGETS = ("macs-1-2", "macs-1-3", "params-1-8")
+RIVAL_MULTIPLIERS = (1, 2)
 STAGES: dict[str, dict[str, Any]] = {
     "closed form": {"method": "svd"},
     "least squares": {"method": "least_squares", "sweeps": 0},
@@ -36,20 +40,20 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def calibration(name: str) -> Tensor:
-    return cifar10().calibration(IMAGES.get(name, 1000), 0)
+    return data_of(name).calibration(IMAGES.get(name, 1000), 0)
 
 
 def fewer_images(name: str, budget_name: str, images: int, folder: Path) -> dict[str, Any]:
     """The conversion under one budget that sees so many images; the network is not kept."""
     metric, share = BUDGETS[budget_name]
     begin = time.process_time()
-    new, _ = convert(teacher(name), cifar10().calibration(images, 0), share, metric=metric)
-    return {"teacher": name, "budget": share, "images": images, **measured(new, time.process_time() - begin)}
+    new, _ = convert(teacher(name), data_of(name).calibration(images, 0), share, metric=metric)
+    return {"teacher": name, "budget": share, "images": images, **measured(name, new, time.process_time() - begin)}
 
 
-def measured(model: nn.Module, seconds: float) -> dict[str, Any]:
-    """Accuracy and cost of a converted network, and the processor seconds that the conversion took."""
-    data = cifar10()
+def measured(name: str, model: nn.Module, seconds: float) -> dict[str, Any]:
+    """Accuracy and cost of a teacher's conversion, and the processor seconds that it took."""
+    data = data_of(name)
     cost = count(model, data.input_shape)
     accuracy = evaluate(model, data.test).accuracy
     return {
@@ -68,7 +72,7 @@ def stages(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
         begin = time.process_time()
         settings = {"reestimate_bn": False, **arguments}
         new, _ = convert(model, images, depth_multiplier=multiplier, **settings)
-        rows.append({"stage": stage, **measured(new, time.process_time() - begin)})
+        rows.append({"stage": stage, **measured(name, new, time.process_time() - begin)})
     return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
 
 
@@ -78,13 +82,13 @@ def budget(name: str, budget_name: str, folder: Path) -> dict[str, Any]:
     metric, share = BUDGETS[budget_name]
     begin = time.process_time()
     new, plan = convert(model, images, share, metric=metric)
-    result = {"with images": measured(new, time.process_time() - begin)}
+    result = {"with images": measured(name, new, time.process_time() - begin)}
     card = read_card(RUNS / f"teacher-{name}" / FILE)
     assert card is not None
     write(folder / FILE, new, card.changed_to(new))
     begin = time.process_time()
     free, _ = convert(model, None, share, metric=metric, method="svd", example_input=images[:2])
-    result["without images"] = measured(free, time.process_time() - begin)
+    result["without images"] = measured(name, free, time.process_time() - begin)
     ranks = {row.name: row.depth_multiplier for row in plan.layers}
     return {"teacher": name, "metric": metric, "budget": share, "images": len(images), "ranks": ranks, **result}
 
@@ -112,7 +116,7 @@ def compared(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
     rows = []
     for contender, make in contenders(model, multiplier, images):
         begin = time.process_time()
-        rows.append({"contender": contender, **measured(make(), time.process_time() - begin)})
+        rows.append({"contender": contender, **measured(name, make(), time.process_time() - begin)})
     return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
 
 
@@ -120,9 +124,12 @@ def steps() -> list[Step]:
     found = []
     for name in CONVERTED:
         needs = (f"teacher-{name}",)
-        found += [Step(f"budget-{name}-{b}", partial(budget, name, b), needs) for b in BUDGETS]
+        found += [
+            Step(f"budget-{name}-{b}", partial(budget, name, b), needs) for b in BUDGETS_OF.get(name, FEW_BUDGETS)
+        ]
         few = partial(fewer_images, name, "params-1-8")
         found += [Step(f"images-{name}-{n}", partial(few, n), needs) for n in FEWER_IMAGES if name in IMAGES]
-        found += [Step(f"stages-{name}-m{m}", partial(stages, name, m), needs) for m in MULTIPLIERS]
-        found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in (1, 2, 4)]
+        if name in SMALL:
+            found += [Step(f"stages-{name}-m{m}", partial(stages, name, m), needs) for m in MULTIPLIERS]
+            found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in RIVAL_MULTIPLIERS]
     return found

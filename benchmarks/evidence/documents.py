@@ -7,18 +7,27 @@ from typing import Any
 
 from benchmarks.evidence.conversions import BUDGETS, FEWER_IMAGES, MULTIPLIERS, STAGES
 from benchmarks.evidence.runner import finished, read
-from benchmarks.evidence.students import BUDGET, HEADLINE, RIVALS, VARIANTS
+from benchmarks.evidence.students import (
+    BUDGET,
+    HEADLINE,
+    RIVALS,
+    SEEDS,
+    SHORT,
+    VARIANTS,
+    epochs_from_labels,
+)
 from benchmarks.evidence.summary import mean, percent, plus_minus, table
 from benchmarks.evidence.teachers import TEACHERS
 
 TITLES = {
     "vgg": "plain (`vgg_quick`)",
     "resnet": "with shortcuts (`resnet_quick`)",
+    "fashion-vgg": "plain, Fashion-MNIST",
+    "fashion-resnet": "with shortcuts, Fashion-MNIST",
     "wide": "plain, wider, trained longer",
     "deep": "with shortcuts, twice as wide, trained longer",
     "mixed": "with shortcuts, twice as wide, trained with cutmix",
 }
-SEEDS = (0, 1, 2)
 
 
 def records(names: Sequence[str]) -> list[dict[str, Any]]:
@@ -113,16 +122,13 @@ def rivals(name: str) -> str:
 
 
 def distilled(name: str) -> str:
-    if name not in HEADLINE:
-        return ""
     teacher = read(f"teacher-{name}")
     rows = []
-    epochs = sorted({1, 5, *HEADLINE[name].values()})
     starts = {"converted": "distil", "random weights": "random"}
-    for count in epochs:
+    for count in sorted({*SHORT, *HEADLINE.get(name, {}).values()}):
         for start, kind in starts.items():
             rows += _seeds(teacher, f"{start}, {count} epochs", [f"{kind}-{name}-e{count}-s{s}" for s in SEEDS])
-    total = TEACHERS[name][2].epochs + HEADLINE[name]["third"]
+    total = epochs_from_labels(name)
     rows += _seeds(teacher, f"random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
     return table(["start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"], rows)
 
@@ -144,20 +150,20 @@ def _seeds(teacher: dict[str, Any], title: str, names: list[str]) -> list[list[s
     ]
 
 
-def variants() -> str:
+def variants(name: str) -> str:
     rows = [
         [key, percent(r["accuracy"]), minutes(r["training_cpu_seconds"])]
-        for key in VARIANTS
-        for r in records([f"variant-vgg-{key}"])
+        for key in VARIANTS.get(name, {})
+        for r in records([f"variant-{name}-{key}"])
     ]
     return table(["changed", "accuracy", "core-minutes"], rows)
 
 
-def rivals_distilled() -> str:
+def rivals_distilled(name: str) -> str:
     rows = [
         [kind, percent(r["accuracy"]), f"{r['conv_params']:,}", minutes(r["training_cpu_seconds"])]
         for kind in RIVALS
-        for r in records([f"rival-vgg-{kind}-e2"])
+        for r in records([f"rival-{name}-{kind}-e2"])
     ]
     return table(["start from the weights alone", "after 2 epochs", "conv weights", "core-minutes"], rows)
 
@@ -168,6 +174,8 @@ SECTIONS: list[tuple[str, Callable[[str], str]]] = [
     ("Accuracy after each stage, the same M for all 3x3 convolutions", stages),
     ("Both orders, Tucker and CP at equal weights, without training", rivals),
     (f"Distilled, {BUDGET.replace('params-1-', '1/')} of the conv weights", distilled),
+    ("One thing changed of this distillation", variants),
+    ("Rivals with the weights of M = 1, distilled alike", rivals_distilled),
 ]
 
 
@@ -180,9 +188,4 @@ def conversion() -> str:
             parts += [f"### Teacher {TITLES[name]}\n"] if any(content for _, content in measured) else []
             for title, content in measured:
                 parts += [f"{title}:\n", content] if content else []
-    for title, content in (
-        ("One thing changed of the distillation (one epoch, plain teacher)", variants()),
-        ("Rivals with the weights of M = 1, distilled alike (plain teacher)", rivals_distilled()),
-    ):
-        parts += [f"{title}:\n", content] if content else []
     return "\n".join(parts)

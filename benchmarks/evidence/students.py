@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.evidence import rivals
-from benchmarks.evidence.conversions import converted
+from benchmarks.evidence import between, rivals
+from benchmarks.evidence.conversions import calibration, converted
 from benchmarks.evidence.runner import Step
-from benchmarks.evidence.teachers import QUICK, TEACHERS, cifar10, learned, teacher
+from benchmarks.evidence.teachers import QUICK, SMALL, TEACHERS, data_of, learned, teacher
 from sepconv.models.blocks import initialize
 from sepconv.train import Distillation, Recipe, train
 
@@ -23,30 +23,45 @@ LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
 DISTILLATION = Distillation(temperature=4.0, alpha=0.9)
 FROM_RANDOM = replace(LEARNING, lr=QUICK.lr, warmup_epochs=None, whiten=True)
 
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "default": ({"lr": 0.05}, {}),
-    "lr-0.1": ({"lr": 0.1}, {}),
-    "lr-0.2": ({"lr": 0.2}, {}),
-    "temperature-1": ({"lr": 0.05}, {"temperature": 1.0}),
-    "temperature-2": ({"lr": 0.05}, {"temperature": 2.0}),
-    "alpha-1": ({"lr": 0.05}, {"alpha": 1.0}),
-    "features": ({"lr": 0.05}, {"features": "auto"}),
+
+@dataclass(frozen=True)
+class Change:
+    """One thing done in another way: of the recipe, of the distillation, or of the converted network."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
+    network: Callable[[nn.Module, Tensor], nn.Module] = lambda model, images: model
+
+
+VARIANTS: dict[str, dict[str, Change]] = {
+    "vgg": {
+        "default": Change(),
+        "lr-0.05": Change({"lr": 0.05}),
+        "lr-0.2": Change({"lr": 0.2}),
+        "temperature-1": Change({}, {"temperature": 1.0}),
+        "temperature-2": Change({}, {"temperature": 2.0}),
+        "alpha-1": Change({}, {"alpha": 1.0}),
+        "features": Change({}, {"features": "auto"}),
+        "norm-between": Change(network=between.norm),
+        "norm-and-prelu-between": Change(network=between.activation),
+    },
+    "mixed": {"cutmix": Change({"cutmix": 0.5, "crop_padding": 4})},
 }
-"""Recipe and distillation, one thing changed at a time from a learning rate of 0.05."""
-VARIANT_EPOCHS = 1
+VARIANT_EPOCHS = {"vgg": 2, "mixed": 10}
 
 
 def distilled(
     name: str, student: nn.Module, recipe: Recipe, distillation: Distillation | None, folder: Path
 ) -> dict[str, Any]:
     """Train `student` (from the teacher `name`, or with distillation None from the labels alone) and measure it."""
-    data = cifar10()
     model_teacher = None if distillation is None else teacher(name)
-    history = train(student, data, recipe, folder, teacher=model_teacher, distillation=distillation, resume=True)
+    history = train(
+        student, data_of(name), recipe, folder, teacher=model_teacher, distillation=distillation, resume=True
+    )
     return {
         "teacher": name,
         "distillation": None if distillation is None else asdict(distillation),
-        **learned(student, data, recipe, history),
+        **learned(student, name, recipe, history),
     }
 
 
@@ -80,10 +95,10 @@ def from_labels(name: str, epochs: int, folder: Path) -> dict[str, Any]:
 
 
 def variant(name: str, key: str, folder: Path) -> dict[str, Any]:
-    of_recipe, of_distillation = VARIANTS[key]
-    recipe = replace(LEARNING, epochs=VARIANT_EPOCHS, **of_recipe)
-    distillation = replace(DISTILLATION, **of_distillation)
-    return {"variant": key, **distilled(name, converted(name, BUDGET), recipe, distillation, folder)}
+    change = VARIANTS[name][key]
+    recipe = replace(LEARNING, epochs=VARIANT_EPOCHS[name], **change.recipe)
+    student = change.network(converted(name, BUDGET), calibration(name))
+    return {"variant": key, **distilled(name, student, recipe, replace(DISTILLATION, **change.distillation), folder)}
 
 
 def rival(name: str, kind: str, epochs: int, folder: Path) -> dict[str, Any]:
@@ -98,37 +113,41 @@ RIVALS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
     "tucker": lambda conv: rivals.tucker(conv, rivals.separable_weights(conv, 1)),
     "cp": lambda conv: rivals.canonical(conv, rivals.separable_weights(conv, 1)),
 }
-HEADLINE = {
-    "vgg": {"third": 2, "whole": 7},
-    "resnet": {"third": 2, "whole": 5},
-    "wide": {"third": 8, "whole": 30},
-    "mixed": {"third": 10, "whole": 22},
-}
-"""Epochs of distillation that take, with the conversion, at most a third of each teacher's training time, and at most
-all of it."""
+SHORT = (1, 2, 5)
+"""Epochs of distillation of the small teachers' students."""
+SEEDS = (0, 1, 2)
+HEADLINE = {"wide": {"third": 8}, "mixed": {"third": 10, "whole": 22}}
+"""Epochs of distillation that take, with the conversion, at most a third of a teacher's training time, and at most all
+of it."""
+
+
+def epochs_from_labels(name: str) -> int:
+    """As many as the teacher's training and the longest of the short distillations together."""
+    return TEACHERS[name].recipe.epochs + SHORT[-1]
 
 
 def steps() -> list[Step]:
     """The most telling first."""
+
+    def needs(name: str) -> tuple[str, ...]:
+        return (f"budget-{name}-{BUDGET}",)
+
+    def student(name: str, epochs: int, seed: int = 0) -> Step:
+        return Step(f"distil-{name}-e{epochs}-s{seed}", partial(distil, name, epochs, seed), needs(name))
+
+    def random(name: str, epochs: int) -> Step:
+        return Step(f"random-{name}-e{epochs}-s0", partial(from_random, name, epochs, 0), needs(name))
+
     found = []
-
-    def both(name: str, epochs: int, seed: int) -> list[Step]:
-        needs = (f"budget-{name}-{BUDGET}",)
-        return [
-            Step(f"distil-{name}-e{epochs}-s{seed}", partial(distil, name, epochs, seed), needs),
-            Step(f"random-{name}-e{epochs}-s{seed}", partial(from_random, name, epochs, seed), needs),
-        ]
-
     for name, headline in HEADLINE.items():
-        for epochs in headline.values():
-            found += both(name, epochs, 0)
-    found += [step for epochs in (1, 5) for step in both("vgg", epochs, 0)]
-    found += [Step(f"variant-vgg-{key}", partial(variant, "vgg", key), (f"budget-vgg-{BUDGET}",)) for key in VARIANTS]
-    for name in ("mixed", "wide", "vgg"):
-        for epochs in HEADLINE[name].values():
-            found += [step for seed in (1, 2) for step in both(name, epochs, seed)]
-    teacher_needs = ("teacher-vgg",)
-    found += [Step(f"rival-vgg-{kind}-e2", partial(rival, "vgg", kind, 2), teacher_needs) for kind in RIVALS]
-    total = TEACHERS["vgg"][2].epochs + HEADLINE["vgg"]["third"]
-    found.append(Step(f"labels-vgg-e{total}", partial(from_labels, "vgg", total), (f"budget-vgg-{BUDGET}",)))
+        found += [student(name, epochs, seed) for epochs in headline.values() for seed in SEEDS]
+        found.append(random(name, headline["third"]))
+    for name in SMALL:
+        found += [step for epochs in SHORT for step in (student(name, epochs), random(name, epochs))]
+    for name, keys in VARIANTS.items():
+        found += [Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name)) for key in keys]
+    for name in ("vgg", "resnet"):
+        total = epochs_from_labels(name)
+        found.append(Step(f"labels-{name}-e{total}", partial(from_labels, name, total), needs(name)))
+    found += [Step(f"rival-vgg-{kind}-e2", partial(rival, "vgg", kind, 2), ("teacher-vgg",)) for kind in RIVALS]
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,23 +37,46 @@ LONG = replace(
 """More passes need images that differ more from one to the next."""
 MIXED = replace(LONG, epochs=42, label_smoothing=0.1, cutmix=0.5)
 """`LONG` ends with 97 % of the training images known by heart; this recipe has not learned enough by then."""
-TEACHERS: dict[str, tuple[str, dict[str, Any], Recipe]] = {
-    "vgg": ("vgg_quick", {}, replace(QUICK, epochs=12)),
-    "resnet": ("resnet_quick", {}, replace(QUICK, epochs=8)),
-    "wide": ("vgg_quick", {"width_mult": 1.5, "activation": "gelu"}, LONG),
-    "deep": ("resnet_quick", {"width_mult": 2.0, "activation": "gelu"}, replace(LONG, epochs=42)),
-    "mixed": ("resnet_quick", {"width_mult": 2.0, "activation": "gelu"}, MIXED),
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A normal network, its training and its images (a key of `SOURCE`)."""
+
+    model: str
+    recipe: Recipe
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: str = "cifar10"
+
+
+BROAD = {"width_mult": 2.0, "activation": "gelu"}
+FASHION = replace(QUICK, epochs=6)
+TEACHERS = {
+    "vgg": Teacher("vgg_quick", replace(QUICK, epochs=12)),
+    "resnet": Teacher("resnet_quick", replace(QUICK, epochs=12)),
+    "fashion-vgg": Teacher("vgg_quick", FASHION, data="fashion"),
+    "fashion-resnet": Teacher("resnet_quick", FASHION, data="fashion"),
+    "wide": Teacher("vgg_quick", LONG, {"width_mult": 1.5, "activation": "gelu"}),
+    "deep": Teacher("resnet_quick", replace(LONG, epochs=42), BROAD),
+    "mixed": Teacher("resnet_quick", MIXED, BROAD),
 }
-"""Name -> model, its settings, recipe."""
-CONVERTED = ("vgg", "resnet", "wide", "mixed")
+SMALL = ("vgg", "resnet", "fashion-vgg", "fashion-resnet")
+"""Minutes of training each: for whole tables."""
+CONVERTED = (*SMALL, "wide", "mixed")
 """The other one shows what cutmix is worth."""
 SOURCE = {"cifar10": "", "fashion": "/usr/share/datasets/fashion-mnist"}
 """Where the JPEG copy of CIFAR-10 lies, set by the command line, and where Debian's dataset-fashion-mnist does."""
+NAMES = {"fashion": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG copy)"}
 
 
 @cache
-def cifar10() -> Data:
-    return load(SOURCE["cifar10"])
+def load_once(key: str) -> Data:
+    return load(SOURCE[key])
+
+
+def data_of(name: str) -> Data:
+    """The images of the teacher `name`."""
+    return load_once(TEACHERS[name].data)
 
 
 def teacher(name: str) -> nn.Module:
@@ -63,21 +86,23 @@ def teacher(name: str) -> nn.Module:
 
 def train_teacher(name: str, folder: Path) -> dict[str, Any]:
     """Train the normal network `name`; its weights stay in `folder`."""
-    model_name, settings, recipe = TEACHERS[name]
-    data = cifar10()
-    card = Card(model_name, {**settings, "num_classes": data.num_classes, "in_channels": data.channels}).with_data(data)
+    chosen = TEACHERS[name]
+    data = data_of(name)
+    settings = {**chosen.settings, "num_classes": data.num_classes, "in_channels": data.channels}
+    card = Card(chosen.model, settings).with_data(data)
     torch.manual_seed(0)
     model = card.build()
-    history = train(model, data, recipe, folder, resume=True)
+    history = train(model, data, chosen.recipe, folder, resume=True)
     write(folder / FILE, model, card)
-    return {"model": model_name, **learned(model, data, recipe, history)}
+    return {"model": chosen.model, **learned(model, name, chosen.recipe, history)}
 
 
-def learned(model: nn.Module, data: Data, recipe: Recipe, history: History) -> dict[str, Any]:
-    """What a record says of a training: how, how well, at what cost."""
+def learned(model: nn.Module, name: str, recipe: Recipe, history: History) -> dict[str, Any]:
+    """What a record says of a training on the images of the teacher `name`: how, how well, at what cost."""
+    data = data_of(name)
     cost = count(model, data.input_shape)
     return {
-        "data": "CIFAR-10 (JPEG copy)",
+        "data": NAMES[TEACHERS[name].data],
         "recipe": asdict(recipe),
         "accuracy": evaluate(model, data.test).accuracy,
         "conv_params": cost.conv_params,

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.evidence.claims import NAMES, RECIPES, claims
+from benchmarks.evidence.claims import RECIPES, claims
 from benchmarks.evidence.runner import finished, read
 from benchmarks.evidence.summary import difference, mean, plus_minus, table
+from benchmarks.evidence.teachers import NAMES
 
 LOSS = 0.02
 """Accuracy that may be given up where a claim is about cost."""

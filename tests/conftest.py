@@ -7,11 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sepconv.data import Data
 
 # Two test processes share two cores; tests of several threads ask for them.
 torch.set_num_threads(1)
@@ -59,6 +62,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    """A few random images of five classes."""
+    from distributed_run import random_data
+
+    return random_data()
 
 
 Run = tuple[Path, torch.nn.Module, torch.nn.Module, Tensor]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 import subprocess
 import sys
@@ -13,112 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_run import RECIPE, network, random_data
-from torch import Tensor, nn
+from distributed_run import RECIPE, network
+from torch import nn
 from torch.nn import functional as F
 
 from sepconv.data import Data, load
-from sepconv.data.images import TensorImages
-from sepconv.layers import DepthwiseConv2d, SeparableConv2d
-from sepconv.train import Distillation, Progress, Recipe, default_recipe, evaluate, train
+from sepconv.train import Distillation, Progress, Recipe, evaluate, train
 from sepconv.train.average import WeightAverage
-from sepconv.train.distill import Guide, matching_features, softened_divergence
-from sepconv.train.recipe import split_parameters
-
-
-@pytest.fixture(scope="module")
-def data() -> Data:
-    return random_data()
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"epochs": 0}, ValueError, "epochs must be at least 1 but is 0"),
-        ({"epochs": 1.5}, TypeError, "epochs must be an int but is 1.5"),
-        ({"seed": True}, TypeError, "seed must be an int but is True"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1 but is 0"),
-        ({"optimizer": "adam"}, ValueError, "optimizer must be one of sgd, adamw, rmsprop but is 'adam'"),
-        ({"schedule": "step"}, ValueError, "schedule must be one of cosine, one_cycle, constant but is 'step'"),
-        ({"mixed_precision": "fp8"}, ValueError, "mixed_precision must be one of no, bf16, fp16 but is 'fp8'"),
-        ({"lr": 0.0}, ValueError, "lr must be above 0 and finite but is 0.0"),
-        ({"lr": math.nan}, ValueError, "lr must be above 0 and finite but is nan"),
-        ({"lr": math.inf}, ValueError, "lr must be above 0 and finite but is inf"),
-        ({"momentum": 1.0}, ValueError, "momentum must be from 0 to below 1 but is 1.0"),
-        ({"weight_decay": -1e-4}, ValueError, "weight_decay must be at least 0 and finite but is -0.0001"),
-        ({"warmup_epochs": 11}, ValueError, "warmup_epochs must be from 0 to 10 epochs but is 11"),
-        ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be from 0 to below 1 but is 1.0"),
-        ({"crop_padding": -1}, ValueError, "crop_padding must be at least 0 but is -1"),
-        ({"cutout": -1}, ValueError, "cutout must be at least 0 but is -1"),
-        ({"cutout": 1.5}, TypeError, "cutout must be an int but is 1.5"),
-        ({"mixup": -0.1}, ValueError, "mixup must be at least 0 and finite but is -0.1"),
-        ({"cutmix": math.inf}, ValueError, "cutmix must be at least 0 and finite but is inf"),
-        ({"ema": 1.0}, ValueError, "ema must be from 0 to below 1 but is 1.0"),
-    ],
-)
-def test_recipe_refuses(settings: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"Recipe: {message}"):
-        Recipe(**settings)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "one_cycle", "constant"])
-def test_schedules_rise_to_lr_and_fall_as_they_say(schedule: str) -> None:
-    recipe = Recipe(epochs=10, lr=0.5, schedule=schedule, warmup_epochs=2)
-    rates = [recipe.learning_rate(step, 10) for step in range(100)]
-    assert rates[:20] == pytest.approx([0.5 * (i + 1) / 20 for i in range(20)])
-    assert max(rates) == 0.5
-    half = {"cosine": 0.25, "one_cycle": 0.25, "constant": 0.5}[schedule]
-    assert rates[60] == pytest.approx(half)
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert (rates[-1] < 0.01) == (schedule != "constant")
-    assert min(rates) > 0
-
-
-def test_warmup_by_default() -> None:
-    assert Recipe(schedule="one_cycle").learning_rate(29, 10) == 0.1
-    assert Recipe(schedule="one_cycle").learning_rate(28, 10) < 0.1
-    assert Recipe(schedule="cosine").learning_rate(0, 10) == 0.1
-
-
-def test_default_recipe_mirrors_photographs_but_no_digits(data: Data) -> None:
-    assert not default_recipe(data).flip
-    images = TensorImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    photographs = replace(data, train=replace(data.train, images=images))
-    assert (default_recipe(photographs).flip, default_recipe(photographs).crop_padding) == (True, 4)
-
-
-def test_depthwise_filters_biases_and_norms_are_not_decayed() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 16, 3, groups=8),
-        DepthwiseConv2d(16, 3),
-        DepthwiseConv2d(1, 3),
-        SeparableConv2d(16, 4, 3),
-        nn.Conv2d(16, 16, 3, groups=4),
-        nn.Conv2d(1, 4, 3),
-        nn.Linear(16, 2),
-    )
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = split_parameters(model)
-    expected = ["0.weight", "5.pointwise.weight", "6.weight", "7.weight", "8.weight"]
-    assert [names[id(p)] for p in decayed] == expected
-    assert {names[id(p)] for p in free} == set(names.values()) - set(expected)
-
-
-def test_frozen_and_shared_parameters_appear_once_or_not_at_all() -> None:
-    shared = nn.Linear(3, 3)
-    frozen = nn.Linear(3, 3).requires_grad_(False)
-    decayed, free = split_parameters(nn.Sequential(shared, shared, frozen))
-    assert [id(p) for p in decayed + free] == [id(shared.weight), id(shared.bias)]
-
-
-def test_optimizer_gets_the_recipe() -> None:
-    sgd = Recipe(lr=0.3, momentum=0.8, weight_decay=0.01).make_optimizer(network())
-    assert [group["weight_decay"] for group in sgd.param_groups] == [0.01, 0.0]
-    assert all(g["nesterov"] and g["momentum"] == 0.8 and g["lr"] == 0.3 for g in sgd.param_groups)
-    assert Recipe(optimizer="rmsprop").make_optimizer(network()).param_groups[0]["momentum"] == 0.9
-    assert type(Recipe(optimizer="adamw").make_optimizer(network())).__name__ == "AdamW"
 
 
 def test_training_equals_the_plain_loop(data: Data) -> None:
@@ -254,107 +154,6 @@ def test_averaged_weights_are_what_is_evaluated_and_returned(data: Data) -> None
     train(last, data, replace(RECIPE, ema=0.0))
     assert not torch.equal(averaged[0].weight, last[0].weight)
     assert history.records[-1]["test_loss"] == pytest.approx(evaluate(averaged, data.test).loss, rel=1e-6)
-
-
-def hand_made_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    p, q = ((x.double() / temperature).softmax(1) for x in (teacher, student))
-    return temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
-
-
-def test_softened_divergence_is_hintons() -> None:
-    student, teacher = torch.randn(2, 7, 5)
-    found = softened_divergence(student, teacher, 3.0)
-    torch.testing.assert_close(found.double(), hand_made_loss(student, teacher, 3.0), rtol=1e-5, atol=1e-6)
-    assert softened_divergence(teacher, teacher, 3.0).abs() < 1e-5
-
-
-def test_guide_adds_the_parts_as_documented(data: Data) -> None:
-    student, teacher = network(), network(norm=True)
-    with torch.no_grad():
-        teacher[0].weight.add_(0.3)
-    images, labels = next(data.train.batches(16))
-    settings = Distillation(2.0, 0.7, [("0", "0"), ("2", "2")], feature_weight=0.4)
-    with Guide(student, teacher, settings, images) as guide:
-        logits = student(images)
-        label_loss = F.cross_entropy(logits, labels)
-        found = guide.loss(logits, images, label_loss)
-    teacher.eval()
-    expected = 0.7 * hand_made_loss(logits, teacher(images), 2.0) + 0.3 * label_loss
-    for layer in (1, 3):
-        mine, theirs = student[:layer](images), teacher[:layer](images)
-        expected = expected + 0.2 * (mine - theirs).square().mean() / theirs.var()
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
-
-
-def test_alpha_one_uses_no_labels(data: Data) -> None:
-    shuffled = replace(data, train=replace(data.train, labels=data.train.labels.roll(1)))
-    losses = [
-        train(network(), d, RECIPE, teacher=network(), distillation=Distillation(alpha=1.0)).records[-1]["train_loss"]
-        for d in (data, shuffled)
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_teacher_is_not_touched_and_hooks_are_removed(data: Data) -> None:
-    student, teacher = network(norm=True), network(norm=True, dropout=0.5).train()
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    train(student, data, RECIPE, teacher=teacher, distillation=Distillation(features="auto"))
-    assert teacher.training
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert all(p.grad is None for p in teacher.parameters())
-    assert not any(m._forward_hooks for model in (student, teacher) for m in model.modules())
-
-
-def test_matching_features_are_the_last_of_each_size() -> None:
-    def net(width: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, width, 1), nn.Conv2d(width, 3, 1), nn.Flatten()
-        )
-
-    example = torch.randn(2, 1, 6, 6)
-    assert matching_features(net(5), net(7), example) == (("1", "1"), ("4", "4"))
-    with pytest.raises(ValueError, match="no module has the same name and output shape"):
-        matching_features(nn.Sequential(nn.Conv2d(1, 2, 1)), nn.Sequential(nn.Conv2d(1, 3, 1)), example)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": 0.0}, "temperature must be above 0 but is 0.0"),
-        ({"alpha": 1.1}, "alpha must be from 0 to 1 but is 1.1"),
-        ({"feature_weight": -1.0}, "feature_weight must be at least 0 but is -1.0"),
-        ({"features": "all"}, "features must be pairs or .auto. but is 'all'"),
-    ],
-)
-def test_distillation_refuses(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"Distillation: {message}"):
-        Distillation(**settings)
-
-
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        (("9", "0"), "the student has no module called '9'"),
-        (("0", "layer"), "the teacher has no module called 'layer'"),
-        (("0", "3"), r"features of 0 have shape \(61, 8, 6, 6\) in the student, those of 3 \(61, 8, 4, 4\)"),
-    ],
-)
-def test_features_that_do_not_fit(data: Data, pair: tuple[str, str], message: str) -> None:
-    student = network()
-    with pytest.raises(ValueError, match=message):
-        train(student, data, RECIPE, teacher=network(), distillation=Distillation(features=[pair]))
-    assert not any(m._forward_hooks for m in student.modules())
-
-
-def test_distilled_student_learns_from_the_teacher_alone(data: Data) -> None:
-    """Nine of ten labels are wrong, the teacher is right."""
-    recipe = Recipe(epochs=15, batch_size=15, lr=0.1)
-    teacher = network(norm=True)
-    assert train(teacher, data, recipe).accuracy > 0.9
-    wrong = replace(data, train=replace(data.train, labels=(data.train.labels + 1) % 5))
-    student = network(norm=True)
-    history = train(student, wrong, recipe, teacher=teacher, distillation=Distillation(alpha=1.0))
-    assert history.accuracy > 0.9
 
 
 def test_small_network_learns_the_digits() -> None:

@@ -1,0 +1,99 @@
+"""Small networks to convert, and images for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def conv(channels: int, outputs: int, size: int = 3, **arguments: Any) -> nn.Conv2d:
+    return nn.Conv2d(channels, outputs, size, **{"padding": size // 2, **arguments})
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = conv(channels, outputs, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = conv(outputs, outputs, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(channels, outputs, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu_(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Shared(nn.Module):
+    """One convolution registered under two names and called twice, on images of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 6)
+        self.first = conv(6, 6)
+        self.again = nn.ModuleDict({"same": self.first})
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(torch.relu(self.stem(x))))
+        x = torch.relu(self.again["same"](x[:, :, ::2, ::2]))
+        return self.head(x.mean((2, 3)))
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        conv(8, 12),
+        nn.ReLU(),
+        nn.BatchNorm2d(12),
+        conv(12, 12, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+    )
+
+
+def resnet() -> nn.Module:
+    blocks = nn.Sequential(Residual(8, 8, 1), Residual(8, 12, 2))
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
+def unusual() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 6, 5, padding_mode="reflect"),
+        nn.SiLU(),
+        conv(6, 7, dilation=2, padding="same"),
+        nn.Tanh(),
+        nn.Sequential(nn.Sequential(conv(7, 5, padding=0, stride=(2, 1), padding_mode="circular"))),
+        nn.Flatten(2),
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "resnet": resnet,
+    "shared": Shared,
+    "unusual": unusual,
+}
+
+
+def images(count: int = 40, size: int = 13, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
+    return (nn.functional.avg_pool2d(noise, 3, 1, 1) * 2).to(dtype)
+
+
+def trained(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network whose batch norms have seen images, in evaluation mode."""
+    model = make().double()
+    for _ in range(20):
+        model(images())
+    return model.eval()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 
 import torch
 from accelerate import PartialState
+from torch import distributed
 
 
 def processes() -> PartialState:
@@ -20,4 +23,18 @@ def processes() -> PartialState:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != launched:
         raise RuntimeError(f"train: {launched} processes were launched but {state.num_processes} are connected")
+    if launched > 1:
+        # Once, however often this is called: equal handlers are taken back together.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
     return state
+
+
+def _leave() -> None:
+    """Part from the other processes while Python still runs.
+
+    A thread of gloo that lets go of a tensor later ends the process by SIGABRT, after all work was done.
+    """
+    gc.collect()  # What still holds the connection, such as DistributedDataParallel.
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

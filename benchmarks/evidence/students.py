@@ -20,6 +20,9 @@ from sepconv.train import Distillation, Recipe, train
 
 BUDGET = "params-1-8"
 LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
+PATIENT = replace(LEARNING, crop_padding=4, cutout=10)
+"""For `MANY` epochs and more, by which the images of `LEARNING` would be known by heart."""
+MANY = 20
 DISTILLATION = Distillation(temperature=4.0, alpha=0.9)
 FROM_RANDOM = replace(LEARNING, lr=QUICK.lr, warmup_epochs=None, whiten=True)
 
@@ -78,7 +81,7 @@ def forgotten(model: nn.Module, seed: int) -> nn.Module:
 
 
 def distil(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
-    recipe = replace(LEARNING, epochs=epochs, seed=seed)
+    recipe = replace(PATIENT if epochs >= MANY else LEARNING, epochs=epochs, seed=seed)
     return distilled(name, converted(name, BUDGET), recipe, DISTILLATION, folder)
 
 

@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Change]] = {
     },
     "mixed": {"cutmix": Change({"cutmix": 0.5, "crop_padding": 4})},
 }
-VARIANT_EPOCHS = {"vgg": 2, "mixed": 10}
+VARIANT_EPOCHS = {"vgg": 1, "mixed": 10}
 
 
 def distilled(
@@ -146,11 +146,11 @@ def steps() -> list[Step]:
         found += [student(name, epochs, seed) for epochs in headline.values() for seed in SEEDS]
         found.append(random(name, headline["third"]))
     for name in SMALL:
-        found += [step for epochs in SHORT for step in (student(name, epochs), random(name, epochs))]
+        found += [*(student(name, epochs) for epochs in SHORT), random(name, SHORT[-1])]
+    found += [random("vgg", epochs) for epochs in SHORT[:-1]]
     for name, keys in VARIANTS.items():
         found += [Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name)) for key in keys]
-    for name in ("vgg", "resnet"):
-        total = epochs_from_labels(name)
-        found.append(Step(f"labels-{name}-e{total}", partial(from_labels, name, total), needs(name)))
+    total = epochs_from_labels("vgg")
+    found.append(Step(f"labels-vgg-e{total}", partial(from_labels, "vgg", total), needs("vgg")))
     found += [Step(f"rival-vgg-{kind}-e2", partial(rival, "vgg", kind, 2), ("teacher-vgg",)) for kind in RIVALS]
     return found

@@ -134,6 +134,18 @@ def test_files_that_are_no_weights(
     assert not Path("trapped").exists()
 
 
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
+    path, model = tmp_path / "weights.safetensors", nn.Linear(3, 2)
+    for length in range(256):
+        save_file(model.state_dict(), path, metadata={"note": "x" * length})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    copied = nn.Linear(3, 2)
+    load_weights(copied, path)
+    assert torch.equal(copied.weight, model.weight)
+
+
 def test_folder_and_truncated_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"load_weights: cannot read .*: Is a directory"):
         load_weights(VGGSmall(0.25), tmp_path)

@@ -60,14 +60,15 @@ def _read(path: Path) -> dict[str, Tensor]:
             start = file.read(4)
     except OSError as error:
         raise ValueError(f"load_weights: cannot read {path}: {error.strerror}") from error
-    if start.startswith(_PICKLES):
-        raise ValueError(
-            f"load_weights: {path} is a pickle (torch.save), which is never read because reading runs the code in it; "
-            "save the weights with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
-        )
     try:
         return load_file(path)
     except SafetensorError as error:
+        # Only now: one safetensors file in 32 begins with the byte of a pickle, as the length of its header.
+        if start.startswith(_PICKLES):
+            raise ValueError(
+                f"load_weights: {path} is a pickle (torch.save), which is never read because reading runs the code in "
+                "it; save the weights with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            ) from None
         raise ValueError(f"load_weights: {path} is truncated or no safetensors file ({error})") from error
 
 

@@ -143,6 +143,8 @@ def _pairs(
 
 def _cannot_be_followed(conv: nn.Conv2d, layer: Any) -> str:
     """Why the page cannot show this pair; "" if it can."""
+    if isinstance(layer, nn.Sequential):
+        return "it became a bottleneck; the page follows a depthwise and a pointwise convolution alone"
     depthwise, pointwise = getattr(layer, "depthwise", None), getattr(layer, "pointwise", None)
     if conv.groups != 1:
         return f"it has {conv.groups} groups"

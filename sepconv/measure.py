@@ -52,11 +52,11 @@ def layer_record(layer: LayerPlan, costs: Mapping[str, Cost], ms: Mapping[str, M
     before, after = (cost_below(costs[name], layer.name) for name in ("normal", "separable"))
     return {
         "name": layer.name,
-        "kind": "separable" if layer.depth_multiplier else "normal",
+        "kind": "separable" if layer.rank else "normal",
         "kernel": list(layer.kernel_size),
         "in_channels": layer.in_channels,
         "out_channels": layer.out_channels,
-        "rank": layer.depth_multiplier or None,
+        "rank": layer.rank or None,
         "error": layer.error,
         "error_closed_form": layer.error_closed_form,
         **{name: [before[name], after[name]] for name in before},

@@ -59,6 +59,10 @@ def _compare(
             first[after] = path
             found.append({"path": path, **description})
         return
+    if type(after) is nn.Sequential and type(before) is not nn.Sequential and (chain := _chain(after)) is not None:
+        first[after] = path
+        found.append({"path": path, **chain})
+        return
     if type(before) is not type(after):
         raise ValueError(
             f"differences: {path or 'the model'} became a {type(after).__name__}, which cannot be described"
@@ -83,6 +87,12 @@ def describe(module: nn.Module) -> Description | None:
     return {"kind": kind, "arguments": _arguments(kind, module), "children": {}}
 
 
+def _chain(modules: nn.Sequential) -> Description | None:
+    """What stands where the original has a single module, if all of it can be described."""
+    children = {name: describe(child) for name, child in modules.named_children()}
+    return None if None in children.values() else {"kind": "Sequential", "arguments": {}, "children": children}
+
+
 def build(description: Description) -> nn.Module:
     """The module that was described, with weights of its own.
 
@@ -90,7 +100,8 @@ def build(description: Description) -> nn.Module:
         ValueError: not a description.
     """
     try:
-        module = KINDS[description["kind"]](**description["arguments"])
+        kind = nn.Sequential if description["kind"] == "Sequential" else KINDS[description["kind"]]
+        module = kind(**description["arguments"])
         for name, child in description["children"].items():
             setattr(module, name, build(child))
         return module

@@ -39,6 +39,8 @@ SPACE = 32 << 20
 DEMO_MODEL = "vgg_small"
 DEMO_SETTINGS: dict[str, Any] = {}
 DEMO_BUDGET = 1 / 8
+DEMO_FORM = "separable"
+"""The form that the page can follow number by number."""
 DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
 DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.01, crop_padding=1)
 
@@ -50,6 +52,7 @@ class Job:
     Args:
         budget: share of the original's cost that the separable network may have.
         metric: that cost: "conv_params", "macs" or "latency".
+        form: what convolutions become, "bottleneck" or "separable".
         recipe: how the separable network learns from the original afterwards; None leaves it as converted.
         distillation: what it learns.
         calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
@@ -61,6 +64,7 @@ class Job:
 
     budget: float = 0.125
     metric: str = "conv_params"
+    form: str = "bottleneck"
     recipe: Recipe | None = field(default_factory=Recipe)
     distillation: Distillation = field(default_factory=Distillation)
     calibration_images: int = 1000
@@ -108,7 +112,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     outcome.learned("original", history.records)
     outcome.finished("original", model, data, time.perf_counter() - started)
     recipe = replace(DEMO_DISTILLATION, seed=seed)
-    job = Job(budget=DEMO_BUDGET, recipe=recipe, seed=seed, command=command)
+    job = Job(budget=DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, seed=seed, command=command)
     return _run(outcome, data, job, out, False, on_progress, started)
 
 
@@ -245,6 +249,7 @@ def _write(
         **_about(card.model, data, job.command, time.perf_counter() - started),
         "budget": job.budget,
         "metric": job.metric,
+        "form": job.form,
         **measured,
         "stages": outcome.stages,
         "curves": outcome.curves,
@@ -278,7 +283,13 @@ def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) ->
         on_progress(Step("convert", done, steps))
 
     outcome.separable, plan = convert(
-        outcome.original, images, job.budget, metric=job.metric, skip=job.skip, on_progress=relay
+        outcome.original,
+        images,
+        job.budget,
+        metric=job.metric,
+        form=job.form,
+        skip=job.skip,
+        on_progress=relay,
     )
     seconds = time.perf_counter() - started
     started = time.perf_counter()

@@ -21,7 +21,7 @@ def main(out: Path) -> None:
     # Three batches of up to 128: one process of two sees two of them.
     images = torch.randn(300, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     new, plan = convert(model, images, 1 / 4, sweeps=2)
-    ranks = {"ranks": torch.tensor([row.depth_multiplier for row in plan.layers])}
+    ranks = {"ranks": torch.tensor([row.rank for row in plan.layers])}
     save_file({**new.state_dict(), **ranks}, out / f"converted-{state.num_processes}-{state.process_index}.safetensors")
     state.destroy_process_group()
 

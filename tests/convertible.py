@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import sepconv
+
+convert = partial(sepconv.convert, form="separable")
 
 
 def conv(channels: int, outputs: int, size: int = 3, **arguments: Any) -> nn.Conv2d:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from convertible import convert
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from sepconv.convert import convert
 
 
 def block(channels: int, outputs: int) -> list[nn.Module]:
@@ -80,3 +79,13 @@ def test_batch_norm_statistics_lower_the_output_error(digits: tuple[nn.Module, T
     plain, _ = convert(model, x[:300], depth_multiplier=2, reestimate_bn=False)
     better, _ = convert(model, x[:300], depth_multiplier=2)
     assert output_error(better, model, x[300:]) < output_error(plain, model, x[300:])
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5])
+def test_bottlenecks_lose_less_under_a_budget(digits: tuple[nn.Module, Tensor, Tensor], budget: float) -> None:
+    model, x, _ = digits
+    errors = {}
+    for form in ("separable", "bottleneck"):
+        new, _ = convert(model, x[:300], budget, form=form)
+        errors[form] = output_error(new, model, x[300:])
+    assert errors["bottleneck"] < 0.75 * errors["separable"]

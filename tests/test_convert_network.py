@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from convertible import NETWORKS, Shared, conv, images, plain, resnet, trained
+from convertible import NETWORKS, Shared, conv, convert, images, plain, resnet, trained
 from torch import Tensor, nn
 
 from sepconv import SeparableConv1d, SeparableConv2d, SeparableConv3d
-from sepconv.convert import Plan, closed_form, convert, options
+from sepconv.convert import Plan, closed_form, options
+from sepconv.convert.forms import FORMS
 from sepconv.convert.graph import find_sites, record
 from sepconv.convert.options import latencies
 
@@ -24,7 +25,7 @@ def test_full_rank_changes_nothing(name: str, method: str) -> None:
     x = images(9, 17)
     torch.testing.assert_close(new(x), model(x), rtol=1e-9, atol=1e-10)
     assert not any(type(m) is nn.Conv2d and m.kernel_size != (1, 1) and m.groups == 1 for m in new.modules())
-    assert all(row.depth_multiplier == min(row.out_channels, row.kernel_size[0] ** 2) for row in plan.converted)
+    assert all(row.rank == min(row.out_channels, row.kernel_size[0] ** 2) for row in plan.converted)
     assert all(stage["output_error"] < 1e-15 for stage in plan.stages)
 
 
@@ -65,7 +66,7 @@ def test_progress_counts_every_fit() -> None:
     _, plan = convert(trained(plain), images(40), budget=1 / 2, on_progress=lambda done, of: seen.append((done, of)))
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     assert len({of for _, of in seen}) == 1
-    stayed = sum(not row.depth_multiplier and row.reason == STAYED for row in plan.layers)
+    stayed = sum(not row.rank and row.reason == STAYED for row in plan.layers)
     assert seen[-1][1] == len(seen) + stayed
     seen.clear()
     _, plan = convert(trained(plain), images(40), depth_multiplier=1, on_progress=lambda *step: seen.append(step))
@@ -78,7 +79,7 @@ def test_closed_form_has_the_plans_ranks_and_its_error() -> None:
     _, plan = convert(model, x, budget=1 / 2, reestimate_bn=False)
     simple = closed_form(model, plan, x[:2])
     ranks = {name: m.depthwise.depth_multiplier for name, m in simple.named_modules() if hasattr(m, "depthwise")}
-    assert ranks == {row.name: row.depth_multiplier for row in plan.converted}
+    assert ranks == {row.name: row.rank for row in plan.converted}
     want, have = model(x), simple(x)
     error = (want - have).square().sum() / (want - want.mean(0)).square().sum()
     assert plan.stages[0] == {"name": "closed form", "output_error": pytest.approx(float(error), rel=1e-3)}
@@ -127,7 +128,7 @@ def test_latency_as_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "_median_time", pretend)
     model = nn.Sequential(conv(4, 8, 3), nn.ReLU(), conv(8, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     _, plan = convert(model.double(), images()[:, [0, 1, 2, 0]], (3 + 0.7) / 8, metric="latency")
-    paid = [0.2 + 0.1 * row.depth_multiplier if row.depth_multiplier else row.kernel_size[0] for row in plan.layers]
+    paid = [0.2 + 0.1 * row.rank if row.rank else row.kernel_size[0] for row in plan.layers]
     assert sum(paid) <= 3 + 0.7 + 1e-9
     assert plan.converted
 
@@ -135,7 +136,7 @@ def test_latency_as_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_latency_is_measured() -> None:
     (site,) = record(nn.ReLU(), find_sites(nn.Sequential(conv(3, 4))), images(1, dtype=torch.float32))
     site.inputs, site.outputs = [(3, 9, 9)], [(4, 9, 9)]
-    found = latencies(site, [1, 3])
+    found = latencies(site, FORMS["separable"], [1, 3])
     assert list(found) == [0, 1, 3]
     assert all(0 < seconds < 10 for seconds in found.values())
 
@@ -212,8 +213,12 @@ def test_the_plan_is_json_and_a_narrow_table() -> None:
     record = json.loads(json.dumps(plan.to_dict()))
     assert record["conv_params_after"] == plan.conv_params[1]
     assert record["layers"][0]["kernel_size"] == [3, 3]
-    assert Plan(**{key: record[key] for key in ("method", "metric", "budget", "images")}, layers=[]).budget == 0.4
+    about = {key: record[key] for key in ("form", "method", "metric", "budget", "images")}
+    assert Plan(**about, layers=[]).budget == 0.4
     lines = str(plan).splitlines()
     assert max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines].count("0.0.4") == 1
-    assert any(line.startswith("sequential, budget 0.4 of conv_params, 40 images: conv weights 1/") for line in lines)
+    assert any(
+        line.startswith("separable, sequential, budget 0.4 of conv_params, 40 images: conv weights 1/")
+        for line in lines
+    )

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from convertible import conv, images, plain, trained
+from convertible import conv, convert, images, plain, trained
 from torch import Tensor, nn
 
-from sepconv.convert import convert, network
+from sepconv.convert import network
 
 
 class Bad(nn.Module):
@@ -72,10 +72,10 @@ def test_each_convolution_that_stays_has_its_reason() -> None:
 def test_a_layer_too_large_to_calibrate_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "LARGEST", 90)
     _, plan = convert(trained(plain), images(), depth_multiplier=1)
-    assert [row.depth_multiplier for row in plan.layers] == [1, 1, 0]
+    assert [row.rank for row in plan.layers] == [1, 1, 0]
     assert plan.layers[2].reason == "too large to calibrate: 108 values in a patch, at most 90"
     _, plan = convert(trained(plain), images(), depth_multiplier=1, method="svd")
-    assert [row.depth_multiplier for row in plan.layers] == [1, 1, 1]
+    assert [row.rank for row in plan.layers] == [1, 1, 1]
 
 
 def test_nothing_to_convert() -> None:
@@ -83,7 +83,7 @@ def test_nothing_to_convert() -> None:
         convert(nn.Sequential(nn.Conv2d(3, 4, 1)), images(dtype=torch.float32))
     with pytest.raises(ValueError, match=r"Linear has no convolution to convert \(it has no nn\.Conv1d/2d/3d at all"):
         convert(nn.Linear(13, 4), images(dtype=torch.float32))
-    with pytest.raises(ValueError, match="0: no depth multiplier makes it cheaper"):
+    with pytest.raises(ValueError, match="0: no rank makes it cheaper"):
         convert(nn.Sequential(nn.Conv2d(3, 1, 3)), images(dtype=torch.float32))
 
 
@@ -93,7 +93,7 @@ def test_an_unreachable_budget_names_the_smallest() -> None:
         convert(model, images(), 0.05)
     smallest = float(str(caught.value).split("smallest reachable is ")[1].split(" ")[0])
     _, plan = convert(model, images(), smallest)
-    assert [row.depth_multiplier for row in plan.layers] == [1, 1, 1]
+    assert [row.rank for row in plan.layers] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

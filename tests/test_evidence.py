@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from convertible import convert
 from torch import nn
 
 from benchmarks import record
@@ -16,7 +17,6 @@ from benchmarks.evidence import between, claims, rivals, runner, students, verdi
 from benchmarks.evidence.__main__ import chosen
 from benchmarks.evidence.runner import Step
 from benchmarks.evidence.summary import plus_minus, table
-from sepconv.convert import convert
 from sepconv.cost import count
 from sepconv.layers import SeparableConv2d
 from sepconv.models import create

@@ -50,6 +50,9 @@ def convert_command(
     weights: options.Weights = None,
     budget: Annotated[str, typer.Option("--budget", help="Share of the cost that may remain.")] = "1/8",
     metric: Annotated[str, typer.Option("--metric", help="Cost: conv_params, macs or latency.")] = "conv_params",
+    form: Annotated[
+        str, typer.Option("--form", help="bottleneck (pointwise, depthwise, pointwise) or separable (the last two).")
+    ] = "bottleneck",
     out: options.Out = Path("separable"),
     epochs: options.Epochs = 5,
     settings: options.Settings = None,
@@ -104,6 +107,7 @@ def convert_command(
     job = Job(
         budget=arguments.parse_budget(budget),
         metric=metric,
+        form=form,
         recipe=recipe,
         distillation=Distillation(temperature=temperature, alpha=alpha),
         calibration_images=calibration_images,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.convert import share
-from sepconv.convert.calibrate import Problem, calibrate
-from sepconv.convert.factor import compose, dropped_energy, truncated_svd
+from sepconv.convert.calibrate import Problem
+from sepconv.convert.forms import Form
 from sepconv.convert.graph import Site, norm_scale
 from sepconv.convert.passes import Images, calls
-from sepconv.convert.replace import replace, separable
+from sepconv.convert.replace import replace
 from sepconv.convert.sensitivity import output_metrics
 from sepconv.convert.statistics import Moments, pixels_per_image
 
@@ -44,6 +44,7 @@ class Fit:
     new: nn.Module
     sites: list[Site]
     images: Images | None
+    form: Form
     method: str
     sweeps: int
     ridge: float
@@ -86,18 +87,19 @@ class Fit:
     def _convert(self, site: Site, rank: int, first: bool) -> Errors:
         conv: Any = self.new.get_submodule(site.name)
         weight = conv.weight.detach().double()
-        start = truncated_svd(weight, rank, self.scale(site))
+        start = self.form.start(weight, rank, self.scale(site))
         if self.images is None or self.method == "svd":
-            replace(self.new, site.names, separable(conv, *start))
-            energy = dropped_energy(weight, self.scale(site))
-            return Errors(float(energy[rank] / energy[0].clamp_min(1e-300)))
+            share.agree(*start)
+            replace(self.new, site.names, self.form.layer(conv, start))
+            return Errors(*self.form.dropped(weight, [rank], self.scale(site)))
         moments = self.moments(site, self.method == "sequential" and not first)
         problem = self.problem(site, moments)
-        fitted = calibrate(problem, weight.flatten(2), rank, self.sweeps)
-        shift = moments.bias(compose(*fitted))
+        fitted = self.form.fit(problem, weight, start, self.sweeps)
+        shift = moments.bias(self.form.compose(fitted))
         share.agree(*fitted, shift)
-        replace(self.new, site.names, separable(conv, *fitted, shift))
-        return Errors(problem.relative_error(compose(*start)), problem.relative_error(compose(*fitted)))
+        replace(self.new, site.names, self.form.layer(conv, fitted, shift))
+        errors = (problem.relative_error(self.form.compose(factors)) for factors in (start, fitted))
+        return Errors(*errors)
 
     def moments(self, site: Site, asymmetric: bool) -> Moments:
         """Second moments of one site on the converted network's inputs (asymmetric) or on the original's."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.convert.factor import full_rank
 from sepconv.convert.fit import METHODS, Errors, Fit
+from sepconv.convert.forms import FORMS, Form
 from sepconv.convert.graph import Site, Skip, find_sites, record, trace_norms
 from sepconv.convert.options import METRICS, costs, macs, weights
 from sepconv.convert.passes import Images, evaluating
@@ -27,6 +27,7 @@ def convert(
     budget: float = 1 / 8,
     *,
     metric: str = "conv_params",
+    form: str = "bottleneck",
     method: str = "sequential",
     depth_multiplier: int | None = None,
     skip: Skip = (),
@@ -48,13 +49,15 @@ def convert(
         budget: part of the whole network's cost in ``metric`` that may remain, over 0 and at most 1.
         metric: "conv_params" (weights of all convolutions), "macs" (their multiply-adds) or "latency" (their measured
             time for one image on this machine).
+        form: "bottleneck" makes three layers of a convolution: a pointwise one that reduces the channels, a depthwise
+            and a pointwise one; "separable" makes the last two. No norm or activation stands between them.
         method: "sequential" regresses each layer's original output on the converted network's input, "least_squares"
             on the original network's, "svd" uses the weights alone.
-        depth_multiplier: one M for every candidate layer instead of a budget.
+        depth_multiplier: one M for every candidate layer instead of a budget; a bottleneck has at most as many weights.
         skip: names of modules that stay as they are (with all they contain), or ``skip(name, module) -> bool``.
         example_input: a batch of one or more images; needed where there is no calibration but the metric needs shapes.
         reestimate_bn: give batch norms behind converted layers the statistics of the converted network.
-        sweeps: rounds of alternating least squares per layer.
+        sweeps: rounds of alternating least squares per layer; fewer for bottlenecks of many channels.
         ridge: how strongly directions that the images hardly show are held to the original weights.
         on_progress: is told the steps done and their number after each fit of a layer.
 
@@ -65,7 +68,7 @@ def convert(
         ValueError: an argument is out of range, the budget cannot be reached (the message says what can), or no
             convolution can be converted (the message says why).
     """
-    _check_arguments(model, calibration, budget, metric, method, depth_multiplier, example_input)
+    _check_arguments(model, calibration, budget, metric, form, method, depth_multiplier, example_input)
     old, new = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
     images = None if calibration is None else _images(model, calibration)
     example = example_input if images is None else next(images.batches(2))
@@ -73,9 +76,10 @@ def convert(
         sites, notes = _sites(old, skip, example)
         if images is not None and method != "svd":
             _leave_large(sites)
-        priced = {site.name: costs(site, metric) for site in sites}
+        kind = FORMS[form]
+        priced = {site.name: costs(site, kind, metric) for site in sites}
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
-        fit = Fit(old, new, sites, images, method, sweeps, ridge)
+        fit = Fit(old, new, sites, images, kind, method, sweeps, ridge)
         if on_progress is not None:
             trials = 0 if depth_multiplier else sum(len(cost) - 1 for cost in priced.values())
             fit.on_step = _counter(trials + len(fit.candidates), on_progress)
@@ -84,16 +88,16 @@ def convert(
         if depth_multiplier is None:
             ranks = ranks_for_budget(fit, priced, budget, metric)
         else:
-            ranks = {site.name: min(depth_multiplier, full_rank(site.conv.weight)) for site in fit.candidates}
+            ranks = {site.name: kind.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
         errors = fit.run(ranks)
         if example is not None:
             check_runs(new, [site for site in sites if ranks.get(site.name)], example)
         stages = finish(fit, ranks, reestimate_bn)
     for site in sites:
         new.get_submodule(site.name).train(model.get_submodule(site.name).training)
-    rows = [_row(site, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
+    rows = [_row(site, kind, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
     share = budget if depth_multiplier is None else None
-    return new, Plan(rows, method, metric, share, images.count if images else 0, stages, notes)
+    return new, Plan(rows, form, method, metric, share, images.count if images else 0, stages, notes)
 
 
 def _counter(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
@@ -118,8 +122,8 @@ def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.M
     old, new = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
     with evaluating(old, new):
         sites, _ = _sites(old, (), example_input)
-        fit = Fit(old, new, sites, None, "svd", 0, 0.0)
-        fit.run({row.name: row.depth_multiplier for row in plan.converted})
+        fit = Fit(old, new, sites, None, FORMS[plan.form], "svd", 0, 0.0)
+        fit.run({row.name: row.rank for row in plan.converted})
     return new
 
 
@@ -128,6 +132,7 @@ def _check_arguments(
     calibration: Any,
     budget: float,
     metric: str,
+    form: str,
     method: str,
     depth_multiplier: int | None,
     example_input: Any,
@@ -138,6 +143,8 @@ def _check_arguments(
         raise ValueError(f"convert: budget must be over 0 and at most 1, got {budget!r}")
     if metric not in METRICS:
         raise ValueError(f"convert: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if form not in FORMS:
+        raise ValueError(f"convert: form must be one of {', '.join(FORMS)}, got {form!r}")
     if method not in METHODS:
         raise ValueError(f"convert: method must be one of {', '.join(METHODS)}, got {method!r}")
     if depth_multiplier is not None and depth_multiplier < 1:
@@ -175,14 +182,14 @@ def _require_some(model: nn.Module, sites: list[Site], priced: dict[str, dict[in
     """Give sites that no rank makes cheaper their reason; at least one site must be left."""
     for site in sites:
         if not site.reason and not fixed and len(priced[site.name]) == 1:
-            site.reason = "no depth multiplier makes it cheaper"
+            site.reason = "no rank makes it cheaper"
     if any(not site.reason for site in sites):
         return
     why = "; ".join(f"{site.name}: {site.reason}" for site in sites) or "it has no nn.Conv1d/2d/3d at all"
     raise ValueError(f"convert: {type(model).__name__} has no convolution to convert ({why})")
 
 
-def _row(site: Site, rank: int, errors: Errors | None) -> LayerPlan:
+def _row(site: Site, form: Form, rank: int, errors: Errors | None) -> LayerPlan:
     conv = site.conv
     known = bool(site.outputs)
     return LayerPlan(
@@ -191,10 +198,10 @@ def _row(site: Site, rank: int, errors: Errors | None) -> LayerPlan:
         conv.out_channels,
         tuple(conv.kernel_size),
         rank,
-        weights(site, 0),
-        weights(site, rank),
-        macs(site, 0) if known else None,
-        macs(site, rank) if known else None,
+        weights(site, form, 0),
+        weights(site, form, rank),
+        macs(site, form, 0) if known else None,
+        macs(site, form, rank) if known else None,
         errors.closed_form if errors else None,
         errors.fitted if errors else None,
         "" if rank else site.reason or "the budget is better spent on other layers",

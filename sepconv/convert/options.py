@@ -1,4 +1,4 @@
-"""What every depth multiplier of every layer would cost, in weights, multiply-adds or measured seconds."""
+"""What every rank of every layer would cost, in weights, multiply-adds or measured seconds."""
 
 from __future__ import annotations
 
@@ -10,36 +10,30 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from sepconv.convert.factor import full_rank
+from sepconv.convert.forms import Form
 from sepconv.convert.graph import Site
-from sepconv.convert.replace import empty_separable
 
 METRICS = ("conv_params", "macs", "latency")
 _ROUNDS = 9
 
 
-def candidates(site: Site) -> list[int]:
-    """Depth multipliers worth a look: 1 to 9, then in steps of an eighth, and full rank."""
-    most = full_rank(site.conv.weight)
-    found = list(range(1, min(most, 9) + 1))
-    while found[-1] < most:
-        found.append(min(most, found[-1] + found[-1] // 8))
-    return found
+def weights(site: Site, form: Form, rank: int) -> int:
+    """Weights of a convolution (rank 0), or of what it becomes."""
+    return form.weights(site.conv, rank) if rank else site.conv.weight.numel()
 
 
-def weights(site: Site, depth_multiplier: int) -> int:
-    """Weights of a convolution (M = 0), or of its separable form."""
-    outputs, channels = site.conv.out_channels, site.conv.in_channels
-    if not depth_multiplier:
-        return site.conv.weight.numel()
-    return depth_multiplier * channels * (site.conv.weight[0, 0].numel() + outputs)
+def macs(site: Site, form: Form, rank: int) -> int:
+    """Multiply-adds for one image over all calls.
 
-
-def macs(site: Site, depth_multiplier: int) -> int:
-    """Multiply-adds for one image over all calls; both halves of a separable layer work at output resolution."""
+    Depthwise and last pointwise layer work at output resolution, the first pointwise layer of a bottleneck at that of
+    the input.
+    """
     if isinstance(site.conv, _ConvTransposeNd):
         return site.conv.weight.numel() * site.input_pixels
-    return weights(site, depth_multiplier) * site.pixels
+    total = weights(site, form, rank) * site.pixels
+    if rank and form.name == "bottleneck":
+        total += rank * site.conv.in_channels * (site.input_pixels - site.pixels)
+    return total
 
 
 def _median_time(modules: dict[int, nn.Module], x: torch.Tensor) -> dict[int, float]:
@@ -57,11 +51,9 @@ def _median_time(modules: dict[int, nn.Module], x: torch.Tensor) -> dict[int, fl
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def latencies(site: Site, multipliers: list[int]) -> dict[int, float]:
-    """Measured seconds for one image over all calls, for M = 0 (normal) and every multiplier."""
-    bias = site.conv.bias is not None
-    modules: dict[int, nn.Module] = {0: site.conv}
-    modules |= {m: empty_separable(site.conv, m, bias) for m in multipliers}
+def latencies(site: Site, form: Form, ranks: list[int]) -> dict[int, float]:
+    """Measured seconds for one image over all calls, for rank 0 (normal) and every rank."""
+    modules: dict[int, nn.Module] = {0: site.conv, **{rank: form.empty(site.conv, rank) for rank in ranks}}
     total = dict.fromkeys(modules, 0.0)
     for shape in site.inputs:
         x = torch.randn(1, *shape).to(site.conv.weight)
@@ -72,13 +64,13 @@ def latencies(site: Site, multipliers: list[int]) -> dict[int, float]:
     return total
 
 
-def costs(site: Site, metric: str) -> dict[int, float]:
-    """Cost of M = 0 (normal) and of every M that is cheaper than that; of a site that must stay, M = 0 alone."""
-    cost: Callable[[Site, int], float] = macs if metric == "macs" else weights
-    multipliers = [] if site.reason else candidates(site)
+def costs(site: Site, form: Form, metric: str) -> dict[int, float]:
+    """Cost of rank 0 (normal) and of every rank that is cheaper than that; of a site that must stay, rank 0 alone."""
+    cost: Callable[[Site, Form, int], float] = macs if metric == "macs" else weights
+    ranks = [] if site.reason else form.ranks(site.conv)
     if metric == "latency":
-        fewer = [m for m in multipliers if macs(site, m) < macs(site, 0)]
-        found = latencies(site, fewer) if site.outputs else {0: 0.0}
+        fewer = [rank for rank in ranks if macs(site, form, rank) < macs(site, form, 0)]
+        found = latencies(site, form, fewer) if site.outputs else {0: 0.0}
     else:
-        found = {m: float(cost(site, m)) for m in [0, *multipliers]}
-    return {m: value for m, value in found.items() if m == 0 or value < found[0]}
+        found = {rank: float(cost(site, form, rank)) for rank in [0, *ranks]}
+    return {rank: value for rank, value in found.items() if rank == 0 or value < found[0]}

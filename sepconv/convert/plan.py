@@ -10,16 +10,17 @@ from typing import Any
 class LayerPlan:
     """One convolution.
 
-    ``depth_multiplier`` is 0 and ``reason`` says why if it stayed normal. ``error_closed_form`` and ``error`` are its
-    squared output error, relative to the variance of the output and weighted by what the network makes of it, before
-    and after calibration (None where it was not measured). MACs are those of one image (None without images).
+    ``rank`` is the depth multiplier of a separable layer, or the channels inside a bottleneck; it is 0 and ``reason``
+    says why if the layer stayed normal. ``error_closed_form`` and ``error`` are its squared output error, relative to
+    the variance of the output and weighted by what the network makes of it, before and after calibration (None where it
+    was not measured). MACs are those of one image (None without images).
     """
 
     name: str
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
-    depth_multiplier: int
+    rank: int
     weights_before: int
     weights_after: int
     macs_before: int | None = None
@@ -38,6 +39,7 @@ class Plan:
     """
 
     layers: list[LayerPlan]
+    form: str
     method: str
     metric: str
     budget: float | None
@@ -59,7 +61,7 @@ class Plan:
 
     @property
     def converted(self) -> list[LayerPlan]:
-        return [row for row in self.layers if row.depth_multiplier]
+        return [row for row in self.layers if row.rank]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
@@ -74,7 +76,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "kernel", "M", "weights", "after", "MACs", "error", "fitted")
+        header = ("layer", "shape", "kernel", "rank", "weights", "after", "MACs", "error", "fitted")
         rows = [_cells(row) for row in self.layers]
         before, after = self.conv_params
         total = ["total", "", "", "", f"{before:,}", f"{after:,}", _ratio(self.macs), "", ""]
@@ -85,7 +87,7 @@ class Plan:
 
     def _aim(self) -> str:
         what = "fixed M" if self.budget is None else f"budget {self.budget:.4g} of {self.metric}"
-        return f"{self.method}, {what}, {self.images} images"
+        return f"{self.form}, {self.method}, {what}, {self.images} images"
 
     def _macs_part(self) -> str:
         macs = self.macs
@@ -113,7 +115,7 @@ def _cells(row: LayerPlan) -> list[str]:
         row.name if len(row.name) <= 24 else "..." + row.name[-21:],
         f"{row.in_channels}->{row.out_channels}",
         "x".join(map(str, row.kernel_size)),
-        str(row.depth_multiplier or "-"),
+        str(row.rank or "-"),
         f"{row.weights_before:,}",
         f"{row.weights_after:,}",
         _ratio(macs),

@@ -11,8 +11,6 @@ from torch import nn
 
 from sepconv.convert import share
 from sepconv.convert.budget import Option, choose, smallest
-from sepconv.convert.calibrate import calibrate
-from sepconv.convert.factor import compose, dropped_energy
 from sepconv.convert.fit import Fit
 from sepconv.convert.graph import Site
 from sepconv.convert.passes import Hooks
@@ -21,9 +19,6 @@ from sepconv.convert.statistics import Moments, pixels_per_image
 
 GROUP_BYTES = 1 << 31
 """Second moments held at once while errors are measured; more layers than fit need another pass over the images."""
-
-SWEEPS = 1
-"""Calibration sweeps before an error is measured: fewer than for the layer that is kept in the end."""
 
 UNITS = {"conv_params": "the convolutions' weights", "macs": "the convolutions' MACs", "latency": "the measured time"}
 
@@ -61,16 +56,17 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
     sites = [site for site in fit.sites if candidates[site.name]]
     if fit.images is None or fit.method == "svd":
         for site in sites:
-            energy = dropped_energy(site.conv.weight.detach().double(), fit.scale(site))
-            errors[site.name] |= {m: float(energy[m] / energy[0]) for m in candidates[site.name]}
+            ranks, weight = candidates[site.name], site.conv.weight.detach().double()
+            errors[site.name] |= dict(zip(ranks, fit.form.dropped(weight, ranks, fit.scale(site)), strict=True))
         return errors
     probe = Probe(fit.old, fit.images)
     for group in _groups(sites):
         for site, moments in zip(group, _moments(fit, group), strict=True):
             problem = fit.problem(site, moments)
-            weight = site.conv.weight.detach().double().flatten(2)
+            weight = site.conv.weight.detach().double()
             for m in candidates[site.name]:
-                fitted = compose(*calibrate(problem, weight, m, SWEEPS))
+                start = fit.form.start(weight, m, fit.scale(site))
+                fitted = fit.form.compose(fit.form.fit(problem, weight, start, fit.form.trial_sweeps))
                 if probe.sees_outputs:
                     errors[site.name][m] = probe.error(site, fitted, moments.bias(fitted))
                 else:

@@ -34,7 +34,7 @@ def finish(fit: Fit, ranks: dict[str, int], reestimate_bn: bool) -> list[dict[st
     """Re-estimate batch norms if asked, and report the closed form with the same ranks, the method, and that."""
     if fit.images is None:
         return []
-    closed_form = Fit(fit.old, copy.deepcopy(fit.old), fit.sites, None, "svd", 0, 0.0)
+    closed_form = Fit(fit.old, copy.deepcopy(fit.old), fit.sites, None, fit.form, "svd", 0, 0.0)
     closed_form.run(ranks)
     stages = [("closed form", output_error(fit.old, closed_form.new, fit.images))]
     if fit.method != "svd":

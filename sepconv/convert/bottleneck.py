@@ -1,0 +1,148 @@
+"""Pointwise, depthwise, pointwise: R channels between, with one filter each, like MobileNet v2's block without norms.
+
+Such a layer amounts to a normal convolution W[o, c, k] = sum over r of A[o, r] B[c, r] T[r, k], a canonical polyadic
+(CP) decomposition of rank R (Lebedev et al. 2015, arXiv:1412.6553). A depthwise layer with M filters a channel and a
+pointwise one are the special case of R = C*M terms that see one input channel each; a term that sees all is worth more.
+
+:func:`decompose` looks at the weights alone: alternating least squares. :func:`calibrate` goes on with the patches that
+a layer really sees, as ``calibrate.py`` does for the other form (ours). Neither finds a global optimum; each step
+solves its block exactly. Everything is in float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.convert.calibrate import Problem
+
+SWEEPS = 30
+"""Rounds of alternating least squares on the weights."""
+
+READ = 5e11
+"""Bytes that the sweeps of one layer may read, about a minute: each term reads the second moments twice."""
+
+_JITTER = 1e-9
+"""Relative to the mean of a diagonal: keeps systems of dependent terms defined."""
+
+
+class Factors(NamedTuple):
+    """What a bottleneck is made of.
+
+    Shape:
+        expand: (O, R), the last pointwise layer    reduce: (C, R), the first    filters: (R, k)
+    """
+
+    expand: Tensor
+    reduce: Tensor
+    filters: Tensor
+
+
+def compose(factors: Factors) -> Tensor:
+    """The normal convolution that the three layers amount to: (O, C, k)."""
+    expand, reduce, filters = factors
+    return ((expand[:, None] * reduce).flatten(0, 1) @ filters).view(len(expand), len(reduce), -1)
+
+
+def decompose(weight: Tensor, rank: int, scale: Tensor | None = None) -> Factors:
+    """The bottleneck of the weights alone.
+
+    Args:
+        scale: what each output channel is multiplied with afterwards; its square weighs the error of that channel.
+
+    Shape:
+        weight: (O, C, k), scale: (O,)
+    """
+    weighed = weight if scale is None else weight * scale[:, None, None]
+    generator = torch.Generator().manual_seed(0)
+    expand, reduce, filters = (torch.randn(n, rank, generator=generator).to(weight) for n in weight.shape)
+    by_output, by_input = weighed.flatten(1), weighed.transpose(0, 1).flatten(1)
+    by_tap = weighed.permute(2, 0, 1).flatten(1)
+    for _ in range(SWEEPS):
+        expand = _factor(by_output, reduce, filters)
+        reduce = _factor(by_input, expand, filters)
+        filters = _factor(by_tap, expand, reduce)
+    # Outputs of scale 0 get their best answer too.
+    return Factors(_factor(weight.flatten(1), reduce, filters), reduce, filters.T)
+
+
+def _factor(unfolded: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The factor of one dimension that is best for those of the other two, in the order they are unfolded in.
+
+    Shape:
+        unfolded: (n, a*b), first: (a, R), second: (b, R)    ->    (n, R)
+    """
+    terms = (first[:, None] * second).flatten(0, 1)
+    gram = (first.T @ first) * (second.T @ second)
+    return _solve(gram, (unfolded @ terms).T).T
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    """gram^-1 right, scaled to a unit diagonal."""
+    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
+    gram = scale[:, None] * gram * scale
+    gram.diagonal().add_(_JITTER)
+    return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, torch.linalg.cholesky(gram))
+
+
+def _terms(factors: Factors) -> Tensor:
+    """What each of the R channels between sees of a patch: (R, C*k)."""
+    return (factors.reduce.T[:, :, None] * factors.filters[:, None]).flatten(1)
+
+
+def solve_expand(problem: Problem, factors: Factors) -> Factors:
+    """The last pointwise layer by least squares over all R channels at once."""
+    terms = _terms(factors)
+    seen = terms @ problem.xx
+    return factors._replace(expand=_solve(seen @ terms.T, terms @ problem.yx.T).T)
+
+
+def sweep(problem: Problem, factors: Factors) -> Factors:
+    """Improve what each of the R channels sees, one after the other, each against what all the others leave over.
+
+    In the metric G of the outputs the best term f for a column a is the one nearest, on the patches, to what the
+    gradient a^T G (yx - sum of the others) asks for; its two factors are solved for in turn.
+    """
+    c, k = problem.channels, problem.taps
+    expand, reduce, filters = factors.expand, factors.reduce.clone(), factors.filters.clone()
+    terms = _terms(factors)
+    seen = terms @ problem.xx
+    weighed = problem.metric @ expand
+    products, wanted = expand.T @ weighed, weighed.T @ problem.yx
+    rows = problem.xx.view(c, k * c * k)
+    for r in range(len(filters)):
+        own = products[r, r].clamp_min(1e-300)
+        target = ((wanted[r] - products[r] @ seen) / own + seen[r]).view(c, k)
+        if not bool(target.any()):
+            continue
+        by_filter = (problem.xx.view(c * k * c, k) @ filters[r]).view(c, k, c)
+        gram = torch.einsum("ckd,k->cd", by_filter, filters[r])
+        reduce[:, r] = _solve(gram, (target @ filters[r])[:, None])[:, 0]
+        by_channel = (reduce[:, r] @ rows).view(k, c * k)
+        gram = torch.einsum("kdl,d->kl", by_channel.view(k, c, k), reduce[:, r])
+        filters[r] = _solve(gram, (reduce[:, r] @ target)[:, None])[:, 0]
+        seen[r] = filters[r] @ by_channel
+    return Factors(expand, reduce, filters)
+
+
+def calibrate(problem: Problem, start: Factors, sweeps: int) -> Factors:
+    """From a decomposition of the weights: least squares, then rounds of sweep and least squares."""
+    factors = solve_expand(problem, start)
+    for _ in range(min(sweeps, affordable(problem.xx.shape[0], len(start.filters)))):
+        factors = solve_expand(problem, sweep(problem, factors))
+    return factors
+
+
+def affordable(values: int, rank: int) -> int:
+    """Sweeps of a layer of so many values in a patch."""
+    return int(READ / (rank * values**2 * 2 * 8))
+
+
+def balance(factors: Factors) -> Factors:
+    """Give the three factors of each term the same norm, which leaves their product as it was."""
+    norms = [factor.norm(dim=dim).clamp_min(1e-300) for factor, dim in zip(factors, (0, 0, 1), strict=True)]
+    mean = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
+    expand, reduce, filters = factors
+    return Factors(expand * (mean / norms[0]), reduce * (mean / norms[1]), filters * (mean / norms[2])[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.evidence import rivals
 from benchmarks.evidence.runner import RUNS, Step
 from benchmarks.evidence.teachers import CONVERTED, SMALL, data_of, teacher
 from sepconv.convert import convert
+from sepconv.convert.forms import FORMS
 from sepconv.cost import count
 from sepconv.model_file import FILE, open_model, read_card, write
 from sepconv.train import evaluate
@@ -47,7 +49,7 @@ def fewer_images(name: str, budget_name: str, images: int, folder: Path) -> dict
     """The conversion under one budget that sees so many images; the network is not kept."""
     metric, share = BUDGETS[budget_name]
     begin = time.process_time()
-    new, _ = convert(teacher(name), data_of(name).calibration(images, 0), share, metric=metric)
+    new, _ = convert(teacher(name), data_of(name).calibration(images, 0), share, metric=metric, form="separable")
     return {"teacher": name, "budget": share, "images": images, **measured(name, new, time.process_time() - begin)}
 
 
@@ -70,37 +72,38 @@ def stages(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
     rows = []
     for stage, arguments in STAGES.items():
         begin = time.process_time()
-        settings = {"reestimate_bn": False, **arguments}
+        settings = {"form": "separable", "reestimate_bn": False, **arguments}
         new, _ = convert(model, images, depth_multiplier=multiplier, **settings)
         rows.append({"stage": stage, **measured(name, new, time.process_time() - begin)})
     return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
 
 
-def budget(name: str, budget_name: str, folder: Path) -> dict[str, Any]:
+def budget(name: str, budget_name: str, form: str, folder: Path) -> dict[str, Any]:
     """A conversion under one budget with images and without; the network stays in `folder` for the distillation."""
     model, images = teacher(name), calibration(name)
     metric, share = BUDGETS[budget_name]
     begin = time.process_time()
-    new, plan = convert(model, images, share, metric=metric)
+    new, plan = convert(model, images, share, metric=metric, form=form)
     result = {"with images": measured(name, new, time.process_time() - begin)}
     card = read_card(RUNS / f"teacher-{name}" / FILE)
     assert card is not None
     write(folder / FILE, new, card.changed_to(new))
     begin = time.process_time()
-    free, _ = convert(model, None, share, metric=metric, method="svd", example_input=images[:2])
+    free, _ = convert(model, None, share, metric=metric, form=form, method="svd", example_input=images[:2])
     result["without images"] = measured(name, free, time.process_time() - begin)
-    ranks = {row.name: row.depth_multiplier for row in plan.layers}
-    return {"teacher": name, "metric": metric, "budget": share, "images": len(images), "ranks": ranks, **result}
+    ranks = {row.name: row.rank for row in plan.layers}
+    about = {"teacher": name, "metric": metric, "budget": share, "form": form, "images": len(images)}
+    return {**about, "ranks": ranks, **result}
 
 
-def converted(name: str, budget_name: str) -> nn.Module:
-    """The network of the finished step `budget-NAME-BUDGET`."""
-    return open_model(str(RUNS / f"budget-{name}-{budget_name}"))[0]
+def converted(name: str, budget_name: str, form: str) -> nn.Module:
+    """The network of the finished step `FORM-NAME-BUDGET`."""
+    return open_model(str(RUNS / f"{form}-{name}-{budget_name}"))[0]
 
 
 def contenders(model: nn.Module, multiplier: int, images: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """What takes each 3x3 convolution's place, with the weights of M = `multiplier` or (Tucker, CP) at most as many."""
-    same = dict(depth_multiplier=multiplier, skip=["stem"])
+    same = dict(form="separable", depth_multiplier=multiplier, skip=["stem"])
     each = partial(rivals.replaced, model)
     yield "depthwise first, closed form", lambda: convert(model, None, method="svd", **same)[0]
     yield "pointwise first, closed form", lambda: each(lambda c: rivals.pointwise_first_svd(c, multiplier))
@@ -124,9 +127,8 @@ def steps() -> list[Step]:
     found = []
     for name in CONVERTED:
         needs = (f"teacher-{name}",)
-        found += [
-            Step(f"budget-{name}-{b}", partial(budget, name, b), needs) for b in BUDGETS_OF.get(name, FEW_BUDGETS)
-        ]
+        for key, form in product(BUDGETS_OF.get(name, FEW_BUDGETS), FORMS):
+            found.append(Step(f"{form}-{name}-{key}", partial(budget, name, key, form), needs))
         few = partial(fewer_images, name, "params-1-8")
         found += [Step(f"images-{name}-{n}", partial(few, n), needs) for n in FEWER_IMAGES if name in IMAGES]
         if name in SMALL:

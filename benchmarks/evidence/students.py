@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from benchmarks.evidence import between, rivals
 from benchmarks.evidence.conversions import calibration, converted
 from benchmarks.evidence.runner import Step
 from benchmarks.evidence.teachers import QUICK, SMALL, TEACHERS, data_of, learned, teacher
+from sepconv.convert.forms import FORMS
 from sepconv.models.blocks import initialize
 from sepconv.train import Distillation, Recipe, train
 
 BUDGET = "params-1-8"
 LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
+GENTLE = replace(LEARNING, lr=0.05)
+"""For bottlenecks, whose start has more to lose."""
 PATIENT = replace(LEARNING, crop_padding=4, cutout=10)
 """For `MANY` epochs and more, by which the images of `LEARNING` would be known by heart."""
 MANY = 20
@@ -80,27 +84,29 @@ def forgotten(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def distil(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
-    recipe = replace(PATIENT if epochs >= MANY else LEARNING, epochs=epochs, seed=seed)
-    return distilled(name, converted(name, BUDGET), recipe, DISTILLATION, folder)
+def distil(name: str, form: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+    recipe = PATIENT if epochs >= MANY else GENTLE if form == "bottleneck" else LEARNING
+    student = converted(name, BUDGET, form)
+    return {"form": form, **distilled(name, student, replace(recipe, epochs=epochs, seed=seed), DISTILLATION, folder)}
 
 
-def from_random(name: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
+def from_random(name: str, form: str, epochs: int, seed: int, folder: Path) -> dict[str, Any]:
     """The same network, loss and time, without the converted weights."""
     recipe = replace(FROM_RANDOM, epochs=epochs, seed=seed)
-    return distilled(name, forgotten(converted(name, BUDGET), seed), recipe, DISTILLATION, folder)
+    student = forgotten(converted(name, BUDGET, form), seed)
+    return {"form": form, **distilled(name, student, recipe, DISTILLATION, folder)}
 
 
 def from_labels(name: str, epochs: int, folder: Path) -> dict[str, Any]:
     """The same network from random weights and labels, for as many epochs as teacher and distillation together."""
     recipe = replace(FROM_RANDOM, epochs=epochs)
-    return distilled(name, forgotten(converted(name, BUDGET), 0), recipe, None, folder)
+    return distilled(name, forgotten(converted(name, BUDGET, "separable"), 0), recipe, None, folder)
 
 
 def variant(name: str, key: str, folder: Path) -> dict[str, Any]:
     change = VARIANTS[name][key]
     recipe = replace(LEARNING, epochs=VARIANT_EPOCHS[name], **change.recipe)
-    student = change.network(converted(name, BUDGET), calibration(name))
+    student = change.network(converted(name, BUDGET, "separable"), calibration(name))
     return {"variant": key, **distilled(name, student, recipe, replace(DISTILLATION, **change.distillation), folder)}
 
 
@@ -119,9 +125,9 @@ RIVALS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
 SHORT = (1, 2, 5)
 """Epochs of distillation of the small teachers' students."""
 SEEDS = (0, 1, 2)
-HEADLINE = {"wide": {"third": 8}, "mixed": {"third": 10, "whole": 22}}
-"""Epochs of distillation that take, with the conversion, at most a third of a teacher's training time, and at most all
-of it."""
+HEADLINE = {("wide", "separable"): (8,), ("mixed", "separable"): (10, 22), ("mixed", "bottleneck"): (10,)}
+"""Epochs of distillation that take, with the conversion, at most a third of a teacher's training time, and at most
+all of it."""
 
 
 def epochs_from_labels(name: str) -> int:
@@ -132,25 +138,29 @@ def epochs_from_labels(name: str) -> int:
 def steps() -> list[Step]:
     """The most telling first."""
 
-    def needs(name: str) -> tuple[str, ...]:
-        return (f"budget-{name}-{BUDGET}",)
+    def needs(name: str, form: str) -> tuple[str, ...]:
+        return (f"{form}-{name}-{BUDGET}",)
 
-    def student(name: str, epochs: int, seed: int = 0) -> Step:
-        return Step(f"distil-{name}-e{epochs}-s{seed}", partial(distil, name, epochs, seed), needs(name))
+    def student(name: str, form: str, epochs: int, seed: int = 0) -> Step:
+        return Step(
+            f"distil-{form}-{name}-e{epochs}-s{seed}", partial(distil, name, form, epochs, seed), needs(name, form)
+        )
 
-    def random(name: str, epochs: int) -> Step:
-        return Step(f"random-{name}-e{epochs}-s0", partial(from_random, name, epochs, 0), needs(name))
+    def random(name: str, form: str, epochs: int) -> Step:
+        return Step(
+            f"random-{form}-{name}-e{epochs}-s0", partial(from_random, name, form, epochs, 0), needs(name, form)
+        )
 
     found = []
-    for name, headline in HEADLINE.items():
-        found += [student(name, epochs, seed) for epochs in headline.values() for seed in SEEDS]
-        found.append(random(name, headline["third"]))
-    for name in SMALL:
-        found += [*(student(name, epochs) for epochs in SHORT), random(name, SHORT[-1])]
-    found += [random("vgg", epochs) for epochs in SHORT[:-1]]
+    for (name, form), every in HEADLINE.items():
+        found += [student(name, form, epochs, seed) for epochs in every for seed in SEEDS]
+        found.append(random(name, form, every[0]))
+    for name, form in product(SMALL, FORMS):
+        found += [student(name, form, epochs) for epochs in SHORT]
+    found += [random(name, "separable", SHORT[-1]) for name in SMALL]
     for name, keys in VARIANTS.items():
-        found += [Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name)) for key in keys]
+        found += [Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name, "separable")) for key in keys]
     total = epochs_from_labels("vgg")
-    found.append(Step(f"labels-vgg-e{total}", partial(from_labels, "vgg", total), needs("vgg")))
+    found.append(Step(f"labels-vgg-e{total}", partial(from_labels, "vgg", total), needs("vgg", "separable")))
     found += [Step(f"rival-vgg-{kind}-e2", partial(rival, "vgg", kind, 2), ("teacher-vgg",)) for kind in RIVALS]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 from benchmarks.evidence.conversions import BUDGETS, FEWER_IMAGES, MULTIPLIERS, STAGES
@@ -18,6 +19,7 @@ from benchmarks.evidence.students import (
 )
 from benchmarks.evidence.summary import mean, percent, plus_minus, table
 from benchmarks.evidence.teachers import TEACHERS
+from sepconv.convert.forms import FORMS
 
 TITLES = {
     "vgg": "plain (`vgg_quick`)",
@@ -61,13 +63,14 @@ def teachers() -> str:
 def without_training(name: str) -> str:
     teacher = read(f"teacher-{name}")
     rows = []
-    for key in BUDGETS:
-        for found in records([f"budget-{name}-{key}"]):
+    for key, form in product(BUDGETS, FORMS):
+        for found in records([f"{form}-{name}-{key}"]):
             new, free = found["with images"], found["without images"]
             ranks = " ".join(str(rank or "-") for rank in found["ranks"].values())
             rows.append(
                 [
                     f"1/{1 / found['budget']:.0f} of {'the MACs' if found['metric'] == 'macs' else 'the weights'}",
+                    form,
                     f"1/{teacher['conv_params'] / new['conv_params']:.2f}",
                     f"1/{teacher['macs'] / new['macs']:.2f}",
                     percent(new["accuracy"]),
@@ -77,7 +80,7 @@ def without_training(name: str) -> str:
                     minutes(new["cpu_seconds"]),
                 ]
             )
-    header = ["budget", "conv weights", "MACs", "with images", "points", "no images", "M of each layer", "core-minutes"]
+    header = ["budget", "form", "conv weights", "MACs", "with images", "points", "no images", "M or R", "core-minutes"]
     return table(header, rows)
 
 
@@ -86,12 +89,12 @@ def images(name: str) -> str:
     fewer = records([f"images-{name}-{n}" for n in FEWER_IMAGES])
     if not fewer:
         return ""
-    [most] = records([f"budget-{name}-params-1-8"])
+    [most] = records([f"separable-{name}-params-1-8"])
     rows = [[str(r["images"]), percent(r["accuracy"]), minutes(r["cpu_seconds"])] for r in fewer]
     rows.append(
         [str(most["images"]), percent(most["with images"]["accuracy"]), minutes(most["with images"]["cpu_seconds"])]
     )
-    return table(["unlabelled images", "1/8 of the weights, untrained", "core-minutes"], rows)
+    return table(["unlabelled images", "1/8 of the weights, separable, untrained", "core-minutes"], rows)
 
 
 def stages(name: str) -> str:
@@ -125,12 +128,15 @@ def distilled(name: str) -> str:
     teacher = read(f"teacher-{name}")
     rows = []
     starts = {"converted": "distil", "random weights": "random"}
-    for count in sorted({*SHORT, *HEADLINE.get(name, {}).values()}):
-        for start, kind in starts.items():
-            rows += _seeds(teacher, f"{start}, {count} epochs", [f"{kind}-{name}-e{count}-s{s}" for s in SEEDS])
+    for form in FORMS:
+        for count in sorted({*SHORT, *HEADLINE.get((name, form), ())}):
+            for start, kind in starts.items():
+                names = [f"{kind}-{form}-{name}-e{count}-s{seed}" for seed in SEEDS]
+                rows += _seeds(teacher, f"{form}, {start}, {count} epochs", names)
     total = epochs_from_labels(name)
-    rows += _seeds(teacher, f"random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
-    return table(["start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"], rows)
+    rows += _seeds(teacher, f"separable, random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
+    header = ["form, start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"]
+    return table(header, rows)
 
 
 def _seeds(teacher: dict[str, Any], title: str, names: list[str]) -> list[list[str]]:
@@ -171,10 +177,10 @@ def rivals_distilled(name: str) -> str:
 SECTIONS: list[tuple[str, Callable[[str], str]]] = [
     ("Without any training, under one budget", without_training),
     ("The images that the conversion sees", images),
-    ("Accuracy after each stage, the same M for all 3x3 convolutions", stages),
+    ("Accuracy after each stage, separable form, the same M for all 3x3 convolutions", stages),
     ("Both orders, Tucker and CP at equal weights, without training", rivals),
     (f"Distilled, {BUDGET.replace('params-1-', '1/')} of the conv weights", distilled),
-    ("One thing changed of this distillation", variants),
+    ("One thing changed of the separable form's distillation", variants),
     ("Rivals with the weights of M = 1, distilled alike", rivals_distilled),
 ]
 

@@ -22,7 +22,7 @@ from sepconv.train import Distillation, Recipe, train
 
 BUDGET = "params-1-8"
 LEARNING = replace(QUICK, lr=0.1, warmup_epochs=0.3, whiten=False)
-GENTLE = replace(LEARNING, lr=0.05)
+GENTLE = replace(LEARNING, lr=0.02)
 """For bottlenecks, whose start has more to lose."""
 PATIENT = replace(LEARNING, crop_padding=4, cutout=10)
 """For `MANY` epochs and more, by which the images of `LEARNING` would be known by heart."""
@@ -125,7 +125,7 @@ RIVALS: dict[str, Callable[[nn.Conv2d], nn.Module]] = {
 SHORT = (1, 2, 5)
 """Epochs of distillation of the small teachers' students."""
 SEEDS = (0, 1, 2)
-HEADLINE = {("wide", "separable"): (8,), ("mixed", "separable"): (10, 22), ("mixed", "bottleneck"): (10,)}
+HEADLINE = {("wide", "separable"): (8,), ("mixed", "separable"): (10, 22), ("mixed", "bottleneck"): (5,)}
 """Epochs of distillation that take, with the conversion, at most a third of a teacher's training time, and at most
 all of it."""
 

@@ -58,25 +58,33 @@ def decompose(weight: Tensor, rank: int, scale: Tensor | None = None) -> Factors
     weighed = weight if scale is None else weight * scale[:, None, None]
     generator = torch.Generator().manual_seed(0)
     expand, reduce, filters = (torch.randn(n, rank, generator=generator).to(weight) for n in weight.shape)
-    by_output, by_input = weighed.flatten(1), weighed.transpose(0, 1).flatten(1)
-    by_tap = weighed.permute(2, 0, 1).flatten(1)
     for _ in range(SWEEPS):
-        expand = _factor(by_output, reduce, filters)
-        reduce = _factor(by_input, expand, filters)
-        filters = _factor(by_tap, expand, reduce)
+        expand = _factor((_over_inputs(weighed, reduce) * filters).sum(1), reduce, filters)
+        # What both of the others need is computed once: no product of two factors is ever held whole.
+        seen = _over_outputs(weighed, expand)
+        reduce = _factor((seen * filters).sum(1), expand, filters)
+        filters = _factor((seen * reduce[:, None]).sum(0), expand, reduce)
     # Outputs of scale 0 get their best answer too.
-    return Factors(_factor(weight.flatten(1), reduce, filters), reduce, filters.T)
+    return Factors(_factor((_over_inputs(weight, reduce) * filters).sum(1), reduce, filters), reduce, filters.T)
 
 
-def _factor(unfolded: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The factor of one dimension that is best for those of the other two, in the order they are unfolded in.
+def _over_inputs(weight: Tensor, reduce: Tensor) -> Tensor:
+    """Sums over the input channels: (O, C, k), (C, R) -> (O, k, R)."""
+    return weight.transpose(1, 2) @ reduce
+
+
+def _over_outputs(weight: Tensor, expand: Tensor) -> Tensor:
+    """Sums over the output channels: (O, C, k), (O, R) -> (C, k, R)."""
+    return (weight.flatten(1).T @ expand).view(*weight.shape[1:], -1)
+
+
+def _factor(products: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The factor of one dimension that is best for those of the other two.
 
     Shape:
-        unfolded: (n, a*b), first: (a, R), second: (b, R)    ->    (n, R)
+        products: (n, R), of the weight with the terms of the others; first: (a, R), second: (b, R)    ->    (n, R)
     """
-    terms = (first[:, None] * second).flatten(0, 1)
-    gram = (first.T @ first) * (second.T @ second)
-    return _solve(gram, (unfolded @ terms).T).T
+    return _solve((first.T @ first) * (second.T @ second), products.T).T
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:

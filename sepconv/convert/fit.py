@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sepconv.convert import share
 from sepconv.convert.calibrate import Problem
-from sepconv.convert.forms import Form
+from sepconv.convert.forms import Form, relative_error
 from sepconv.convert.graph import Site, norm_scale
 from sepconv.convert.passes import Images, calls
 from sepconv.convert.replace import replace
@@ -91,7 +91,7 @@ class Fit:
         if self.images is None or self.method == "svd":
             share.agree(*start)
             replace(self.new, site.names, self.form.layer(conv, start))
-            return Errors(*self.form.dropped(weight, [rank], self.scale(site)))
+            return Errors(relative_error(weight, self.form.compose(start), self.scale(site)))
         moments = self.moments(site, self.method == "sequential" and not first)
         problem = self.problem(site, moments)
         fitted = self.form.fit(problem, weight, start, self.sweeps)

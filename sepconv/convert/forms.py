@@ -90,14 +90,7 @@ class Bottleneck:
         return bottleneck.decompose(weight.flatten(2), rank, scale)
 
     def dropped(self, weight: Tensor, ranks: Sequence[int], scale: Tensor | None) -> list[float]:
-        weight = weight.flatten(2)
-        ones = weight.new_ones(len(weight)) if scale is None else scale
-        total = (weight * ones[:, None, None]).square().sum().clamp_min(1e-300)
-        errors = []
-        for rank in ranks:
-            lack = weight - bottleneck.compose(bottleneck.decompose(weight, rank, scale))
-            errors.append(float((lack * ones[:, None, None]).square().sum() / total))
-        return errors
+        return [relative_error(weight, self.compose(self.start(weight, rank, scale)), scale) for rank in ranks]
 
     def fit(self, problem: Problem, weight: Tensor, start: Any, sweeps: int) -> bottleneck.Factors:
         return bottleneck.calibrate(problem, start, sweeps)
@@ -110,6 +103,18 @@ class Bottleneck:
 
     def empty(self, conv: _ConvNd, rank: int) -> nn.Module:
         return replace.empty_bottleneck(conv, rank, conv.bias is not None)
+
+
+def relative_error(weight: Tensor, other: Tensor, scale: Tensor | None) -> float:
+    """Squared difference of two weights relative to the first, each output channel multiplied with its scale.
+
+    Shape:
+        weight: (O, C, *kernel), other: (O, C, k), scale: (O,)
+    """
+    weight = weight.flatten(1)
+    scale = weight.new_ones(len(weight)) if scale is None else scale
+    lack, whole = ((w * scale[:, None]).square().sum() for w in (weight - other.flatten(1), weight))
+    return float(lack / whole.clamp_min(1e-300))
 
 
 Form = Separable | Bottleneck

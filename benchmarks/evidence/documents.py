@@ -180,7 +180,10 @@ SECTIONS: list[tuple[str, Callable[[str], str]]] = [
     ("Accuracy after each stage, separable form, the same M for all 3x3 convolutions", stages),
     ("Both orders, Tucker and CP at equal weights, without training", rivals),
     (f"Distilled, {BUDGET.replace('params-1-', '1/')} of the conv weights", distilled),
-    ("One thing changed of the separable form's distillation", variants),
+    (
+        "One thing changed of the distillation (one epoch, ten with cutmix; separable unless it says bottleneck)",
+        variants,
+    ),
     ("Rivals with the weights of M = 1, distilled alike", rivals_distilled),
 ]
 

@@ -38,6 +38,7 @@ class Change:
     recipe: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
     network: Callable[[nn.Module, Tensor], nn.Module] = lambda model, images: model
+    form: str = "separable"
 
 
 VARIANTS: dict[str, dict[str, Change]] = {
@@ -49,6 +50,7 @@ VARIANTS: dict[str, dict[str, Change]] = {
         "temperature-2": Change({}, {"temperature": 2.0}),
         "alpha-1": Change({}, {"alpha": 1.0}),
         "features": Change({}, {"features": "auto"}),
+        **{f"bottleneck-lr-{lr}": Change({"lr": lr}, form="bottleneck") for lr in (0.02, 0.05, 0.1)},
         "norm-between": Change(network=between.norm),
         "norm-and-prelu-between": Change(network=between.activation),
     },
@@ -106,7 +108,7 @@ def from_labels(name: str, epochs: int, folder: Path) -> dict[str, Any]:
 def variant(name: str, key: str, folder: Path) -> dict[str, Any]:
     change = VARIANTS[name][key]
     recipe = replace(LEARNING, epochs=VARIANT_EPOCHS[name], **change.recipe)
-    student = change.network(converted(name, BUDGET, "separable"), calibration(name))
+    student = change.network(converted(name, BUDGET, change.form), calibration(name))
     return {"variant": key, **distilled(name, student, recipe, replace(DISTILLATION, **change.distillation), folder)}
 
 
@@ -159,7 +161,10 @@ def steps() -> list[Step]:
         found += [student(name, form, epochs) for epochs in SHORT]
     found += [random(name, "separable", SHORT[-1]) for name in SMALL]
     for name, keys in VARIANTS.items():
-        found += [Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name, "separable")) for key in keys]
+        found += [
+            Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name, change.form))
+            for key, change in keys.items()
+        ]
     total = epochs_from_labels("vgg")
     found.append(Step(f"labels-vgg-e{total}", partial(from_labels, "vgg", total), needs("vgg", "separable")))
     found += [Step(f"rival-vgg-{kind}-e2", partial(rival, "vgg", kind, 2), ("teacher-vgg",)) for kind in RIVALS]

@@ -53,7 +53,7 @@ BROAD = {"width_mult": 2.0, "activation": "gelu"}
 FASHION = replace(QUICK, epochs=6)
 TEACHERS = {
     "vgg": Teacher("vgg_quick", replace(QUICK, epochs=12)),
-    "resnet": Teacher("resnet_quick", replace(QUICK, epochs=12)),
+    "resnet": Teacher("resnet_quick", replace(QUICK, epochs=8)),
     "fashion-vgg": Teacher("vgg_quick", FASHION, data="fashion"),
     "fashion-resnet": Teacher("resnet_quick", FASHION, data="fashion"),
     "wide": Teacher("vgg_quick", LONG, {"width_mult": 1.5, "activation": "gelu"}),

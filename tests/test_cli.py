@@ -322,7 +322,12 @@ def test_interrupt_before_the_first_checkpoint_says_so(tmp_path: Path, monkeypat
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process")
 def test_control_c_from_outside(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sepconv", "train", *map(str, SMALL), "--epochs", "500", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    # Tests that run in the background of a shell ignore interrupts, and what they start would inherit that.
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         end = time.monotonic() + 120
         while not list(tmp_path.glob("checkpoint-*.pt")) and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)

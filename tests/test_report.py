@@ -166,6 +166,18 @@ def test_the_page_says_what_the_result_says(tmp_path):
         assert expected in text, expected
 
 
+def test_the_formulas_are_those_of_the_form(tmp_path):
+    separable, bottleneck = "C · M + C · M · O", "C · R + k·k · R + R · O"
+    text = report_of(tmp_path).text
+    assert separable in text
+    assert "rank M" in text
+    assert bottleneck not in text
+    text = report_of(tmp_path, {**SMALL, "form": "bottleneck"}).text
+    assert bottleneck in text
+    assert "rank R" in text
+    assert separable not in text
+
+
 def test_stages_say_what_they_are_and_that_one_gained_nothing(tmp_path):
     names = ("original", "closed form", "converted", "distilled", "of my own")
     result = {**SMALL, "stages": [{"name": name, "accuracy": 0.9} for name in names]}

@@ -25,7 +25,7 @@ READ = 5e11
 """Bytes that the sweeps of one layer may read, about a minute: each term reads the second moments twice."""
 
 _JITTER = 1e-9
-"""Relative to the mean of a diagonal: keeps systems of dependent terms defined."""
+"""On the unit diagonals of `_solve`: keeps systems of dependent terms defined."""
 
 
 class Factors(NamedTuple):

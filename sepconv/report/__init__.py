@@ -14,7 +14,7 @@ normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender
                     kernels: {op: name}}; one of them alone, for example after a training, is shown without comparison
 stages              [{name, accuracy, seconds}], "original" first
 layers              [{name, kind ("separable", or "normal" where it was left), kernel [kH, kW], in_channels,
-                    out_channels, rank (M), error_closed_form and error (shares of the variance), params: [b, a],
+                    out_channels, rank (M or R), error_closed_form and error (shares of the variance), params: [b, a],
                     macs: [b, a], bytes: [b, a], ms: [b, a], reason}]
 other_ms            [b, a]: time of everything that belongs to no layer
 curves              rows of the training log {epoch, phase, train_loss, train_accuracy, test_accuracy, ...}; every

@@ -62,6 +62,7 @@ def render(run: Run) -> str:
             command=text(result.get("command")),
             test_images=number(result.get("test_images")),
             converted=bool(mapping(result.get("separable"))),
+            bottleneck=result.get("form") == "bottleneck",
             comparisons=comparisons,
             single=facts.single(result),
             lead=words.lead(comparisons),

@@ -66,7 +66,7 @@ def convert_command(
         int, typer.Option("--calibration-images", min=1, help="Unlabelled images the conversion looks at.")
     ] = 1000,
     batch_size: options.BatchSize = 128,
-    lr: options.LearningRate = 0.05,
+    lr: options.LearningRate = 0.01,
     optimizer: options.Optimizer = "sgd",
     flip: options.Flip = False,
     crop_padding: options.Crop = 0,

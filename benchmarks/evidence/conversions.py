@@ -66,16 +66,16 @@ def measured(name: str, model: nn.Module, seconds: float) -> dict[str, Any]:
     }
 
 
-def stages(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
-    """Accuracy after each stage of a conversion with one depth multiplier for all layers."""
+def stages(name: str, form: str, multiplier: int, folder: Path) -> dict[str, Any]:
+    """Accuracy after each stage of a conversion with one depth multiplier, or its weights, for all layers."""
     model, images = teacher(name), calibration(name)
     rows = []
     for stage, arguments in STAGES.items():
         begin = time.process_time()
-        settings = {"form": "separable", "reestimate_bn": False, **arguments}
+        settings = {"form": form, "reestimate_bn": False, **arguments}
         new, _ = convert(model, images, depth_multiplier=multiplier, **settings)
         rows.append({"stage": stage, **measured(name, new, time.process_time() - begin)})
-    return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
+    return {"teacher": name, "form": form, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
 
 
 def budget(name: str, budget_name: str, form: str, folder: Path) -> dict[str, Any]:
@@ -132,6 +132,7 @@ def steps() -> list[Step]:
         few = partial(fewer_images, name, "params-1-8")
         found += [Step(f"images-{name}-{n}", partial(few, n), needs) for n in FEWER_IMAGES if name in IMAGES]
         if name in SMALL:
-            found += [Step(f"stages-{name}-m{m}", partial(stages, name, m), needs) for m in MULTIPLIERS]
+            for m, form in product(MULTIPLIERS, FORMS):
+                found.append(Step(f"stages-{form}-{name}-m{m}", partial(stages, name, form, m), needs))
             found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in RIVAL_MULTIPLIERS]
     return found

@@ -98,14 +98,14 @@ def images(name: str) -> str:
 
 
 def stages(name: str) -> str:
-    found = {r["depth_multiplier"]: r for r in records([f"stages-{name}-m{m}" for m in MULTIPLIERS])}
     teacher = read(f"teacher-{name}")
     rows = []
-    for m, record in found.items():
-        accuracies = {row["stage"]: percent(row["accuracy"]) for row in record["rows"]}
-        weights = f"1/{teacher['conv_params'] / record['rows'][0]['conv_params']:.2f}"
-        rows.append([str(m), weights, *(accuracies[stage] for stage in STAGES)])
-    return table(["M", "conv weights", *STAGES], rows)
+    for form, m in product(FORMS, MULTIPLIERS):
+        for record in records([f"stages-{form}-{name}-m{m}"]):
+            accuracies = {row["stage"]: percent(row["accuracy"]) for row in record["rows"]}
+            weights = f"1/{teacher['conv_params'] / record['rows'][0]['conv_params']:.2f}"
+            rows.append([str(m), form, weights, *(accuracies[stage] for stage in STAGES)])
+    return table(["M", "form", "conv weights", *STAGES], rows)
 
 
 def rivals(name: str) -> str:
@@ -177,7 +177,7 @@ def rivals_distilled(name: str) -> str:
 SECTIONS: list[tuple[str, Callable[[str], str]]] = [
     ("Without any training, under one budget", without_training),
     ("The images that the conversion sees", images),
-    ("Accuracy after each stage, separable form, the same M for all 3x3 convolutions", stages),
+    ("Accuracy after each stage, the same M (bottlenecks: its weights) for all 3x3 convolutions", stages),
     ("Both orders, Tucker and CP at equal weights, without training", rivals),
     (f"Distilled, {BUDGET.replace('params-1-', '1/')} of the conv weights", distilled),
     (

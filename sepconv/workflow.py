@@ -53,7 +53,8 @@ class Job:
         budget: share of the original's cost that the separable network may have.
         metric: that cost: "conv_params", "macs" or "latency".
         form: what convolutions become, "bottleneck" or "separable".
-        recipe: how the separable network learns from the original afterwards; None leaves it as converted.
+        recipe: how the separable network learns from the original afterwards; None leaves it as converted. Learning
+            that ends with fewer right answers on the test images than it began with is undone.
         distillation: what it learns.
         calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
         skip: names of modules that stay as they are.
@@ -83,6 +84,8 @@ class Outcome:
     card: Card
     stages: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
+    kept: str = "converted"
+    """The stage whose network is written."""
 
     def finished(self, name: str, model: nn.Module, data: Data, seconds: float) -> None:
         accuracy = evaluate(model, data.test).accuracy
@@ -252,6 +255,7 @@ def _write(
         "form": job.form,
         **measured,
         "stages": outcome.stages,
+        "kept": outcome.kept,
         "curves": outcome.curves,
         "onnx": _export(outcome.separable, data, out),
     }
@@ -303,6 +307,7 @@ def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) ->
 def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress) -> None:
     if job.recipe is None:
         return
+    converted = copy.deepcopy(outcome.separable.state_dict())
     history = train(
         outcome.separable,
         data,
@@ -315,6 +320,11 @@ def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_
     )
     outcome.learned("distilled", history.records)
     outcome.finished("distilled", outcome.separable, data, history.seconds)
+    before, after = (stage["accuracy"] for stage in outcome.stages[-2:])
+    if after < before:
+        outcome.separable.load_state_dict(converted)
+    else:
+        outcome.kept = "distilled"
 
 
 def _judge(outcome: Outcome, data: Data) -> dict[str, Metrics]:

@@ -96,6 +96,14 @@ def test_a_command_ends_with_where_the_files_are(tmp_path: Path, capsys: pytest.
     assert [line.split()[0] for line in lines] == ["report.html", "model.safetensors", "result.json"]
 
 
+@pytest.mark.parametrize("kept", ["converted", "distilled"])
+def test_a_distillation_that_was_undone_is_said_to_be(kept: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"name": name, "accuracy": 0.5, "seconds": 1.0} for name in ("converted", "distilled")]
+    show.stages(console.Screen(), {"stages": rows, "kept": kept})
+    said = "ended below its start and was undone" in " ".join(capsys.readouterr().out.split())
+    assert said == (kept == "converted")
+
+
 @pytest.mark.parametrize("suite", ["ops", "blocks"])
 def test_a_benchmark_ends_with_a_table_and_its_page(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

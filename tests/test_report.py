@@ -191,7 +191,11 @@ def test_stages_say_what_they_are_and_that_one_gained_nothing(tmp_path):
         assert expected in text
     assert "gained nothing" not in text
     result["stages"][3]["accuracy"] = 0.85
-    assert "to answer as the original does; here it gained nothing" in report_of(tmp_path, result).text
+    text = report_of(tmp_path, result).text
+    assert "to answer as the original does; here it gained nothing" in text
+    assert "was undone" not in text
+    result["kept"] = "converted"
+    assert "here it gained nothing and was undone" in report_of(tmp_path, result).text
 
 
 def test_an_accuracy_that_stays_is_said_to_stay(tmp_path):

@@ -81,6 +81,8 @@ def files(screen: Screen, out: Path) -> None:
 def stages(screen: Screen, record: dict[str, Any]) -> None:
     rows = [(stage["name"], f"{stage['accuracy']:.2%}", f"{stage['seconds']:.1f}") for stage in record["stages"]]
     screen.table("Steps", ("step", "accuracy", "seconds"), rows)
+    if record["kept"] != rows[-1][0]:
+        screen.say("The distillation ended below its start and was undone: the network is kept as converted.")
 
 
 def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:

@@ -71,7 +71,7 @@ def render(run: Run) -> str:
             latencies=facts.latency_table(result),
             kernels=facts.kernels(result),
             latency_words=words.latencies(facts.latency_table(result)),
-            stages=words.stages(facts.stages(result)),
+            stages=words.stages(facts.stages(result), text(result.get("kept"))),
             layers=layers,
             timed=any(None not in row["ms"] for row in layers),
             bars=facts.bars(layers, result.get("other_ms")),

@@ -57,13 +57,14 @@ STAGES = {
 """What each stage of a conversion is."""
 
 
-def stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages with what each of them is, and a remark where the last training cost accuracy."""
+def stages(rows: list[dict[str, Any]], kept: str) -> list[dict[str, Any]]:
+    """The stages with what each of them is, and a remark where the last training cost accuracy and was undone."""
     told: list[dict[str, Any]] = []
     for row in rows:
         said = STAGES.get(row["name"], "")
         if row["name"] == "distilled" and told and told[-1]["accuracy"] > row["accuracy"]:
             said += "; here it gained nothing"
+            said += " and was undone" if kept == "converted" else ""
         told.append({**row, "words": said})
     return told
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv import png
+from sepconv import environment, png
+from sepconv.bench import latency
 from sepconv.bench.latency import Latency
+from sepconv.bench.limits import limits
 from sepconv.compile import CompiledModel
-from sepconv.convert.plan import LayerPlan
-from sepconv.cost import Cost
+from sepconv.convert.plan import LayerPlan, Plan
+from sepconv.cost import Cost, count
 from sepconv.data import Data, Split
 from sepconv.train import Metrics
 
@@ -20,8 +22,43 @@ MOST_DISAGREEMENTS = 24
 BATCH = 256
 
 
+def compare(
+    normal: nn.Module, separable: nn.Module, plan: Plan, metrics: Mapping[str, Metrics], data: Data, batch: int
+) -> dict[str, Any]:
+    """Both networks as they stand in result.json: cost, accuracy and time, whole and by layer. They end on the CPU."""
+    threads = torch.get_num_threads()
+    before = limits(threads)
+    networks = {"normal": normal, "separable": separable}
+    x = data.test.normalise(data.test.images.take(torch.arange(batch) % len(data.test)))
+    different = disagreements(normal, separable, data)
+    for model in networks.values():
+        model.cpu()
+    costs = {name: count(model, data.input_shape) for name, model in networks.items()}
+    contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
+    latencies = latency.latency_ms(contenders, x, threads=threads)
+    compiled = {name: found["sepconv"] for name, found in contenders.items()}
+    layer_ms = latency.layer_ms(compiled, [layer.name for layer in plan.layers], threads=threads)
+    after = limits(threads)
+    return {
+        **{
+            name: network_record(costs[name], metrics[name], latencies[name], compiled[name], threads, batch)
+            for name in networks
+        },
+        "layers": [layer_record(layer, costs, layer_ms) for layer in plan.layers],
+        "other_ms": [layer_ms[name].get("") for name in networks],
+        "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},
+        **different,
+        # Another program may have had the cores during one of the two measurements.
+        "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
+    }
+
+
+def _largest(by_threads: dict[str, float]) -> float:
+    return max(by_threads.values())
+
+
 def network_record(
-    cost: Cost, metrics: Metrics, latency: Mapping[str, Latency], compiled: CompiledModel, threads: int, batch: int
+    cost: Cost, metrics: Metrics, times: Mapping[str, Latency], compiled: CompiledModel, threads: int, batch: int
 ) -> dict[str, Any]:
     """One network's numbers as they stand in result.json."""
     return {
@@ -31,9 +68,9 @@ def network_record(
         "bytes": cost.bytes,
         "accuracy": metrics.accuracy,
         "loss": metrics.loss,
-        "latency_ms": {name: measured.median_ms for name, measured in latency.items()},
+        "latency_ms": {name: measured.median_ms for name, measured in times.items()},
         "latency_batch": batch,
-        "latency_layout": {name: measured.layout for name, measured in latency.items()},
+        "latency_layout": {name: measured.layout for name, measured in times.items()},
         "threads": threads,
         "kernels": kernels(compiled),
     }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,25 +13,17 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from sepconv import environment, explanation, export, measure, model_file
-from sepconv.bench import latency
-from sepconv.bench.limits import limits
+from sepconv import explanation, measure, model_file
 from sepconv.convert import closed_form, convert
 from sepconv.cost import count
 from sepconv.data import Data, load
-from sepconv.files import make_folder, replacing
 from sepconv.model_file import Card
 from sepconv.progress import OnProgress, Step, ignore
 from sepconv.report import write_report
+from sepconv.run_folder import CHECKPOINTS, RESULT, about, export_onnx, prepare, remove_checkpoints, write_json
 from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.processes import processes
-
-RESULT = "result.json"
-ONNX = "model.onnx"
-CHECKPOINTS = "checkpoints"
-SPACE = 32 << 20
-"""Bytes that the page and the JSON files may need, beside the weights."""
 
 DEMO_MODEL = "vgg_small"
 DEMO_SETTINGS: dict[str, Any] = {}
@@ -103,7 +92,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     """
     prepare(out)
     # What an interrupted demo left: this one starts from the beginning.
-    _remove_checkpoints(out)
+    remove_checkpoints(out)
     started = time.perf_counter()
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
@@ -180,7 +169,7 @@ def train_model(
     model = model.cpu()
     cost = count(model, data.input_shape)
     record = {
-        **_about(card.model, data, command, history.seconds),
+        **about(card.model, data, command, history.seconds),
         "normal": {
             "conv_params": cost.conv_params,
             "params": cost.params,
@@ -195,22 +184,9 @@ def train_model(
     }
     if processes().is_main_process:
         model_file.write(out / model_file.FILE, model, card.with_data(data))
-        _write_json(out / RESULT, record)
+        write_json(out / RESULT, record)
         write_report(out)
     return record
-
-
-def prepare(out: Path, model: nn.Module | None = None) -> None:
-    """Make the folder and see that it can be written and has room, before any long work.
-
-    Raises:
-        OSError: it cannot, or has not.
-    """
-    make_folder(out)
-    weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    needed, free = 2 * weights + SPACE, shutil.disk_usage(out).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
 
 
 def _check_fits(model: nn.Module, data: Data) -> None:
@@ -233,12 +209,12 @@ def _run(
     judged = _judge(outcome, data)
     record = None
     if processes().is_main_process:
-        measured = _measure(outcome, plan, judged, data, job)
+        measured = measure.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
         record = _write(outcome, measured, data, job, out, started)
     record = broadcast_object_list([record])[0]
-    _remove_checkpoints(out)
+    remove_checkpoints(out)
     on_progress(Step("write", 1, 1))
     return record
 
@@ -249,7 +225,7 @@ def _write(
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)
     record = {
-        **_about(card.model, data, job.command, time.perf_counter() - started),
+        **about(card.model, data, job.command, time.perf_counter() - started),
         "budget": job.budget,
         "metric": job.metric,
         "form": job.form,
@@ -257,20 +233,14 @@ def _write(
         "stages": outcome.stages,
         "kept": outcome.kept,
         "curves": outcome.curves,
-        "onnx": _export(outcome.separable, data, out),
+        "onnx": export_onnx(outcome.separable, data, out),
     }
     image = data.test.normalise(data.test.images.take(torch.tensor([0])))
     label = data.classes[int(data.test.labels[0])]
-    _write_json(out / "explanation.json", explanation.collect(outcome.original, outcome.separable, image, label=label))
-    _write_json(out / RESULT, record)
+    write_json(out / "explanation.json", explanation.collect(outcome.original, outcome.separable, image, label=label))
+    write_json(out / RESULT, record)
     write_report(out)
     return record
-
-
-def _remove_checkpoints(out: Path) -> None:
-    if processes().is_main_process:
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    processes().wait_for_everyone()
 
 
 def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) -> Any:
@@ -333,75 +303,10 @@ def _judge(outcome: Outcome, data: Data) -> dict[str, Metrics]:
     return {name: evaluate(model, data.test) for name, model in networks.items()}
 
 
-def _measure(outcome: Outcome, plan: Any, metrics: dict[str, Metrics], data: Data, job: Job) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    before = limits(threads)
-    networks = {"normal": outcome.original, "separable": outcome.separable}
-    x = data.test.normalise(data.test.images.take(torch.arange(job.batch) % len(data.test)))
-    different = measure.disagreements(outcome.original, outcome.separable, data)
-    for model in networks.values():
-        model.cpu()
-    costs = {name: count(model, data.input_shape) for name, model in networks.items()}
-    contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
-    latencies = latency.latency_ms(contenders, x, threads=threads)
-    compiled = {name: found["sepconv"] for name, found in contenders.items()}
-    layer_ms = latency.layer_ms(compiled, [layer.name for layer in plan.layers], threads=threads)
-    after = limits(threads)
-    return {
-        **{
-            name: measure.network_record(costs[name], metrics[name], latencies[name], compiled[name], threads, len(x))
-            for name in networks
-        },
-        "layers": [measure.layer_record(layer, costs, layer_ms) for layer in plan.layers],
-        "other_ms": [layer_ms[name].get("") for name in networks],
-        "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},
-        **different,
-        # Another program may have had the cores during one of the two measurements.
-        "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
-    }
-
-
-def _largest(by_threads: dict[str, float]) -> float:
-    return max(by_threads.values())
-
-
 def _device() -> torch.device:
     """Where the conversion computes: in float64, which not every accelerator has."""
     device: torch.device = processes().device
     return device if device.type == "cuda" else torch.device("cpu")
-
-
-def _about(model: str, data: Data, command: str, seconds: float) -> dict[str, Any]:
-    return {
-        "model": model,
-        "data": data.name,
-        "command": command,
-        "seconds": round(seconds, 2),
-        "classes": data.classes,
-        "skipped_images": len(data.skipped),
-        "machine": environment.machine(),
-        "versions": environment.versions(),
-    }
-
-
-def _export(model: nn.Module, data: Data, out: Path) -> dict[str, Any]:
-    """What was exported, or the reason why not: the network is usable without it."""
-    try:
-        exported = export.export_onnx(model, data.input_shape, out / ONNX)
-    except (ModuleNotFoundError, ValueError) as error:
-        return {"written": False, "reason": str(error)}
-    return {
-        "written": True,
-        "bytes": exported.size,
-        "convolutions": exported.convolutions,
-        "max_error": exported.max_error,
-        "checked_with": exported.checked_with,
-    }
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _relay(on_progress: OnProgress, stage: str) -> Callable[[Progress], None]:

@@ -22,8 +22,8 @@ from distributed_run import without_times
 from safetensors.torch import load_file
 
 from sepconv.model_file import FILE
+from sepconv.run_folder import CHECKPOINTS, RESULT
 from sepconv.train import checkpoint
-from sepconv.workflow import CHECKPOINTS, RESULT
 
 Start = Callable[..., Any]
 

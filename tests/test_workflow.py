@@ -16,7 +16,7 @@ import torch
 from cli_run import converted_folder, trained_folder
 from torch import nn
 
-from sepconv import cost, export, workflow
+from sepconv import cost, export, run_folder, workflow
 from sepconv.data import load
 from sepconv.measure import disagreements
 from sepconv.model_file import open_model
@@ -183,8 +183,8 @@ def test_demo_loses_at_most_a_point(tmp_path: Path, seed: int, without_onnx: Non
 
 
 def test_full_disk_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = workflow.shutil.disk_usage(tmp_path)._replace(free=1 << 20)
-    monkeypatch.setattr(workflow.shutil, "disk_usage", lambda path: usage)
+    usage = run_folder.shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"the results need 32 MB but .* has 1 MB left"):
         workflow.demo(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,9 @@ from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded, resumable
 from sepconv.data import Data, load
 from sepconv.model_file import open_model
+from sepconv.run_folder import CHECKPOINTS
 from sepconv.train import Distillation, Recipe
-from sepconv.workflow import CHECKPOINTS, Job, convert_model, demo, train_model
+from sepconv.workflow import Job, convert_model, demo, train_model
 
 
 @app.command("demo", epilog="Example: sepconv demo --out demo")

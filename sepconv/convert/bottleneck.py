@@ -43,7 +43,8 @@ class Factors(NamedTuple):
 def compose(factors: Factors) -> Tensor:
     """The normal convolution that the three layers amount to: (O, C, k)."""
     expand, reduce, filters = factors
-    return ((expand[:, None] * reduce).flatten(0, 1) @ filters).view(len(expand), len(reduce), -1)
+    # Tap by tap: the products of both pointwise layers for all pairs of channels would be R/k times the result.
+    return ((filters.T[:, None] * expand) @ reduce.T).permute(1, 2, 0).contiguous()
 
 
 def decompose(weight: Tensor, rank: int, scale: Tensor | None = None) -> Factors:
@@ -58,19 +59,16 @@ def decompose(weight: Tensor, rank: int, scale: Tensor | None = None) -> Factors
     weighed = weight if scale is None else weight * scale[:, None, None]
     generator = torch.Generator().manual_seed(0)
     expand, reduce, filters = (torch.randn(n, rank, generator=generator).to(weight) for n in weight.shape)
+    taps_first = weighed.transpose(1, 2).contiguous()
     for _ in range(SWEEPS):
-        expand = _factor((_over_inputs(weighed, reduce) * filters).sum(1), reduce, filters)
+        expand = _factor(((taps_first @ reduce) * filters).sum(1), reduce, filters)
         # What both of the others need is computed once: no product of two factors is ever held whole.
         seen = _over_outputs(weighed, expand)
         reduce = _factor((seen * filters).sum(1), expand, filters)
         filters = _factor((seen * reduce[:, None]).sum(0), expand, reduce)
     # Outputs of scale 0 get their best answer too.
-    return Factors(_factor((_over_inputs(weight, reduce) * filters).sum(1), reduce, filters), reduce, filters.T)
-
-
-def _over_inputs(weight: Tensor, reduce: Tensor) -> Tensor:
-    """Sums over the input channels: (O, C, k), (C, R) -> (O, k, R)."""
-    return weight.transpose(1, 2) @ reduce
+    expand = _factor(((weight.transpose(1, 2) @ reduce) * filters).sum(1), reduce, filters)
+    return Factors(expand, reduce, filters.T)
 
 
 def _over_outputs(weight: Tensor, expand: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """What the second part of the report shows: a few layers of two networks on one image, as numbers of bounded size.
 
 Nothing that the page can compute is stored: a layer is its padded input, the filters of a few output channels of the
-normal convolution, and the depthwise and pointwise weights of the separable one. Batch norms that directly follow a
-convolution are folded into its weights and bias, as an inference engine does, so that maps of both networks mean the
-same.
+normal convolution, and the depthwise and pointwise weights of the separable one; of a bottleneck also those of the
+pointwise convolution before it. Batch norms that directly follow a convolution are folded into its weights and bias,
+as an inference engine does, so that maps of both networks mean the same.
 """
 
 from __future__ import annotations
@@ -19,17 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import png
-
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Identity: "",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.GELU: "gelu",
-    nn.Sigmoid: "sigmoid",
-}
-"""What may stand between the depthwise and the pointwise convolution of a layer that the page can follow."""
+from sepconv.pairs import activation_between, convolutions, pairs_of, split
 
 VALUES_PER_LAYER = 100_000
 """Numbers stored for one layer: 400 kB as float32, 533 kB as base64."""
@@ -52,8 +42,9 @@ def collect(
 
     Args:
         normal_model: the network before conversion.
-        separable_model: the converted one: where it has a layer with ``.depthwise`` and ``.pointwise``, `normal_model`
-            has an ``nn.Conv2d`` (groups 1) of the same name.
+        separable_model: the converted one: where it has a layer with ``.depthwise`` and ``.pointwise``, or an
+            ``nn.Sequential`` of a pointwise convolution and such a layer, `normal_model` has an ``nn.Conv2d``
+            (groups 1) of the same name.
         image: one image, prepared as for the network.
         layers: names of the layers to keep; by default `max_layers` of the converted ones, evenly from first to last.
         channels: at most so many output channels of each layer, those that vary most over the image.
@@ -66,7 +57,8 @@ def collect(
         What ``json.dump`` takes: "image" {png, width, height, label}, "layers", and "left_out" [{name, reason}], the
         other convolutions of the normal network. Arrays of a layer are base64 of little-endian float32: "input"
         (C, h, w) padded; "normal_weight" (K, C, kH, kW); "depthwise_weight" (C*M, kH, kW); "pointwise_weight" (K, C*M);
-        the three biases; K is the number of "channels" kept.
+        the three biases; K is the number of "channels" kept. A bottleneck has "reduce_weight" (R, C) as well, and
+        R instead of C*M in the others; elsewhere it is "".
 
     Raises:
         ValueError: the image has another shape; a name in `layers` is not a converted layer.
@@ -74,7 +66,7 @@ def collect(
     batch = image if image.dim() == 4 else image[None]
     if batch.dim() != 4 or batch.shape[0] != 1:
         raise ValueError(f"collect: image must have shape (C, H, W) or (1, C, H, W), got {tuple(image.shape)}")
-    pairs, left_out = _pairs(normal_model, separable_model)
+    pairs, left_out = pairs_of(normal_model, separable_model)
     names = _spread(list(pairs), max_layers) if layers is None else list(layers)
     unknown = [name for name in names if name not in pairs]
     if unknown:
@@ -82,18 +74,19 @@ def collect(
         raise ValueError(f"collect: layer {unknown[0]!r} is not a converted layer; those that can be shown: {known}")
     chosen = {name: pairs[name] for name in names}
     normal_calls = _watch(normal_model, [conv for conv, _ in chosen.values()], batch)
-    parts = [part for _, layer in chosen.values() for part in (layer.depthwise, layer.pointwise)]
+    layers_of = {name: split(layer)[1] for name, (_, layer) in chosen.items()}
+    parts = [part for layer in layers_of.values() for part in (layer.depthwise, layer.pointwise)]
     separable_calls = _watch(separable_model, parts, batch)
     left_out |= {name: f"one of {len(pairs) - len(names)} more of the same kind" for name in pairs.keys() - set(names)}
     described = []
     for name, (conv, layer) in chosen.items():
-        if conv in normal_calls and layer.pointwise in separable_calls:
+        if conv in normal_calls and layers_of[name].pointwise in separable_calls:
             described.append(_describe(name, conv, layer, normal_calls, separable_calls, channels))
         else:
             left_out[name] = "it did not run on this image"
     height, width = batch.shape[2:]
     picture = {"png": png.data_uri(batch[0]), "height": height, "width": width, "label": label}
-    reasons = [{"name": name, "reason": left_out[name]} for name, _ in _convolutions(normal_model) if name in left_out]
+    reasons = [{"name": name, "reason": left_out[name]} for name, _ in convolutions(normal_model) if name in left_out]
     return {"image": picture, "layers": described, "left_out": reasons}
 
 
@@ -116,55 +109,6 @@ class _Call:
         if norm.affine:
             scale, zeros = scale * norm.weight.detach().double().cpu(), norm.bias.detach().double().cpu()
         return scale, zeros - mean * scale
-
-
-def _convolutions(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every two-dimensional convolution once, by its first name."""
-    seen = set()
-    for name, conv in model.named_modules(remove_duplicate=False):
-        if isinstance(conv, nn.Conv2d) and conv not in seen:
-            seen.add(conv)
-            yield name, conv
-
-
-def _pairs(
-    normal_model: nn.Module, separable_model: nn.Module
-) -> tuple[dict[str, tuple[nn.Conv2d, Any]], dict[str, str]]:
-    """Convolutions of the normal network with their separable layers, and why others are none the page can follow."""
-    converted = dict(separable_model.named_modules(remove_duplicate=False))
-    pairs, left_out = {}, {}
-    for name, conv in _convolutions(normal_model):
-        if reason := _cannot_be_followed(conv, converted.get(name)):
-            left_out[name] = reason
-        else:
-            pairs[name] = (conv, converted[name])
-    return pairs, left_out
-
-
-def _cannot_be_followed(conv: nn.Conv2d, layer: Any) -> str:
-    """Why the page cannot show this pair; "" if it can."""
-    if isinstance(layer, nn.Sequential):
-        return "it became a bottleneck; the page follows a depthwise and a pointwise convolution alone"
-    depthwise, pointwise = getattr(layer, "depthwise", None), getattr(layer, "pointwise", None)
-    if conv.groups != 1:
-        return f"it has {conv.groups} groups"
-    if not (isinstance(depthwise, nn.Conv2d) and isinstance(pointwise, nn.Conv2d)):
-        return "it is pointwise already" if set(conv.kernel_size) == {1} else "it stayed a normal convolution"
-    geometry = ("kernel_size", "stride", "dilation", "in_channels")
-    if any(getattr(conv, name) != getattr(depthwise, name) for name in geometry):
-        return "its separable form has another geometry"
-    if (count := getattr(layer, "pointwise_layers", 1)) > 1:
-        return f"it has {count} pointwise convolutions in a row; the page follows one"
-    if _activation_between(layer) is None:
-        return f"the page cannot compute the {type(layer.activation).__name__} inside it"
-    return ""
-
-
-def _activation_between(layer: Any) -> str | None:
-    """The name of what stands between depthwise and pointwise; None if it is not one of those the page knows."""
-    activation: Any = getattr(layer, "activation", None)
-    name = "" if activation is None else ACTIVATIONS.get(type(activation))
-    return "gelu_tanh" if name == "gelu" and activation.approximate == "tanh" else name
 
 
 def _spread(names: list[str], count: int) -> list[str]:
@@ -236,6 +180,7 @@ def _describe(
     channels: int,
 ) -> dict[str, Any]:
     call = normal_calls[conv]
+    reduce, layer = split(layer)
     weight, bias = _folded(conv, call)
     depthwise, depthwise_bias = _folded(layer.depthwise, separable_calls[layer.depthwise])
     pointwise, pointwise_bias = _folded(layer.pointwise, separable_calls[layer.pointwise])
@@ -254,8 +199,8 @@ def _describe(
         "kernel": list(conv.kernel_size),
         "stride": list(conv.stride),
         "dilation": list(conv.dilation),
-        "depth_multiplier": layer.depthwise.out_channels // conv.in_channels,
-        "activation": _activation_between(layer),
+        "depth_multiplier": layer.depthwise.out_channels // layer.depthwise.in_channels,
+        "activation": activation_between(layer),
         "batch_norm": call.norm is not None,
         "output_size": list(call.y.shape[2:]),
         "window": {"top": top, "left": left, "height": height, "width": width},
@@ -263,6 +208,7 @@ def _describe(
         "input": _base64(_input_window(conv, call.x, window)),
         "normal_weight": _base64(weight[strongest]),
         "normal_bias": _base64(bias[strongest]),
+        "reduce_weight": "" if reduce is None else _base64(reduce.weight.float().flatten(1)),
         "depthwise_weight": _base64(depthwise[:, 0]),
         "depthwise_bias": _base64(depthwise_bias),
         "pointwise_weight": _base64(pointwise[strongest].flatten(1)),

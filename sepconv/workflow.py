@@ -29,7 +29,7 @@ DEMO_MODEL = "vgg_small"
 DEMO_SETTINGS: dict[str, Any] = {}
 DEMO_BUDGET = 1 / 8
 DEMO_FORM = "separable"
-"""The form that the page can follow number by number."""
+"""The textbook's."""
 DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
 DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.01, crop_padding=1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv import SeparableConv2d, explanation, png
+from sepconv import PointwiseConv2d, SeparableConv2d, explanation, pairs, png
 
 SIZE = 13
 
@@ -43,10 +43,14 @@ def normal_map(stored: dict) -> Tensor:
 
 def separable_map(stored: dict, activation=lambda z: z) -> Tensor:
     kept, c = len(stored["channels"]), stored["in_channels"]
+    x = stored_input(stored)
+    if stored["reduce_weight"]:
+        reduce = floats(stored["reduce_weight"], -1, c, 1, 1)
+        x, c = F.conv2d(x, reduce), len(reduce)
     hidden = c * stored["depth_multiplier"]
     depthwise = floats(stored["depthwise_weight"], hidden, 1, *stored["kernel"])
     z = F.conv2d(
-        stored_input(stored),
+        x,
         depthwise,
         floats(stored["depthwise_bias"], hidden),
         stored["stride"],
@@ -94,6 +98,54 @@ def test_stored_numbers_give_what_both_layers_compute(geometry, norm):
         )
     assert stored["batch_norm"] is (norm != "none")
     assert stored["depth_multiplier"] == 2
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_stored_numbers_give_what_a_bottleneck_computes(geometry):
+    normal = nn.Sequential(nn.Conv2d(5, 7, 3, **geometry))
+    bottleneck = nn.Sequential(PointwiseConv2d(5, 4, bias=False), SeparableConv2d(4, 7, 3, **geometry))
+    separable = nn.Sequential(bottleneck, warmed(nn.BatchNorm2d(7))).eval()
+    image = torch.randn(5, SIZE, SIZE + 2)
+    found = explanation.collect(normal, separable, image)
+    assert found["left_out"] == []
+    stored = found["layers"][0]
+    assert len(floats(stored["reduce_weight"], -1)) == 4 * 5
+    with torch.no_grad():
+        torch.testing.assert_close(
+            separable_map(stored), window_of(stored, separable(image[None])), rtol=1e-4, atol=1e-5
+        )
+
+
+BETWEEN = {
+    "bias": PointwiseConv2d(3, 3),
+    "stride": nn.Conv2d(3, 3, 1, stride=2, bias=False),
+    "padding": nn.Conv2d(3, 3, 1, padding=1, bias=False),
+    "groups": nn.Conv2d(3, 3, 1, groups=3, bias=False),
+    "size": nn.Conv2d(3, 3, 3, bias=False),
+    "no_convolution": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("first", BETWEEN.values(), ids=BETWEEN)
+def test_other_modules_in_a_row_are_left_out(first):
+    normal = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))
+    separable = nn.Sequential(nn.Sequential(first, SeparableConv2d(3, 3, 3, padding=1)))
+    found = explanation.collect(normal, separable, torch.randn(3, SIZE, SIZE))
+    assert found["layers"] == []
+    assert found["left_out"] == [{"name": "0", "reason": "it became 2 modules in a row that the page does not know"}]
+
+
+def test_bottlenecks_that_are_too_large_or_of_other_channels_are_left_out(monkeypatch):
+    normal = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 4, 3))
+    layers = (nn.Sequential(PointwiseConv2d(3, r, bias=False), SeparableConv2d(r, o, 3)) for r, o in ((7, 3), (6, 4)))
+    separable = nn.Sequential(*layers)
+    monkeypatch.setattr(pairs, "REDUCE_VALUES", 20)
+    found = explanation.collect(normal, separable, torch.randn(3, SIZE, SIZE))
+    assert [layer["name"] for layer in found["layers"]] == ["1"]
+    reason = "the first convolution of its bottleneck has 21 weights, too many for a page"
+    assert found["left_out"] == [{"name": "0", "reason": reason}]
+    other = nn.Sequential(nn.Sequential(PointwiseConv2d(2, 3, bias=False), SeparableConv2d(3, 3, 3)))
+    assert pairs._cannot_be_followed(normal[0], other[0]) == "its separable form has another geometry"
 
 
 @pytest.mark.parametrize("name", ["relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"])

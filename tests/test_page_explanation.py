@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from visit import WIDTHS, Visit
 
-from sepconv import SeparableConv2d, explanation
+from sepconv import PointwiseConv2d, SeparableConv2d, explanation
 from sepconv.report import write_report
 
 
@@ -307,6 +307,83 @@ def test_maps_of_unusual_layers_are_pytorchs(browser, tmp_path, geometry, inside
         close(visit.page.evaluate("[...state.separable.values]"), truths[1][channel].flatten())
     close(visit.page.evaluate("state.hiddenMaps.map(map => [...map.values])"), truths[2].flatten(1))
     assert visit.complaints == []
+    visit.page.close()
+
+
+BOTTLENECKS = {
+    "plain": {"padding": 1},
+    "strided": {"padding": 1, "stride": (2, 1)},
+    "circular_dilated": {"padding": 2, "padding_mode": "circular", "dilation": (2, 1)},
+    "wide_filter": {"kernel_size": (1, 5)},
+}
+
+
+@pytest.mark.parametrize("geometry", BOTTLENECKS.values(), ids=BOTTLENECKS)
+def test_every_number_of_a_bottleneck_is_pytorchs(browser, tmp_path, geometry):
+    geometry = {"kernel_size": 3, **geometry}
+    normal = nn.Sequential(nn.Conv2d(23, 7, **geometry)).eval()
+    reduce, layer = PointwiseConv2d(23, 12, bias=False), SeparableConv2d(12, 7, **geometry)
+    separable = nn.Sequential(nn.Sequential(reduce, layer)).eval()
+    image = torch.randn(23, 13, 11)
+    explained = explanation.collect(normal, separable, image)
+    sample_run.write(tmp_path, {"model": "a_model", "form": "bottleneck"}, explained)
+    visit = Visit(browser, write_report(tmp_path))
+    page = visit.page
+    with torch.no_grad():
+        padded = F.pad(image[None], normal[0]._reversed_padding_repeated_twice, mode=PADS[normal[0].padding_mode])
+        mixed = reduce(padded)[0].double()
+        hidden = layer.depthwise(reduce(image[None]))[0]
+        after = separable(image[None])[0]
+    close(page.evaluate("[...state.layer.depthwise_input]"), mixed.flatten())
+    close(page.evaluate("state.hiddenMaps.map(map => [...map.values])"), hidden.flatten(1))
+    assert page.locator("#lab h3").all_inner_texts()[1] == "Pointwise convolution: mix the channels first"
+    assert page.locator("#depthwise-tiles li").count() == page.locator("#reduce-tiles li").count() - 1 == 8
+    page.locator("#channel").select_option(value="1")
+    close(page.evaluate("[...state.separable.values]"), after[page.evaluate("state.layer.channels[1]")].flatten())
+    chosen = page.locator("#depthwise-tiles li").nth(3)
+    chosen.locator("button").press("Enter")
+    r = int(chosen.get_attribute("data-hidden"))
+    assert page.evaluate("state.hidden") == r
+    assert page.locator("#reduce-map .name").inner_text() == f"mixture {r}"
+    page.evaluate("choosePixel(2, 4)")
+    (kh, kw), (sh, sw), (dh, dw) = normal[0].kernel_size, normal[0].stride, normal[0].dilation
+    row, column = 2 * sh + kh // 2 * dh, 4 * sw + kw // 2 * dw
+    close(visit.numbers("#reduce-products data.result"), mixed[r, row, column][None])
+    products = padded[0, :, row, column] * reduce.weight[r].detach().flatten()
+    shown = [int(one) for one in page.locator("#reduce-products tr[data-hidden] th").all_inner_texts()]
+    assert set(shown) == set(products.abs().topk(10).indices.tolist())
+    close(visit.numbers("#reduce-products data.product"), products[shown])
+    close(visit.numbers("#reduce-products data.others"), (products.sum() - products[shown].sum())[None])
+    patch = mixed[r, 2 * sh : 2 * sh + dh * kh : dh, 4 * sw : 4 * sw + dw * kw : dw].flatten()
+    close(visit.numbers("#depthwise-products .x"), patch)
+    close(visit.numbers("#depthwise-products .with-bias"), hidden[r, 2, 4][None])
+    assert visit.complaints == []
+    page.close()
+
+
+PADS = {"zeros": "constant", "circular": "circular"}
+
+
+def test_strongest_mixtures_of_a_bottleneck_are_shown_and_its_multiplications_counted(browser, tmp_path):
+    normal = nn.Sequential(nn.Conv2d(4, 3, 3))
+    layer = SeparableConv2d(11, 3, 3)
+    separable = nn.Sequential(nn.Sequential(PointwiseConv2d(4, 11, bias=False), layer))
+    image = torch.randn(4, 9, 9)
+    sample_run.write(
+        tmp_path, {"model": "a_model", "form": "bottleneck"}, explanation.collect(normal, separable, image)
+    )
+    visit = Visit(browser, write_report(tmp_path))
+    with torch.no_grad():
+        hidden = layer.depthwise(separable[0][0](image[None]))[0]
+        strength = layer.pointwise.weight[visit.page.evaluate("state.layer.channels[0]")].abs().flatten()
+        strength = strength * hidden.flatten(1).norm(dim=1)
+    tiles = visit.page.locator("#depthwise-tiles li")
+    shown = tiles.evaluate_all("all => all.map(one => Number(one.dataset.hidden))")
+    assert set(shown) == set(strength.topk(8).indices.tolist())
+    assert visit.page.evaluate("state.hidden") == strength.argmax()
+    assert visit.numbers("#count-separable data") == [11 * (4 + 9 + 3)]
+    assert visit.numbers("#count-normal data") == [9 * 4 * 3]
+    assert "11 · (4 + 9 + 3) / (9 · 4 · 3) = 1.63" in visit.page.locator("#count-formula").inner_text()
     visit.page.close()
 
 

@@ -40,10 +40,46 @@ function unpack(stored) {
   layer.height = stored.window.height;
   layer.width = stored.window.width;
   layer.taps = stored.kernel[0] * stored.kernel[1];
-  layer.hidden_channels = stored.in_channels * stored.depth_multiplier;
+  layer.hidden_channels = layer.depthwise_bias.length;
   layer.input_height = (layer.height - 1) * stored.stride[0] + stored.dilation[0] * (stored.kernel[0] - 1) + 1;
   layer.input_width = (layer.width - 1) * stored.stride[1] + stored.dilation[1] * (stored.kernel[1] - 1) + 1;
+  layer.reduce_weight = stored.reduce_weight ? floats(stored.reduce_weight) : null;
+  layer.depthwise_input = layer.reduce_weight ? reduced(layer) : layer.input;
   return layer;
+}
+
+// The first convolution of a bottleneck: mixtures of the padded input's channels.
+function reduced(layer) {
+  const size = layer.input_height * layer.input_width;
+  const found = new Float64Array(layer.hidden_channels * size);
+  for (let r = 0; r < layer.hidden_channels; r++) {
+    const sum = found.subarray(r * size, (r + 1) * size);
+    for (let c = 0; c < layer.in_channels; c++) {
+      const weight = layer.reduce_weight[r * layer.in_channels + c];
+      for (let i = 0; i < size; i++) sum[i] += weight * layer.input[c * size + i];
+    }
+  }
+  return found;
+}
+
+// The parts of one such mixture: every channel of the padded input times its weight.
+function weighted(layer, r) {
+  const size = layer.input_height * layer.input_width;
+  return Array.from({length: layer.in_channels}, (_, c) => {
+    const weight = layer.reduce_weight[r * layer.in_channels + c];
+    const values = Float64Array.from(layer.input.subarray(c * size, (c + 1) * size), (x) => weight * x);
+    return {height: layer.input_height, width: layer.input_width, values};
+  });
+}
+
+// The products of one such mixture in the middle of the patch of an output pixel: [{x, weight, product}].
+function reduction(layer, r, row, column) {
+  const [i, j] = layer.kernel.map((taps) => Math.floor(taps / 2));
+  return Array.from({length: layer.in_channels}, (_, c) => {
+    const x = layer.input[inputIndex(layer, c, row, column, i, j)];
+    const weight = layer.reduce_weight[r * layer.in_channels + c];
+    return {x, weight, product: x * weight};
+  });
 }
 
 // Index of the input value that tap (i, j) meets at output pixel (row, column) of a channel.
@@ -53,12 +89,12 @@ function inputIndex(layer, channel, row, column, i, j) {
   return (channel * layer.input_height + y) * layer.input_width + x;
 }
 
-// The products of one filter on one channel at one pixel: [{x, weight, product}], row by row.
-function products(layer, channel, filter, row, column) {
+// The products of one filter on one channel of an input at one pixel: [{x, weight, product}], row by row.
+function products(layer, input, channel, filter, row, column) {
   const found = [];
   for (let i = 0; i < layer.kernel[0]; i++) {
     for (let j = 0; j < layer.kernel[1]; j++) {
-      const x = layer.input[inputIndex(layer, channel, row, column, i, j)];
+      const x = input[inputIndex(layer, channel, row, column, i, j)];
       const weight = filter[i * layer.kernel[1] + j];
       found.push({x, weight, product: x * weight});
     }
@@ -77,8 +113,8 @@ function emptyMap(layer, value = 0) {
   return {height: layer.height, width: layer.width, values};
 }
 
-// One input channel under one filter.
-function filtered(layer, channel, filter) {
+// One channel of an input under one filter.
+function filtered(layer, input, channel, filter) {
   const map = emptyMap(layer);
   const [rows, columns] = layer.kernel;
   for (let row = 0; row < layer.height; row++) {
@@ -86,7 +122,7 @@ function filtered(layer, channel, filter) {
       let sum = 0;
       for (let i = 0; i < rows; i++) {
         const start = inputIndex(layer, channel, row, column, i, 0);
-        for (let j = 0; j < columns; j++) sum += layer.input[start + j * layer.dilation[1]] * filter[i * columns + j];
+        for (let j = 0; j < columns; j++) sum += input[start + j * layer.dilation[1]] * filter[i * columns + j];
       }
       map.values[row * layer.width + column] = sum;
     }
@@ -110,7 +146,7 @@ function depthwiseFilter(layer, hidden) {
 
 // Normal convolution before the addition: every input channel under its filter for the k-th kept output channel.
 function contributions(layer, k) {
-  return Array.from({length: layer.in_channels}, (_, channel) => filtered(layer, channel, normalFilter(layer, k, channel)));
+  return Array.from({length: layer.in_channels}, (_, channel) => filtered(layer, layer.input, channel, normalFilter(layer, k, channel)));
 }
 
 function addMaps(layer, maps, bias) {
@@ -119,11 +155,11 @@ function addMaps(layer, maps, bias) {
   return sum;
 }
 
-// Depthwise convolution: hidden channel h sees input channel floor(h / M) alone.
+// Depthwise convolution: hidden channel h sees channel floor(h / M) of its input alone.
 function depthwiseMaps(layer) {
   const activation = ACTIVATIONS[layer.activation];
   return Array.from({length: layer.hidden_channels}, (_, h) => {
-    const map = filtered(layer, Math.floor(h / layer.depth_multiplier), depthwiseFilter(layer, h));
+    const map = filtered(layer, layer.depthwise_input, Math.floor(h / layer.depth_multiplier), depthwiseFilter(layer, h));
     map.values = map.values.map((value) => activation(value + layer.depthwise_bias[h]));
     return map;
   });
@@ -152,7 +188,7 @@ function energy(map) {
   return total(map.values.map((value) => value * value));
 }
 
-// Multiplications for one output pixel of all O channels.
-function multiplications(k, c, o, m) {
-  return {normal: k * k * c * o, separable: k * k * c * m + c * m * o};
+// Multiplications for one output pixel of all O channels; a bottleneck has m channels between, else M filters a channel.
+function multiplications(k, c, o, m, bottleneck) {
+  return {normal: k * k * c * o, separable: bottleneck ? m * (c + k * k + o) : k * k * c * m + c * m * o};
 }

@@ -87,9 +87,9 @@ function mapView(map, limit, kind) {
   return element("span", {class: `map ${kind}`}, picture(map.height, map.width, map.values, limit));
 }
 
-function inputView(layer, channel, limit) {
+function inputView(layer, input, channel, limit) {
   const size = layer.input_height * layer.input_width;
-  const values = layer.input.subarray(channel * size, (channel + 1) * size);
+  const values = input.subarray(channel * size, (channel + 1) * size);
   return mapView({height: layer.input_height, width: layer.input_width, values}, limit, "input");
 }
 
@@ -117,6 +117,23 @@ function splitTerms(terms, count) {
   const shown = order.slice(0, count).sort((a, b) => a - b);
   const rest = order.slice(count);
   return {shown, rest: rest.length, remainder: total(rest.map((i) => terms[i]))};
+}
+
+// A table of a long sum: its largest terms, what is left of the others, and the bias if it has one.
+function sumTable(name, terms, count, bias) {
+  const {shown, rest, remainder} = splitTerms(terms.map((term) => term.product), count);
+  const head = [name, "value", "weight", "product"].map((title) => element("th", {scope: "col"}, title));
+  const rows = shown.map((i) => {
+    const cells = ["x", "weight", "product"].map((part) => element("td", {}, datum(terms[i][part], {class: part})));
+    return element("tr", {"data-hidden": i}, element("th", {scope: "row"}, `${i}`), ...cells);
+  });
+  const sum = total(terms.map((term) => term.product)) + (bias ?? 0);
+  const lines = [["bias", bias, "bias"], ["sum", sum, "result"]].slice(bias === undefined ? 1 : 0);
+  if (rest) lines.unshift([`${rest} others`, remainder, "others"]);
+  for (const [title, value, kind] of lines) {
+    rows.push(element("tr", {class: kind}, element("th", {scope: "row", colspan: 3}, title), element("td", {}, datum(value, {class: kind}))));
+  }
+  return [element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows)];
 }
 
 // The pixel's channels on the left, the kept output channels on the right, one line a weight.

@@ -22,7 +22,8 @@ function chooseLayer(index) {
   style.setProperty("--patch-height", layer.dilation[0] * (layer.kernel[0] - 1) + 1);
   style.setProperty("--patch-width", layer.dilation[1] * (layer.kernel[1] - 1) + 1);
   showWindow(layer);
-  setCounter(layer.kernel[0], layer.in_channels, layer.out_channels, layer.depth_multiplier);
+  byId("reduce").hidden = !layer.reduce_weight;
+  setCounter(layer.kernel[0], layer.in_channels, layer.out_channels, layer.reduce_weight ? layer.hidden_channels : layer.depth_multiplier);
   computeChannel(0);
   startWhereMostHappens();
   drawWords();
@@ -62,7 +63,23 @@ function computeChannel(k) {
   const energies = state.parts.map(energy);
   state.shown = splitTerms(energies, SHOWN_CHANNELS).shown;
   state.channel = state.shown.reduce((best, c) => (energies[c] > energies[best] ? c : best), state.shown[0]);
-  state.hidden = state.channel * layer.depth_multiplier;
+  state.shownHidden = shownHidden(layer, k);
+  state.hidden = layer.reduce_weight ? strongest(layer, k, state.shownHidden) : state.channel * layer.depth_multiplier;
+}
+
+// Those of the channels shown above; channels of a bottleneck come from all of them: those that matter most to the output.
+function shownHidden(layer, k) {
+  const m = layer.depth_multiplier;
+  if (!layer.reduce_weight) return state.shown.flatMap((c) => Array.from({length: m}, (_, i) => c * m + i));
+  return splitTerms(state.hiddenMaps.map((_, h) => Math.sqrt(hiddenEnergy(layer, k, h))), SHOWN_CHANNELS).shown;
+}
+
+function hiddenEnergy(layer, k, h) {
+  return layer.pointwise_weight[k * layer.hidden_channels + h] ** 2 * energy(state.hiddenMaps[h]);
+}
+
+function strongest(layer, k, hidden) {
+  return hidden.reduce((best, h) => (hiddenEnergy(layer, k, h) > hiddenEnergy(layer, k, best) ? h : best), hidden[0]);
 }
 
 function drawWords() {
@@ -77,9 +94,12 @@ function drawWords() {
   byId("normal-words").textContent =
     `Each of the ${c} input channels has a ${size} filter of its own; the ${c} results are added pixel by pixel and give one map, ` +
     `output channel ${layer.channels[state.k]}. All of this happens ${o} times, once per output channel, with new filters each time.`;
+  byId("reduce-words").textContent =
+    `At one pixel the ${c} channels are a list of ${c} numbers. Each of the ${h} channels between is this list times a row of ${c} weights, ` +
+    `the same at every pixel: ${c} channels in, ${h} out${h < c ? ", fewer than before" : ""}.`;
   byId("depthwise-words").textContent =
-    `The same ${c} channels, ${m === 1 ? "one filter" : `${m} filters`} each, and no addition: ${c} channels in, ${h} maps out, ` +
-    "used for all output channels.";
+    `The ${layer.reduce_weight ? `${h} mixtures` : `same ${c} channels`}, ${m === 1 ? "one filter" : `${m} filters`} each, and no addition: ` +
+    `${layer.reduce_weight ? h : c} channels in, ${h} maps out, used for all output channels.`;
   byId("pointwise-words").textContent =
     `At one pixel the ${h} maps are a list of ${h} numbers. Output channel ${layer.channels[state.k]} is this list times a row of ${h} weights: ` +
     `one neuron of a fully connected layer with ${h} inputs and ${o} outputs${o < h ? ", fewer than it takes in" : ""}, the same at every pixel.`;
@@ -91,17 +111,16 @@ function tile(name, views, selected) {
 }
 
 function drawMaps() {
-  const {layer, k, shown, parts, hiddenMaps} = state;
+  const {layer, k, shown, parts} = state;
   readColours();
   const m = layer.depth_multiplier;
-  const hidden = shown.flatMap((c) => Array.from({length: m}, (_, i) => c * m + i));
   const inputLimit = largest(layer.input);
   const filterLimit = largest(...shown.map((c) => normalFilter(layer, k, c)));
   const partLimit = largest(...parts.map((map) => map.values));
   const tiles = shown.map((c) => {
-    const views = [inputView(layer, c, inputLimit), filterView(layer, normalFilter(layer, k, c), filterLimit), mapView(parts[c], partLimit, "output")];
+    const views = [inputView(layer, layer.input, c, inputLimit), filterView(layer, normalFilter(layer, k, c), filterLimit), mapView(parts[c], partLimit, "output")];
     const made = tile(`channel ${c}`, views, c === state.channel);
-    made.firstChild.addEventListener("click", () => selectChannel(c, c * m));
+    made.firstChild.addEventListener("click", () => selectChannel(c, layer.reduce_weight ? state.hidden : c * m));
     made.dataset.channel = c;
     return made;
   });
@@ -112,18 +131,42 @@ function drawMaps() {
     tiles.push(element("li", {class: "tile rest"}, view, element("span", {class: "name"}, `${others} others,\nadded`)));
   }
   byId("normal-tiles").replaceChildren(...tiles);
+  drawReduction();
+  drawDepthwise(layer.reduce_weight ? largest(layer.depthwise_input) : inputLimit);
+  drawResults();
+  drawPixel();
+}
+
+function drawDepthwise(inputLimit) {
+  const {layer, hiddenMaps, shownHidden: hidden} = state;
+  const m = layer.depth_multiplier;
   const zLimit = largest(...hidden.map((h) => hiddenMaps[h].values));
   const wLimit = largest(...hidden.map((h) => depthwiseFilter(layer, h)));
   byId("depthwise-tiles").replaceChildren(...hidden.map((h) => {
     const c = Math.floor(h / m);
-    const views = [inputView(layer, c, inputLimit), filterView(layer, depthwiseFilter(layer, h), wLimit), mapView(hiddenMaps[h], zLimit, "output")];
-    const made = tile(m === 1 ? `channel ${c}` : `channel ${c}\nfilter ${h % m}`, views, h === state.hidden);
-    made.firstChild.addEventListener("click", () => selectChannel(c, h));
+    const views = [inputView(layer, layer.depthwise_input, c, inputLimit), filterView(layer, depthwiseFilter(layer, h), wLimit), mapView(hiddenMaps[h], zLimit, "output")];
+    const name = layer.reduce_weight ? `mixture ${h}` : `channel ${c}`;
+    const made = tile(m === 1 ? name : `${name}\nfilter ${h % m}`, views, h === state.hidden);
+    made.firstChild.addEventListener("click", () => selectChannel(layer.reduce_weight ? state.channel : c, h));
     made.dataset.hidden = h;
     return made;
   }));
-  drawResults();
-  drawPixel();
+}
+
+// The chosen mixture: each channel times its weight, those that matter most alone, the others added.
+function drawReduction() {
+  const {layer, hidden} = state;
+  if (!layer.reduce_weight) return;
+  const parts = weighted(layer, hidden);
+  const {shown} = splitTerms(parts.map((map) => Math.sqrt(energy(map))), SHOWN_CHANNELS);
+  const others = parts.filter((_, c) => !shown.includes(c));
+  const rest = {...parts[0], values: parts[0].values.map((_, i) => total(others.map((map) => map.values[i])))};
+  const limit = largest(...shown.map((c) => parts[c].values), rest.values);
+  const tiles = shown.map((c) => element("li", {class: "tile"}, mapView(parts[c], limit, "input"), element("span", {class: "name"}, `channel ${c}\n× ${figures(layer.reduce_weight[hidden * layer.in_channels + c])}`)));
+  if (others.length) tiles.push(element("li", {class: "tile rest"}, mapView(rest, limit, "input"), element("span", {class: "name"}, `${others.length} others,\nadded`)));
+  byId("reduce-tiles").replaceChildren(...tiles);
+  const mixture = inputView(layer, layer.depthwise_input, hidden, largest(layer.depthwise_input));
+  byId("reduce-map").replaceChildren(element("div", {class: "big"}, mixture), element("p", {class: "name"}, `mixture ${hidden}`));
 }
 
 function bigMap(map, limit, name) {
@@ -155,6 +198,7 @@ function selectChannel(channel, hidden) {
   state.channel = channel;
   state.hidden = hidden;
   markTiles();
+  drawReduction();
   drawPixel();
 }
 
@@ -173,9 +217,10 @@ function drawPixel() {
     byId("lab").style.setProperty(`--${id}`, state[id]);
   }
   const at = `at row ${row}, column ${column}`;
-  const normalTerms = products(layer, channel, normalFilter(layer, k, channel), row, column);
+  const normalTerms = products(layer, layer.input, channel, normalFilter(layer, k, channel), row, column);
   byId("normal-products").replaceChildren(...productGrid(layer, normalTerms, `Channel ${channel} ${at}`, 0));
-  const depthwiseTerms = products(layer, Math.floor(hidden / layer.depth_multiplier), depthwiseFilter(layer, hidden), row, column);
+  if (layer.reduce_weight) byId("reduce-products").replaceChildren(...sumTable("channel", reduction(layer, hidden, row, column), SHOWN_TERMS));
+  const depthwiseTerms = products(layer, layer.depthwise_input, Math.floor(hidden / layer.depth_multiplier), depthwiseFilter(layer, hidden), row, column);
   byId("depthwise-products").replaceChildren(...productGrid(layer, depthwiseTerms, `Map ${hidden} ${at}`, layer.depthwise_bias[hidden]));
   drawAddition(pixel);
   drawMixture(pixel);
@@ -197,19 +242,10 @@ function drawAddition(pixel) {
 function drawMixture(pixel) {
   const {layer, k, hiddenMaps} = state;
   const terms = mixture(layer, hiddenMaps, k, pixel);
-  const {shown, rest, remainder} = splitTerms(terms.map((term) => term.product), SHOWN_TERMS);
+  const {shown} = splitTerms(terms.map((term) => term.product), SHOWN_TERMS);
   const outputs = layer.channels.map((_, i) => layer.pointwise_bias[i] + total(mixture(layer, hiddenMaps, i, pixel).map((term) => term.product)));
   byId("network").replaceChildren(networkView(layer, terms, shown, k, outputs));
-  const head = ["map", "value", "weight", "product"].map((name) => element("th", {scope: "col"}, name));
-  const rows = shown.map((h) => {
-    const cells = ["x", "weight", "product"].map((name) => element("td", {}, datum(terms[h][name], {class: name})));
-    return element("tr", {"data-hidden": h}, element("th", {scope: "row"}, `${h}`), ...cells);
-  });
-  const lines = [[`${rest} others`, remainder, "others"], ["bias", layer.pointwise_bias[k], "bias"], ["sum", outputs[k], "result"]];
-  for (const [name, value, kind] of lines.slice(rest ? 0 : 1)) {
-    rows.push(element("tr", {class: kind}, element("th", {scope: "row", colspan: 3}, name), element("td", {}, datum(value, {class: kind}))));
-  }
-  byId("pointwise-products").replaceChildren(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
+  byId("pointwise-products").replaceChildren(...sumTable("map", terms, SHOWN_TERMS, layer.pointwise_bias[k]));
 }
 
 function choosePixel(row, column) {
@@ -258,7 +294,8 @@ function setCounter(...values) {
 function countMultiplications() {
   const [k, c, o, m] = ["k", "c", "o", "m"].map((id) => Number(byId(id).value));
   for (const id of ["k", "c", "o", "m"]) byId(id).nextElementSibling.textContent = byId(id).value;
-  const found = multiplications(k, c, o, m);
+  const bottleneck = "bottleneck" in byId("counter").dataset;
+  const found = multiplications(k, c, o, m, bottleneck);
   const longest = Math.max(found.normal, found.separable);
   for (const side of ["normal", "separable"]) {
     byId(`count-${side}`).replaceChildren(element("data", {value: found[side]}, counted(found[side])));
@@ -266,7 +303,9 @@ function countMultiplications() {
   }
   const ratio = found.separable / found.normal;
   byId("count-ratio").replaceChildren(element("data", {value: ratio}, ratio <= 1 ? `1/${(1 / ratio).toFixed(1)}` : `${ratio.toFixed(1)}×`));
-  byId("count-formula").textContent = `separable / normal = M · (1/O + 1/k²) = ${m} · (1/${o} + 1/${k * k}) = ${figures(ratio)}`;
+  byId("count-formula").textContent = bottleneck
+    ? `bottleneck / normal = R · (C + k² + O) / (k² · C · O) = ${m} · (${c} + ${k * k} + ${o}) / (${k * k} · ${c} · ${o}) = ${figures(ratio)}`
+    : `separable / normal = M · (1/O + 1/k²) = ${m} · (1/${o} + 1/${k * k}) = ${figures(ratio)}`;
 }
 
 function openLab(data) {

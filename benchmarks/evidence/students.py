@@ -44,13 +44,12 @@ class Change:
 VARIANTS: dict[str, dict[str, Change]] = {
     "vgg": {
         "default": Change(),
-        "lr-0.05": Change({"lr": 0.05}),
-        "lr-0.2": Change({"lr": 0.2}),
+        **{f"lr-{lr}": Change({"lr": lr}) for lr in (0.01, 0.05, 0.2)},
         "temperature-1": Change({}, {"temperature": 1.0}),
         "temperature-2": Change({}, {"temperature": 2.0}),
         "alpha-1": Change({}, {"alpha": 1.0}),
         "features": Change({}, {"features": "auto"}),
-        **{f"bottleneck-lr-{lr}": Change({"lr": lr}, form="bottleneck") for lr in (0.02, 0.05, 0.1)},
+        **{f"bottleneck-lr-{lr}": Change({"lr": lr}, form="bottleneck") for lr in (0.01, 0.02, 0.05, 0.1)},
         "norm-between": Change(network=between.norm),
         "norm-and-prelu-between": Change(network=between.activation),
     },

@@ -130,9 +130,10 @@ def distilled(name: str) -> str:
     starts = {"converted": "distil", "random weights": "random"}
     for form in FORMS:
         for count in sorted({*SHORT, *HEADLINE.get((name, form), ())}):
+            epochs = "1 epoch" if count == 1 else f"{count} epochs"
             for start, kind in starts.items():
                 names = [f"{kind}-{form}-{name}-e{count}-s{seed}" for seed in SEEDS]
-                rows += _seeds(teacher, f"{form}, {start}, {count} epochs", names)
+                rows += _seeds(teacher, f"{form}, {start}, {epochs}", names)
     total = epochs_from_labels(name)
     rows += _seeds(teacher, f"separable, random weights, labels only, {total} epochs", [f"labels-{name}-e{total}"])
     header = ["form, start, distillation", "accuracy", "points", "seeds", "core-minutes", "conv weights"]

@@ -28,7 +28,8 @@ def before_and_after(run: dict[str, Any]) -> str:
         times = [f"{network['latency_ms'][contender]:.3f}" for network in (normal, separable)]
         lines.append(f"| ms an image, {contender}, {normal['threads']} threads | {times[0]} | {times[1]} |")
     stages = ", ".join(f"{stage['name']} {stage['accuracy']:.2%} ({stage['seconds']:.0f} s)" for stage in run["stages"])
-    return "\n".join(lines) + f"\n\nStages: {stages}.\n"
+    undone = "" if run["kept"] == run["stages"][-1]["name"] else ", undone"
+    return "\n".join(lines) + f"\n\nStages: {stages}{undone}.\n"
 
 
 def _networks(content: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from sepconv.train import evaluate
 IMAGES = {"mixed": 5000}
 """Images that the conversions of a teacher see, 1000 of all others: layers of nine pixels an image want more."""
 FEWER_IMAGES = (1000,)
-MULTIPLIERS = (1, 2, 3, 4)
+MULTIPLIERS = {"separable": (1, 2, 3, 4), "bottleneck": (1, 2)}
 BUDGETS = {
     **{f"macs-1-{n}": ("macs", 1 / n) for n in (2, 3)},
     **{f"params-1-{n}": ("conv_params", 1 / n) for n in (8, 2, 3, 4)},
@@ -132,7 +132,8 @@ def steps() -> list[Step]:
         few = partial(fewer_images, name, "params-1-8")
         found += [Step(f"images-{name}-{n}", partial(few, n), needs) for n in FEWER_IMAGES if name in IMAGES]
         if name in SMALL:
-            for m, form in product(MULTIPLIERS, FORMS):
-                found.append(Step(f"stages-{form}-{name}-m{m}", partial(stages, name, form, m), needs))
+            for form, multipliers in MULTIPLIERS.items():
+                for m in multipliers:
+                    found.append(Step(f"stages-{form}-{name}-m{m}", partial(stages, name, form, m), needs))
             found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in RIVAL_MULTIPLIERS]
     return found

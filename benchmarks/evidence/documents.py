@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from benchmarks.evidence.conversions import BUDGETS, FEWER_IMAGES, MULTIPLIERS, STAGES
+from benchmarks.evidence.conversions import BUDGETS, FEWER_IMAGES, MULTIPLIERS, RIVAL_MULTIPLIERS, STAGES
 from benchmarks.evidence.runner import finished, read
 from benchmarks.evidence.students import (
     BUDGET,
@@ -100,16 +100,16 @@ def images(name: str) -> str:
 def stages(name: str) -> str:
     teacher = read(f"teacher-{name}")
     rows = []
-    for form, m in product(FORMS, MULTIPLIERS):
-        for record in records([f"stages-{form}-{name}-m{m}"]):
+    for form, multipliers in MULTIPLIERS.items():
+        for record in records([f"stages-{form}-{name}-m{m}" for m in multipliers]):
             accuracies = {row["stage"]: percent(row["accuracy"]) for row in record["rows"]}
             weights = f"1/{teacher['conv_params'] / record['rows'][0]['conv_params']:.2f}"
-            rows.append([str(m), form, weights, *(accuracies[stage] for stage in STAGES)])
+            rows.append([str(record["depth_multiplier"]), form, weights, *(accuracies[stage] for stage in STAGES)])
     return table(["M", "form", "conv weights", *STAGES], rows)
 
 
 def rivals(name: str) -> str:
-    found = records([f"rivals-{name}-m{m}" for m in MULTIPLIERS])
+    found = records([f"rivals-{name}-m{m}" for m in RIVAL_MULTIPLIERS])
     if not found:
         return ""
     contenders = [row["contender"] for row in found[0]["rows"]]

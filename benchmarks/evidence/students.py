@@ -158,7 +158,7 @@ def steps() -> list[Step]:
         found.append(random(name, form, every[0]))
     for name, form in product(SMALL, FORMS):
         found += [student(name, form, epochs) for epochs in SHORT]
-    found += [random(name, form, SHORT[-1]) for name, form in product(SMALL, FORMS)]
+    found += [random(name, "bottleneck", SHORT[-1]) for name in SMALL] + [random("vgg", "separable", SHORT[-1])]
     for name, keys in VARIANTS.items():
         found += [
             Step(f"variant-{name}-{key}", partial(variant, name, key), needs(name, change.form))

@@ -25,6 +25,9 @@ from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, tra
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.processes import processes
 
+DISTILLATION_LR = {"bottleneck": 0.02, "separable": 0.05}
+"""Highest learning rate by form, unless told: a bottleneck starts nearer to the original and has more to lose."""
+
 DEMO_MODEL = "vgg_small"
 DEMO_SETTINGS: dict[str, Any] = {}
 DEMO_BUDGET = 1 / 8

@@ -213,7 +213,7 @@ class TestBudget:
         assert list(tmp_path.iterdir()) == []
 
     def test_unknown_form(self, trained: Path, tmp_path: Path) -> None:
-        ran = sepconv("convert", trained, *DIGITS, "--form", "tucker", *NO_TRAINING, "--out", tmp_path)
+        ran = sepconv("convert", trained, *DIGITS, "--form", "tucker", "--out", tmp_path)
         ran.failed_with(2, "form", "bottleneck", "tucker")
 
     def test_unknown_metric(self, trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import sepconv
 from sepconv import export, png
-from sepconv.cli import arguments, console
+from sepconv.cli import arguments, console, jobs
 from sepconv.compile import CompiledModel, compile
 from sepconv.data import load
 from sepconv.data.augment import Augment
@@ -122,6 +122,24 @@ def test_convert_without_training_or_onnx_shows_a_table(trained: Path, tmp_path:
     assert "No model.onnx: export_onnx: onnx is not here" in ran.out
     assert not (tmp_path / "model.onnx").exists()
     assert max(len(line) for line in ran.out.splitlines() if not line.startswith("Written")) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), 0.02), (("--form", "separable"), 0.05), (("--lr", 0.3), 0.3), (("--lr", 0.3, "--form", "separable"), 0.3)],
+)
+def test_learning_rate_of_the_distillation_follows_the_form(
+    options: tuple[Any, ...], expected: float, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs_seen: list[Any] = []
+
+    def noted(model: Any, card: Any, data: Any, job: Any, *rest: Any, **settings: Any) -> None:
+        jobs_seen.append(job)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(jobs, "convert_model", noted)
+    run("convert", trained, "--data", "digits", *options, "--out", tmp_path)
+    assert [job.recipe.lr for job in jobs_seen] == [expected]
 
 
 def test_predict_answers_as_the_network_does(converted: Path, digit: tuple[Path, int], tmp_path: Path) -> None:

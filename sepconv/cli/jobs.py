@@ -17,7 +17,7 @@ from sepconv.data import Data, load
 from sepconv.model_file import open_model
 from sepconv.run_folder import CHECKPOINTS
 from sepconv.train import Distillation, Recipe
-from sepconv.workflow import Job, convert_model, demo, train_model
+from sepconv.workflow import DISTILLATION_LR, Job, convert_model, demo, train_model
 
 
 @app.command("demo", epilog="Example: sepconv demo --out demo")
@@ -67,7 +67,10 @@ def convert_command(
         int, typer.Option("--calibration-images", min=1, help="Unlabelled images the conversion looks at.")
     ] = 1000,
     batch_size: options.BatchSize = 128,
-    lr: options.LearningRate = 0.01,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Highest learning rate: 0.02, separable form 0.05, if left out.", show_default=False),
+    ] = None,
     optimizer: options.Optimizer = "sgd",
     flip: options.Flip = False,
     crop_padding: options.Crop = 0,
@@ -94,7 +97,8 @@ def convert_command(
         recipe = Recipe(
             epochs=epochs,
             batch_size=batch_size,
-            lr=lr,
+            # A form that is not known is refused by the conversion, with the names of those that are.
+            lr=DISTILLATION_LR.get(form, 0.02) if lr is None else lr,
             optimizer=optimizer,
             flip=flip,
             crop_padding=crop_padding,

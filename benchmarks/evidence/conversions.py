@@ -115,14 +115,40 @@ def contenders(model: nn.Module, multiplier: int, images: Tensor) -> Iterator[tu
     yield "pointwise first, sequential", lambda: rivals.pointwise_first_sequential(model, images, multiplier)
 
 
-def compared(name: str, multiplier: int, folder: Path) -> dict[str, Any]:
-    """Both orders, Tucker and CP at the same weights of the 3x3 convolutions."""
+def norms(name: str, form: str, folder: Path) -> dict[str, Any]:
+    """Accuracy at an eighth of the weights with batch norm statistics taken anew, and with the original's."""
+    model, original, test = converted(name, "params-1-8", form), teacher(name), data_of(name).test
+    found = {"teacher": name, "form": form, "anew": evaluate(model, test).accuracy}
+    for path, norm in original.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            statistics = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+            model.get_submodule(path).load_state_dict(statistics, strict=False)
+    return {**found, "original": evaluate(model, test).accuracy}
+
+
+def fitted(model: nn.Module, multiplier: int, images: Tensor) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """The CP decomposition of `contenders`, but fitted to images."""
+    same = dict(form="bottleneck", depth_multiplier=multiplier, skip=["stem"])
+    yield "bottleneck, sequential", lambda: convert(model, images, reestimate_bn=False, **same)[0]
+
+
+def compared(
+    name: str,
+    multiplier: int,
+    who: Callable[[nn.Module, int, Tensor], Iterator[tuple[str, Callable[[], nn.Module]]]],
+    folder: Path,
+) -> dict[str, Any]:
+    """What takes the 3x3 convolutions' place at the same weights, without training."""
     model, images = teacher(name), calibration(name)
     rows = []
-    for contender, make in contenders(model, multiplier, images):
+    for contender, make in who(model, multiplier, images):
         begin = time.process_time()
         rows.append({"contender": contender, **measured(name, make(), time.process_time() - begin)})
     return {"teacher": name, "depth_multiplier": multiplier, "images": len(images), "rows": rows}
+
+
+CONTENDERS = {"rivals": contenders, "rivals-fitted": fitted}
+"""Of each name of steps, who takes part."""
 
 
 def steps() -> list[Step]:
@@ -131,11 +157,17 @@ def steps() -> list[Step]:
         needs = (f"teacher-{name}",)
         for key, form in product(BUDGETS_OF.get(name, FEW_BUDGETS), FORMS_OF.get(name, FORMS)):
             found.append(Step(f"{form}-{name}-{key}", partial(budget, name, key, form), needs))
+        if name not in FORMS_OF:
+            found += [
+                Step(f"norms-{form}-{name}", partial(norms, name, form), (f"{form}-{name}-params-1-8",))
+                for form in FORMS
+            ]
         few = partial(fewer_images, name, "params-1-8")
         found += [Step(f"images-{name}-{n}", partial(few, n), needs) for n in FEWER_IMAGES if name in IMAGES]
         if name in SMALL:
             for form, multipliers in MULTIPLIERS.items():
                 for m in multipliers:
                     found.append(Step(f"stages-{form}-{name}-m{m}", partial(stages, name, form, m), needs))
-            found += [Step(f"rivals-{name}-m{m}", partial(compared, name, m), needs) for m in RIVAL_MULTIPLIERS]
+            for m, (title, who) in product(RIVAL_MULTIPLIERS, CONTENDERS.items()):
+                found.append(Step(f"{title}-{name}-m{m}", partial(compared, name, m, who), needs))
     return found

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from benchmarks.evidence.conversions import BUDGETS, FEWER_IMAGES, MULTIPLIERS, RIVAL_MULTIPLIERS, STAGES
+from benchmarks.evidence.conversions import (
+    BUDGETS,
+    CONTENDERS,
+    FEWER_IMAGES,
+    MULTIPLIERS,
+    RIVAL_MULTIPLIERS,
+    STAGES,
+)
 from benchmarks.evidence.runner import finished, read
 from benchmarks.evidence.students import (
     BUDGET,
@@ -84,6 +91,12 @@ def without_training(name: str) -> str:
     return table(header, rows)
 
 
+def norms(name: str) -> str:
+    found = records([f"norms-{form}-{name}" for form in FORMS])
+    rows = [[r["form"], percent(r["original"]), percent(r["anew"])] for r in found]
+    return table(["1/8 of the weights, untrained", "the original's statistics", "taken anew"], rows)
+
+
 def images(name: str) -> str:
     """The conversion at an eighth that sees all images, and fewer."""
     fewer = records([f"images-{name}-{n}" for n in FEWER_IMAGES])
@@ -109,19 +122,13 @@ def stages(name: str) -> str:
 
 
 def rivals(name: str) -> str:
-    found = records([f"rivals-{name}-m{m}" for m in RIVAL_MULTIPLIERS])
-    if not found:
-        return ""
-    contenders = [row["contender"] for row in found[0]["rows"]]
-    rows = []
-    for contender in contenders:
-        cells = []
-        for record in found:
-            row = next(row for row in record["rows"] if row["contender"] == contender)
-            cells += [percent(row["accuracy"]), f"{row['conv_params']:,}"]
-        rows.append([contender, *cells])
-    header = [h for record in found for h in (f"M = {record['depth_multiplier']}", "conv weights")]
-    return table(["instead of each 3x3 convolution", *header], rows)
+    lines: dict[str, list[str]] = {}
+    for title in CONTENDERS:
+        for record in records([f"{title}-{name}-m{m}" for m in RIVAL_MULTIPLIERS]):
+            for row in record["rows"]:
+                lines.setdefault(row["contender"], []).extend([percent(row["accuracy"]), f"{row['conv_params']:,}"])
+    header = [h for m in RIVAL_MULTIPLIERS for h in (f"M = {m}", "conv weights")]
+    return table(["instead of each 3x3 convolution", *header], [[name, *cells] for name, cells in lines.items()])
 
 
 def distilled(name: str) -> str:
@@ -177,6 +184,7 @@ def rivals_distilled(name: str) -> str:
 
 SECTIONS: list[tuple[str, Callable[[str], str]]] = [
     ("Without any training, under one budget", without_training),
+    ("Batch norms behind converted layers", norms),
     ("The images that the conversion sees", images),
     ("Accuracy after each stage, the same M (bottlenecks: its weights) for all 3x3 convolutions", stages),
     ("Both orders, Tucker and CP at equal weights, without training", rivals),

@@ -54,6 +54,13 @@ def test_a_weight_that_is_a_bottleneck_is_found_again() -> None:
     assert float((found - weight).norm() / weight.norm()) < 1e-3
 
 
+def test_scales_weigh_the_errors_of_their_output_channels() -> None:
+    weight, scale = random(7, 5, 9), torch.logspace(-2, 1, 7, dtype=torch.float64)
+    found = bottleneck.compose(bottleneck.decompose(weight, 4, scale)) * scale[:, None, None]
+    truth = bottleneck.compose(bottleneck.decompose(weight * scale[:, None, None], 4))
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-9)
+
+
 def test_more_channels_come_closer_and_enough_are_exact() -> None:
     weight = random(6, 5, 9)
     errors = [

@@ -174,7 +174,7 @@ def _consider_separable(
     case = (x, depthwise_weight, between, pointwise_weight, activation, *geometry, residual is not None)
     return Choice(
         "separable_conv",
-        separable.supports(*given) or separable.slower(*given),
+        separable.supports(*given) or separable.slower(depthwise_weight.shape[2:]),
         lambda: separable.Prepared(separable.plan_for(*case), x, depthwise_weight, pointwise_weight),
         lambda: separable.describe(*arguments(*(outline() for outline in outlines))),
         separately,

@@ -72,7 +72,8 @@ def test_pointwise_matches_definition(case: Case, channels_last: bool, assert_ro
 
     out, margins_untouched = poisoned(y)
     found = pointwise.plan(x, case.out_channels, case.activation, case.residual)
-    pointwise.bind(found, x, pointwise.pack(found, weight, bias), residual, out)()
+    added = None if residual is None else layout.like(residual, out)
+    pointwise.bind(found, x, pointwise.pack(found, weight, bias), added, out)()
     assert torch.equal(out, y)
     margins_untouched()
 

@@ -10,11 +10,17 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not."""
+    """Whether ``x`` lies in memory pixel by pixel, views included; where both readings are possible it does not.
+
+    Steps along a size of 1 say nothing.
+    """
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False
     shape, stride, least = x.shape, x.stride(), 0
+    pixels = max(shape[2:])
     for d in (1, 3, 2, 0) if len(shape) == 4 else (1, 4, 3, 2, 0):
+        if shape[d] == 1 and pixels > 1 and d != 1:
+            continue
         if shape[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
             return False
         least = stride[d] * max(shape[d], 1)
@@ -35,8 +41,13 @@ def array(tensor: Tensor) -> Any:
     return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one size lie in memory alike; steps along a size of 1 say nothing."""
+    if a.stride() == b.stride():
+        return True
+    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)
+
+
 def like(tensor: Tensor, out: Tensor) -> Tensor:
     """The tensor in the layout of ``out``, copied only where it is in another."""
-    if tensor.stride() == out.stride():
-        return tensor
-    return torch.empty_like(out).copy_(tensor)
+    return tensor if alike(tensor, out) else torch.empty_like(out).copy_(tensor)

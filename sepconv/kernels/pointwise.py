@@ -20,7 +20,7 @@ from sepconv.kernels.activations import activate
 from sepconv.kernels.buffers import Buffer, buffer, dense
 from sepconv.kernels.calls import Call, Layout, PackedCalls
 from sepconv.kernels.gemm import bias_param, in_streams, keep_in_registers, packed, packed_param
-from sepconv.kernels.layout import is_channels_last, like
+from sepconv.kernels.layout import alike, is_channels_last, like
 from sepconv.kernels.runtime import hl
 from sepconv.kernels.schedule_gemm import Tile, pointwise_alternatives, pointwise_schedule, streams
 
@@ -271,7 +271,9 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
     if not out.is_contiguous(memory_format=layout):
         raise ValueError(f"pointwise.bind: out must have the layout of x without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
-    images = [out] if residual is None else [like(residual, out), out]
+    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
+        raise ValueError(f"pointwise.bind: residual must lie in memory like out, got strides {residual.stride()}")
+    images = [out] if residual is None else [residual, out]
     source = Buffer(*found.x_view, x.data_ptr(), holds=x)
     views = [dense(found.out_size, image.data_ptr(), image) for image in images]
     return kernel.bind(found.chunk, found.share, source, *packed, *views)

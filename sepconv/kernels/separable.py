@@ -17,7 +17,7 @@ from torch import Tensor
 from sepconv.kernels import machine, packing, runtime, tuned
 from sepconv.kernels.buffers import Buffer, buffer, pixels
 from sepconv.kernels.calls import Call, Layout, PackedCalls
-from sepconv.kernels.layout import is_channels_last, like
+from sepconv.kernels.layout import alike, is_channels_last, like
 from sepconv.kernels.machine_code import Chain
 from sepconv.kernels.schedule_gemm import separable_alternatives, separable_schedule, streams
 from sepconv.kernels.separable_pipeline import UNROLLED_TAPS, Spec, build
@@ -135,21 +135,9 @@ def supports(
     return runtime.too_large((x.shape[0], pointwise_weight.shape[0], *size))
 
 
-def slower(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    depthwise_activation: str,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    residual: Tensor | None = None,
-) -> str:
-    """Why two kernels, depthwise and pointwise, are faster here; the empty string if they are not."""
-    columns = depthwise_weight.shape[3]
+def slower(kernel_size: Sequence[int]) -> str:
+    """Why two kernels, depthwise and pointwise, are faster with such filters; the empty string if they are not."""
+    columns = kernel_size[1]
     if columns > UNROLLED_TAPS:
         return f"filters wider than {UNROLLED_TAPS} columns are faster in the depthwise kernel, got {columns} columns"
     return ""
@@ -217,7 +205,9 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"separable.bind: out must be channels_last without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("separable", found.spec), lambda: build(found.spec))
-    images = [out] if residual is None else [like(residual, out), out]
+    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
+        raise ValueError(f"separable.bind: residual must lie in memory like out, got strides {residual.stride()}")
+    images = [out] if residual is None else [residual, out]
     inputs = [*found.before, pixels(x), *packed]
     calls = []
     for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):

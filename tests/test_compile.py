@@ -157,15 +157,16 @@ class ByValue(nn.Module):
     ("how", "reason"),
     [
         ("decides", r"the model cannot be captured: .*DataDependentOutput"),
-        ("counts", r"the model cannot be captured: it changes a tensor in place that lives longer"),
-        ("changes_input", r"the model cannot be captured: it changes a tensor in place that lives longer"),
+        ("counts", r"the model cannot be captured: it changes a parameter, a buffer or another tensor that it keeps"),
+        ("changes_input", r"the model cannot be captured: it changes its input in place"),
         ("numpy", r"the captured operations give other results than the model|cannot be captured"),
     ],
 )
 def test_compile_runs_what_it_cannot_capture_through_pytorch(how: str, reason: str) -> None:
     model, x = ByValue(how).eval(), torch.randn(1, 3, 8, 8)
     given = x.clone()
-    fast = compile(model, given)
+    with pytest.warns(UserWarning, match=f"compile: the model runs through PyTorch: .*{reason}"):
+        fast = compile(model, given)
     assert torch.equal(given, x)
     explained = fast.explain()
     assert re.search(reason, explained.reason)
@@ -176,10 +177,12 @@ def test_compile_runs_what_it_cannot_capture_through_pytorch(how: str, reason: s
 
 def test_compile_other_dtypes_and_devices_run_through_pytorch() -> None:
     half, x = randomise(SamePadded()).half(), torch.randn(1, 3, 17, 22).half()
-    fast = compile(half, x)
+    with pytest.warns(UserWarning, match="compile: the model runs through PyTorch: the kernels compute in float32"):
+        fast = compile(half, x)
     assert fast.explain().reason.endswith("compute in float32 and the model has parameters of torch.float16")
     assert torch.equal(fast(x), half(x))
-    meta = compile(randomise(SamePadded()).to("meta"), torch.empty(1, 3, 17, 22, device="meta"))
+    with pytest.warns(UserWarning, match="the kernels run on CPUs and the model is on meta"):
+        meta = compile(randomise(SamePadded()).to("meta"), torch.empty(1, 3, 17, 22, device="meta"))
     assert meta.explain().reason == "the kernels run on CPUs and the model is on meta"
     assert meta(torch.empty(1, 3, 17, 22, device="meta")).shape == (1, 16, 5, 6)
 
@@ -190,7 +193,8 @@ def test_compile_falls_back_where_a_kernel_cannot_be_built(monkeypatch: pytest.M
 
     monkeypatch.setattr(separable, "bind", broken)
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
-    fast = compile(model, x)
+    with pytest.warns(UserWarning, match="compile: a group runs through PyTorch: Halide cannot build this one"):
+        fast = compile(model, x)
     kernels = {group.kind: (group.kernel, group.reason) for group in fast.explain().groups}
     assert kernels == {"normal": ("halide", ""), "separable": ("torch", "Halide cannot build this one")}
     assert "Halide cannot build this one" in str(fast.explain())

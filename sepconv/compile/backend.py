@@ -76,12 +76,6 @@ class Graph:
         others = [inputs[i] for i in self._free]
         if self.compiled is None or state != self._state:
             frozen = _Frozen(self._module, dict(zip(self._static, weights, strict=True)), self._names)
-            self.compiled, self._state = CompiledModel(frozen, same_channels=False), state
-            self._prepare(self.compiled, others)
+            self.compiled, self._state = CompiledModel(frozen, same_channels=False, what="sepconv: a graph"), state
+            self.compiled.prepare(*others)
         return self.compiled(*others)
-
-    def _prepare(self, compiled: CompiledModel, inputs: Sequence[Any]) -> None:
-        compiled.prepare(*inputs)
-        reason = compiled.explain().reason
-        if reason:
-            warnings.warn(f"sepconv: a graph runs through PyTorch: {reason}", stacklevel=3)

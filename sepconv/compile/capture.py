@@ -1,11 +1,12 @@
 """A model's operations on inputs of given sizes, as a graph of functional ATen operations.
 
 The model runs once on fake tensors (sizes without data) while every operation is recorded. In-place changes become
-functional ones first (``torch.func.functionalize``). Real tensors that the model reads are constants. Values that
+functional ones first. Real tensors that the model reads are constants. Values that
 decide in Python what happens next do not exist on fake tensors, so such a model cannot be captured, and says so.
 
 One size costs a quarter of a second. ``torch.export`` with symbolic sizes gives the same operations for all sizes at
-once but takes seconds, and its graph holds for other sizes only under guards; recording again needs none.
+once but takes seconds, and its graph holds for other sizes only under guards; recording again needs none. ``make_fx``
+takes longer, and patches ``nn.Module`` for all threads while it runs.
 """
 
 from __future__ import annotations
@@ -57,11 +58,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if op._schema.is_mutable:
+            raise CaptureError(f"it changes a parameter, a buffer or another tensor that it keeps ({op})")
         result = op(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return result
-        if op._schema.is_mutable:
-            raise CaptureError(f"it changes a tensor in place that lives longer than the call ({op})")
         named = pytree.tree_map(self.node, (args, kwargs))
         node = self.graph.call_function(op, *named)
         if isinstance(result, Tensor):
@@ -90,11 +91,39 @@ def capture(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.Graph:
                 recorder.placeholder(f"input_{i}", fake)
         try:
             with recorder:
-                outputs = torch.func.functionalize(function)(*fakes)
+                outputs = _functional(function, fakes)
         except CaptureError:
             raise
         except Exception as error:  # any code of the model may fail on tensors without data, in any way
-            first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            raise CaptureError(f"it does not run on tensors without data ({first})") from error
+            raise CaptureError(f"it does not run on tensors without data ({first_line(error)})") from error
     recorder.graph.output([recorder.node(value) for value in outputs if isinstance(value, Tensor)])
     return recorder.graph
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line, with its kind."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(": ")
+
+
+def _functional(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
+    """``function(*inputs)`` with no operation that changes a tensor in place.
+
+    ``torch.func.functionalize`` would leave changes of tensors that PyTorch makes itself, such as the first state of a
+    recurrent layer.
+    """
+    wrapped = [torch._to_functional_tensor(value) if isinstance(value, Tensor) else value for value in inputs]
+    torch._enable_functionalization(reapply_views=True)
+    try:
+        outputs = function(*wrapped)
+    finally:
+        torch._disable_functionalization()
+    if any(_unwrapped(now) is not before for now, before in zip(wrapped, inputs, strict=True)):
+        raise CaptureError("it changes its input in place")
+    return [_unwrapped(value) for value in outputs]
+
+
+def _unwrapped(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not torch._is_functional_tensor(value):
+        return value
+    torch._sync(value)
+    return torch._from_functional_tensor(value)

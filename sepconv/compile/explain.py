@@ -89,7 +89,7 @@ def explain_plan(plan: Plan, measure: bool) -> Explanation:
     groups = []
     for step, call, seconds in zip(plan.layout.steps, calls, times, strict=True):
         target = step.target
-        shape = tuple(step.outputs[0].meta.shape)
+        shape = tuple(step.outputs[0].meta.shape) if step.outputs else ()
         macs = target.macs(shape) if hasattr(target, "macs") else 0
         kind = "copy" if target is None else getattr(target, "kind", str(target))
         name, fused = getattr(target, "name", ""), getattr(target, "fused", ())

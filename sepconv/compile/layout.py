@@ -1,7 +1,7 @@
 """Where every value of a graph lies: its root in the arena, its strides, and when the memory is free again.
 
 Images are channels_last, whatever layout the model used; nothing else about a value depends on it, except where an
-operation reads memory by strides (``as_strided``), which gets the layout that the model saw. Reshapes cost nothing:
+operation reads memory by strides (see ``strides``), which gets the layout that the model saw. Reshapes cost nothing:
 they are other strides of the same root.
 """
 
@@ -23,10 +23,14 @@ from sepconv.compile.places import Root as Root
 from sepconv.compile.places import Step as Step
 from sepconv.compile.places import is_channels_last
 from sepconv.compile.slices import slice_batch
+from sepconv.compile.strides import as_captured, without_gaps
+from sepconv.kernels.layout import alike
 
 _aten = torch.ops.aten
 _GROUPS = (Convolution, Separable, Pool)
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+# Views of other numbers than lie in the memory: computed instead.
+_NOT_IN_PLACE = (_aten.view.dtype, _aten._conj.default, _aten._neg_view.default)
 _ALIGNMENT = 64
 # Keyword under which a step keeps which results of an operation with several are used.
 RESULTS = "_results"
@@ -82,6 +86,11 @@ class _Walk:
         if isinstance(node.target, _GROUPS):
             self._places[node] = self._group(node, args)
             return
+        if node.target in (as_captured, without_gaps):
+            fits = node.target is without_gaps and _is_dense(args[0].meta)
+            like = node.meta["val"] if node.target is as_captured else _dense(node.meta["val"])
+            self._places[node] = args[0] if fits else self._in_layout(args[0], like)
+            return
         view = self._view(node, args, kwargs)
         # A reshape that the strides do not allow copies, as ``contiguous().view()`` of the model did.
         target = _aten.reshape.default if node.target in _VIEWS else node.target
@@ -105,8 +114,8 @@ class _Walk:
         self.layout.direct = direct
         return direct is not None
 
-    def _view(self, node: fx.Node, args: Any, kwargs: Any) -> Place | None:
-        """Another look at the same memory, if the operation is one and the strides allow it."""
+    def _view(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Another look at the same memory, or several, if the operation is one and the strides allow it."""
         target: Any = node.target
         if target in _VIEWS:
             target = _aten.view.default
@@ -114,13 +123,12 @@ class _Walk:
             return None
         source: Place = args[0]
         if target is _aten.as_strided.default:
-            original: Any = node.args[0]
-            source = self._in_layout(source, original.meta["val"])
+            args = _relative(source, node.args[0].meta["val"], args)  # type: ignore[union-attr]
         try:
-            meta = target(source.meta, *args[1:], **kwargs)
+            looks = target(source.meta, *args[1:], **kwargs)
         except (RuntimeError, ValueError):
             return None
-        return Place(meta, source.root)
+        return pytree.tree_map_only(Tensor, lambda meta: Place(meta, source.root), looks)
 
     def _operation(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
         value = node.meta.get("val")
@@ -158,21 +166,24 @@ class _Walk:
             place.root.last = max(place.root.last, index)
 
     def _in_layout(self, place: Place, like: Tensor) -> Place:
-        """The value with the strides of ``like``, copied only where it has others."""
-        if _same_strides(place.meta, like):
-            return place
+        """The value with the strides of ``like``, copied only where it has others.
+
+        Steps along a size of 1 become those of ``like``: they say nothing, but kernels compare them.
+        """
+        if alike(place.meta, like):
+            meta = place.meta.as_strided(like.shape, like.stride(), place.meta.storage_offset())
+            return Place(meta, place.root)
         return self._step(None, [place], {}, [self._new(place.meta, like)])[0]
-
-
-def _same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of the same size lie in memory alike; steps along a size of 1 do not matter."""
-    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if size > 1)
 
 
 def _dense(x: Tensor) -> Tensor:
     """A meta tensor of that size in the layout that the kernels read."""
     memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     return torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_format)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or is_channels_last(x)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -182,10 +193,19 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_view(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
-    if schema is None or len(schema.returns) != 1 or not schema.arguments or target is _aten.view.dtype:
+    if schema is None or len(schema.returns) != 1 or not schema.arguments or target in _NOT_IN_PLACE:
         return False
     shared, source = schema.returns[0].alias_info, schema.arguments[0].alias_info
     return shared is not None and source is not None and not shared.is_write
+
+
+def _relative(source: Place, seen: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of ``as_strided``, which counts from the beginning of the memory, for where ``source`` lies."""
+    span = 1 + sum((size - 1) * step for size, step in zip(seen.shape, seen.stride(), strict=True))
+    if seen.storage_offset() or seen.untyped_storage().nbytes() != span * seen.element_size():
+        raise ValueError("as_strided reads the memory around a view")
+    _, size, stride, *offset = args
+    return source, size, stride, source.meta.storage_offset() + (offset[0] or 0 if offset else 0)
 
 
 def _places_in(value: Any) -> list[Place]:

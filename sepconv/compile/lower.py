@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -9,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.compile.capture import first_line
 from sepconv.compile.constants import Store
 from sepconv.compile.groups import Convolution, Pool, Separable
 from sepconv.compile.layout import RESULTS
 from sepconv.kernels import conv, depthwise, pointwise, pool, runtime, separable
 from sepconv.kernels.buffers import Buffer
+from sepconv.kernels.machine_code import Chain
 from sepconv.kernels.runtime import BuildError
 
 
@@ -43,9 +46,10 @@ def lower(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor], store:
     reason = reason or ("PyTorch was measured to be faster" if choice == "torch" else "")
     if not reason:
         try:
-            return (_bind_split if choice == "split" else _bind)(target, args, outputs[0], store)
-        except BuildError as error:
-            reason = str(error).splitlines()[0]
+            return _bind(target, args, outputs[0], store, choice)
+        except Exception as error:  # whatever goes wrong here is ours: the network runs all the same
+            reason = str(error).splitlines()[0] if isinstance(error, BuildError) else first_line(error)
+            warnings.warn(f"compile: a group runs through PyTorch: {reason}", stacklevel=2)
     return Call(partial(_through_torch, target, args, outputs[0]), "torch", reason, _weights(target))
 
 
@@ -94,11 +98,14 @@ def _unfit(target: Any, args: Sequence[Tensor], out: Tensor) -> str:
     return ""
 
 
-def _bind(target: Any, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+def _bind(target: Any, args: Sequence[Tensor], out: Tensor, store: Store, choice: str = "") -> Call:
     if isinstance(target, Pool):
         return Call(pool.bind(args[0], out), "halide")
     if isinstance(target, Separable):
-        return _bind_separable(target, args, out, store)
+        if choice == "split":
+            return _bind_split(target, args, out, store, "depthwise and pointwise in turn were measured to be faster")
+        apart = separable.slower(target.depthwise.kernel_size)
+        return _bind_split(target, args, out, store, apart) if apart else _bind_separable(target, args, out, store)
     binders = {"normal": _bind_conv, "depthwise": _bind_depthwise, "pointwise": _bind_matrix, "linear": _bind_matrix}
     return binders[target.kind](target, args, out, store)
 
@@ -126,18 +133,15 @@ def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, stor
     return Call(separable.bind(found, x, packed, residual, out), "halide", holds=packed)
 
 
-def _bind_split(target: Separable, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+def _bind_split(target: Separable, args: Sequence[Tensor], out: Tensor, store: Store, reason: str) -> Call:
     """Depthwise and pointwise in turn, the depthwise result in memory of its own."""
     shape = (out.shape[0], target.depthwise.out_channels, *out.shape[2:])
     hidden = torch.empty(shape, memory_format=torch.channels_last)
     first = _bind_depthwise(target.depthwise, args[:1], hidden, store)
     second = _bind_matrix(target.pointwise, [hidden, *args[1:]], out, store)
 
-    def run() -> None:
-        first.run()
-        second.run()
-
-    return Call(run, "halide", "depthwise and pointwise in turn were measured to be faster", (first, second))
+    chain = Chain([first.run, second.run])  # type: ignore[list-item]
+    return Call(chain, "halide", reason, (first, second, hidden))
 
 
 def _bind_conv(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
@@ -170,10 +174,28 @@ def _bind_matrix(target: Convolution, args: Sequence[Tensor], out: Tensor, store
 def _operation(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], None]:
     """An ATen operation into memory that is already there, by its ``out`` variant or by a copy."""
     variant = _out_variant(target)
-    if variant is not None and len(outputs) == 1 and RESULTS not in kwargs:
+    if variant is not None and len(outputs) == 1 and RESULTS not in kwargs and _writes_into(target, outputs[0]):
         operation, name = variant
         return partial(operation, *args, **kwargs, **{name: outputs[0]})
     return partial(_copy_results, target, args, kwargs, outputs)
+
+
+# Beside operations number by number: these write what they should into an output of any strides. That of softmax and
+# of tril do not (PyTorch 2.13).
+_WRITE_ANY_STRIDES = (
+    "cat", "mean", "sum", "amax", "amin", "mm", "addmm", "bmm", "baddbmm", "avg_pool2d", "adaptive_avg_pool2d",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "reflection_pad2d", "replication_pad2d", "glu",
+    "index_select",
+)  # fmt: skip
+
+
+def _writes_into(target: Any, out: Tensor) -> bool:
+    """Whether the ``out`` variant of an operation can be trusted with memory of these strides."""
+    return (
+        out.is_contiguous()
+        or torch.Tag.pointwise in target.tags
+        or target.overloadpacket.__name__ in _WRITE_ANY_STRIDES
+    )
 
 
 def _copy_results(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from sepconv.compile.rewrite import (
     undo,
     undo_on_tensor,
 )
+from sepconv.compile.strides import keep_strides
 
 _aten = torch.ops.aten
 _NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
@@ -30,6 +31,7 @@ _WITH_RESIDUAL = ("pointwise", "linear")
 def match(graph: fx.Graph, store: Store) -> None:
     """Rewrite a captured graph into groups and what is left for PyTorch, in place."""
     graph.eliminate_dead_code()
+    keep_strides(graph)
     fold_constants(graph, store)
     recognise(graph)
     _absorb_pads(graph)

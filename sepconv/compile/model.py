@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.capture import CaptureError, capture
+from sepconv.compile.capture import CaptureError, capture, first_line
 from sepconv.compile.constants import Store
+from sepconv.compile.copies import frozen_copy, trial_copy
 from sepconv.compile.explain import Explanation, explain_plan
 from sepconv.compile.match import match
 from sepconv.compile.plan import Plan
 from sepconv.compile.verify import ThroughPyTorch, disagreement
 
 MAX_PLANS = 16
+_EMPTY = "the batch is empty"
 
 # The structure of the arguments of a call with one positional argument.
 _SINGLE = pytree.tree_structure(((0,), {}))
@@ -51,21 +55,52 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
         >>> fast(torch.randn(2, 3, 96, 96)).shape
         torch.Size([2, 10])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compile: model must be a torch.nn.Module, got {type(model).__name__}")
-    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise ValueError(f"compile: {training} is in training mode; call model.eval() first")
+    # What torch.compile returned computes the same as what it was given.
+    model = getattr(model, "_orig_mod", model)
+    _check_model(model)
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"compile: threads must be None or a positive integer, got {threads!r}")
     args, kwargs = _arguments(example_input)
+    _warn_of_hooks(model)
     with torch.inference_mode(False), torch.no_grad():
-        # With channels_last weights PyTorch's pooling changes strides in place, which cannot be captured; kernels pack
-        # the weights in any case.
-        frozen: Any = copy.deepcopy(model)
-        compiled = CompiledModel(frozen.to(memory_format=torch.contiguous_format), threads, tune)
+        reason = ""
+        try:
+            frozen = frozen_copy(model)
+        except Exception as error:  # modules may refuse to be copied in any way
+            frozen, reason = model, f"the model cannot be copied, later changes to it count ({first_line(error)})"
+        compiled = CompiledModel(frozen, threads, tune, reason=reason)
         compiled.prepare(*args, **kwargs)
     return compiled
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile: model must be a torch.nn.Module, got {type(model).__name__}")
+    # An exported program computes what it was exported for: it has no modes, and refuses to be told one.
+    exported = "eval" in vars(model)
+    for name, module in model.named_modules():
+        if module.training and not exported:
+            raise ValueError(f"compile: {name or 'the model'} is in training mode; call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"compile: {name} has no size yet; call the model once before it is compiled")
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    """PyTorch's own hooks, those of weight_norm and pruning, compute weights: they are part of what is captured."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not _home(hook).startswith("torch.") for hook in hooks):
+            warnings.warn(
+                f"compile: {name or 'the model'} has forward hooks: they run while a new input size is prepared, "
+                "and not in later calls",
+                stacklevel=3,
+            )
+            return
+
+
+def _home(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -83,14 +118,27 @@ class CompiledModel:
     """
 
     def __init__(
-        self, frozen: nn.Module, threads: int | None = None, tune: bool = False, same_channels: bool = True
+        self,
+        frozen: nn.Module,
+        threads: int | None = None,
+        tune: bool = False,
+        *,
+        same_channels: bool = True,
+        what: str = "compile: the model",
+        reason: str = "",
     ) -> None:
-        """``frozen`` belongs to this object from now on; ``same_channels``: an image's channels may not change."""
-        frozen.requires_grad_(False)
-        self._frozen, self._threads, self._tune = frozen, threads, tune
+        """
+        Args:
+            frozen: belongs to this object from now on.
+            same_channels: an image's channels may not change.
+            what: it is called in warnings.
+            reason: why it runs through PyTorch, if that is known already.
+        """
+        self._frozen, self._threads, self._tune, self._what = frozen, threads, tune, what
         named = [*frozen.named_parameters(), *frozen.named_buffers()]
         self._store = Store({id(tensor): name for name, tensor in named})
-        self._reason = _unsuitable([tensor for _, tensor in named])
+        self._reason = reason or _unsuitable([tensor for _, tensor in named])
+        self._warned = False
         self._same_channels = same_channels
         self._spec: Any = None
         self._single = False
@@ -105,9 +153,10 @@ class CompiledModel:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             if spec != self._spec:
                 raise ValueError(f"CompiledModel: compiled for arguments {_shown(self._spec)}, got {_shown(spec)}")
-        if self._threads is None:
+        if self._threads is None and not torch.is_autocast_enabled("cpu"):
             return self._run(leaves)
-        with _num_threads(self._threads):
+        # What was captured without autocast stays as it is: numbers of 32 bits.
+        with _num_threads(self._threads), torch.autocast("cpu", enabled=False):
             return self._run(leaves)
 
     def _run(self, leaves: Sequence[Any]) -> Any:
@@ -161,36 +210,59 @@ class CompiledModel:
         else:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 plan = self._plans[key] = self._reason or self._make(leaves)
+            if isinstance(plan, str):
+                self._warn(plan)
             with suppress(KeyError):
                 while len(self._plans) > MAX_PLANS:
                     self._plans.popitem(last=False)
         self._last = key
         return plan
 
+    def _warn(self, reason: str) -> None:
+        """Once; nothing is lost where there is nothing to compute."""
+        if not self._warned and reason != _EMPTY:
+            self._warned = True
+            warnings.warn(f"{self._what} runs through PyTorch: {reason}", stacklevel=2)
+
     def _make(self, leaves: Sequence[Any]) -> Plan | str:
-        """A plan, or why the model runs through PyTorch as a whole."""
-        empty = any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves)
-        spec, outputs_spec = self._spec, None
-        inputs = [_as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        """A plan, or why the model runs through PyTorch as a whole: no defect of ours is the caller's."""
+        if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
+            return _EMPTY
+        try:
+            graph, spec = self._capture(leaves)
+            failure = ""
+        except CaptureError as error:
+            failure = f"the model cannot be captured: {error}"
+        except Exception as error:
+            failure = f"capturing it failed ({first_line(error)})"
+        # Copies, since a model may count its calls or change its input.
+        model = trial_copy(self._frozen) if not failure else frozen_copy(self._frozen)
+        expected = self._expected(model, [_copied(leaf) for leaf in leaves])
+        if failure:
+            return failure
+        # Of the second call, since many models keep something at the first; one that counts its calls disagrees.
+        expected = self._expected(model, leaves)
+        try:
+            return self._planned(graph, spec, leaves, expected)
+        except Exception as error:
+            return f"preparing it failed ({first_line(error)})"
+
+    def _capture(self, leaves: Sequence[Any]) -> tuple[fx.Graph, Any]:
+        """The operations, and the structure of the result."""
+        model, spec, result = trial_copy(self._frozen), self._spec, None
 
         def flat(*values: Any) -> list[Any]:
-            nonlocal outputs_spec
+            nonlocal result
             args, kwargs = pytree.tree_unflatten(list(values), spec)
-            outputs, outputs_spec = pytree.tree_flatten(self._frozen(*args, **kwargs))
+            outputs, result = pytree.tree_flatten(model(*args, **kwargs))
             return outputs
 
-        if empty:
-            return "the batch is empty"
-        try:
-            graph = capture(flat, inputs)
-        except CaptureError as error:
-            # A copy, since this model may count its calls or change its input.
-            self._expected(copy.deepcopy(self._frozen), [_copied(leaf) for leaf in leaves])
-            return f"the model cannot be captured: {error}"
-        expected = self._expected(self._frozen, leaves)
+        return capture(flat, [_as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]), result
+
+    def _planned(self, graph: fx.Graph, spec: Any, leaves: Sequence[Any], expected: Sequence[Any]) -> Plan | str:
         match(graph, self._store)
-        plan = Plan(graph, self._store, expected, outputs_spec, self._tune)
-        got = plan.run([leaf for leaf in inputs if isinstance(leaf, Tensor)])
+        plan = Plan(graph, self._store, expected, spec, self._tune)
+        got = plan.run([_as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
         return disagreement(plan.leaves(got), expected) or plan
 
     def _expected(self, model: nn.Module, leaves: Sequence[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ time; callers in several Python threads take different instances.
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sepconv.compile.capture import first_line
 from sepconv.compile.constants import Store
 from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
@@ -42,7 +44,10 @@ class Plan:
         self._choices: dict[int, str] = {}
         if tune:
             threads.follow_torch()
-            self._choices = self.take().choose()
+            try:
+                self._choices = self.take().choose()
+            except Exception as error:  # whatever goes wrong here is ours: there are the usual kernels
+                warnings.warn(f"compile: the usual kernels run, tuning failed ({first_line(error)})", stacklevel=2)
         self.give_back(self.take())
 
     def take(self) -> Instance:
@@ -122,12 +127,12 @@ class Instance:
 
     def choose(self) -> dict[int, str]:
         """Measure what else could compute each step; the choices that are faster than the usual one."""
+        numbers = self._arena[: len(self._arena) // 4 * 4]
+        numbers.view(torch.float32).normal_()
         choices = {}
         for i, step in enumerate(self._layout.steps):
             others = alternatives(step.target) if self.calls[i].kernel == "halide" else ()
             if others:
-                for place in step.args:
-                    self._tensor(place).normal_()
                 calls = {"": self.calls[i], **{choice: self._bind(i, choice) for choice in others}}
                 choices[i] = fastest(calls, [self._example()] if self._is_direct(i) else [])
         return choices

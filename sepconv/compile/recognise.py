@@ -35,7 +35,7 @@ def recognise(graph: fx.Graph) -> None:
     """Turn what can be recognised into groups, in place."""
     _drop_identities(graph)
     _spell_activations(graph)
-    for node in calls(graph, _aten.convolution.default):
+    for node in calls(graph, _aten.convolution.default, _aten._convolution.default):
         _convolution(node)
     for node in calls(graph, torch.ops.sepconv.depthwise_conv.default):
         _depthwise(node)
@@ -188,7 +188,7 @@ def _frozen(*nodes: Any) -> list[Constant | None] | None:
 
 
 def _convolution(node: fx.Node) -> None:
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+    x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args[:9]
     frozen = _frozen(weight, bias)
     if frozen is None or frozen[0] is None or transposed or len(shape(x)) != frozen[0].tensor.dim():  # type: ignore[arg-type]
         return

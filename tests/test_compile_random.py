@@ -1,0 +1,49 @@
+"""Random networks: whatever stands between the convolutions, a plan is made and computes what the model computes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from random_networks import RandomNetwork
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sepconv.compile import compile
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def check(seed: int) -> None:
+    """No exception, no warning, no whole model or group lost to a defect, no value off by more than rounding."""
+    network = RandomNetwork(seed)
+    x = network.example
+    with torch.no_grad():
+        eager, exact = tensors(network(x.clone())), tensors(copy.deepcopy(network).double()(x.double()))
+        fast = compile(network, x)
+        results, again = tensors(fast(x)), tensors(fast(x))
+    explained = fast.explain()
+    assert explained.reason == "", str(network)
+    assert [group.reason for group in explained.groups if "Error" in group.reason] == [], str(network)
+    for ours, theirs, truth, second in zip(results, eager, exact, again, strict=True):
+        assert ours.dtype is theirs.dtype
+        # What the same operations lose in float32, in another order, and an epsilon for where they lose nothing.
+        limit = 10 * (theirs - truth).abs().max() + 1e-5 * truth.abs().max()
+        assert (ours - truth).abs().max() <= limit, str(network)
+        assert torch.equal(ours, second), str(network)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_compile_random_networks(seed: int) -> None:
+    check(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 1500, 50))
+def test_compile_many_random_networks(first: int) -> None:
+    for seed in range(first, first + 50):
+        check(seed)

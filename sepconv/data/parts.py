@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,10 +40,16 @@ class Source:
 
 
 def readable(name: str) -> str:
-    """A name as text that every file can hold: bytes that are not UTF-8 as their hexadecimal codes.
+    """A name as text that every file can hold: what no encoding has, such as bytes of an old one, as its code.
 
     Example:
-        >>> readable("caf\\udce9")
-        'caf\\\\xe9'
+        >>> readable("caf\udce9")
+        'caf\\xe9'
     """
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub("[\ud800-\udfff]", _code, name)
+
+
+def _code(surrogate: re.Match[str]) -> str:
+    """Python writes the byte 0x80 in a name as U+DC80, and so on."""
+    code = ord(surrogate[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"

@@ -95,10 +95,10 @@ def _walk(folder: Path, suffixes: Collection[str], ignored: Ignored, visited: se
         return
     visited.add(identity)
     for path in entries(folder, ignored):
-        if path.is_dir():
-            yield from _walk(path, suffixes, ignored, visited)
-        elif path.suffix.lower() in suffixes and path.is_file():
+        if path.suffix.lower() in suffixes and path.is_file():
             yield path
+        elif path.is_dir():
+            yield from _walk(path, suffixes, ignored, visited)
         else:
             ignore_file(path, ignored)
 

@@ -40,7 +40,7 @@ class Source:
 
 
 def readable(name: str) -> str:
-    """A name as text that every file can hold: what no encoding has, such as bytes of an old one, as its code.
+    r"""A name as text that every file can hold: what no encoding has, such as bytes of an old one, as its code.
 
     Example:
         >>> readable("caf\udce9")

@@ -141,7 +141,7 @@ def test_links_are_followed_and_circles_come_to_an_end(tmp_path: Path) -> None:
 
 
 def test_subfolders_of_a_class_belong_to_it_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    write_images(tmp_path, {"cat/b": [png(2)], "cat/a/x": [png(1)], "cat/c": [png(3)], "dog": [png(9)] * 2})
+    write_images(tmp_path, {"cat/b": [png(2)], "cat/a/x.png": [png(1)], "cat/c": [png(3)], "dog": [png(9)] * 2})
     train = load(tmp_path, test_fraction=0.01).train
     assert len(train) == 3
     both = load(tmp_path).train.images.take(torch.arange(3))[:, 0, 0, 0].tolist()

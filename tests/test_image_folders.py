@@ -28,6 +28,7 @@ TWO = {"cat": [png(1), png(2)], "dog": [png(3), png(4)]}
         ("training_set", "test_set"),
         ("Train Images", "Test Images"),
         ("seg_train", "seg_test"),
+        ("train2017", "val2017"),
     ],
 )
 def test_splits_are_known_by_their_names(tmp_path: Path, train: str, test: str) -> None:
@@ -77,7 +78,7 @@ def test_what_looks_like_a_split_is_never_a_class(tmp_path: Path, folders: list[
 
 
 def test_names_that_only_resemble_splits_are_classes(tmp_path: Path) -> None:
-    names = ["bullet_train", "contest", "device", "trainer"]
+    names = ["bullet_train", "contest", "device", "test1", "test2", "trainer"]
     assert load(write_images(tmp_path, {name: [png(1), png(2)] for name in names})).classes == names
     assert splits_among(["trainer", "value", "developer", "steam train", "crash_test"]) == {}
     stems = ("train-0", "testset", "Validation", "devices")
@@ -119,6 +120,12 @@ def test_everything_beside_the_classes_is_counted(tmp_path: Path) -> None:
         ".md 1",
     }
     assert second.startswith("train/ (4 images)")
+
+
+def test_classes_that_differ_in_case_alone_are_two_and_said_to_be(tmp_path: Path) -> None:
+    data = load(write_images(tmp_path, {**TWO, "Cat": [png(5), png(6)]}))
+    assert data.classes == ["Cat", "cat", "dog"]
+    assert data.notes == ("2 classes differ from another in case alone: Cat, cat",)
 
 
 def test_a_clean_folder_has_nothing_to_say(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def read_image_folder(folder: Path) -> Source:
     parts = {kind: _labelled(path, classes, ignored) for kind, path in {"train": train, **splits}.items()}
     # Without images for testing, those for validation are.
     test, val = (parts.get("test"), parts.get("val")) if "test" in parts else (parts.get("val"), None)
-    notes = _notes(folder, splits, parts, ignored)
+    notes = (*_alike(classes), *_notes(folder, splits, parts, ignored))
     return Source(readable(folder.resolve().name), [readable(c) for c in classes], parts["train"], test, val, notes)
 
 
@@ -115,6 +116,13 @@ def _labelled(root: Path, classes: Sequence[str], ignored: Ignored) -> Part:
         raise ValueError(f"load: {no_images(root, passed_over)}: expected one subfolder a class")
     images = EncodedImages(lambda i: files[i].read_bytes(), [str(file) for file in files])
     return Part(images, torch.tensor(labels, dtype=torch.int64))
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    """A note on classes that some systems cannot tell apart."""
+    count = Counter(name.casefold() for name in classes)
+    alike = [name for name in classes if count[name.casefold()] > 1]
+    return [f"{len(alike)} classes differ from another in case alone: {', '.join(alike[:6])}"] if alike else []
 
 
 def _notes(folder: Path, splits: dict[str, Path], parts: dict[str, Part], ignored: Ignored) -> tuple[str, ...]:

@@ -16,15 +16,15 @@ WORDS = {
     "dev": "val",
 }
 _WORD = f"({'|'.join(WORDS)})(?:[ _.-]?(?:set|data|images?|split))?"
-_NAME = re.compile(rf"(.*[ _.-])?{_WORD}", re.IGNORECASE | re.DOTALL)
+_NAME = re.compile(rf"(.*[ _.-])?{_WORD}([ _.-]?\d+)?", re.IGNORECASE | re.DOTALL)
 _BEGINNING = re.compile(rf"{_WORD}(?![a-z])", re.IGNORECASE)
 
 
 def splits_among(names: Iterable[str]) -> dict[str, list[str]]:
     """The names that are of splits, by kind: "train", "test" and "val".
 
-    A name with words before the split's, such as seg_train, counts only beside another split of the same words:
-    bullet_train alone is a class.
+    A name with more before or behind, such as seg_train or train2017, counts only beside another split that has the
+    same: bullet_train alone is a class.
 
     Example:
         >>> splits_among(["Training", "Test_Set", "cat", "bullet_train"])
@@ -33,11 +33,11 @@ def splits_among(names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, dict[str, list[str]]] = {}
     for name in names:
         if match := _NAME.fullmatch(name):
-            kinds = groups.setdefault((match[1] or "").lower(), {})
+            kinds = groups.setdefault(((match[1] or "") + (match[3] or "")).lower(), {})
             kinds.setdefault(WORDS[match[2].lower()], []).append(name)
     found: dict[str, list[str]] = {}
-    for words, kinds in groups.items():
-        if not words or ("train" in kinds and len(kinds) > 1):
+    for more, kinds in groups.items():
+        if not more or ("train" in kinds and len(kinds) > 1):
             for kind, named in kinds.items():
                 found.setdefault(kind, []).extend(named)
     return found

@@ -134,4 +134,6 @@ def test_of_an_animation_the_first_frame_counts(tmp_path: Path) -> None:
 def test_the_palette_and_transparency_give_the_colour_beneath() -> None:
     image = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
     assert pixels(encoded(image, "PNG"), 3)[:, 0, 0].tolist() == [200, 100, 50]
+    several = encoded(image.convert("RGB").convert("P"), "PNG", transparency=bytes(range(256)))
+    assert pixels(several, 3)[:, 0, 0].tolist() == [204, 102, 51]
     assert pixels(png(7, mode="P"), 3)[:, 0, 0].tolist() == [7, 7, 7]

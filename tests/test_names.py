@@ -63,6 +63,7 @@ def test_names_of_stages_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch
 def test_any_width_prints_a_readable_table(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("LINES", columns)
+    monkeypatch.setenv("TERMINAL_WIDTH", columns)
     ran = run("count", "mobilenet_v1", "--input", "3x32x32")
     assert ran.code == 0
     for part in ("mobilenet_v1", "1,048,576", "multiply-adds", "0.112", "pointwise", "4,231,976"):

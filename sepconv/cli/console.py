@@ -147,7 +147,7 @@ def _escaped(letter: str) -> str:
 
 def set_up_terminal() -> None:
     """Make widths that nothing fits into, or that are no numbers, harmless; and letters that the output lacks."""
-    for name, least in (("COLUMNS", MIN_WIDTH), ("LINES", 1)):
+    for name, least in (("COLUMNS", MIN_WIDTH), ("TERMINAL_WIDTH", MIN_WIDTH), ("LINES", 1)):
         if name in os.environ:
             given = os.environ.pop(name)
             if given.isascii() and given.isdigit() and len(given) < 10 and int(given) > 0:

@@ -154,16 +154,8 @@ def decode(image: Image, name: str, channels: int, size: int | None) -> Tensor:
     Raises:
         BrokenImage: the image is truncated or damaged; the message holds `name`.
     """
-    from PIL import ImageOps
-
     try:
-        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = _eight_bits(image, sixteen)
-        if image.mode not in GREY_MODES:
-            image = image.convert("RGB")
-        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+        pixels = np.array(_usual(image).convert("L" if channels == 1 else "RGB"))
     except Exception as error:
         raise BrokenImage(name, _reason(error)) from error
     tensor = torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
@@ -225,6 +217,20 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := following.result()) is not end:
             following = pool.submit(next, iterator, end)
             yield item  # type: ignore[misc]
+
+
+def _usual(image: Image) -> Image:
+    """The image upright, grey in 8 bits or else as RGB."""
+    from PIL import ImageOps
+
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image, sixteen)
+    if image.mode in GREY_MODES:
+        return image
+    # By way of RGBA, or Pillow warns of palettes with transparency.
+    return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
 
 
 def _eight_bits(image: Image, sixteen: bool) -> Image:

@@ -122,12 +122,16 @@ def _least_width(lines: Sequence[Sequence[str]], text_columns: int) -> int:
 
 def error(message: str) -> None:
     """One line on stderr, whatever is in the message."""
-    print("sepconv: " + plain(" ".join(message.split())), file=sys.stderr)
+    print("sepconv: " + _one_line(message), file=sys.stderr)
 
 
 def note(message: str) -> None:
     """A remark that does not belong to the result."""
-    print(plain(" ".join(message.split())), file=sys.stderr)
+    print(_one_line(message), file=sys.stderr)
+
+
+def _one_line(message: str) -> str:
+    return plain(" ".join(filter(None, map(str.strip, message.splitlines()))))
 
 
 def plain(text: str) -> str:

@@ -1,5 +1,8 @@
 """Depthwise separable convolution for PyTorch: fast layers, and a converter from normal CNNs to separable ones."""
 
+from sepconv import interrupt as interrupt  # the first import, for the sake of the seconds that the others take
+
+# isort: split
 from sepconv.choices import explain as explain
 from sepconv.compile import compile as compile
 from sepconv.convert import convert as convert

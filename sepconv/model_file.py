@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sepconv import models, structure
 from sepconv.data import Data
-from sepconv.files import replacing
+from sepconv.files import name_for_libraries, replacing
 
 FILE = "model.safetensors"
 _KEY = "sepconv"
@@ -94,7 +94,7 @@ def write(path: Path, model: nn.Module, card: Card) -> None:
 def read_card(path: Path) -> Card | None:
     """The description in a safetensors file; None if it has none (the file is not ours)."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with name_for_libraries(path) as name, safe_open(name, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"read_card: {path} is truncated or no safetensors file ({error})") from error

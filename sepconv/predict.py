@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sepconv.compile import compile
 from sepconv.data.images import read_images
+from sepconv.data.listing import image_files
 from sepconv.model_file import Card, class_names
 
 BATCH = 64
@@ -29,28 +30,30 @@ class Prediction:
 def predict(
     model: nn.Module, card: Card, paths: Sequence[str | Path], top: int = 3, compiled: bool = False
 ) -> list[Prediction]:
-    """Classify image files.
+    """Classify images.
 
     Args:
         model: gives scores (N, classes).
         card: how images are prepared (see ``model_file``).
-        paths: image files; each is resized and cropped to the network's input.
+        paths: image files, and folders for all images below them, ordered by their paths; each image is resized and
+            cropped to the network's input.
         top: classes named for each image.
         compiled: run the network by ``sepconv.compile``: takes seconds first, pays for itself with many images.
 
     Raises:
-        ValueError: the card says nothing about images, or a file is no image (it is named).
-        FileNotFoundError: no such file.
+        ValueError: the card says nothing about images, a file is no image or a folder has none (it is named).
+        FileNotFoundError: no such file or folder.
     """
     if not card.mean or len(card.input_shape) != 3:
         raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
     channels, size = card.input_shape[0], card.input_shape[-1]
+    files = image_files(paths)
     scores_of: Callable[[Tensor], Tensor] = model.eval()
     if compiled:
-        scores_of = compile(model, torch.zeros(min(len(paths), BATCH), *card.input_shape))
+        scores_of = compile(model, torch.zeros(min(len(files), BATCH), *card.input_shape))
     found: list[Prediction] = []
-    for start in range(0, len(paths), BATCH):
-        chunk = paths[start : start + BATCH]
+    for start in range(0, len(files), BATCH):
+        chunk = files[start : start + BATCH]
         scores = scores_of(card.normalise(read_images(chunk, channels, size)))
         names = class_names(card, scores.shape[1])
         best = scores.softmax(1).topk(min(top, scores.shape[1]))

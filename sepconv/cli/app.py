@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 import sepconv
+from sepconv import interrupt
 from sepconv.cli import console
-from sepconv.cli.guard import WRONG_ARGUMENTS
+from sepconv.cli.guard import INTERRUPTED, WRONG_ARGUMENTS
 
 app = typer.Typer(
     name="sepconv",
@@ -39,7 +40,17 @@ def start(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        interrupt.over()
+        console.set_up_terminal()
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except (KeyboardInterrupt, typer.Abort):
+        # Commands say more than that themselves; this is before one has begun.
+        console.error("interrupted")
+        return INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(

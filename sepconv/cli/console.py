@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sepconv.data.parts import readable
 from sepconv.files import make_folder, replacing
 from sepconv.progress import OnProgress, Step, ignore
 
-MAX_WIDTH = 80
+MIN_WIDTH, MAX_WIDTH = 40, 80
+WIDEST = 400
+NARROWEST, GAP = 8, 3
 LINE_EVERY_S = 10.0
+# Letters of a name may say which way the rest of the line runs; a terminal would obey.
+DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+CONTROLS = frozenset({"Cc", "Zl", "Zp"})
 
 
 class Screen:
@@ -39,6 +49,7 @@ class Screen:
         self.shows_progress = first and not quiet
         self.shows_results = first and not quiet and json_file != Path("-")
         self.out = _console(stderr=False)
+        self.width = self.out.width
 
     def check_json(self) -> None:
         """Find out before long work whether the JSON file can be written."""
@@ -47,7 +58,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         if self.shows_results:
-            self.out.print(text, markup=False, soft_wrap=True)
+            self.out.print(plain(text), soft_wrap=True)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 1
@@ -55,13 +66,27 @@ class Screen:
         """A table whose first columns are text and whose other columns are numbers."""
         if not self.shows_results:
             return
+        lines = [[plain(str(cell)) for cell in line] for line in (columns, *rows)]
+        width = _least_width(lines, text_columns)
         table = Table(
-            title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", title_style="bold"
+            title=plain(title),
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            title_justify="left",
+            title_style="bold",
         )
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number < text_columns else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(str, row))
+        for number, column in enumerate(lines[0]):
+            is_text = number < text_columns
+            table.add_column(
+                column,
+                justify="left" if is_text else "right",
+                overflow="fold",
+                no_wrap=not is_text and width <= MAX_WIDTH,
+            )
+        for line in lines[1:]:
+            table.add_row(*line)
+        self.out.width = min(max(self.width, width), MAX_WIDTH)
         self.out.print(table)
         self.out.print()
 
@@ -88,28 +113,67 @@ class Screen:
             yield _Lines()
 
 
+def _least_width(lines: Sequence[Sequence[str]], text_columns: int) -> int:
+    """What a table needs so that its numbers stay whole; a narrower terminal breaks the lines, not the numbers."""
+    widths = [max(map(cell_len, column)) for column in zip_longest(*lines, fillvalue="")]
+    texts, numbers = widths[:text_columns], widths[text_columns:]
+    return sum(min(width, NARROWEST) for width in texts) + sum(numbers) + GAP * (len(widths) - 1)
+
+
 def error(message: str) -> None:
     """One line on stderr, whatever is in the message."""
-    print("sepconv: " + " ".join(message.split()), file=sys.stderr)
+    print("sepconv: " + _one_line(message), file=sys.stderr)
 
 
 def note(message: str) -> None:
     """A remark that does not belong to the result."""
-    print(" ".join(message.split()), file=sys.stderr)
+    print(_one_line(message), file=sys.stderr)
+
+
+def _one_line(message: str) -> str:
+    return plain(" ".join(filter(None, map(str.strip, message.splitlines()))))
+
+
+def plain(text: str) -> str:
+    """The text on one line, with an escape for whatever would command the terminal, or is in no encoding.
+
+    Example:
+        >>> plain("a\\nb"), plain("caf\\udce9")
+        ('a\\\\nb', 'caf\\\\xe9')
+    """
+    return "".join(_escaped(letter) for letter in readable(text))
+
+
+def _escaped(letter: str) -> str:
+    commands = unicodedata.category(letter) in CONTROLS or letter in DIRECTIONS
+    return letter.encode("unicode_escape").decode() if commands else letter
+
+
+def set_up_terminal() -> None:
+    """Make widths that nothing fits into, or that are no numbers, harmless; and letters that the output lacks."""
+    for name, least in (("COLUMNS", MIN_WIDTH), ("TERMINAL_WIDTH", MIN_WIDTH), ("LINES", 1)):
+        if name in os.environ:
+            given = os.environ.pop(name)
+            if given.isascii() and given.isdigit() and len(given) < 10 and int(given) > 0:
+                os.environ[name] = str(min(max(int(given), least), WIDEST))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    console.width = min(console.width, MAX_WIDTH)
+    # Names are never markup: a class may be called [b] or :cat:.
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console.width = min(max(console.width, MIN_WIDTH), MAX_WIDTH)
     return console
 
 
 def _bars() -> Progress:
     return Progress(
-        TextColumn("{task.description:8}"),
+        TextColumn("{task.description:8}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
+        TextColumn("{task.fields[numbers]}", markup=False),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         console=_console(stderr=True),
     )

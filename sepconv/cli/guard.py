@@ -14,8 +14,9 @@ from typing import Any
 import typer
 
 from sepconv.cli import console
+from sepconv.interrupt import INTERRUPTED as INTERRUPTED
 
-FAILED, WRONG_ARGUMENTS, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_ARGUMENTS = 1, 2
 
 # What the library raises when it is asked for something that is not there or makes no sense.
 _ARGUMENT_ERRORS = (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError)

@@ -200,6 +200,5 @@ def train_command(
 
 def _load(screen: Screen, source: str, image_size: int | None, skip_broken: bool) -> Data:
     found = load(source, image_size=image_size, skip_broken=skip_broken)
-    if found.skipped:
-        screen.say(f"Broken images left out: {len(found.skipped)} ({', '.join(found.skipped[:5])})")
+    show.notes(screen, found)
     return found

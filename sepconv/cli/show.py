@@ -8,10 +8,19 @@ from typing import Any
 from sepconv.bench.tune import Tuned
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
+from sepconv.data import Data
 from sepconv.doctor import PROBE, Diagnosis
 from sepconv.predict import Prediction
 
 NAMES = {"conv_params": "convolution weights", "params": "parameters", "macs": "multiply-adds"}
+
+
+def notes(screen: Screen, data: Data) -> None:
+    """What was left out of a data set, and which of its splits serves for what."""
+    for note in data.notes:
+        screen.say(note)
+    if data.skipped:
+        screen.say(f"Broken images left out: {len(data.skipped)} ({', '.join(data.skipped[:5])})")
 
 
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:

@@ -13,6 +13,7 @@ from sepconv.cli.app import app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.data import load
+from sepconv.data.listing import Ignored, image_files
 from sepconv.export import export_onnx
 from sepconv.files import make_folder
 from sepconv.model_file import open_model
@@ -45,7 +46,9 @@ def export_command(
 @guarded
 def predict_command(
     model: options.Model,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders.", show_default=False)
+    ],
     weights: options.Weights = None,
     settings: options.Settings = None,
     data: Annotated[
@@ -61,11 +64,16 @@ def predict_command(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Name the classes of image files."""
+    """Name the classes of images."""
     screen = Screen(quiet, json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     if data is not None:
-        card = card.with_data(load(data, image_size=image_size))
-    found = predict(network, card, images, top, compiled)
+        classes = load(data, image_size=image_size)
+        show.notes(screen, classes)
+        card = card.with_data(classes)
+    files = image_files(images, ignored := Ignored())
+    if ignored:
+        screen.say(f"{len(files)} images, {ignored}")
+    found = predict(network, card, files, top, compiled)
     show.predictions(screen, found)
     screen.result([asdict(prediction) for prediction in found])

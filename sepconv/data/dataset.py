@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sepconv.data.augment import Augment, generator
 from sepconv.data.images import Images, TensorImages, one_ahead, read_images
-from sepconv.data.sources import Part, read_source
+from sepconv.data.parts import Part
+from sepconv.data.sources import read_source
 from sepconv.data.uniform import uniform
 
 STATISTICS_IMAGES = 5000  # mean and deviation of a data set that is not in memory come from so many images
@@ -101,6 +102,8 @@ class Data:
         name: what the data set is called.
         classes: names of the classes, by label.
         skipped: names of the broken images that were left out.
+        notes: what else was left out and which split of the source serves for what, one line each.
+        val: images that the source sets apart from both splits, if it does: for choices made after the training.
     """
 
     name: str
@@ -108,6 +111,8 @@ class Data:
     test: Split
     classes: list[str]
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    val: Split | None = None
 
     @property
     def num_classes(self) -> int:
@@ -158,8 +163,10 @@ def load(
 
     Args:
         source: `digits` (in scikit-learn, no network); an image folder with one subfolder a class, or with
-            `train/` and `test/` (`val/`, `validation/`) of that form; `*.parquet` files or a folder of them, with
-            the columns image and label; a folder of IDX files (MNIST); or a Hugging Face data set name.
+            `train/` and `test/` or `val/` (and such names, in any case) of that form; `*.parquet` files or a folder of
+            them, with the columns image and label; a folder of IDX files (MNIST); or a Hugging Face data set name.
+            Where there are all three splits, `val/` is kept apart from both as `Data.val`. Images are what Pillow
+            opens; what else is in an image folder is counted in `Data.notes`.
         image_size: bring all images to squares of this side (short side resized, centre cropped).
         skip_broken: leave broken images out and list them in `Data.skipped`, instead of an error.
         test_fraction: share of each class that becomes the test split where the source has none.
@@ -182,19 +189,19 @@ def load(
     found = read_source(source)
     if len(found.classes) < 2:
         raise ValueError(f"load: {source} has only one class ({', '.join(found.classes)}); two are the least")
-    parts = [part for part in (found.train, found.test) if part is not None]
+    parts = [part for part in (found.train, found.test, found.val) if part is not None]
     parts, skipped = uniform(parts, image_size, skip_broken, str(source))
     empty = [name for i, name in enumerate(found.classes) if not (parts[0].labels == i).any()]
     if empty:
         raise ValueError(f"load: {source} has no training image of the class {empty[0]}")
-    train, test = parts if found.test is not None else _divide(parts[0], test_fraction, seed)
+    train, test, *val = parts if found.test is not None else _divide(parts[0], test_fraction, seed)
     missing = [name for i, name in enumerate(found.classes) if not (test.labels == i).any()]
     if missing:
         names = ", ".join(missing[:5])
         warnings.warn(f"load: no test image of {len(missing)} classes: {names}", stacklevel=2)
     mean, std = _statistics(train.images)
-    train_split, test_split = (Split(part.images, part.labels, mean, std) for part in (train, test))
-    return Data(found.name, train_split, test_split, found.classes, skipped)
+    trains, tests, *rest = (Split(part.images, part.labels, mean, std) for part in (train, test, *val))
+    return Data(found.name, trains, tests, found.classes, skipped, found.notes, rest[0] if rest else None)
 
 
 def _divide(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:

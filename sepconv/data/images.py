@@ -18,8 +18,11 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"})
+GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
+# EPS is a program, which Pillow has Ghostscript run; of MPEG it knows no more than the size.
+NOT_READ = frozenset({"EPS", "MPEG"})
+# Formats whose grey images of 16 bits Pillow may give as numbers of 32.
+SIXTEEN_BITS = frozenset({"PNG", "PPM"})
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -87,9 +90,15 @@ class EncodedImages:
 
     def decode(self, index: int) -> Tensor:
         """Image `index` as uint8 (C, H, W); a BrokenImage names the image that cannot be decoded."""
-        side = self.side if self.resize else None
+        return decode(self.open(index), self.names[index], self.channels, self.side if self.resize else None)
+
+    def open(self, index: int) -> Image:
+        """Image `index` behind its header."""
         name = self.names[index]
-        return decode(open_image(self.read(index), name), name, self.channels, side)
+        try:
+            return open_image(self.read(index), name)
+        except OSError as error:
+            raise BrokenImage(name, error.strerror or _reason(error)) from error
 
     def subset(self, indices: Tensor) -> EncodedImages:
         keep, read = indices.tolist(), self.read
@@ -104,30 +113,49 @@ class BrokenImage(ValueError):
         self.name, self.reason = name, reason
 
 
+def readable_suffixes() -> frozenset[str]:
+    """The ends of names, in lower case, of the files that Pillow and its plugins read here."""
+    from PIL import Image
+
+    # Files of several JPEG pictures, which the reader of JPEG opens.
+    formats = {*_formats(), "MPO"}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
 def open_image(content: bytes, name: str) -> Image:
     """The image behind its header, its pixels not yet decoded."""
     from PIL import Image
 
+    if not content:
+        raise BrokenImage(name, "the file is empty")
     # Each decoder raises errors of its own kinds (OSError, SyntaxError, struct.error, zlib.error, ...).
     try:
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=_formats())
     except Exception as error:
         raise BrokenImage(name, _reason(error)) from error
+
+
+def _formats() -> list[str]:
+    """The formats that Pillow decodes by itself."""
+    from PIL import Image, ImageFile
+
+    Image.init()
+    stub = ImageFile.StubImageFile
+    readers = {name: Image.OPEN[name][0] for name in Image.ID if name not in NOT_READ}
+    return [name for name, reader in readers.items() if not (isinstance(reader, type) and issubclass(reader, stub))]
 
 
 def decode(image: Image, name: str, channels: int, size: int | None) -> Tensor:
     """The pixels of an opened image as uint8 (channels, H, W), upright as the camera's orientation tag says.
 
+    Of several frames the first counts, of transparent pixels the colour beneath. Grey values of 16 bits keep their
+    upper byte; numbers of 32 bits, whole or not, have no brightness of their own: each image's range becomes 0 to 255.
+
     Raises:
         BrokenImage: the image is truncated or damaged; the message holds `name`.
     """
-    from PIL import ImageOps
-
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = _eight_bits(image)
-        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+        pixels = np.array(_usual(image).convert("L" if channels == 1 else "RGB"))
     except Exception as error:
         raise BrokenImage(name, _reason(error)) from error
     tensor = torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
@@ -191,12 +219,36 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def _eight_bits(image: Image) -> Image:
-    """Grey images of 16 bits keep their upper byte; Pillow's own conversion would cut them off at 255."""
+def _usual(image: Image) -> Image:
+    """The image upright, grey in 8 bits or else as RGB."""
+    from PIL import ImageOps
+
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image, sixteen)
+    if image.mode in GREY_MODES:
+        return image
+    # By way of RGBA, or Pillow warns of palettes with transparency.
+    return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
+
+
+def _eight_bits(image: Image, sixteen: bool) -> Image:
+    """Grey images of 16 and 32 bits; Pillow's own conversion would cut them off at 255."""
     from PIL import Image
 
-    values = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 257)
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    values = np.asarray(image).astype(np.float64)
+    scaled = values / 257 if sixteen else _stretched(values)
+    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """The range of the finite values as 0 to 255; one single value is black up to 0 and white above."""
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    if low == high:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return np.where(finite, values - low, 0.0) * (255 / (high - low or 1.0))
 
 
 def _reason(error: Exception) -> str:

@@ -19,9 +19,8 @@ from sepconv.data.images import (
     decode,
     fit,
     in_threads,
-    open_image,
 )
-from sepconv.data.sources import Part
+from sepconv.data.parts import Part
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images; larger data sets are decoded batch by batch
 
@@ -72,15 +71,15 @@ def _fits_memory(encoded: list[EncodedImages], size: int | None) -> bool:
 
 def _opened_sizes(encoded: list[EncodedImages]) -> Iterator[tuple[int, int]]:
     for images in encoded:
-        for index, name in enumerate(images.names):
+        for index in range(len(images)):
             with suppress(BrokenImage):
-                yield open_image(images.read(index), name).size
+                yield images.open(index).size
 
 
 def _look(images: EncodedImages, size: int | None, small: bool, skip_broken: bool, index: int) -> Look | BrokenImage:
     name = images.names[index]
     try:
-        image = open_image(images.read(index), name)
+        image = images.open(index)
         grey, (width, height) = image.mode in GREY_MODES, image.size
         if not small and not skip_broken:
             return Look(grey, (height, width))

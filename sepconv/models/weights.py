@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sepconv.files import name_for_libraries
 from sepconv.models.mobilenet_v1 import MobileNetV1
 
 # How files of torch.save and pickle.dump begin: a zip archive, or the pickle opcode PROTO.
@@ -61,7 +62,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise ValueError(f"load_weights: cannot read {path}: {error.strerror}") from error
     try:
-        return load_file(path)
+        with name_for_libraries(path) as name:
+            return load_file(name)
     except SafetensorError as error:
         # Only now: one safetensors file in 32 begins with the byte of a pickle, as the length of its header.
         if start.startswith(_PICKLES):

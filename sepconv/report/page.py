@@ -40,7 +40,8 @@ def write_report(run: str | Path) -> Path:
     target = source.with_suffix(".html") if source.is_file() else source / REPORT
     page = render(records.read(source))
     with replacing(target) as file:
-        file.write(page.encode("utf-8"))
+        # Names of files and arguments may hold what no encoding has.
+        file.write(page.encode("utf-8", "backslashreplace"))
     return target
 
 

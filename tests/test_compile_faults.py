@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.lower import _WRITE_ANY_STRIDES, _operation
+from sepconv.compile.verify import disagreement
 from sepconv.kernels import runtime
 
 
@@ -184,10 +186,29 @@ class Counts(nn.Module):
         return x * self.calls
 
 
-def test_compile_model_that_counts_its_calls_starts_where_it_stood() -> None:
+@pytest.mark.parametrize("example", [torch.ones(2, 3), torch.zeros(2, 3)], ids=["ones", "zeros"])
+def test_compile_model_that_counts_its_calls_starts_where_it_stood(example: Tensor) -> None:
+    """Nor do zeros hide that it counts."""
     with pytest.warns(UserWarning, match="compile: the model runs through PyTorch: the captured operations give other"):
-        fast = compile(Counts().eval(), torch.ones(2, 3))
+        fast = compile(Counts().eval(), example)
     assert [fast(torch.ones(2, 3))[0, 0].item() for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("ours", "models", "reason"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), ""),
+        (torch.tensor([torch.nan, torch.inf, 1.0]), torch.tensor([torch.nan, torch.inf, 1.0]), ""),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), r"other results than the model \(by 0.048\)"),
+        (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 2.0]), "numbers where the model gives NaN or infinity"),
+        (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, torch.nan]), "numbers where the model gives NaN"),
+        (torch.tensor([1.0]), torch.tensor([1]), "torch.float32 of shape .* where the model gives torch.int64"),
+        (torch.zeros(2, 1), torch.zeros(1, 2), "of shape "),
+    ],
+)
+def test_disagreement(ours: Tensor, models: Tensor, reason: str) -> None:
+    found = disagreement([ours], [models])
+    assert re.search(reason, found) if reason else found == ""
 
 
 def _pruned() -> nn.Module:

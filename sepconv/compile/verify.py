@@ -53,10 +53,30 @@ class ThroughPyTorch(TorchDispatchMode):
 def disagreement(got: Sequence[Any], expected: Sequence[Any]) -> str:
     """In a sentence, how results differ from the model's by more than rounding; "" if they do not."""
     for ours, models in zip(got, expected, strict=True):
-        if not isinstance(models, Tensor) or not models.is_floating_point() or not models.numel():
+        if not isinstance(models, Tensor):
             continue
-        difference = (ours - models).abs().nan_to_num(0.0, 0.0, 0.0).max().item()
-        scale = max(models.abs().nan_to_num(0.0, 0.0, 0.0).max().item(), 1e-30)
-        if difference > AGREEMENT * scale or not torch.equal(ours.isnan(), models.isnan()):
+        if ours.shape != models.shape or ours.dtype is not models.dtype:
+            return f"the captured operations give {_form(ours)} where the model gives {_form(models)}"
+        if not models.is_floating_point() or not models.numel():
+            continue
+        finite = models.isfinite()
+        if not torch.equal(finite, ours.isfinite()) or not torch.equal(ours.isnan(), models.isnan()):
+            return "the captured operations give numbers where the model gives NaN or infinity, or the other way round"
+        difference = (ours - models).abs()[finite].max().item() if finite.any() else 0.0
+        scale = max(models[finite].abs().max().item() if finite.any() else 0.0, 1e-30)
+        if difference > AGREEMENT * scale:
             return f"the captured operations give other results than the model (by {difference / scale:.2g})"
     return ""
+
+
+def _form(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+
+def shaken(leaf: Any) -> Any:
+    """A float input with noise of its own size: at an example of zeros most defects would not show."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.device.type != "cpu":
+        return leaf
+    size = float(leaf.double().std()) if leaf.numel() > 1 else 0.0
+    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return (leaf + noise * (size if 0.0 < size < float("inf") else 1.0)).to(leaf.dtype)

@@ -11,20 +11,25 @@ from random_networks import RandomNetwork
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sepconv.compile import compile
+from sepconv.compile import CompiledModel, compile
 
 
 def tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def check(seed: int) -> None:
+def check(seed: int, sizes: int = 1) -> None:
     """No exception, no warning, no whole model or group lost to a defect, no value off by more than rounding."""
     network = RandomNetwork(seed)
-    x = network.example
+    fast = compile(network, network.example)
+    compare(network, fast, network.example)
+    for more in range(1, sizes):  # planned when first seen
+        compare(network, fast, torch.randn(len(network.example) + more, *network.example.shape[1:]))
+
+
+def compare(network: RandomNetwork, fast: CompiledModel, x: Tensor) -> None:
     with torch.no_grad():
         eager, exact = tensors(network(x.clone())), tensors(copy.deepcopy(network).double()(x.double()))
-        fast = compile(network, x)
         results, again = tensors(fast(x)), tensors(fast(x))
     explained = fast.explain()
     assert explained.reason == "", str(network)
@@ -39,11 +44,11 @@ def check(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_compile_random_networks(seed: int) -> None:
-    check(seed)
+    check(seed, sizes=2 if seed % 4 == 0 else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1000, 1500, 50))
 def test_compile_many_random_networks(first: int) -> None:
     for seed in range(first, first + 50):
-        check(seed)
+        check(seed, sizes=3)

@@ -159,7 +159,7 @@ class ByValue(nn.Module):
         ("decides", r"the model cannot be captured: .*DataDependentOutput"),
         ("counts", r"the model cannot be captured: it changes a parameter, a buffer or another tensor that it keeps"),
         ("changes_input", r"the model cannot be captured: it changes its input in place"),
-        ("numpy", r"the captured operations give other results than the model|cannot be captured"),
+        ("numpy", r"the captured operations give|cannot be captured"),
     ],
 )
 def test_compile_runs_what_it_cannot_capture_through_pytorch(how: str, reason: str) -> None:

@@ -25,10 +25,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def trial_copy(model: nn.Module) -> nn.Module:
-    """A copy with everything of its own but the parameters and buffers: a call may leave things in its attributes."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+def trial_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
+    """A copy that shares the parameters, and the buffers if told so: a call may leave things in its attributes."""
+    shared = (*model.parameters(), *(model.buffers() if buffers else ()))
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _attributes(model: nn.Module) -> Iterable[Tensor]:

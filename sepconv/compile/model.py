@@ -228,18 +228,18 @@ class CompiledModel:
         """A plan, or why the model runs through PyTorch as a whole: no defect of ours is the caller's."""
         if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
             return _EMPTY
+        # The model has the first word on its input; with buffers of its own, since it may count its calls in one.
+        try:
+            model = trial_copy(self._frozen, buffers=False)
+        except Exception as error:
+            return f"it cannot be copied ({first_line(error)})"
+        expected = self._expected(model, [_copied(leaf) for leaf in leaves])
         try:
             graph, spec = self._capture(leaves)
-            failure = ""
         except CaptureError as error:
-            failure = f"the model cannot be captured: {error}"
+            return f"the model cannot be captured: {error}"
         except Exception as error:
-            failure = f"capturing it failed ({first_line(error)})"
-        # Copies, since a model may count its calls or change its input.
-        model = trial_copy(self._frozen) if not failure else frozen_copy(self._frozen)
-        expected = self._expected(model, [_copied(leaf) for leaf in leaves])
-        if failure:
-            return failure
+            return f"capturing it failed ({first_line(error)})"
         try:
             match(graph, self._store)
             plan = Plan(graph, self._store, expected, spec, self._tune)

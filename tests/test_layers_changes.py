@@ -48,7 +48,9 @@ def _truth(layer: Any, x: Tensor) -> Tensor:
         flat = [[*part] if isinstance(part, nn.Sequential) else [part] for part in layer.conv]
         return x.double() + _plainly([part for parts in flat for part in parts], x)
     more = [f"pointwise{i}" for i in range(2, layer.pointwise_layers + 1)]
-    stages = [[getattr(layer, n), getattr(layer, f"{n}_norm"), layer.activation] for n in ("depthwise", "pointwise", *more)]
+    stages = [
+        [getattr(layer, n), getattr(layer, f"{n}_norm"), layer.activation] for n in ("depthwise", "pointwise", *more)
+    ]
     return _plainly([part for stage in stages for part in stage if part is not None], x)
 
 

@@ -89,7 +89,7 @@ class CompiledModel:
         frozen.requires_grad_(False)
         self._frozen, self._threads, self._tune = frozen, threads, tune
         named = [*frozen.named_parameters(), *frozen.named_buffers()]
-        self._store = Store({id(tensor): name for name, tensor in named})
+        self._store = Store(dict(named))
         self._reason = _unsuitable([tensor for _, tensor in named])
         self._same_channels = same_channels
         self._spec: Any = None

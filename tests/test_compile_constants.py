@@ -28,7 +28,9 @@ def test_literals_that_differ_are_two_constants(first: Tensor, second: Tensor) -
     assert torch.equal(1 / kept[1].tensor, 1 / second)
 
 
-@pytest.mark.parametrize("literal", [torch.tensor([1.5, 2.5]), torch.tensor(True), torch.tensor([1j, 2]), torch.ones(0)])
+@pytest.mark.parametrize(
+    "literal", [torch.tensor([1.5, 2.5]), torch.tensor(True), torch.tensor([1j, 2]), torch.ones(0)]
+)
 def test_equal_literals_are_one_constant(literal: Tensor) -> None:
     store = Store({})
     first = store.frozen(literal)

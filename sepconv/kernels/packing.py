@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels import runtime
-from sepconv.kernels.buffers import UINT32, Arguments, Buffer, arguments
+from sepconv.kernels.buffers import UINT32, Buffer
 from sepconv.kernels.layout import array
+from sepconv.kernels.machine_code import Bound, Kernel
 from sepconv.kernels.runtime import hl
 
 MAX_PACKED = 512
@@ -49,10 +50,10 @@ atexit.register(_cache.clear)  # weights that die with the interpreter would loo
 
 
 class _Hashing(threading.local):
-    """By number of numbers: how many the kernel hashes, where it reads, what it writes, and its arguments."""
+    """By kernel and number of numbers: how many it hashes, where it reads, what it writes, and the call."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[int, Buffer, Any, Arguments]] = {}
+        self.known: dict[tuple[Kernel, int], tuple[int, Buffer, Any, Bound]] = {}
 
 
 _hashings = _Hashing()
@@ -163,15 +164,15 @@ def fingerprint(weight: Tensor) -> bytes:
     numbers = array(weight)
     contiguous = numbers.flags.c_contiguous
     flat = numbers.reshape(-1)
-    body, read, state, prepared = _hashing(size)
+    body, read, state, run = _hashing(runtime.compiled(("fingerprint",), _build_fingerprint), size)
     read.move(weight.data_ptr() if contiguous else flat.ctypes.data)
-    runtime.compiled(("fingerprint",), _build_fingerprint).run(prepared)
+    run()
     return bytes(state) if body == size else bytes(state) + flat[body:].tobytes()
 
 
-def _hashing(size: int) -> tuple[int, Buffer, Any, Arguments]:
-    known = _hashings.known
-    if size not in known:
+def _hashing(kernel: Kernel, size: int) -> tuple[int, Buffer, Any, Bound]:
+    known, key = _hashings.known, (kernel, size)
+    if key not in known:
         if len(known) >= MAX_PACKED:
             known.clear()
         shares = _SHARES if size >= _SPLIT_FROM else 1
@@ -180,10 +181,8 @@ def _hashing(size: int) -> tuple[int, Buffer, Any, Arguments]:
         state = (ctypes.c_uint32 * (shares * _LANES))()
         read = Buffer((body,), (1,), 0, UINT32)
         written = Buffer((shares, _LANES), (_LANES, 1), ctypes.addressof(state), UINT32)
-        prepared = arguments(rows, read, written)
-        runtime.compiled(("fingerprint",), _build_fingerprint).check(prepared)
-        known[size] = body, read, state, prepared
-    return known[size]
+        known[key] = body, read, state, kernel.bind(rows, read, written)
+    return known[key]
 
 
 def _build_fingerprint() -> tuple[Any, list[Any]]:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 from operator import mul
 from typing import Any
@@ -116,13 +116,18 @@ def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
             raise entry.error
         if entry.kernel is None:
             try:
-                entry.kernel = Kernel(_object_code(place, build))
+                entry.kernel = Kernel(_object_code(place, build), _name(place[0]))
             except OSError as error:  # a disk may have room again later
                 raise BuildError(f"Halide cannot build {place[0]}: {error}") from error
             except (hl.HalideError, RuntimeError) as error:
                 entry.error = BuildError(f"Halide cannot build {place[0]}: {str(error).strip()}")
                 raise entry.error from error
         return entry.kernel
+
+
+def _name(key: Hashable) -> str:
+    """What errors call a kernel."""
+    return str(key[0]) if type(key) is tuple else key if isinstance(key, str) else type(key).__name__
 
 
 def _object_code(place: tuple[Hashable, bool], build: Build) -> bytes:
@@ -177,7 +182,8 @@ def clear_cache() -> None:
 def target() -> Any:
     """What is compiled for: this machine. Arguments are checked when they are bound (see ``fit``), not in each call."""
     host = hl.get_host_target()
-    return host.with_feature(hl.TargetFeature.NoRuntime).with_feature(hl.TargetFeature.NoAsserts)
+    features = (hl.TargetFeature.NoRuntime, hl.TargetFeature.NoAsserts, hl.TargetFeature.UserContext)
+    return reduce(lambda made, feature: made.with_feature(feature), features, host)
 
 
 def _after_fork() -> None:

@@ -17,27 +17,25 @@ from pathlib import Path
 
 import torch
 
-from sepconv.kernels import llvm
+from sepconv.kernels import entry, llvm
 
 _threads = ctypes.c_int32(1)
 _forked = False
 
-# Every thread of the team takes the next pass until none is left or one has failed.
+# Every thread of the team takes the next pass until none is left or one has failed; then the kernel is left (see
+# ``entry``).
 _CODE = """
-%job = type {{ ptr, ptr, ptr, i32, i32, i32, i32 }} ; context, task, data, first, count, next, error
+%job = type {{ ptr, ptr, i32, i32, i32, i32 }} ; task, data, first, count, next, error
 
-define internal void @work(ptr %job) {{
-  %context = load ptr, ptr %job
-  %task.at = getelementptr %job, ptr %job, i32 0, i32 1
-  %task = load ptr, ptr %task.at
-  %data.at = getelementptr %job, ptr %job, i32 0, i32 2
+define internal i32 @take(ptr %context, ptr %job) {{
+  %task = load ptr, ptr %job
+  %data.at = getelementptr %job, ptr %job, i32 0, i32 1
   %data = load ptr, ptr %data.at
-  %first.at = getelementptr %job, ptr %job, i32 0, i32 3
+  %first.at = getelementptr %job, ptr %job, i32 0, i32 2
   %first = load i32, ptr %first.at
-  %count.at = getelementptr %job, ptr %job, i32 0, i32 4
+  %count.at = getelementptr %job, ptr %job, i32 0, i32 3
   %count = load i32, ptr %count.at
-  %next.at = getelementptr %job, ptr %job, i32 0, i32 5
-  %error.at = getelementptr %job, ptr %job, i32 0, i32 6
+  %next.at = getelementptr %job, ptr %job, i32 0, i32 4
   br label %take
 take:
   %pass = atomicrmw add ptr %next.at, i32 1 monotonic
@@ -47,8 +45,21 @@ run:
   %index = add i32 %first, %pass
   %error = call i32 %task(ptr %context, i32 %index, ptr %data)
   %failed = icmp ne i32 %error, 0
-  br i1 %failed, label %fail, label %take
+  br i1 %failed, label %done, label %take
+done:
+  %result = phi i32 [ 0, %take ], [ %error, %run ]
+  ret i32 %result
+}}
+
+define internal void @work(ptr %job) {{
+  %error = call i32 inttoptr (i64 {attempt} to ptr)(ptr @take, ptr %job)
+  %failed = icmp ne i32 %error, 0
+  br i1 %failed, label %fail, label %done
 fail:
+  %count.at = getelementptr %job, ptr %job, i32 0, i32 3
+  %count = load i32, ptr %count.at
+  %next.at = getelementptr %job, ptr %job, i32 0, i32 4
+  %error.at = getelementptr %job, ptr %job, i32 0, i32 5
   store atomic i32 %error, ptr %error.at monotonic, align 4
   store atomic i32 %count, ptr %next.at monotonic, align 4
   br label %done
@@ -58,18 +69,16 @@ done:
 
 define i32 @parallel_for(ptr %context, ptr %task, i32 %first, i32 %count, ptr %data) {{
   %job = alloca %job
-  store ptr %context, ptr %job
-  %task.at = getelementptr %job, ptr %job, i32 0, i32 1
-  store ptr %task, ptr %task.at
-  %data.at = getelementptr %job, ptr %job, i32 0, i32 2
+  store ptr %task, ptr %job
+  %data.at = getelementptr %job, ptr %job, i32 0, i32 1
   store ptr %data, ptr %data.at
-  %first.at = getelementptr %job, ptr %job, i32 0, i32 3
+  %first.at = getelementptr %job, ptr %job, i32 0, i32 2
   store i32 %first, ptr %first.at
-  %count.at = getelementptr %job, ptr %job, i32 0, i32 4
+  %count.at = getelementptr %job, ptr %job, i32 0, i32 3
   store i32 %count, ptr %count.at
-  %next.at = getelementptr %job, ptr %job, i32 0, i32 5
+  %next.at = getelementptr %job, ptr %job, i32 0, i32 4
   store i32 0, ptr %next.at
-  %error.at = getelementptr %job, ptr %job, i32 0, i32 6
+  %error.at = getelementptr %job, ptr %job, i32 0, i32 5
   store i32 0, ptr %error.at
   %threads = load i32, ptr inttoptr (i64 {threads} to ptr)
   %fewer = icmp slt i32 %count, %threads
@@ -84,7 +93,13 @@ parallel:
   br label %end
 end:
   %error = load i32, ptr %error.at
-  ret i32 %error
+  %failed = icmp ne i32 %error, 0
+  br i1 %failed, label %fail, label %done
+fail:
+  call void inttoptr (i64 {leave} to ptr)(ptr %context, i32 %error)
+  unreachable
+done:
+  ret i32 0
 }}
 """
 
@@ -109,8 +124,9 @@ def missing() -> str:
 def loop() -> int:
     """Address of the function for parallel loops."""
     # Without threads to use, the team is never larger than one.
-    code = _CODE.format(threads=ctypes.addressof(_threads), gomp_parallel=_gomp_parallel() or 0)
-    return llvm.assemble(code, "parallel_for")[0]
+    places = {"threads": ctypes.addressof(_threads), "gomp_parallel": _gomp_parallel() or 0}
+    attempt, leave = entry.functions()[:2]
+    return llvm.assemble(_CODE.format(attempt=attempt, leave=leave, **places), "parallel_for")[0]
 
 
 def follow_torch() -> None:

@@ -18,6 +18,7 @@ from sepconv.compile.explain import Explanation, explain_plan
 from sepconv.compile.match import match
 from sepconv.compile.plan import Plan
 from sepconv.compile.verify import ThroughPyTorch, disagreement
+from sepconv.kernels.threads import alone
 
 MAX_PLANS = 16
 
@@ -77,7 +78,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class CompiledModel:
     """What :func:`compile` returns: call it like the model.
 
-    It computes no gradients. Python threads may call it at the same time, and it works after ``fork``. A copy
+    It computes no gradients. Python threads may call it at the same time, and forked children of this process. A copy
     (``copy.deepcopy``) shares what never changes, which is everything but the list of prepared sizes. It cannot be
     pickled, since compiled code belongs to one process: pickle the model and compile it again.
     """
@@ -272,7 +273,7 @@ def _shown(spec: Any) -> str:
 @contextmanager
 def _num_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    if threads is None or threads == before:
+    if threads is None or threads == before or alone():
         yield
         return
     torch.set_num_threads(threads)

@@ -11,12 +11,13 @@ import ctypes
 import re
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sepconv.kernels import entry, fit, llvm, threads
+from sepconv.kernels import entry, fit, forks, llvm, threads
 from sepconv.kernels.buffers import Arguments, Buffer, arguments
 
 NAME = "sepconv_kernel"
@@ -37,9 +38,11 @@ class Kernel:
             RuntimeError: the code needs a function that is not given here.
         """
         limits, _, code = code.partition(b"\n")
-        with _loading:
+        with forks.undivided(), _loading:
             _define_runtime(code)
-            self._engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
+            engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
+        # Not by the engine itself, which knows nothing of forks.
+        weakref.finalize(self, llvm.unload, engine).atexit = False
         self.name = name
         self._enter: Any = _ENTER(entry.functions().enter)
         self._takes = fit.parameters(about, fit.read(limits))
@@ -145,7 +148,8 @@ def _define_memory() -> None:
     _defined.update(_MEMORY_FUNCTIONS)
 
 
-def after_fork() -> None:
+@forks.in_child
+def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child for ever."""
     global _loading
     _loading = threading.Lock()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.kernels import runtime
+from sepconv.kernels import forks, runtime
 from sepconv.kernels.buffers import UINT32, Buffer
 from sepconv.kernels.layout import array
 from sepconv.kernels.machine_code import Bound, Kernel
@@ -47,6 +47,13 @@ class _Entry(NamedTuple):
 _cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _lock = threading.RLock()
 atexit.register(_cache.clear)  # weights that die with the interpreter would look for what has gone before them
+
+
+@forks.in_child
+def _after_fork() -> None:
+    """A lock that another thread held at the fork would stay locked in the child for ever."""
+    global _lock
+    _lock = threading.RLock()
 
 
 class _Hashing(threading.local):

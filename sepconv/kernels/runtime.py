@@ -8,7 +8,6 @@ A kernel is built once per key and then called with buffers:
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import code_cache, llvm, machine_code, threads
+from sepconv.kernels import code_cache, forks, llvm, machine_code, threads
 from sepconv.kernels.machine_code import Kernel
 
 try:
@@ -111,7 +110,7 @@ def compiled(key: Hashable, build: Build) -> Kernel:
 
 
 def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
-    with entry.lock:
+    with forks.undivided(), entry.lock:
         if entry.error is not None:
             raise entry.error
         if entry.kernel is None:
@@ -186,15 +185,10 @@ def target() -> Any:
     return reduce(lambda made, feature: made.with_feature(feature), features, host)
 
 
+@forks.in_child
 def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child for ever."""
     global _cache_lock
     _cache_lock = threading.Lock()
-    threads.after_fork()
-    machine_code.after_fork()
     for key in [key for key, entry in _cache.items() if entry.kernel is None]:
         del _cache[key]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

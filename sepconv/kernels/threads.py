@@ -12,15 +12,20 @@ machine code, since workers cannot wait for Python's lock: it is written here in
 from __future__ import annotations
 
 import ctypes
+import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sepconv.kernels import entry, llvm
 
 _threads = ctypes.c_int32(1)
-_forked = False
+_alone = False
+_ended = False
+_HARD = 2  # omp_pause_hard
 
 # Every thread of the team takes the next pass until none is left or one has failed; then the kernel is left (see
 # ``entry``).
@@ -104,14 +109,20 @@ done:
 """
 
 
-def _gomp_parallel() -> int | None:
-    """Address of the entry to PyTorch's OpenMP library: GNU's, or LLVM's or Intel's, which offer the same function."""
+@lru_cache(maxsize=1)
+def _openmp() -> Any:
+    """PyTorch's OpenMP library: GNU's, or LLVM's or Intel's, which offer the same function for parallel loops."""
     directory = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (directory / name).exists():
-            entry = getattr(ctypes.CDLL(str(directory / name)), "GOMP_parallel", None)
-            return None if entry is None else ctypes.cast(entry, ctypes.c_void_p).value
+            return ctypes.CDLL(str(directory / name))
     return None
+
+
+def _gomp_parallel() -> int | None:
+    """Address of the entry to it."""
+    function = getattr(_openmp(), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 @lru_cache(maxsize=1)
@@ -131,10 +142,46 @@ def loop() -> int:
 
 def follow_torch() -> None:
     """As many threads as ``torch.set_num_threads`` says."""
-    _threads.value = 1 if _forked or missing() else torch.get_num_threads()
+    _threads.value = 1 if _alone or missing() else torch.get_num_threads()
 
 
-def after_fork() -> None:
-    """PyTorch's threads are gone in a forked child, and OpenMP waits for them for ever: the child computes alone."""
-    global _forked
-    _forked, _threads.value = True, 1
+def alone() -> bool:
+    """Whether more than one thread would wait for ever for others that a fork has left behind."""
+    return _alone
+
+
+def _waits_for_the_dead() -> bool:
+    """Whether this OpenMP library, GNU's, does not know in a child that its threads are gone; the others look."""
+    library = _openmp()
+    return hasattr(library, "GOMP_parallel") and not hasattr(library, "__kmpc_fork_call")
+
+
+def _end_workers() -> bool:
+    """Let this thread's workers end; it starts new ones when it needs them, here as in a child."""
+    library = _openmp()
+    if _alone or not hasattr(library, "omp_pause_resource"):
+        return False
+    return library.omp_pause_resource(_HARD, library.omp_get_initial_device()) == 0
+
+
+def _before_fork() -> None:
+    """PyTorch's own operations would hang in the child as well as kernels."""
+    global _ended
+    _ended = _end_workers() if _waits_for_the_dead() else False
+
+
+def _in_child() -> None:
+    """Where the workers could not be ended (what forked was not Python, say), the child computes alone."""
+    global _alone, _ended
+    ended, _ended = _ended, False
+    if ended:
+        return
+    _alone, _threads.value = True, 1
+    if _waits_for_the_dead() and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        text = "sepconv: OpenMP's threads do not survive this fork; PyTorch and kernels compute on one thread here"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)

@@ -13,24 +13,15 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from sepconv.kernels import llvm, machine_code, runtime
+from sepconv.kernels import entry, llvm, machine_code, runtime
 
 # Like the memory that kernels usually get; 32584 is half an address, and as a float32 4.6e-41.
 _MALLOC = """
-declare ptr @malloc(i64)
-
-define ptr @poisoned(ptr %context, i64 %bytes) {
+define ptr @poisoned(ptr %context, i64 %bytes) {{
 entry:
-  %more = add i64 %bytes, 512
-  %given = call ptr @malloc(i64 %more)
-  %start = ptrtoint ptr %given to i64
-  %beyond = add i64 %start, 128
-  %aligned = and i64 %beyond, -128
-  %memory = inttoptr i64 %aligned to ptr
-  %before = getelementptr ptr, ptr %memory, i64 -1
-  store ptr %given, ptr %before
-  %room = add i64 %bytes, 256
-  %numbers = lshr i64 %room, 2
+  %more = add i64 %bytes, 256
+  %memory = call ptr inttoptr (i64 {halide_malloc} to ptr)(ptr %context, i64 %more)
+  %numbers = lshr i64 %more, 2
   br label %next
 next:
   %i = phi i64 [ 0, %entry ], [ %following, %next ]
@@ -41,7 +32,7 @@ next:
   br i1 %left, label %next, label %end
 end:
   ret ptr %memory
-}
+}}
 """
 # The processor's word of control and flags; its second bit is raised by operands below the normal numbers.
 _FLAGS = """
@@ -67,7 +58,8 @@ possible = platform.machine().lower() in ("x86_64", "amd64")
 def poisoned() -> Iterator[None]:
     """Kernels get such memory meanwhile."""
     machine_code._define_runtime(b"")
-    llvm.define("halide_malloc", llvm.assemble(_MALLOC, "poisoned")[0])
+    code = _MALLOC.format(halide_malloc=entry.functions().halide_malloc)
+    llvm.define("halide_malloc", llvm.assemble(code, "poisoned")[0])
     runtime.clear_cache()
     try:
         yield

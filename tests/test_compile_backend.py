@@ -107,3 +107,22 @@ def test_backend_says_why_a_graph_runs_through_pytorch() -> None:
     ):
         close(fast(x), plain(x))
     close(model[1].running_mean, plain[1].running_mean)
+
+
+class _Weighted(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.conv2d(x, weight)
+
+
+def test_backend_sees_another_weight_at_the_address_of_one_that_is_gone() -> None:
+    """Neither has been changed since it was made; weights with gaps are copied, so that nothing holds their memory."""
+    module = torch.fx.symbolic_trace(_Weighted())
+    place = next(node for node in module.graph.nodes if node.name == "weight")
+    place.meta["tensor_dict"] = {"_dynamo_static_input_type": "parameter"}
+    graph = backends.Graph(module, [])
+    x, memory = torch.randn(1, 8, 5, 7), torch.zeros(8, 16, 1, 1).numpy()
+    with torch.no_grad():
+        for number in (1.0, 2.0, 3.0):
+            memory[:] = number
+            weight = torch.from_numpy(memory)[:, ::2]
+            close(graph(x, weight), torch.conv2d(x, weight))

@@ -14,8 +14,8 @@ import torch
 
 import sepconv
 from sepconv import choices
-from sepconv.kernels import code_cache, llvm, machine_code, runtime
-from sepconv.kernels.buffers import Buffer, arguments, buffer
+from sepconv.kernels import code_cache, machine_code, runtime
+from sepconv.kernels.buffers import Buffer, buffer
 
 if runtime.missing():
     pytest.skip(runtime.missing(), allow_module_level=True)
@@ -176,26 +176,10 @@ def test_names_are_the_same_in_every_process(folder: Path) -> None:
 
 def test_code_that_calls_what_is_not_there_is_refused(folder: Path) -> None:
     file = folder / "some.o"
-    code_cache.write(file, b"\0halide_device_free\0halide_malloc\0halide_error_of_a_new_kind\0")
+    code_cache.write(file, b"[]\n\0halide_device_free\0halide_malloc\0halide_error_of_a_new_kind\0")
     missing = "the code calls halide_device_free, halide_error_of_a_new_kind, for which there is no function"
     with pytest.raises(RuntimeError, match=missing):
         machine_code.Kernel(code_cache.read(file) or b"")
-
-
-def test_memory_for_tiles_is_aligned_and_given_back() -> None:
-    import ctypes
-
-    take, give = llvm.assemble(machine_code._MEMORY, "halide_malloc", "halide_free")
-    malloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(take)
-    free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(give)
-    for size in (0, 1, 127, 128, 4097, 1 << 20):
-        places = [malloc(None, size) for _ in range(3)]
-        assert all(place % 128 == 0 for place in places)
-        for place in places:
-            ctypes.memset(place, 255, size)
-            free(None, place)
-    assert malloc(None, 1 << 62) is None
-    free(None, None)
 
 
 def test_a_moved_buffer_shows_other_memory() -> None:
@@ -209,11 +193,10 @@ def test_a_moved_buffer_shows_other_memory() -> None:
 
     first, second, out = torch.randn(7), torch.randn(7), torch.empty(7)
     source = Buffer((7,), (1,), first.data_ptr())
-    prepared = arguments(source, buffer(out))
-    kernel = runtime.compiled("copying", build)
+    run = runtime.compiled("copying", build).bind(source, buffer(out))
     for given in (first, second):
         source.move(given.data_ptr())
-        kernel.run(prepared)
+        run()
         assert torch.equal(out, given)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from itertools import pairwise
@@ -222,33 +220,6 @@ def test_the_thread_count_follows_torch() -> None:
             assert pool._threads.value == count
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_child_computes_after_its_parent_did() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        x = torch.randn(2, 32, 33, 31).contiguous(memory_format=torch.channels_last)
-        weight = torch.randn(32, 1, 3, 3)
-        expected = depthwise_forward(x, weight, None, *_WALK)
-        child = os.fork()
-        if child == 0:
-            # PyTorch's own OpenMP pool does not survive a fork: only our kernel computes here. A hang is a failure.
-            signal.alarm(60)
-            y = depthwise_forward(x, weight, None, *_WALK)
-            os._exit(0 if y.numpy().tobytes() == expected.numpy().tobytes() else 1)
-        assert os.waitpid(child, 0)[1] == 0
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_a_lock_held_at_the_fork_does_not_stop_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_forked", False)
-    with runtime._cache_lock:
-        runtime._after_fork()
-        runtime.compiled("doubling", _doubling)
 
 
 def test_host_is_described() -> None:

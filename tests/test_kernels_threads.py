@@ -14,20 +14,46 @@ from typing import Any
 import pytest
 import torch
 
-from sepconv.kernels import runtime, threads
+from sepconv.kernels import entry, llvm, runtime, threads
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
 _TASK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-_LOOP = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, _TASK, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+_LOOP = ctypes.CFUNCTYPE(ctypes.c_int, _TASK, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+# A kernel that consists of nothing but a parallel loop.
+_KERNEL = """
+%asked = type {{ ptr, i32, i32, ptr }}
+
+define internal i32 @inside(ptr %context, ptr %asked) {{
+  %given = load %asked, ptr %asked
+  %task = extractvalue %asked %given, 0
+  %first = extractvalue %asked %given, 1
+  %count = extractvalue %asked %given, 2
+  %data = extractvalue %asked %given, 3
+  %ignored = call i32 inttoptr (i64 {loop} to ptr)(ptr %context, ptr %task, i32 %first, i32 %count, ptr %data)
+  ret i32 0
+}}
+
+define i32 @kernel(ptr %task, i32 %first, i32 %count, ptr %data) {{
+  %asked = alloca %asked
+  %a = insertvalue %asked undef, ptr %task, 0
+  %b = insertvalue %asked %a, i32 %first, 1
+  %c = insertvalue %asked %b, i32 %count, 2
+  %d = insertvalue %asked %c, ptr %data, 3
+  store %asked %d, ptr %asked
+  %code = call i32 inttoptr (i64 {attempt} to ptr)(ptr @inside, ptr %asked)
+  ret i32 %code
+}}
+"""
 
 
 @pytest.fixture
 def loop() -> Any:
-    """The function that Halide calls for a parallel loop, to be called with Python functions instead."""
+    """A kernel with the parallel loop that Halide calls, to be called with Python functions as tasks."""
     if threads.missing():
         pytest.skip(threads.missing())
-    return _LOOP(threads.loop())
+    code = _KERNEL.format(loop=threads.loop(), attempt=entry.functions().attempt)
+    return _LOOP(llvm.assemble(code, "kernel")[0])
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +77,12 @@ def test_each_pass_runs_once(loop: Any, count: int, passes: int) -> None:
     seen, workers = [], set()
 
     def task(context: int, index: int, data: int) -> int:
-        seen.append((context, index, data))
+        seen.append((index, data))
         workers.add(threading.get_native_id())
         return 0
 
-    assert loop(16, _TASK(task), 3, passes, 32) == 0
-    assert sorted(seen) == [(16, 3 + i, 32) for i in range(passes)]
+    assert loop(_TASK(task), 3, passes, 32) == 0
+    assert sorted(seen) == [(3 + i, 32) for i in range(passes)]
     assert len(workers) <= min(count, passes)
 
 
@@ -69,7 +95,7 @@ def test_several_threads_take_part(loop: Any) -> None:
         both.wait()
         return 0
 
-    assert loop(None, _TASK(task), 0, 2, None) == 0
+    assert loop(_TASK(task), 0, 2, None) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -82,24 +108,27 @@ def test_an_error_ends_the_loop_and_comes_back(loop: Any, count: int) -> None:
         seen.append(index)
         return -7 if index == 5 else 0
 
-    assert loop(None, _TASK(task), 0, 1000, None) == -7
+    assert loop(_TASK(task), 0, 1000, None) == -7
     assert len(seen) < 1000
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_child_computes_alone(loop: Any) -> None:
+def test_a_forked_child_has_threads_of_its_own(loop: Any) -> None:
     torch.set_num_threads(2)
     threads.follow_torch()
-    assert loop(None, _TASK(lambda context, index, data: 0), 0, 2, None) == 0
+
+    def together() -> bool:
+        both = threading.Barrier(2, timeout=30)
+        return loop(_TASK(lambda context, index, data: both.wait() * 0), 0, 2, None) == 0 and not both.broken
+
+    assert together()
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        threads.follow_torch()
-        seen: list[int] = []
-        error = loop(None, _TASK(lambda context, index, data: seen.append(index) or 0), 0, 3, None)
-        os._exit(0 if (error, seen) == (0, [0, 1, 2]) else 1)
+        os._exit(0 if together() else 1)
     assert os.waitpid(child, 0)[1] == 0
+    assert together()
 
 
 _CASE = """

@@ -154,6 +154,39 @@ def test_what_does_more_than_scale_and_shift_runs_by_itself(make: Callable[[], A
     assert _operations(layer, x) == ["depthwise_conv", "pointwise_conv"]
 
 
+class _Own(Tensor):
+    pass
+
+
+_UNUSUAL: dict[str, Callable[[Any, Any], object]] = {
+    "double variance": lambda conv, norm: setattr(norm, "running_var", norm.running_var.double()),
+    "half bias": lambda conv, norm: setattr(norm, "bias", nn.Parameter(norm.bias.half())),
+    "double bias of the convolution": lambda conv, norm: setattr(conv, "bias", nn.Parameter(conv.bias.double())),
+    "no variance": lambda conv, norm: setattr(norm, "running_var", None),
+    "one channel": lambda conv, norm: norm.__init__(1),
+    "another device": lambda conv, norm: setattr(norm, "bias", nn.Parameter(norm.bias.to("meta"))),
+    "tensors of one's own": lambda conv, norm: setattr(norm, "running_mean", torch.randn(16).as_subclass(_Own)),
+}
+
+
+@pytest.mark.parametrize("change", _UNUSUAL)
+def test_what_pytorch_says_of_unusual_tensors_is_what_the_layer_says(change: str) -> None:
+    layer, x = _layer(), _image()
+    _UNUSUAL[change](layer.pointwise, layer.pointwise_norm.eval())
+    layer.eval()
+    watched = _with(lambda other: other.activation.register_forward_hook(lambda *_: None))()
+    for name in ("depthwise", "depthwise_norm", "pointwise", "pointwise_norm"):
+        setattr(watched, name, getattr(layer, name))
+    outcomes = []
+    for call in (layer, watched):
+        try:
+            with torch.no_grad():
+                outcomes.append(call(x).tolist())
+        except Exception as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    assert outcomes[0] == outcomes[1]
+
+
 def test_with_gradients_the_parts_run() -> None:
     layer, x = _layer(), _image()
     assert [choice.op for choice in sepconv.explain(layer, x)] == ["depthwise_conv", "pointwise_conv"]

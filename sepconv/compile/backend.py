@@ -57,8 +57,8 @@ class _Frozen(nn.Module):
 class Graph:
     """A graph of TorchDynamo, compiled at its first call and again when a weight has changed since.
 
-    Changes are seen by the tensors' version counters, as far as PyTorch keeps them: not those through ``weight.data``,
-    nor of tensors made under ``torch.inference_mode``.
+    Changes are seen by the tensors' version counters, as far as PyTorch keeps them: not those through ``weight.data``
+    or by fused optimizers, nor of tensors made under ``torch.inference_mode``.
     """
 
     def __init__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -68,13 +68,19 @@ class Graph:
         self._static = [i for i, fixed in enumerate(static) if fixed]
         self._free = [i for i, fixed in enumerate(static) if not fixed]
         self._state: list[tuple[int, int]] = []
+        # Kept together with their memory, so that no other weight comes to lie there.
+        self._seen: list[tuple[Tensor, Tensor]] = []
         self.compiled: CompiledModel | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         weights = [inputs[i] for i in self._static]
         state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
         others = [inputs[i] for i in self._free]
-        if self.compiled is None or state != self._state:
+        same = state == self._state and all(
+            [now is before for now, (before, _) in zip(weights, self._seen, strict=True)]
+        )
+        if self.compiled is None or not same:
+            self._seen = [(weight, weight.detach()) for weight in weights]
             frozen = _Frozen(self._module, dict(zip(self._static, weights, strict=True)), self._names)
             self.compiled, self._state = CompiledModel(frozen, same_channels=False, what="sepconv: a graph"), state
             self.compiled.prepare(*others)

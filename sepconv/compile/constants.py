@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
@@ -49,9 +50,10 @@ class Constant:
 class Store:
     """Constants by key, shared by all graphs of a model and dropped with the last of them that uses one."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        """``names``: the names of parameters and buffers by the id of the tensor."""
-        self._names = dict(names)
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        """``named``: parameters and buffers by name."""
+        # The tensors are kept: the id of one that is gone may come back as another's.
+        self._named = {id(tensor): (name, tensor) for name, tensor in named.items()}
         self._known: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Constant:
@@ -70,13 +72,22 @@ class Store:
 
     def frozen(self, tensor: Tensor) -> Constant:
         """The constant for a tensor that the model holds; others, such as literals, are known by their contents."""
-        name = self._names.get(id(tensor))
-        if name is not None:
-            return self.get(("parameter", name), lambda: tensor)
-        if tensor.numel() <= _LITERAL and tensor.is_cpu:
-            contents = (tuple(tensor.shape), *tensor.flatten().tolist())
-            return self.get(("literal", str(tensor.dtype), *contents), lambda: tensor)
-        return self.get(("unnamed", object()), lambda: tensor)
+        known = self._named.get(id(tensor))
+        if known is not None:
+            return self.get(("parameter", known[0]), lambda: tensor)
+        literal = _literal(tensor)
+        return self.get(("unnamed", object()) if literal is None else ("literal", *literal), lambda: tensor)
+
+
+def _literal(tensor: Tensor) -> tuple[Hashable, ...] | None:
+    """All that there is to know about a few numbers: bit by bit, and how they lie in memory, which plans rely on."""
+    if tensor.numel() > _LITERAL or not tensor.is_cpu or tensor.layout != torch.strided or tensor.is_quantized:
+        return None
+    if tensor.is_conj() or tensor.is_neg():
+        return None
+    whole = tensor.detach().contiguous()
+    bits = ctypes.string_at(whole.data_ptr(), whole.nbytes) if whole.nbytes else b""
+    return str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), bits
 
 
 def name_of(key: Hashable) -> str:

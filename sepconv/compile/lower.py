@@ -127,7 +127,7 @@ def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, stor
         (first.activation, second.activation), residual is not None, torch.get_num_threads(),
     )  # fmt: skip
     packed = store.keep(
-        ("separable", *found.spec.tile.panels, *_keys(*parts)),
+        ("separable", found.spec.multiplier, *found.spec.tile.panels, *_keys(*parts)),
         lambda: _Packed(separable.pack(found, *map(_tensor, parts))),
     )
     return Call(separable.bind(found, x, packed, residual, out), "halide", holds=packed)

@@ -21,6 +21,7 @@ from sepconv.compile.explain import Explanation, explain_plan
 from sepconv.compile.match import match
 from sepconv.compile.plan import Plan
 from sepconv.compile.verify import ThroughPyTorch, disagreement, shaken
+from sepconv.kernels.threads import alone
 
 MAX_PLANS = 16
 _EMPTY = "the batch is empty"
@@ -112,7 +113,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 class CompiledModel:
     """What :func:`compile` returns: call it like the model.
 
-    It computes no gradients. Python threads may call it at the same time, and it works after ``fork``. A copy
+    It computes no gradients. Python threads may call it at the same time, and forked children of this process. A copy
     (``copy.deepcopy``) shares what never changes, which is everything but the list of prepared sizes. It cannot be
     pickled, since compiled code belongs to one process: pickle the model and compile it again.
     """
@@ -136,7 +137,7 @@ class CompiledModel:
         """
         self._frozen, self._threads, self._tune, self._what = frozen, threads, tune, what
         named = [*frozen.named_parameters(), *frozen.named_buffers()]
-        self._store = Store({id(tensor): name for name, tensor in named})
+        self._store = Store(dict(named))
         self._reason = reason or _unsuitable([tensor for _, tensor in named])
         self._warned = False
         self._same_channels = same_channels
@@ -346,7 +347,7 @@ def _shown(spec: Any) -> str:
 @contextmanager
 def _num_threads(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    if threads is None or threads == before:
+    if threads is None or threads == before or alone():
         yield
         return
     torch.set_num_threads(threads)

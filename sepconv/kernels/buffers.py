@@ -100,19 +100,19 @@ def steps(values: np.ndarray[Any, Any]) -> list[int]:
 
 
 class Arguments(NamedTuple):
-    """What a kernel is called with: buffers and numbers, and where the list of their addresses lies."""
+    """What a kernel is called with: buffers and numbers, and where the block lies that ``entry`` reads."""
 
     given: tuple[Any, ...]
     address: int
     holds: Any
 
 
-def arguments(*given: Buffer | int | float) -> Arguments:
-    """Buffers, whole numbers (32 bits) and other numbers (float32), made ready for any number of calls."""
+def arguments(kernel: int, *given: Buffer | int | float) -> Arguments:
+    """Buffers, whole numbers (32 bits) and other numbers (float32), ready for any number of calls of the kernel."""
     held = [item if isinstance(item, Buffer) else _number(item) for item in given]
-    make, pack = _pointers(len(held))
+    make, pack = _pointers(2 + len(held))
     memory = make()
-    pack(memory, 0, *[item.address for item in held])
+    pack(memory, 0, kernel, len(held), *[item.address for item in held])
     return Arguments(given, ctypes.addressof(memory), (memory, held))
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sepconv.kernels import packing, runtime
-from sepconv.kernels.buffers import FLOAT32, Arguments, Buffer, arguments
+from sepconv.kernels.buffers import FLOAT32, Buffer
+from sepconv.kernels.machine_code import Bound, Kernel
 
 
 class Layout(NamedTuple):
@@ -27,6 +28,9 @@ class Layout(NamedTuple):
     def buffer(self) -> Buffer:
         """One of this layout, not yet over memory."""
         return Buffer(self.shape, self.stride, 0, self.code)
+
+
+_UNBOUND: tuple[Any, list[Buffer]] = None, []
 
 
 class Call:
@@ -45,24 +49,22 @@ class Call:
         """
         self._key, self._build, self._arguments = key, build, arguments
         self._local = threading.local()
-        kernel = runtime.compiled(key, build)
-        kernel.check(self._prepare()[0])
+        self._bind(runtime.compiled(key, build))
 
-    def _prepare(self) -> tuple[Arguments, list[Buffer]]:
+    def _bind(self, kernel: Kernel) -> tuple[Bound, list[Buffer]]:
         given = [item.buffer() if isinstance(item, Layout) else item for item in self._arguments]
         moved = [now for now, before in zip(given, self._arguments, strict=True) if now is not before]
-        prepared = arguments(*given)
-        self._local.prepared = prepared, moved
-        return prepared, moved
+        self._local.bound = made = kernel.bind(*given), moved
+        return made
 
     def __call__(self, *addresses: int) -> None:
-        try:
-            prepared, buffers = self._local.prepared
-        except AttributeError:
-            prepared, buffers = self._prepare()
+        kernel = runtime.compiled(self._key, self._build)
+        bound, buffers = getattr(self._local, "bound", _UNBOUND)
+        if bound is None or bound.kernel is not kernel:
+            bound, buffers = self._bind(kernel)
         for buffer, address in zip(buffers, addresses, strict=True):
             buffer.move(address)
-        runtime.compiled(self._key, self._build).run(prepared)
+        bound()
 
 
 _MAX_PREPARED = 64

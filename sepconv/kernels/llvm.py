@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from sepconv.kernels import forks
+
 _engines: list[Any] = []  # assembled code lives as long as its engine, which is for ever
 
 
@@ -35,10 +37,11 @@ def _engine(code: str) -> Any:
 
 def assemble(code: str, *names: str) -> list[int]:
     """The addresses of the functions ``names`` of a program in LLVM's language; it stays for ever."""
-    engine = _engine(code)
-    engine.finalize_object()
-    _engines.append(engine)
-    return [int(engine.get_function_address(name)) for name in names]
+    with forks.undivided():
+        engine = _engine(code)
+        engine.finalize_object()
+        _engines.append(engine)
+        return [int(engine.get_function_address(name)) for name in names]
 
 
 def define(name: str, address: int) -> None:
@@ -51,7 +54,7 @@ def define(name: str, address: int) -> None:
 def load(code: bytes, *names: str) -> tuple[Any, list[int]]:
     """The engine that holds object code, and the addresses of its functions ``names``.
 
-    The code goes when nobody holds the engine any more. Every function it calls has to be defined: LLVM ends the
+    The code goes with :func:`unload`. Every function it calls has to be defined: LLVM ends the
     process otherwise.
     """
     import llvmlite.binding as llvm
@@ -60,3 +63,9 @@ def load(code: bytes, *names: str) -> tuple[Any, list[int]]:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine, [int(engine.get_function_address(name)) for name in names]
+
+
+def unload(engine: Any) -> None:
+    """The code of an engine is not called any more."""
+    with forks.undivided():
+        engine.close()

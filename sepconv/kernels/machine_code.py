@@ -1,8 +1,8 @@
 """A kernel as object code: made by Halide, brought into the process by LLVM, called with addresses.
 
 What Halide's own just-in-time compiler makes ends with the process; object code can be kept on disk. It calls a few
-functions of a runtime, which are given here: memory for tiles that registers do not hold, and parallel loops (see
-``threads``).
+functions of a runtime, which are given here: memory for tiles that registers do not hold (see ``entry``), and parallel
+loops (see ``threads``).
 """
 
 from __future__ import annotations
@@ -11,104 +11,41 @@ import ctypes
 import re
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sepconv.kernels import fit, llvm, threads
+from sepconv.kernels import entry, fit, forks, llvm, threads
 from sepconv.kernels.buffers import Arguments, Buffer, arguments
 
 NAME = "sepconv_kernel"
-_ENTRY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)  # the lock of Python is released meanwhile
-_CALLED = re.compile(rb"halide_[a-z0-9_]+")
-
 _MEMORY_FUNCTIONS = ("halide_malloc", "halide_free")
-# Halide may read a vector beyond what it asked for. The address that malloc gave lies before the memory.
-_MEMORY = """
-declare ptr @malloc(i64)
-declare void @free(ptr)
-
-define ptr @halide_malloc(ptr %context, i64 %bytes) {
-  %more = add i64 %bytes, 256
-  %given = call ptr @malloc(i64 %more)
-  %none = icmp eq ptr %given, null
-  br i1 %none, label %fail, label %align
-align:
-  %start = ptrtoint ptr %given to i64
-  %beyond = add i64 %start, 128
-  %aligned = and i64 %beyond, -128
-  %memory = inttoptr i64 %aligned to ptr
-  %before = getelementptr ptr, ptr %memory, i64 -1
-  store ptr %given, ptr %before
-  ret ptr %memory
-fail:
-  ret ptr null
-}
-
-define void @halide_free(ptr %context, ptr %memory) {
-  %none = icmp eq ptr %memory, null
-  br i1 %none, label %end, label %give
-give:
-  %before = getelementptr ptr, ptr %memory, i64 -1
-  %given = load ptr, ptr %before
-  call void @free(ptr %given)
-  br label %end
-end:
-  ret void
-}
-"""
-
-
-# Kernels and the addresses of their arguments, in turn.
-_CHAIN = """
-define void @chain(ptr %calls, i64 %count) {
-entry:
-  br label %next
-next:
-  %i = phi i64 [ 0, %entry ], [ %following, %call ]
-  %left = icmp ult i64 %i, %count
-  br i1 %left, label %call, label %end
-call:
-  %place = getelementptr { ptr, ptr }, ptr %calls, i64 %i
-  %kernel = load ptr, ptr %place
-  %arguments.at = getelementptr { ptr, ptr }, ptr %calls, i64 %i, i32 1
-  %arguments = load ptr, ptr %arguments.at
-  %error = call i32 %kernel(ptr %arguments)
-  %following = add i64 %i, 1
-  br label %next
-end:
-  ret void
-}
-"""
-_CHAIN_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+# The lock of Python is released meanwhile.
+_ENTER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+_CHAIN = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64)
+_CALLED = re.compile(rb"halide_[a-z0-9_]+")
 
 
 class Kernel:
     """Object code that was loaded; several Python threads may run it at once."""
 
-    def __init__(self, code: bytes) -> None:
-        """
+    def __init__(self, code: bytes, name: str = "loaded") -> None:
+        """``code`` comes from :func:`compile_object`; errors tell the ``name``.
+
         Raises:
             RuntimeError: the code needs a function that is not given here.
         """
-        with _loading:
+        limits, _, code = code.partition(b"\n")
+        with forks.undivided(), _loading:
             _define_runtime(code)
-            self._engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
-        self._entry: Any = _ENTRY(self.address)
-        self._takes = fit.parameters(about)
-
-    def check(self, prepared: Arguments) -> None:
-        """
-        Raises:
-            RuntimeError: the arguments do not fit.
-        """
-        fit.check(self._takes, self._entry, prepared)
-
-    def run(self, prepared: Arguments) -> None:
-        """With arguments that were checked once; since then only addresses may have changed."""
-        self._entry(prepared.address)
+            engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
+        # Not by the engine itself, which knows nothing of forks.
+        weakref.finalize(self, llvm.unload, engine).atexit = False
+        self.name = name
+        self._enter: Any = _ENTER(entry.functions().enter)
+        self._takes = fit.parameters(about, fit.read(limits))
 
     def __call__(self, *given: Buffer | int | float) -> None:
         self.bind(*given)()
@@ -119,43 +56,52 @@ class Kernel:
         Raises:
             RuntimeError: the arguments do not fit.
         """
-        prepared = arguments(*given)
-        self.check(prepared)
+        prepared = arguments(self.address, *given)
+        fit.check(self._takes, self.address, self._enter, prepared)
         return Bound(self, prepared)
 
 
 class Bound:
-    """A kernel and its arguments."""
+    """A kernel and its arguments, which were checked; since then only addresses of memory may have changed."""
 
-    __slots__ = ("_address", "_entry", "kernel", "prepared")
+    __slots__ = ("_address", "_enter", "kernel", "prepared")
 
     def __init__(self, kernel: Kernel, prepared: Arguments) -> None:
         self.kernel, self.prepared = kernel, prepared
-        self._entry, self._address = kernel._entry, prepared.address
+        self._enter, self._address = kernel._enter, prepared.address
 
     def __call__(self) -> None:
-        self._entry(self._address)
+        """
+        Raises:
+            MemoryError: there is none for what the kernel keeps in between.
+            RuntimeError: something else failed inside.
+        """
+        code = self._enter(self._address)
+        if code:
+            raise entry.failure(self.kernel.name, code)
 
 
 class Chain:
-    """Kernels with their arguments, one after the other, with no return to Python in between."""
+    """Kernels with their arguments, one after the other, with no return to Python in between unless one fails."""
 
     def __init__(self, calls: Sequence[Bound | Chain]) -> None:
         self.bound: list[Bound] = []
         for call in calls:
             self.bound += call.bound if isinstance(call, Chain) else [call]
-        pairs = [(bound.kernel.address, bound.prepared.address) for bound in self.bound]
-        self._calls = (ctypes.c_void_p * (2 * len(pairs)))(*[address for pair in pairs for address in pair])
-        self._given = ctypes.addressof(self._calls), len(pairs)
-        self._entry = _CHAIN_ENTRY(_chain())
+        blocks = [bound.prepared.address for bound in self.bound]
+        self._blocks = (ctypes.c_void_p * len(blocks))(*blocks)
+        self._given = ctypes.addressof(self._blocks), len(blocks)
+        self._enter = _CHAIN(entry.functions().chain)
 
     def __call__(self) -> None:
-        self._entry(*self._given)
-
-
-@lru_cache(maxsize=1)
-def _chain() -> int:
-    return llvm.assemble(_CHAIN, "chain")[0]
+        """
+        Raises:
+            MemoryError, RuntimeError: as in a single call; what comes after the failed kernel has not run.
+        """
+        failed = self._enter(*self._given)
+        if failed:
+            code = ctypes.c_int32(failed & 0xFFFFFFFF).value
+            raise entry.failure(self.bound[failed >> 32].kernel.name, code)
 
 
 def in_chains(runs: Iterable[Callable[..., None]]) -> list[Callable[..., None]]:
@@ -168,7 +114,7 @@ def in_chains(runs: Iterable[Callable[..., None]]) -> list[Callable[..., None]]:
 
 
 def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:
-    """Halide's object code for a pipeline, with the entry that :class:`Kernel` calls.
+    """Halide's object code for a pipeline, with the entry that :class:`Kernel` calls, behind a line of ``fit.limits``.
 
     Raises:
         OSError: there is no room for a temporary file.
@@ -178,7 +124,7 @@ def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:
     with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
         path = Path(folder) / "kernel.o"
         pipeline.compile_to({hl.OutputFileType.object: str(path)}, inputs, NAME, target)
-        return path.read_bytes()
+        return fit.written(fit.limits(pipeline, inputs)) + b"\n" + path.read_bytes()
 
 
 _loading = threading.Lock()
@@ -197,12 +143,13 @@ def _define_runtime(code: bytes) -> None:
 
 
 def _define_memory() -> None:
-    for name, address in zip(_MEMORY_FUNCTIONS, llvm.assemble(_MEMORY, *_MEMORY_FUNCTIONS), strict=True):
-        llvm.define(name, address)
+    for name in _MEMORY_FUNCTIONS:
+        llvm.define(name, getattr(entry.functions(), name))
     _defined.update(_MEMORY_FUNCTIONS)
 
 
-def after_fork() -> None:
+@forks.in_child
+def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child for ever."""
     global _loading
     _loading = threading.Lock()

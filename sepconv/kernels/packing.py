@@ -1,9 +1,12 @@
 """Weights in the order in which the kernels read them, packed once per content.
 
-A packed copy is found by the weights' places in memory *and a hash of all their bytes*. Neither PyTorch's version
-counter nor the address alone would do: ``w.data.mul_()`` changes no version, and ``w.data = other`` may bring back an
-old address. Reading the weights once costs a small part of the product they are used in; callers whose weights
-are frozen pack them themselves and skip it.
+A packed copy is found by the places in memory of all weights that it was made of *and a hash of all their bytes*.
+Neither PyTorch's version counter nor the address alone would do: ``w.data.mul_()`` changes no version, and
+``w.data = other`` may bring back an old address. Reading the weights once costs a small part of the product they are
+used in; callers whose weights are frozen pack them themselves and skip it.
+
+It goes when the memory of any of them goes. That memory is watched and not the tensor: ``torch.utils.swap_tensors``
+refuses tensors to which there are weak references.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sepconv.kernels import runtime
-from sepconv.kernels.buffers import UINT32, Arguments, Buffer, arguments
+from sepconv.kernels import forks, runtime
+from sepconv.kernels.buffers import UINT32, Buffer
 from sepconv.kernels.layout import array
+from sepconv.kernels.machine_code import Bound, Kernel
 from sepconv.kernels.runtime import hl
 
 MAX_PACKED = 512
@@ -33,8 +39,8 @@ _SHARES = 8
 
 
 class _Entry(NamedTuple):
-    owner: Any  # weak reference: the packed copy goes when the weight goes
-    digest: tuple[bytes, ...]
+    watched: list[Any]  # weak references to the weights' memory
+    digest: tuple[bytes | int, ...]
     packed: Packed
 
 
@@ -43,11 +49,18 @@ _lock = threading.RLock()
 atexit.register(_cache.clear)  # weights that die with the interpreter would look for what has gone before them
 
 
+@forks.in_child
+def _after_fork() -> None:
+    """A lock that another thread held at the fork would stay locked in the child for ever."""
+    global _lock
+    _lock = threading.RLock()
+
+
 class _Hashing(threading.local):
-    """By number of numbers: how many the kernel hashes, where it reads, what it writes, and its arguments."""
+    """By kernel and number of numbers: how many it hashes, where it reads, what it writes, and the call."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[int, Buffer, Any, Arguments]] = {}
+        self.known: dict[tuple[Kernel, int], tuple[int, Buffer, Any, Bound]] = {}
 
 
 _hashings = _Hashing()
@@ -67,7 +80,7 @@ def pack(weight: Tensor, panel: int, block: int, multiplier: int = 1) -> Tensor:
         padded = rows.new_zeros(blocks * block, depth)
         padded[:length] = rows
         rows = padded
-    return rows.reshape(-1, panel, depth).transpose(1, 2).contiguous()
+    return rows.reshape(-1, panel, depth).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def pack_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
@@ -87,22 +100,38 @@ class Packed(list[Any]):
         self.calls: dict[int, Any] = {}
 
 
-_constants: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+class _Constant(weakref.ref[Tensor]):
+    """A tensor whose numbers never change, and a number that no other tensor ever has, unlike its address."""
+
+    number: int
+
+
+_constants: dict[int, _Constant] = {}
+_numbers = count()
 
 
 def constant(tensor: Tensor) -> Tensor:
     """The same tensor, whose numbers nobody else can reach and change: they need not be compared."""
-    _constants[id(tensor)] = tensor
+    place = id(tensor)
+    mark = _Constant(tensor, lambda gone: _constants.pop(place, None) if _constants.get(place) is gone else None)
+    mark.number = next(_numbers)
+    _constants[place] = mark
     return tensor
 
 
-def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> Packed:
-    """``make()``, kept for as long as the first weight lives and the bytes of all of them stay the same.
+def _digest(weight: Tensor) -> bytes | int:
+    mark = _constants.get(id(weight))
+    return fingerprint(weight) if mark is None or mark() is not weight else mark.number
 
-    ``make`` must depend on nothing but the weights' values and ``variant``, and must copy what it keeps.
+
+def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Callable[[], list[Any]]) -> Packed:
+    """``make()``, kept for as long as all the weights' memory lives and its bytes stay the same.
+
+    ``make`` must depend on nothing but the weights' values and ``variant``, and must copy what it keeps. The weights
+    are float32 tensors; ``variant`` tells apart those of other sizes.
     """
     given = [weight for weight in weights if weight is not None]
-    digest = tuple([b"" if _constants.get(id(weight)) is weight else fingerprint(weight) for weight in given])
+    digest = tuple([_digest(weight) for weight in given])
     key = (variant, *[None if weight is None else weight.data_ptr() for weight in weights])
     with _lock:
         entry = _cache.get(key)
@@ -110,19 +139,22 @@ def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Call
             _cache.move_to_end(key)
             return entry.packed
     result = Packed(make())
-    owner = given[0] if given[0]._base is None else given[0]._base
+    watched = [weakref.ref(weight.untyped_storage(), partial(_forget, key)) for weight in given]
     with _lock:
-        _cache[key] = _Entry(weakref.ref(owner, lambda reference: _forget(key, reference)), digest, result)
+        gone = [_cache.pop(key, None)]  # what goes may take others with it: not in the midst of a change
+        _cache[key] = _Entry(watched, digest, result)
         if len(_cache) > MAX_PACKED:
-            _cache.popitem(last=False)
+            gone.append(_cache.popitem(last=False)[1])
     return result
 
 
 def _forget(key: Hashable, reference: Any) -> None:
     with _lock:
         entry = _cache.get(key)
-        if entry is not None and entry.owner is reference:
-            del _cache[key]
+        gone = None
+        if entry is not None and any(watched is reference for watched in entry.watched):
+            gone = _cache.pop(key)
+    del gone
 
 
 def cached_weights() -> int:
@@ -132,34 +164,32 @@ def cached_weights() -> int:
 
 def fingerprint(weight: Tensor) -> bytes:
     """A hash of every bit of a float32 tensor, 64 lanes of 32 bits per share of it; its bytes where they are few."""
-    count = weight.numel()
-    if count < _HASH_FROM:
+    size = weight.numel()
+    if size < _HASH_FROM:
         # The contiguous way is a few times shorter, and a layer has a dozen small tensors.
-        return ctypes.string_at(weight.data_ptr(), 4 * count) if weight.is_contiguous() else array(weight).tobytes()
+        return ctypes.string_at(weight.data_ptr(), 4 * size) if weight.is_contiguous() else array(weight).tobytes()
     numbers = array(weight)
     contiguous = numbers.flags.c_contiguous
     flat = numbers.reshape(-1)
-    body, read, state, prepared = _hashing(count)
+    body, read, state, run = _hashing(runtime.compiled(("fingerprint",), _build_fingerprint), size)
     read.move(weight.data_ptr() if contiguous else flat.ctypes.data)
-    runtime.compiled(("fingerprint",), _build_fingerprint).run(prepared)
-    return bytes(state) if body == count else bytes(state) + flat[body:].tobytes()
+    run()
+    return bytes(state) if body == size else bytes(state) + flat[body:].tobytes()
 
 
-def _hashing(count: int) -> tuple[int, Buffer, Any, Arguments]:
-    known = _hashings.known
-    if count not in known:
+def _hashing(kernel: Kernel, size: int) -> tuple[int, Buffer, Any, Bound]:
+    known, key = _hashings.known, (kernel, size)
+    if key not in known:
         if len(known) >= MAX_PACKED:
             known.clear()
-        shares = _SHARES if count >= _SPLIT_FROM else 1
-        rows = count // (_LANES * shares)
+        shares = _SHARES if size >= _SPLIT_FROM else 1
+        rows = size // (_LANES * shares)
         body = rows * _LANES * shares
         state = (ctypes.c_uint32 * (shares * _LANES))()
         read = Buffer((body,), (1,), 0, UINT32)
         written = Buffer((shares, _LANES), (_LANES, 1), ctypes.addressof(state), UINT32)
-        prepared = arguments(rows, read, written)
-        runtime.compiled(("fingerprint",), _build_fingerprint).check(prepared)
-        known[count] = body, read, state, prepared
-    return known[count]
+        known[key] = body, read, state, kernel.bind(rows, read, written)
+    return known[key]
 
 
 def _build_fingerprint() -> tuple[Any, list[Any]]:

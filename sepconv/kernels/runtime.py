@@ -8,11 +8,10 @@ A kernel is built once per key and then called with buffers:
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 from operator import mul
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import code_cache, llvm, machine_code, threads
+from sepconv.kernels import code_cache, forks, llvm, machine_code, threads
 from sepconv.kernels.machine_code import Kernel
 
 try:
@@ -111,18 +110,23 @@ def compiled(key: Hashable, build: Build) -> Kernel:
 
 
 def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
-    with entry.lock:
+    with forks.undivided(), entry.lock:
         if entry.error is not None:
             raise entry.error
         if entry.kernel is None:
             try:
-                entry.kernel = Kernel(_object_code(place, build))
+                entry.kernel = Kernel(_object_code(place, build), _name(place[0]))
             except OSError as error:  # a disk may have room again later
                 raise BuildError(f"Halide cannot build {place[0]}: {error}") from error
             except (hl.HalideError, RuntimeError) as error:
                 entry.error = BuildError(f"Halide cannot build {place[0]}: {str(error).strip()}")
                 raise entry.error from error
         return entry.kernel
+
+
+def _name(key: Hashable) -> str:
+    """What errors call a kernel."""
+    return str(key[0]) if type(key) is tuple else key if isinstance(key, str) else type(key).__name__
 
 
 def _object_code(place: tuple[Hashable, bool], build: Build) -> bytes:
@@ -177,18 +181,14 @@ def clear_cache() -> None:
 def target() -> Any:
     """What is compiled for: this machine. Arguments are checked when they are bound (see ``fit``), not in each call."""
     host = hl.get_host_target()
-    return host.with_feature(hl.TargetFeature.NoRuntime).with_feature(hl.TargetFeature.NoAsserts)
+    features = (hl.TargetFeature.NoRuntime, hl.TargetFeature.NoAsserts, hl.TargetFeature.UserContext)
+    return reduce(lambda made, feature: made.with_feature(feature), features, host)
 
 
+@forks.in_child
 def _after_fork() -> None:
     """A lock that another thread held at the fork would stay locked in the child for ever."""
     global _cache_lock
     _cache_lock = threading.Lock()
-    threads.after_fork()
-    machine_code.after_fork()
     for key in [key for key, entry in _cache.items() if entry.kernel is None]:
         del _cache[key]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

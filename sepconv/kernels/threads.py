@@ -12,32 +12,35 @@ machine code, since workers cannot wait for Python's lock: it is written here in
 from __future__ import annotations
 
 import ctypes
+import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sepconv.kernels import llvm
+from sepconv.kernels import entry, llvm
 
 _threads = ctypes.c_int32(1)
-_forked = False
+_alone = False
+_ended = False
+_HARD = 2  # omp_pause_hard
 
-# Every thread of the team takes the next pass until none is left or one has failed.
+# Every thread of the team takes the next pass until none is left or one has failed; then the kernel is left (see
+# ``entry``).
 _CODE = """
-%job = type {{ ptr, ptr, ptr, i32, i32, i32, i32 }} ; context, task, data, first, count, next, error
+%job = type {{ ptr, ptr, i32, i32, i32, i32 }} ; task, data, first, count, next, error
 
-define internal void @work(ptr %job) {{
-  %context = load ptr, ptr %job
-  %task.at = getelementptr %job, ptr %job, i32 0, i32 1
-  %task = load ptr, ptr %task.at
-  %data.at = getelementptr %job, ptr %job, i32 0, i32 2
+define internal i32 @take(ptr %context, ptr %job) {{
+  %task = load ptr, ptr %job
+  %data.at = getelementptr %job, ptr %job, i32 0, i32 1
   %data = load ptr, ptr %data.at
-  %first.at = getelementptr %job, ptr %job, i32 0, i32 3
+  %first.at = getelementptr %job, ptr %job, i32 0, i32 2
   %first = load i32, ptr %first.at
-  %count.at = getelementptr %job, ptr %job, i32 0, i32 4
+  %count.at = getelementptr %job, ptr %job, i32 0, i32 3
   %count = load i32, ptr %count.at
-  %next.at = getelementptr %job, ptr %job, i32 0, i32 5
-  %error.at = getelementptr %job, ptr %job, i32 0, i32 6
+  %next.at = getelementptr %job, ptr %job, i32 0, i32 4
   br label %take
 take:
   %pass = atomicrmw add ptr %next.at, i32 1 monotonic
@@ -47,8 +50,21 @@ run:
   %index = add i32 %first, %pass
   %error = call i32 %task(ptr %context, i32 %index, ptr %data)
   %failed = icmp ne i32 %error, 0
-  br i1 %failed, label %fail, label %take
+  br i1 %failed, label %done, label %take
+done:
+  %result = phi i32 [ 0, %take ], [ %error, %run ]
+  ret i32 %result
+}}
+
+define internal void @work(ptr %job) {{
+  %error = call i32 inttoptr (i64 {attempt} to ptr)(ptr @take, ptr %job)
+  %failed = icmp ne i32 %error, 0
+  br i1 %failed, label %fail, label %done
 fail:
+  %count.at = getelementptr %job, ptr %job, i32 0, i32 3
+  %count = load i32, ptr %count.at
+  %next.at = getelementptr %job, ptr %job, i32 0, i32 4
+  %error.at = getelementptr %job, ptr %job, i32 0, i32 5
   store atomic i32 %error, ptr %error.at monotonic, align 4
   store atomic i32 %count, ptr %next.at monotonic, align 4
   br label %done
@@ -58,18 +74,16 @@ done:
 
 define i32 @parallel_for(ptr %context, ptr %task, i32 %first, i32 %count, ptr %data) {{
   %job = alloca %job
-  store ptr %context, ptr %job
-  %task.at = getelementptr %job, ptr %job, i32 0, i32 1
-  store ptr %task, ptr %task.at
-  %data.at = getelementptr %job, ptr %job, i32 0, i32 2
+  store ptr %task, ptr %job
+  %data.at = getelementptr %job, ptr %job, i32 0, i32 1
   store ptr %data, ptr %data.at
-  %first.at = getelementptr %job, ptr %job, i32 0, i32 3
+  %first.at = getelementptr %job, ptr %job, i32 0, i32 2
   store i32 %first, ptr %first.at
-  %count.at = getelementptr %job, ptr %job, i32 0, i32 4
+  %count.at = getelementptr %job, ptr %job, i32 0, i32 3
   store i32 %count, ptr %count.at
-  %next.at = getelementptr %job, ptr %job, i32 0, i32 5
+  %next.at = getelementptr %job, ptr %job, i32 0, i32 4
   store i32 0, ptr %next.at
-  %error.at = getelementptr %job, ptr %job, i32 0, i32 6
+  %error.at = getelementptr %job, ptr %job, i32 0, i32 5
   store i32 0, ptr %error.at
   %threads = load i32, ptr inttoptr (i64 {threads} to ptr)
   %fewer = icmp slt i32 %count, %threads
@@ -84,19 +98,31 @@ parallel:
   br label %end
 end:
   %error = load i32, ptr %error.at
-  ret i32 %error
+  %failed = icmp ne i32 %error, 0
+  br i1 %failed, label %fail, label %done
+fail:
+  call void inttoptr (i64 {leave} to ptr)(ptr %context, i32 %error)
+  unreachable
+done:
+  ret i32 0
 }}
 """
 
 
-def _gomp_parallel() -> int | None:
-    """Address of the entry to PyTorch's OpenMP library: GNU's, or LLVM's or Intel's, which offer the same function."""
+@lru_cache(maxsize=1)
+def _openmp() -> Any:
+    """PyTorch's OpenMP library: GNU's, or LLVM's or Intel's, which offer the same function for parallel loops."""
     directory = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         if (directory / name).exists():
-            entry = getattr(ctypes.CDLL(str(directory / name)), "GOMP_parallel", None)
-            return None if entry is None else ctypes.cast(entry, ctypes.c_void_p).value
+            return ctypes.CDLL(str(directory / name))
     return None
+
+
+def _gomp_parallel() -> int | None:
+    """Address of the entry to it."""
+    function = getattr(_openmp(), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 @lru_cache(maxsize=1)
@@ -109,16 +135,53 @@ def missing() -> str:
 def loop() -> int:
     """Address of the function for parallel loops."""
     # Without threads to use, the team is never larger than one.
-    code = _CODE.format(threads=ctypes.addressof(_threads), gomp_parallel=_gomp_parallel() or 0)
-    return llvm.assemble(code, "parallel_for")[0]
+    places = {"threads": ctypes.addressof(_threads), "gomp_parallel": _gomp_parallel() or 0}
+    attempt, leave = entry.functions()[:2]
+    return llvm.assemble(_CODE.format(attempt=attempt, leave=leave, **places), "parallel_for")[0]
 
 
 def follow_torch() -> None:
     """As many threads as ``torch.set_num_threads`` says."""
-    _threads.value = 1 if _forked or missing() else torch.get_num_threads()
+    _threads.value = 1 if _alone or missing() else torch.get_num_threads()
 
 
-def after_fork() -> None:
-    """PyTorch's threads are gone in a forked child, and OpenMP waits for them for ever: the child computes alone."""
-    global _forked
-    _forked, _threads.value = True, 1
+def alone() -> bool:
+    """Whether more than one thread would wait for ever for others that a fork has left behind."""
+    return _alone
+
+
+def _waits_for_the_dead() -> bool:
+    """Whether this OpenMP library, GNU's, does not know in a child that its threads are gone; the others look."""
+    library = _openmp()
+    return hasattr(library, "GOMP_parallel") and not hasattr(library, "__kmpc_fork_call")
+
+
+def _end_workers() -> bool:
+    """Let this thread's workers end; it starts new ones when it needs them, here as in a child."""
+    library = _openmp()
+    if _alone or not hasattr(library, "omp_pause_resource"):
+        return False
+    return library.omp_pause_resource(_HARD, library.omp_get_initial_device()) == 0
+
+
+def _before_fork() -> None:
+    """PyTorch's own operations would hang in the child as well as kernels."""
+    global _ended
+    _ended = _end_workers() if _waits_for_the_dead() else False
+
+
+def _in_child() -> None:
+    """Where the workers could not be ended (what forked was not Python, say), the child computes alone."""
+    global _alone, _ended
+    ended, _ended = _ended, False
+    if ended:
+        return
+    _alone, _threads.value = True, 1
+    if _waits_for_the_dead() and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        text = "sepconv: OpenMP's threads do not survive this fork; PyTorch and kernels compute on one thread here"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)

@@ -32,28 +32,44 @@ def watched(parts: Iterable[nn.Module | None]) -> bool:
     )
 
 
-def foldable(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether the norms only scale and shift, nobody needs gradients or watches all modules, and our kernels are what
-    ``x`` and the weights go to."""
+def folded(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> list[Folded] | None:
+    """Weight and bias of each convolution with the norm behind it, computed in float64 and kept.
+
+    None unless the norms only scale and shift, nobody needs gradients or watches all modules, and our kernels are what
+    ``x`` and all these tensors go to.
+    """
     if torch_modules._has_any_global_hook() or not direct.inference(x):
-        return False
-    norms = [norm for _, norm in pairs if norm is not None]
-    if not all([type(norm) in _BATCH_NORMS and not norm.training and norm.running_mean is not None for norm in norms]):
-        return False
-    tensors = [conv.weight for conv, _ in pairs] + [norm.running_mean for norm in norms]
-    return all([direct.plain(tensor) for tensor in tensors])
-
-
-def fold(pairs: Sequence[tuple[Any, nn.Module | None]]) -> list[Folded]:
-    """Weight and bias of each convolution with the norm behind it, computed in float64 and kept."""
+        return None
     tensors: list[Any] = []
+    variant: list[Any] = ["folded"]
     for conv, norm in pairs:
-        if norm is not None:
-            tensors += [conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    variant = ("folded", *[None if norm is None else norm.eps for _, norm in pairs])
-    made = packing.remembered(tuple(tensors), variant, lambda: [_fold(*pair) for pair in pairs if pair[1]])
+        if norm is None:
+            variant.append(None)
+            continue
+        if type(norm) not in _BATCH_NORMS or norm.training:
+            return None
+        weight, mean, variance = conv.weight, norm.running_mean, norm.running_var
+        if mean is None or variance is None:
+            return None
+        tensors += [weight, conv.bias, mean, variance, norm.weight, norm.bias]
+        variant += [norm.eps, weight.shape]
+    if not all([t is None or ((type(t) is Tensor or type(t) is nn.Parameter) and direct.plain(t)) for t in tensors]):
+        return None
+    made = packing.remembered(tuple(tensors), tuple(variant), lambda: _fold_all(pairs))
+    if not made:
+        return None
     kept = iter(made)
     return [(conv.weight, conv.bias) if norm is None else next(kept) for conv, norm in pairs]
+
+
+def _fold_all(pairs: Sequence[tuple[Any, Any]]) -> list[Folded]:
+    """What has a norm, folded; nothing where one is for another number of channels, of which PyTorch will complain."""
+    made = [(conv, norm) for conv, norm in pairs if norm is not None]
+    for conv, norm in made:
+        vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        if any(vector is not None and vector.shape != conv.weight.shape[:1] for vector in vectors):
+            return []
+    return [_fold(conv, norm) for conv, norm in made]
 
 
 def _fold(conv: Any, norm: Any) -> Folded:

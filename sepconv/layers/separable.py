@@ -141,7 +141,7 @@ class _SeparableConv(nn.Module):
             return None
         if all([norm is None for _, norm in stages]):
             return [(conv.weight, conv.bias) for conv, _ in stages]
-        return folding.fold(stages) if folding.foldable(x, stages) else None
+        return folding.folded(x, stages)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self._weights(x)

@@ -70,9 +70,10 @@ class InvertedResidual(nn.Module):
             return None
         convolutions, norms = [parts[i::3] for i in range(2)]
         pairs: list[tuple[Any, nn.Module | None]] = list(zip(convolutions, norms, strict=True))
-        if convolutions[-2].padding_mode != "zeros" or not folding.foldable(x, pairs):
+        weights = folding.folded(x, pairs) if convolutions[-2].padding_mode == "zeros" else None
+        if weights is None:
             return None
-        *expansion, (dw, dw_bias), (pw, pw_bias) = folding.fold(pairs)
+        *expansion, (dw, dw_bias), (pw, pw_bias) = weights
         for weight, bias in expansion:
             x = pointwise_conv2d(x, weight, bias, activation="relu6")
         depthwise: Any = convolutions[-2]

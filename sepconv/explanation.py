@@ -9,8 +9,7 @@ as an inference engine does, so that maps of both networks mean the same.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import png
+from sepconv.borrowed import evaluating
 from sepconv.pairs import activation_between, convolutions, pairs_of, split
 
 VALUES_PER_LAYER = 100_000
@@ -120,18 +120,6 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _watch(model: nn.Module, convs: Sequence[nn.Module], batch: Tensor) -> dict[nn.Module, _Call]:
     """Run the model and note the first call of each convolution, and whether a batch norm took its very output."""
     calls: dict[nn.Module, _Call] = {}
@@ -155,7 +143,7 @@ def _watch(model: nn.Module, convs: Sequence[nn.Module], batch: Tensor) -> dict[
     handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
     parameter = next(model.parameters())
     try:
-        with _evaluation(model):
+        with evaluating(model), torch.no_grad():
             model(batch.to(parameter.device, parameter.dtype))
     finally:
         for handle in handles:

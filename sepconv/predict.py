@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sepconv.borrowed import evaluating
 from sepconv.compile import compile
 from sepconv.data.images import read_images
 from sepconv.model_file import Card, class_names
@@ -45,9 +47,10 @@ def predict(
     if not card.mean or len(card.input_shape) != 3:
         raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
     channels, size = card.input_shape[0], card.input_shape[-1]
-    scores_of: Callable[[Tensor], Tensor] = model.eval()
+    scores_of: Callable[[Tensor], Tensor] = partial(_scores, model)
     if compiled:
-        scores_of = compile(model, torch.zeros(min(len(paths), BATCH), *card.input_shape))
+        with evaluating(model):
+            scores_of = compile(model, torch.zeros(min(len(paths), BATCH), *card.input_shape))
     found: list[Prediction] = []
     for start in range(0, len(paths), BATCH):
         chunk = paths[start : start + BATCH]
@@ -57,3 +60,9 @@ def predict(
         for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
             found.append(Prediction(str(path), [names[label] for label in labels], probabilities))
     return found
+
+
+def _scores(model: nn.Module, images: Tensor) -> Tensor:
+    with evaluating(model):
+        scores: Tensor = model(images)
+    return scores

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sepconv.borrowed import in_training, is_exported
 from sepconv.compile.capture import CaptureError, capture
 from sepconv.compile.constants import Store
 from sepconv.compile.explain import Explanation, explain_plan
@@ -53,9 +54,10 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: model must be a torch.nn.Module, got {type(model).__name__}")
-    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    training = in_training(model)
     if training is not None:
-        raise ValueError(f"compile: {training} is in training mode; call model.eval() first")
+        first = "export it after model.eval()" if is_exported(model) else "call model.eval() first"
+        raise ValueError(f"compile: {training or 'the model'} is in training mode; {first}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"compile: threads must be None or a positive integer, got {threads!r}")
     args, kwargs = _arguments(example_input)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sepconv.borrowed import evaluating
 from sepconv.convert.fit import METHODS, Errors, Fit
 from sepconv.convert.forms import FORMS, Form
 from sepconv.convert.graph import Site, Skip, find_sites, record, trace_norms
 from sepconv.convert.options import METRICS, costs, macs, weights
-from sepconv.convert.passes import Images, evaluating
+from sepconv.convert.passes import Images
 from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.convert.ranks import ranks_for_budget
 from sepconv.convert.replace import check_runs

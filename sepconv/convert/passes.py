@@ -81,16 +81,3 @@ def calls(model: nn.Module, module: nn.Module, x: Any, times: int) -> list[tuple
         hooks.after(module, keep)
         model(x)
     return seen
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sepconv.borrowed import evaluating
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,7 @@ class Guide:
         with ExitStack() as stack:
             _watch(student, [name for name, _ in self.pairs], self.student_features, "student", stack)
             _watch(teacher, [name for _, name in self.pairs], self.teacher_features, "teacher", stack)
-            stack.callback(teacher.train, teacher.training)
-            teacher.eval()
+            stack.enter_context(evaluating(teacher))
             self.variances = self._variances(student, example)
             self.cleanup = stack.pop_all()
 
@@ -122,19 +123,6 @@ def matching_features(student: nn.Module, teacher: nn.Module, example: Tensor) -
     if not last:
         raise ValueError("train: no module has the same name and output shape in student and teacher: name pairs")
     return tuple((name, name) for name in last.values())
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inside the block the models are in evaluation mode."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:

@@ -15,10 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from sepconv.borrowed import copied, evaluating
 from sepconv.data import Data
 from sepconv.files import make_folder, remove_partial_files
 from sepconv.train import checkpoint
-from sepconv.train.distill import Distillation, Guide, evaluating
+from sepconv.train.distill import Distillation, Guide
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.history import History, Progress
 from sepconv.train.processes import processes

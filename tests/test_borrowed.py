@@ -29,10 +29,14 @@ def test_each_mode_is_restored_after_an_error() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()).eval(), Merges())
     model[1][0].train()
     modes = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), evaluating(model, nn.Dropout()):
+
+    def fail() -> None:
         assert not any(module.training for module in model.modules())
         assert not model[2].merged
         raise KeyError
+
+    with pytest.raises(KeyError), evaluating(model, nn.Dropout()):
+        fail()
     assert [module.training for module in model.modules()] == modes == [True, True, False, True, True]
     assert not model[2].merged
 

@@ -52,7 +52,10 @@ class Distillation:
 
 
 class Guide:
-    """A teacher at work: gives the loss of a batch. A context manager, within which the modules are watched."""
+    """A teacher at work: gives the loss of a batch. A context manager, within which the modules are watched.
+
+    Networks may change their input in place, so each gets images of its own.
+    """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, distillation: Distillation, example: Tensor) -> None:
         self.teacher = teacher
@@ -79,7 +82,7 @@ class Guide:
     def loss(self, logits: Tensor, images: Tensor, label_loss: Tensor) -> Tensor:
         """The loss of a batch, after the student has seen `images` and answered with `logits`."""
         with torch.no_grad():
-            target = self.teacher(images).float()
+            target = self.teacher(images.clone()).float()
         settings = self.distillation
         total = settings.alpha * softened_divergence(logits, target, settings.temperature)
         if settings.alpha < 1:
@@ -93,7 +96,7 @@ class Guide:
     def _variances(self, student: nn.Module, example: Tensor) -> list[Tensor]:
         """Of each teacher feature over the example images, fixed for the whole training; checks the shapes."""
         with evaluating(student):
-            answer, target = student(example), self.teacher(example)
+            answer, target = student(example.clone()), self.teacher(example.clone())
         if answer.shape != target.shape:
             raise ValueError(
                 f"train: the student's output has shape {tuple(answer.shape)}, the teacher's {tuple(target.shape)}"
@@ -139,7 +142,7 @@ def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
         with evaluating(model):
-            model(example)
+            model(example.clone())
     finally:
         for hook in hooks:
             hook.remove()

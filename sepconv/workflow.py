@@ -117,6 +117,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     return _run(outcome, data, job, out, False, on_progress, started)
 
 
+@torch.random.fork_rng()
 def convert_model(
     model: nn.Module,
     card: Card,

@@ -220,11 +220,13 @@ def test_quantized_layers_are_named_as_the_cause() -> None:
 
 @pytest.mark.parametrize("form", ["separable", "bottleneck"])
 @pytest.mark.parametrize("budget", [None, 0.6])
-@pytest.mark.parametrize("case", ["zero layer", "all zero", "constant images", "zero images", "one image", "tiny"])
+@pytest.mark.parametrize(
+    "case", ["zero layer", "first zero", "all zero", "constant images", "zero images", "one image", "tiny"]
+)
 def test_degenerate_layers_and_images(case: str, budget: float | None, form: str) -> None:
     model, x = net(), X
-    if case == "zero layer":
-        nn.init.zeros_(model[3].weight)
+    if case in ("zero layer", "first zero"):
+        nn.init.zeros_(model[3 if case == "zero layer" else 0].weight)
     elif case == "all zero":
         for p in model.parameters():
             nn.init.zeros_(p)

@@ -125,26 +125,26 @@ def _watch(model: nn.Module, convs: Sequence[nn.Module], batch: Tensor) -> dict[
     calls: dict[nn.Module, _Call] = {}
     inputs: dict[nn.Module, Tensor] = {}
 
-    def before_conv(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_conv(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # An activation in place may later overwrite what came in.
-        inputs.setdefault(module, args[0].clone())
+        inputs.setdefault(module, next(iter((*args, *kwargs.values()))).clone())
 
     def after_conv(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         calls.setdefault(module, _Call(inputs[module], output))
 
-    def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for call in calls.values():
-            if call.y is args[0]:
+            if call.y is next(iter((*args, *kwargs.values()))):
                 call.norm = module
 
-    handles = [conv.register_forward_pre_hook(before_conv) for conv in convs]
+    handles = [conv.register_forward_pre_hook(before_conv, with_kwargs=True) for conv in convs]
     handles += [conv.register_forward_hook(after_conv) for conv in convs]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_var is not None]
-    handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
+    handles += [norm.register_forward_pre_hook(before_norm, with_kwargs=True) for norm in norms]
     parameter = next(model.parameters())
     try:
         with evaluating(model), torch.no_grad():
-            model(batch.to(parameter.device, parameter.dtype))
+            model(batch.to(parameter.device, parameter.dtype, copy=True))
     finally:
         for handle in handles:
             handle.remove()

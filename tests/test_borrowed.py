@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,23 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import sepconv
+from sepconv import explanation, export, measure, png
+from sepconv.bench import latency
 from sepconv.borrowed import copied, evaluating, in_training
+from sepconv.data import Data
+from sepconv.model_file import Card
+from sepconv.predict import predict
+from sepconv.train import Recipe, evaluate, train
+
+
+def condition(model: nn.Module) -> list[Any]:
+    """Everything about a model that work with it must leave alone."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(name, module.training, len(module._forward_hooks)) for name, module in model.named_modules()],
+        [(name, id(t), t.stride(), t.requires_grad, t._version, str(t.device)) for name, t in tensors],
+        [t.tolist() for _, t in tensors],
+    ]
 
 
 class Merges(nn.Module):
@@ -124,3 +144,56 @@ def test_compile_takes_a_model_exported_in_evaluation_and_says_what_to_do_with_o
         sepconv.compile(exported(True), x)
     with pytest.raises(ValueError, match=r"compile: the model is in training mode; call model\.eval\(\) first"):
         sepconv.compile(nn.Dropout(), x)
+
+
+class Scores(nn.Module):
+    """Some of it frozen, some in another layout, with a hook and a mode of its own in every part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Dropout())
+        self.head = nn.Linear(8, 5)
+        self.body[1].eval().requires_grad_(False)
+        self.body[3].to(memory_format=torch.channels_last)
+        self.body[2].register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def _card(data: Data) -> Card:
+    return Card("x", {}).with_data(data)
+
+
+def _image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    path.write_bytes(base64.b64decode(png.data_uri(torch.eye(6)[None]).partition(",")[2]))
+    return path
+
+
+WORK: dict[str, Callable[[nn.Module, Data, Path], object]] = {
+    "evaluate": lambda model, data, _: evaluate(model, data.test),
+    "answers": lambda model, data, _: measure.answers(model, data.test),
+    "predict": lambda model, data, path: predict(model, _card(data), [_image(path)]),
+    "predict compiled": lambda model, data, path: predict(model, _card(data), [_image(path)], compiled=True),
+    "contenders": lambda model, data, _: latency.contenders(model, data.calibration(1)),
+    "count": lambda model, data, _: sepconv.count(model, data.input_shape),
+    "convert": lambda model, data, _: sepconv.convert(model, data.calibration(9), depth_multiplier=1, sweeps=1),
+    "explanation": lambda model, data, _: explanation.collect(model, copied(model, "test"), data.calibration(1)),
+    "export": lambda model, data, path: export.export_onnx(model, data.input_shape, path / "x.onnx"),
+    "teach": lambda model, data, _: train(copied(model, "test"), data, Recipe(epochs=1, batch_size=30), teacher=model),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+def test_whatever_is_done_with_a_model_leaves_it_as_it_was(work: Any, data: Data, tmp_path: Path) -> None:
+    if work is WORK["export"]:
+        pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    model = Scores()
+    before, random = condition(model), torch.get_rng_state()
+    work(model, data, tmp_path)
+    assert condition(model) == before
+    # Plans of sepconv.compile are filled with random numbers.
+    if work not in (WORK["contenders"], WORK["predict compiled"]):
+        assert torch.equal(torch.get_rng_state(), random)

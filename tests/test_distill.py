@@ -147,6 +147,17 @@ def test_a_frozen_norm_stays_frozen(data: Data, how: str) -> None:
         assert not torch.equal(before[f"4.{key}"], student.state_dict()[f"4.{key}"])
 
 
+def test_a_model_in_evaluation_mode_is_trained_as_a_whole(data: Data) -> None:
+    """One from a file with a new last layer, say, which is in training mode as all new modules are."""
+    student = frozen_network("nothing").eval()
+    student[1].momentum = 0.1
+    student.append(nn.Linear(5, 5))
+    before = student[1].running_mean.clone()
+    train(student, data, RECIPE)
+    assert not torch.equal(student[1].running_mean, before)
+    assert not any(module.training for module in student.modules())
+
+
 def test_the_teacher_stays_where_and_how_it_is(data: Data) -> None:
     """Its frozen norm, the layout of its weights and its hooks; the student is another object and its images too."""
     teacher = frozen_network("eval")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cli_run import converted_folder, trained_folder
+from test_borrowed import condition
 from torch import nn
 
 from sepconv import cost, export, run_folder, workflow
@@ -123,16 +124,6 @@ def test_disagreements_are_the_images_with_two_answers() -> None:
     assert (first["normal"], first["separable"], first["label"]) == (3, 5, int(data.test.labels[0]))
     assert first["image"].startswith("data:image/png;base64,")
     assert disagreements(Always(3), Always(3), data)["disagreements"] == []
-
-
-def condition(model: nn.Module) -> list[Any]:
-    """Everything about a model that work with it must leave alone."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [
-        [(name, module.training, len(module._forward_hooks)) for name, module in model.named_modules()],
-        [(name, id(t), t.stride(), t.requires_grad, t._version, str(t.device)) for name, t in tensors],
-        [t.tolist() for _, t in tensors],
-    ]
 
 
 def test_original_network_is_left_as_it_was(tmp_path: Path, without_onnx: None) -> None:

@@ -45,9 +45,9 @@ def train(
 ) -> History:
     """Train `model` in place; it ends in evaluation mode, on the device where it was trained.
 
-    What the caller froze stays frozen: modules that are in evaluation mode in a model that is not as a whole, and batch
-    norms whose parameters need no gradient or whose momentum is 0. After each epoch the test images are looked at for
-    the log; no choice depends on it.
+    What the caller froze stays frozen: modules in evaluation mode inside a model in training mode (one in evaluation
+    mode is trained as a whole), and batch norms whose parameters need no gradient or whose momentum is 0. After each
+    epoch the test images are looked at for the log; no choice depends on it.
 
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments: each batch is shared
     out, the main process alone writes the log and the checkpoints.

@@ -214,9 +214,9 @@ class Trainer:
 
 
 def modes_in_training(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Every module with the mode in which it is trained: the caller's, or training where none is in training."""
-    whole = not any(module.training for module in model.modules())
-    return [(module, (whole or module.training) and not _frozen(module)) for module in model.modules()]
+    """Every module with the mode it is trained in: the caller's; training if the model itself is in evaluation mode."""
+    modes = [(module, module.training or not model.training) for module in model.modules()]
+    return [(module, mode and not _frozen(module)) for module, mode in modes]
 
 
 def _frozen(module: nn.Module) -> bool:

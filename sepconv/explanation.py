@@ -9,8 +9,7 @@ as an inference engine does, so that maps of both networks mean the same.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import png
+from sepconv.borrowed import evaluating
 from sepconv.pairs import activation_between, convolutions, pairs_of, split
 
 VALUES_PER_LAYER = 100_000
@@ -120,43 +120,31 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _watch(model: nn.Module, convs: Sequence[nn.Module], batch: Tensor) -> dict[nn.Module, _Call]:
     """Run the model and note the first call of each convolution, and whether a batch norm took its very output."""
     calls: dict[nn.Module, _Call] = {}
     inputs: dict[nn.Module, Tensor] = {}
 
-    def before_conv(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_conv(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # An activation in place may later overwrite what came in.
-        inputs.setdefault(module, args[0].clone())
+        inputs.setdefault(module, next(iter((*args, *kwargs.values()))).clone())
 
     def after_conv(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         calls.setdefault(module, _Call(inputs[module], output))
 
-    def before_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for call in calls.values():
-            if call.y is args[0]:
+            if call.y is next(iter((*args, *kwargs.values()))):
                 call.norm = module
 
-    handles = [conv.register_forward_pre_hook(before_conv) for conv in convs]
+    handles = [conv.register_forward_pre_hook(before_conv, with_kwargs=True) for conv in convs]
     handles += [conv.register_forward_hook(after_conv) for conv in convs]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_var is not None]
-    handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
+    handles += [norm.register_forward_pre_hook(before_norm, with_kwargs=True) for norm in norms]
     parameter = next(model.parameters())
     try:
-        with _evaluation(model):
-            model(batch.to(parameter.device, parameter.dtype))
+        with evaluating(model), torch.no_grad():
+            model(batch.to(parameter.device, parameter.dtype, copy=True))
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sepconv.borrowed import copied, evaluating
 from sepconv.files import replacing
 
 TOLERANCE = 1e-4
@@ -70,13 +70,15 @@ def export_onnx(model: nn.Module, input_shape: Sequence[int], path: str | Path) 
     path = Path(path)
     if reason := missing():
         raise ModuleNotFoundError(f"export_onnx: {reason}")
-    frozen = copy.deepcopy(model).eval().cpu()
-    proto = _to_proto(frozen, torch.zeros(2, *input_shape))
+    frozen = copied(model, "export_onnx").cpu()
+    with evaluating(frozen):
+        proto = _to_proto(frozen, torch.zeros(2, *input_shape))
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in proto.graph.node if node.domain})
     if foreign:
         raise ValueError(f"export_onnx: operators outside the ONNX standard: {', '.join(foreign)}")
     content = proto.SerializeToString()
-    checked_with, max_error = _check(frozen, content, input_shape)
+    with evaluating(frozen):
+        checked_with, max_error = _check(frozen, content, input_shape)
     with replacing(path) as file:
         file.write(content)
     convolutions = sum(node.op_type == "Conv" for node in proto.graph.node)

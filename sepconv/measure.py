@@ -12,6 +12,7 @@ from sepconv import environment, png
 from sepconv.bench import latency
 from sepconv.bench.latency import Latency
 from sepconv.bench.limits import limits
+from sepconv.borrowed import copied, evaluating
 from sepconv.compile import CompiledModel
 from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.cost import Cost, count
@@ -25,14 +26,13 @@ BATCH = 256
 def compare(
     normal: nn.Module, separable: nn.Module, plan: Plan, metrics: Mapping[str, Metrics], data: Data, batch: int
 ) -> dict[str, Any]:
-    """Both networks as they stand in result.json: cost, accuracy and time, whole and by layer. They end on the CPU."""
+    """Both networks as they stand in result.json: cost, accuracy and time, whole and by layer, on the CPU."""
     threads = torch.get_num_threads()
     before = limits(threads)
     networks = {"normal": normal, "separable": separable}
     x = data.test.normalise(data.test.images.take(torch.arange(batch) % len(data.test)))
     different = disagreements(normal, separable, data)
-    for model in networks.values():
-        model.cpu()
+    networks = {name: copied(model, "compare").cpu() for name, model in networks.items()}
     costs = {name: count(model, data.input_shape) for name, model in networks.items()}
     contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
     latencies = latency.latency_ms(contenders, x, threads=threads)
@@ -111,9 +111,9 @@ def cost_below(cost: Cost, path: str) -> dict[str, int]:
 @torch.no_grad()
 def answers(model: nn.Module, split: Split) -> Tensor:
     """The class that the model gives to each image: int64 (N,)."""
-    model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found = [model(images.to(device)).argmax(1).cpu() for images, _ in split.batches(BATCH)]
+    with evaluating(model):
+        found = [model(images.to(device)).argmax(1).cpu() for images, _ in split.batches(BATCH)]
     return torch.cat(found)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sepconv.borrowed import evaluating
 from sepconv.compile import compile
 from sepconv.data.images import read_images
 from sepconv.data.listing import image_files
@@ -48,9 +50,10 @@ def predict(
         raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
     channels, size = card.input_shape[0], card.input_shape[-1]
     files = image_files(paths)
-    scores_of: Callable[[Tensor], Tensor] = model.eval()
+    scores_of: Callable[[Tensor], Tensor] = partial(_scores, model)
     if compiled:
-        scores_of = compile(model, torch.zeros(min(len(files), BATCH), *card.input_shape))
+        with evaluating(model):
+            scores_of = compile(model, torch.zeros(min(len(files), BATCH), *card.input_shape))
     found: list[Prediction] = []
     for start in range(0, len(files), BATCH):
         chunk = files[start : start + BATCH]
@@ -60,3 +63,9 @@ def predict(
         for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
             found.append(Prediction(str(path), [names[label] for label in labels], probabilities))
     return found
+
+
+def _scores(model: nn.Module, images: Tensor) -> Tensor:
+    with evaluating(model):
+        scores: Tensor = model(images)
+    return scores

@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from sepconv import explanation, measure, model_file
-from sepconv.convert import closed_form, convert
+from sepconv.borrowed import copied, evaluating
+from sepconv.convert import Plan, closed_form, convert
 from sepconv.cost import count
 from sepconv.data import Data, load
 from sepconv.model_file import Card
@@ -23,6 +24,7 @@ from sepconv.report import write_report
 from sepconv.run_folder import CHECKPOINTS, RESULT, about, export_onnx, prepare, remove_checkpoints, write_json
 from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
+from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
 
 DISTILLATION_LR = {"bottleneck": 0.02, "separable": 0.05}
@@ -46,7 +48,7 @@ class Job:
         metric: that cost: "conv_params", "macs" or "latency".
         form: what convolutions become, "bottleneck" or "separable".
         recipe: how the separable network learns from the original afterwards; None leaves it as converted. Learning
-            that ends with fewer right answers on the test images than it began with is undone.
+            that ends with fewer right answers than it began with, on training images held out from it, is undone.
         distillation: what it learns.
         calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
         skip: names of modules that stay as they are.
@@ -74,17 +76,18 @@ class Outcome:
     original: nn.Module
     separable: nn.Module
     card: Card
+    choices: Choices
     stages: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     kept: str = "converted"
     """The stage whose network is written."""
 
-    def finished(self, name: str, model: nn.Module, data: Data, seconds: float) -> None:
-        accuracy = evaluate(model, data.test).accuracy
+    def finished(self, name: str, model: nn.Module, seconds: float) -> None:
+        accuracy = evaluate(model, self.choices.data.test).accuracy
         self.stages.append({"name": name, "accuracy": accuracy, "seconds": round(seconds, 3)})
 
     def learned(self, phase: str, records: list[dict[str, Any]]) -> None:
-        self.curves += [{**record, "phase": phase} for record in records]
+        self.curves += [{**self.choices.curve(record), "phase": phase} for record in records]
 
 
 def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress = ignore) -> dict[str, Any]:
@@ -100,17 +103,21 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
     card = Card(DEMO_MODEL, settings).with_data(data)
-    torch.manual_seed(seed)
-    model = card.build()
-    history = train(model, data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))
-    outcome = Outcome(model, copy.deepcopy(model), card)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = card.build()
+    choices = Choices.of(data)
+    history = train(model, choices.data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))
+    model.to(_device())
+    outcome = Outcome(model, model, card, choices)
     outcome.learned("original", history.records)
-    outcome.finished("original", model, data, time.perf_counter() - started)
+    outcome.finished("original", model, time.perf_counter() - started)
     recipe = replace(DEMO_DISTILLATION, seed=seed)
     job = Job(budget=DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, seed=seed, command=command)
     return _run(outcome, data, job, out, False, on_progress, started)
 
 
+@torch.random.fork_rng()
 def convert_model(
     model: nn.Module,
     card: Card,
@@ -125,6 +132,9 @@ def convert_model(
 
     Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
     ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
+
+    A tenth of the training images, 2,000 at most, is held out: the accuracies on the way are of these, and by them a
+    distillation is kept or undone. The test images are looked at in the end, once for each of the two networks.
 
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments: they share out the
     calibration, the distillation and the test images; the main process alone measures latency, and writes.
@@ -142,11 +152,12 @@ def convert_model(
     Returns:
         The record that is written as ``result.json``.
     """
+    model = copied(model, "convert").to(_device())
     _check_fits(model, data)
     prepare(out, model)
     started = time.perf_counter()
-    outcome = Outcome(model, model, card.with_data(data))
-    outcome.finished("original", model.to(_device()), data, 0.0)
+    outcome = Outcome(model, model, card.with_data(data), Choices.of(data))
+    outcome.finished("original", model, 0.0)
     return _run(outcome, data, job, out, resume, on_progress, started)
 
 
@@ -194,9 +205,12 @@ def train_model(
 
 def _check_fits(model: nn.Module, data: Data) -> None:
     """ValueError unless the model takes the data's images and has an output for each class."""
+    parameter = next(model.parameters(), torch.empty(0))
+    if parameter.dtype != torch.float32:
+        raise ValueError(f"convert: the images are float32 but the model is {parameter.dtype}: convert model.float()")
     try:
-        with torch.no_grad():
-            scores = model.eval()(data.calibration(2))
+        with torch.no_grad(), evaluating(model):
+            scores = model(data.calibration(2).to(parameter.device))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"convert: the model does not take images of shape {data.input_shape}: {reason}") from error
@@ -206,8 +220,8 @@ def _check_fits(model: nn.Module, data: Data) -> None:
 def _run(
     outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress, started: float
 ) -> dict[str, Any]:
-    plan = _convert(outcome, data, job, on_progress)
-    _distil(outcome, data, job, out, resume, on_progress)
+    plan = _convert(outcome, job, on_progress)
+    _distil(outcome, job, out, resume, on_progress)
     on_progress(Step("measure", 0, 1))
     judged = _judge(outcome, data)
     record = None
@@ -215,7 +229,7 @@ def _run(
         measured = measure.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
-        record = _write(outcome, measured, data, job, out, started)
+        record = _write(outcome, measured, plan, data, job, out, started)
     record = broadcast_object_list([record])[0]
     remove_checkpoints(out)
     on_progress(Step("write", 1, 1))
@@ -223,7 +237,7 @@ def _run(
 
 
 def _write(
-    outcome: Outcome, measured: dict[str, Any], data: Data, job: Job, out: Path, started: float
+    outcome: Outcome, measured: dict[str, Any], plan: Plan, data: Data, job: Job, out: Path, started: float
 ) -> dict[str, Any]:
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)
@@ -234,7 +248,9 @@ def _write(
         "form": job.form,
         **measured,
         "stages": outcome.stages,
+        "held_out_images": outcome.choices.held_out,
         "kept": outcome.kept,
+        "notes": [note for note in (*plan.notes, outcome.choices.note) if note],
         "curves": outcome.curves,
         "onnx": export_onnx(outcome.separable, data, out),
     }
@@ -246,11 +262,11 @@ def _write(
     return record
 
 
-def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) -> Any:
+def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
     on_progress(Step("convert", 0, 1))
     started = time.perf_counter()
+    data = outcome.choices.data
     images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
-    outcome.original.to(_device())
     steps = 1
 
     def relay(done: int, total: int) -> None:
@@ -271,19 +287,19 @@ def _convert(outcome: Outcome, data: Data, job: Job, on_progress: OnProgress) ->
     seconds = time.perf_counter() - started
     started = time.perf_counter()
     simple = closed_form(outcome.original, plan, images[:2])
-    outcome.finished("closed form", simple, data, time.perf_counter() - started)
-    outcome.finished("converted", outcome.separable, data, seconds)
+    outcome.finished("closed form", simple, time.perf_counter() - started)
+    outcome.finished("converted", outcome.separable, seconds)
     on_progress(Step("convert", steps, steps, accuracy=outcome.stages[-1]["accuracy"]))
     return plan
 
 
-def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress) -> None:
+def _distil(outcome: Outcome, job: Job, out: Path, resume: bool, on_progress: OnProgress) -> None:
     if job.recipe is None:
         return
     converted = copy.deepcopy(outcome.separable.state_dict())
     history = train(
         outcome.separable,
-        data,
+        outcome.choices.data,
         job.recipe,
         out / CHECKPOINTS,
         teacher=outcome.original,
@@ -292,9 +308,9 @@ def _distil(outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_
         on_progress=_relay(on_progress, "distil"),
     )
     outcome.learned("distilled", history.records)
-    outcome.finished("distilled", outcome.separable, data, history.seconds)
+    outcome.finished("distilled", outcome.separable, history.seconds)
     before, after = (stage["accuracy"] for stage in outcome.stages[-2:])
-    if after < before:
+    if after < before and outcome.choices.held_out:
         outcome.separable.load_state_dict(converted)
     else:
         outcome.kept = "distilled"

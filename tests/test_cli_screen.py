@@ -99,9 +99,15 @@ def test_a_command_ends_with_where_the_files_are(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("kept", ["converted", "distilled"])
 def test_a_distillation_that_was_undone_is_said_to_be(kept: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"name": name, "accuracy": 0.5, "seconds": 1.0} for name in ("converted", "distilled")]
-    show.stages(console.Screen(), {"stages": rows, "kept": kept})
-    said = "ended below its start and was undone" in " ".join(capsys.readouterr().out.split())
-    assert said == (kept == "converted")
+    record = {"stages": rows, "kept": kept, "held_out_images": 143, "notes": []}
+    show.stages(console.Screen(), record)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("ended below its start and was undone" in said) == (kept == "converted")
+    assert "Accuracy of 143 training images held out from conversion and distillation." in said
+    show.stages(console.Screen(), {**record, "held_out_images": 0, "notes": ["They are too few."]})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "They are too few." in said
+    assert "held out" not in said
 
 
 @pytest.mark.parametrize("suite", ["ops", "blocks"])

@@ -94,6 +94,29 @@ def test_moments_are_those_of_all_patches_at_once(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close((p @ weight.flatten(1).T + bias).mean(0), y.mean(0))
 
 
+def test_moments_of_patches_that_hardly_vary() -> None:
+    """In float32 squares of values near 1 are rounded by more than these values vary."""
+    conv = make_conv().float()
+    x = 1 + 1e-4 * smooth_images(5).float()
+    moments = gather(conv, x, conv(x) + 1e-4 * torch.randn(12, 7, 11, 11))
+    exact = gather(conv.double(), x.double())
+    inner = [i for i in range(45) if i % 9 == 4]  # the middle of the filter, which sees no padding
+    xx, truth = (m.problem(torch.eye(7, dtype=torch.float64), 0.0).xx[inner][:, inner] for m in (moments, exact))
+    torch.testing.assert_close(xx, truth, rtol=1e-2, atol=1e-2 * float(truth.diagonal().mean()))
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1.7, 123.4, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_constant_patches_are_those_of_the_ridge(value: float, dtype: torch.dtype) -> None:
+    conv = nn.Conv2d(5, 7, 3).to(dtype)
+    moments = Moments(conv)
+    for count in (3, 8, 13):
+        x = torch.full((count, 5, 9, 9), value, dtype=dtype)
+        moments.add(x, conv(x), None, 17, torch.Generator())
+    xx = moments.problem(torch.eye(7, dtype=torch.float64), 1e-3).xx
+    assert torch.linalg.cond(xx) < 1.01
+
+
 def test_moments_take_the_pixels_asked_for() -> None:
     conv, x = make_conv(), smooth_images(5)
     assert gather(conv, x, pixels=17).count == 12 * 17

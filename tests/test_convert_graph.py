@@ -76,7 +76,7 @@ def test_record_orders_by_execution_and_keeps_shapes() -> None:
 
 def test_record_removes_its_hooks_when_the_model_fails() -> None:
     model = Branching()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"layer 'early' \(Conv2d\) fails on images of shape \(2, 5, 11, 9\) \(Runt"):
         record(model, find_sites(model), torch.randn(2, 5, 11, 9))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sepconv.convert.batch_norm import reestimate
 from sepconv.convert.graph import find_sites
-from sepconv.convert.passes import Images, calls, evaluating
+from sepconv.convert.passes import Images, calls
 from sepconv.convert.probe import Probe
 from sepconv.convert.sensitivity import FLOOR, output_metrics, tensors
 
@@ -52,17 +52,6 @@ def test_calls_stop_after_the_last_and_see_values_before_they_change() -> None:
     assert not model.conv._forward_hooks
     torch.testing.assert_close(seen[0][1], nn.functional.conv2d(x, model.conv.weight, model.conv.bias).detach())
     assert torch.equal(seen[1][0], torch.zeros_like(x))
-
-
-def test_evaluating_restores_each_mode_after_an_error() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    try:
-        with evaluating(model):
-            assert not model[0].training
-            raise KeyError
-    except KeyError:
-        pass
-    assert [m.training for m in model.modules()] == [True, True, False]
 
 
 def test_output_metric_of_a_linear_network_is_its_jacobian() -> None:

@@ -9,7 +9,7 @@ import torch
 from convertible import conv, convert, images, plain, trained
 from torch import Tensor, nn
 
-from sepconv.convert import network
+from sepconv.convert import fit, network
 
 
 class Bad(nn.Module):
@@ -50,7 +50,8 @@ REASONS = {
     "point": "already pointwise (1x1)",
     "turned": "a transposed convolution",
     "idle": "its forward never ran on the images",
-    "normed": "its weight is computed from others (a parametrization)",
+    "normed": "its weight is computed (_WeightNorm); torch.nn.utils.parametrize.remove_parametrizations(layer, "
+    "'weight') makes it a plain one",
     "hooked": "it has hooks",
     "tied": "another module uses its weight",
     "twin": "another module uses its weight",
@@ -149,10 +150,27 @@ class HidesConv(nn.Module):
 
 
 def test_networks_that_need_the_normal_convolution_say_so() -> None:
-    with pytest.raises(ValueError, match=r"only a normal convolution has .* 'weight'.*; name that convolution in skip"):
+    with pytest.raises(
+        ValueError, match=r"\(conv: the model needs a normal convolution there \(AttributeError: .*'weight"
+    ):
         convert(ReadsWeight().double(), images(), depth_multiplier=1)
-    with pytest.raises(ValueError, match=r"the model calls conv by another way than its name; name it in skip"):
+    with pytest.raises(ValueError, match=r"\(conv: the model calls it by another way than its name\)"):
         convert(HidesConv().double(), images(), depth_multiplier=1)
+
+
+@pytest.mark.parametrize("form", ["separable", "bottleneck"])
+def test_the_layers_that_the_model_reads_stay_and_the_others_do_not(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before anything is fitted."""
+    model = nn.Sequential(conv(3, 6), ReadsWeight().double(), HidesConv().double(), conv(6, 4)).double()
+    model[1].conv = conv(6, 3).double()
+    found = convert(model, images(), depth_multiplier=1, form=form, sweeps=1)[1]
+    assert [row.rank > 0 for row in found.layers] == [True, False, False, True]
+    assert all(type(model.get_submodule(row.name)) is nn.Conv2d for row in found.layers)
+    monkeypatch.setattr(fit.Fit, "moments", lambda *_: pytest.fail("fitted"))
+    with pytest.raises(
+        ValueError, match=r"cannot be reached; .* of it stays as it is: 1\.conv: the model needs a normal c"
+    ):
+        convert(model, images(), 0.1, form=form)
 
 
 class Undifferentiable(nn.Module):

@@ -69,7 +69,7 @@ def test_the_command_converts_with_two_processes_as_with_one(tmp_path: Path) -> 
         said[name] = done.stdout
     records = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in said}
     for name, text in said.items():
-        assert text.count("Accuracy of 359 held-out images") == 1, name
+        assert text.count("Accuracy of 359 test images") == 1, name
         assert sum(map(sum, records[name]["confusion"]["separable"])) == 359
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
             "explanation.json", "model.onnx", "model.safetensors", "report.html", "result.json"

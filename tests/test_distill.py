@@ -115,3 +115,65 @@ def test_distilled_student_learns_from_the_teacher_alone(data: Data) -> None:
     student = network(norm=True)
     history = train(student, wrong, recipe, teacher=teacher, distillation=Distillation(alpha=1.0))
     assert history.accuracy > 0.9
+
+
+def frozen_network(how: str) -> nn.Module:
+    """One whose first batch norm the caller froze."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.BatchNorm2d(5), nn.AdaptiveAvgPool2d(1)
+    )
+    model.append(nn.Flatten())
+    if how == "eval":
+        model[1].eval()
+    elif how == "gradient":
+        model[1].requires_grad_(False)
+    else:
+        model[1].momentum = 0.0
+    return model
+
+
+@pytest.mark.parametrize("how", ["eval", "gradient", "momentum", "gradient of a model in evaluation mode"])
+def test_a_frozen_norm_stays_frozen(data: Data, how: str) -> None:
+    student = frozen_network(how.split(" ")[0])
+    if "evaluation" in how:
+        student.eval()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    seen = []
+    student[1].register_forward_hook(lambda norm, *_: seen.append(norm.training))
+    train(student, data, RECIPE, teacher=network())
+    assert not any(seen)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(before[f"1.{key}"], student.state_dict()[f"1.{key}"])
+        assert not torch.equal(before[f"4.{key}"], student.state_dict()[f"4.{key}"])
+
+
+def test_a_model_in_evaluation_mode_is_trained_as_a_whole(data: Data) -> None:
+    """One from a file with a new last layer, say, which is in training mode as all new modules are."""
+    student = frozen_network("nothing").eval()
+    student[1].momentum = 0.1
+    student.append(nn.Linear(5, 5))
+    before = student[1].running_mean.clone()
+    train(student, data, RECIPE)
+    assert not torch.equal(student[1].running_mean, before)
+    assert not any(module.training for module in student.modules())
+
+
+def test_the_teacher_stays_where_and_how_it_is(data: Data) -> None:
+    """Its frozen norm, the layout of its weights and its hooks; the student is another object and its images too."""
+    teacher = frozen_network("eval")
+    teacher[1].register_forward_hook(lambda *_: None)
+    strides = [p.stride() for p in teacher.parameters()]
+    ids = [id(p) for p in teacher.parameters()]
+    train(network(), data, RECIPE, teacher=teacher)
+    assert [module.training for module in teacher] == [True, False, True, True, True, True, True]
+    assert ([p.stride() for p in teacher.parameters()], [id(p) for p in teacher.parameters()]) == (strides, ids)
+    assert len(teacher[1]._forward_hooks) == 1
+
+
+def test_networks_that_change_their_input_do_not_disturb_each_other(data: Data) -> None:
+    losses = []
+    for inplace in (False, True):
+        student, teacher = (nn.Sequential(nn.ReLU(inplace), network(norm=norm)) for norm in (False, True))
+        settings = Distillation(features=[("1.0", "1.0")])
+        losses.append(train(student, data, RECIPE, teacher=teacher, distillation=settings).records[-1]["train_loss"])
+    assert losses[0] == losses[1]

@@ -213,6 +213,24 @@ def test_input_is_kept_before_an_activation_in_place_changes_it():
     torch.testing.assert_close(stored_input(stored)[0], image)
 
 
+def test_layers_called_by_keyword_and_an_image_that_is_changed_in_place():
+    class Named(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv, self.norm = conv, nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(input=x.clamp_(min=0)))
+
+    normal, separable = Named(nn.Conv2d(2, 4, 3)), Named(SeparableConv2d(2, 4, 3))
+    image = torch.randn(2, SIZE, SIZE)
+    kept = image.clone()
+    (stored,) = explanation.collect(normal, separable, image)["layers"]
+    assert stored["batch_norm"]
+    assert torch.equal(image, kept)
+    assert torch.equal(stored_input(stored)[0], image.clamp(min=0))
+
+
 def test_models_are_left_as_they_were():
     normal = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     separable = nn.Sequential(SeparableConv2d(3, 4, 3), nn.BatchNorm2d(4)).train()

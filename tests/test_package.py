@@ -15,7 +15,7 @@ import sepconv
 ROOT = Path(sepconv.__file__).parent
 # Every file stands on one level and may import from lower levels, and from its own level what is listed below.
 LEVELS = [
-    ["reference", "shapes", "files", "png", "progress", "allocator", "interrupt"],
+    ["reference", "shapes", "files", "png", "progress", "allocator", "borrowed", "interrupt"],
     ["kernels"],
     ["choices", "environment"],
     ["dispatch"],

@@ -198,6 +198,24 @@ def test_stages_say_what_they_are_and_that_one_gained_nothing(tmp_path):
     assert "here it gained nothing and was undone" in report_of(tmp_path, result).text
 
 
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"test_images": 359}, "On 359 test images."),
+        ({"test_images": 359, "held_out_images": 143}, "On 143 training images held out from conversion and dist"),
+        ({"held_out_images": 0, "notes": ["Too <few> of them."]}, "On the training images."),
+        ({}, ""),
+    ],
+    ids=["old record", "held out", "too few", "unknown"],
+)
+def test_stages_say_which_images_they_are_of(tmp_path, entries, said):
+    result = {key: value for key, value in SMALL.items() if key != "test_images"}
+    text = report_of(tmp_path, {**result, **entries}).text
+    assert said in text
+    assert ("held out" in text) == (entries.get("held_out_images", 0) > 0)
+    assert ("Too <few> of them." in text) == ("notes" in entries)
+
+
 def test_an_accuracy_that_stays_is_said_to_stay(tmp_path):
     result = copy.deepcopy(SMALL)
     result["separable"]["accuracy"] = result["normal"]["accuracy"] - 1e-9

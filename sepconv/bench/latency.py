@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.bench.timing import threads_set_to
+from sepconv.borrowed import evaluating
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.explain import Group
 
@@ -66,8 +67,8 @@ def with_torch_layers(model: nn.Module) -> nn.Module:
 
 def contenders(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """The network in PyTorch's layers as it stands in a program, and by ``sepconv.compile`` for images like `x`."""
-    model = model.eval()
-    return {"torch": with_torch_layers(model), "sepconv": compile(model, x)}
+    with evaluating(model):
+        return {"torch": with_torch_layers(model), "sepconv": compile(model, x)}
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows += _latency_rows(before, after)
     screen.table(f"{record['model']} on {record['data']}", ("", "normal", "separable", "change"), rows)
     threads, batch = after["threads"], after["latency_batch"]
-    screen.say(f"Accuracy of {record['test_images']} held-out images; time of {batch} image(s) on {threads} thread(s).")
+    screen.say(f"Accuracy of {record['test_images']} test images; time of {batch} image(s) on {threads} thread(s).")
     onnx = record["onnx"]
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")
@@ -90,6 +90,10 @@ def files(screen: Screen, out: Path) -> None:
 def stages(screen: Screen, record: dict[str, Any]) -> None:
     rows = [(stage["name"], f"{stage['accuracy']:.2%}", f"{stage['seconds']:.1f}") for stage in record["stages"]]
     screen.table("Steps", ("step", "accuracy", "seconds"), rows)
+    if held := record["held_out_images"]:
+        screen.say(f"Accuracy of {held} training images held out from conversion and distillation.")
+    for note in record["notes"]:
+        screen.say(note)
     if record["kept"] != rows[-1][0]:
         screen.say("The distillation ended below its start and was undone: the network is kept as converted.")
 
@@ -99,7 +103,7 @@ def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows = [(name, f"{normal[key]:,}") for key, name in NAMES.items()]
     rows.append(("accuracy", f"{normal['accuracy']:.2%}"))
     screen.table(f"{record['model']} on {record['data']}", ("", "trained"), rows)
-    screen.say(f"Accuracy of {record['test_images']} held-out images.")
+    screen.say(f"Accuracy of {record['test_images']} test images.")
     files(screen, out)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from sepconv.borrowed import in_training, is_exported
 from sepconv.compile.capture import CaptureError, capture, first_line
 from sepconv.compile.constants import Store
 from sepconv.compile.copies import frozen_copy, trial_copy
@@ -67,8 +68,8 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
         reason = ""
         try:
             frozen = frozen_copy(model)
-        except Exception as error:  # modules may refuse to be copied in any way
-            frozen, reason = model, f"the model cannot be copied, later changes to it count ({first_line(error)})"
+        except ValueError as error:
+            frozen, reason = model, f"{str(error).removeprefix('compile: ')}; later changes to it count"
         compiled = CompiledModel(frozen, threads, tune, reason=reason)
         compiled.prepare(*args, **kwargs)
     return compiled
@@ -77,11 +78,10 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile: model must be a torch.nn.Module, got {type(model).__name__}")
-    # An exported program computes what it was exported for: it has no modes, and refuses to be told one.
-    exported = "eval" in vars(model)
-    for name, module in model.named_modules():
-        if module.training and not exported:
-            raise ValueError(f"compile: {name or 'the model'} is in training mode; call model.eval() first")
+    training = in_training(model)
+    if training is not None:
+        first = "export it after model.eval()" if is_exported(model) else "call model.eval() first"
+        raise ValueError(f"compile: {training or 'the model'} is in training mode; {first}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"compile: {name} has no size yet; call the model once before it is compiled")

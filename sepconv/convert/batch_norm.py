@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sepconv.convert.passes import Hooks, Images
+from sepconv.convert.passes import Hooks, Images, run
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,17 +67,17 @@ def reestimate(old: nn.Module, new: nn.Module, images: Images) -> int:
     before: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any) -> None:
-            before[name].append(_moments(args[0]))
+        def hook(_: nn.Module, x: Tensor) -> None:
+            before[name].append(_moments(x))
 
         return hook
 
     def correct(name: str) -> Callable[..., Tensor | None]:
-        def hook(norm: Any, args: Any, output: Tensor) -> Tensor | None:
+        def hook(norm: Any, x: Tensor, output: Tensor) -> Tensor | None:
             if not before[name]:
                 return None
-            mean, var = changes[name].add(before[name].pop(0), _moments(args[0]))
-            return F.batch_norm(args[0], mean.to(output), var.to(output), norm.weight, norm.bias, False, 0.0, norm.eps)
+            mean, var = changes[name].add(before[name].pop(0), _moments(x))
+            return F.batch_norm(x, mean.to(output), var.to(output), norm.weight, norm.bias, False, 0.0, norm.eps)
 
         return hook
 
@@ -87,8 +87,8 @@ def reestimate(old: nn.Module, new: nn.Module, images: Images) -> int:
             hooks.after(norm, correct(name))
         for x in images.batches():
             before |= {name: [] for name in norms}
-            old(x)
-            new(x)
+            run(old, x)
+            run(new, x)
     for name, norm in norms.items():
         if changes[name].batches:
             mean, var = changes[name].average()

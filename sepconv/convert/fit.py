@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from sepconv.convert import share
 from sepconv.convert.calibrate import Problem
 from sepconv.convert.forms import Form, relative_error
 from sepconv.convert.graph import Site, norm_scale
-from sepconv.convert.passes import Images, calls
+from sepconv.convert.passes import Images, calls, in_words
 from sepconv.convert.replace import replace
 from sepconv.convert.sensitivity import output_metrics
 from sepconv.convert.statistics import Moments, pixels_per_image
@@ -22,6 +23,16 @@ SENSITIVITY_IMAGES = 256
 """Images whose gradients say how much each output channel matters."""
 
 METHODS = ("sequential", "least_squares", "svd")
+
+
+@contextmanager
+def naming(site: Site) -> Iterator[None]:
+    """Inside, a system of equations without a solution is a ValueError that names the layer."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        layer, reason = in_words(site.name, site.conv), str(error).splitlines()[0]
+        raise ValueError(f"convert: {layer} cannot be fitted ({reason}); raise ridge, or name it in skip") from error
 
 
 @dataclass
@@ -73,14 +84,26 @@ class Fit:
         return norm_scale(self.old, site)
 
     def problem(self, site: Site, moments: Moments) -> Problem:
-        return moments.problem(self.metrics[site.name], self.ridge)
+        """What the images ask of one layer.
+
+        Raises:
+            ValueError: the layer sees or gives values that are no numbers.
+        """
+        problem = moments.problem(self.metrics[site.name], self.ridge)
+        if not all(value.isfinite().all() for value in (problem.xx, problem.yx, problem.yy, problem.metric)):
+            layer = in_words(site.name, site.conv)
+            raise ValueError(
+                f"convert: {layer} sees or passes back values too large for float32 on the calibration images"
+            )
+        return problem
 
     def run(self, ranks: dict[str, int]) -> dict[str, Errors]:
         """Make every layer with a rank separable in ``new``."""
         errors: dict[str, Errors] = {}
         for site in self.sites:
             if ranks.get(site.name):
-                errors[site.name] = self._convert(site, ranks[site.name], first=not errors)
+                with naming(site):
+                    errors[site.name] = self._convert(site, ranks[site.name], first=not errors)
                 self.on_step()
         return errors
 

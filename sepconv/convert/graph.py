@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.prune import BasePruningMethod
 
-from sepconv.convert.passes import Hooks
+from sepconv.convert.passes import Hooks, in_words, run, telling_where
 
 Skip = Sequence[str] | Callable[[str, nn.Module], bool]
+
+_UNDONE_BY = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+LISTED = 4
+"""Names of layers told for one reason."""
 
 _PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -75,11 +80,13 @@ def _must_stay(conv: _ConvNd, tied: set[int]) -> str:
         return "already depthwise" if conv.groups == conv.in_channels else f"grouped (groups={conv.groups})"
     if math.prod(conv.kernel_size) == 1:
         return "already pointwise (1x1)"
-    if "weight" not in conv._parameters or hasattr(conv, "parametrizations"):
-        return "its weight is computed from others (a parametrization)"
+    if computed := _computed(conv):
+        return computed
     plain: Any = _PLAIN[dims]
     if type(conv).forward is not plain.forward or type(conv)._conv_forward is not plain._conv_forward:
-        return f"{type(conv).__name__} has a forward of its own"
+        kind = type(conv)
+        name = f"{kind.__module__}.{kind.__name__}" if kind.__name__ == plain.__name__ else kind.__name__
+        return f"{name} has a forward of its own"
     if not conv.weight.is_floating_point():
         return f"its weight is {conv.weight.dtype}"
     if id(conv.weight) in tied:
@@ -87,6 +94,22 @@ def _must_stay(conv: _ConvNd, tied: set[int]) -> str:
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return "it has hooks"
     return ""
+
+
+def _computed(conv: Any) -> str:
+    """Whether the weight is made of other tensors before each call, by what, and how that is undone."""
+    for hook in conv._forward_pre_hooks.values():
+        kind = type(hook).__name__
+        if isinstance(hook, BasePruningMethod):
+            return f"it is pruned; torch.nn.utils.prune.remove(layer, {hook._tensor_name!r}) makes that permanent"
+        if kind in _UNDONE_BY:
+            return f"its weight is computed ({kind}); torch.nn.utils.{_UNDONE_BY[kind]}(layer) makes it a plain one"
+    if hasattr(conv, "parametrizations"):
+        names = {key: [type(p).__name__ for p in made] for key, made in conv.parametrizations.items()}
+        key, kinds = next(iter(names.items()))
+        undo = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {key!r})"
+        return f"its {key} is computed ({', '.join(kinds)}); {undo} makes it a plain one"
+    return "" if "weight" in conv._parameters else "its weight is no parameter"
 
 
 def find_sites(model: nn.Module, skip: Skip = ()) -> list[Site]:
@@ -119,46 +142,67 @@ def _skipped(site: Site, skip: Skip) -> bool:
     return any(name == s or name.startswith(s + ".") for name in site.names for s in skip)
 
 
-def record(model: nn.Module, sites: list[Site], example: Any) -> list[Site]:
+def record(model: nn.Module, sites: list[Site], example: Tensor, hint: str = "") -> list[Site]:
     """Run ``example`` once: fill in shapes, calls and followers, and put the sites in the order of their first call.
 
     A batch norm follows a convolution if it is called on the very tensor that the convolution returned, not changed in
     place since. Convolutions that never ran come last, with that as their reason.
+
+    Raises:
+        ValueError: the model fails, or a convolution's output is not finite; the message names the layer.
     """
     order: list[Site] = []
     results: list[tuple[Site, Tensor, int]] = []
 
     def ran(site: Site) -> Callable[..., None]:
-        def hook(conv: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(conv: nn.Module, x: Tensor, output: Tensor) -> None:
             if not site.outputs:
                 order.append(site)
             if output.dim() != len(site.conv.kernel_size) + 2:
                 site.reason = site.reason or "called without a batch dimension"
-            site.inputs.append(tuple(args[0].shape[1:]))
+            site.inputs.append(tuple(x.shape[1:]))
             site.outputs.append(tuple(output.shape[1:]))
             results.append((site, output, output._version))
 
         return hook
 
     def norm_ran(name: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, args: Any) -> None:
+        def hook(norm: nn.Module, x: Any) -> None:
             for site, output, version in results:
-                if args and args[0] is output and output._version == version:
+                if x is output and output._version == version:
                     site.norm = name
 
         return hook
 
-    with Hooks() as hooks, torch.no_grad():
+    with Hooks() as hooks, telling_where(model, example.shape, hint), torch.no_grad():
         for site in sites:
             hooks.after(site.conv, ran(site))
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
                 hooks.before(module, norm_ran(name))
-        model(example)
+        run(model, example)
+    for site, output, _ in results:
+        if not output.isfinite().all():
+            layer = in_words(site.name, site.conv)
+            raise ValueError(f"convert: the output of {layer} holds NaN or infinity on calibration images")
     idle = [site for site in sites if not site.outputs]
     for site in idle:
         site.reason = site.reason or "its forward never ran on the images"
     return order + idle
+
+
+def reasons(sites: Sequence[Site]) -> str:
+    """Why sites stay as they are: each reason with the sites it holds for."""
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        if site.reason:
+            found.setdefault(site.reason, []).append(site.name)
+    return "; ".join(f"{_listed(names)}: {reason}" for reason, names in found.items())
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 class _Tracer(fx.Tracer):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sepconv.borrowed import evaluating
+from sepconv.convert.accept import (
+    check_kind,
+    check_outputs,
+    check_values,
+    leave_those_read,
+    narrow,
+    own_copy,
+    undisturbed,
+    widen,
+)
 from sepconv.convert.fit import METHODS, Errors, Fit
 from sepconv.convert.forms import FORMS, Form
-from sepconv.convert.graph import Site, Skip, find_sites, record, trace_norms
+from sepconv.convert.graph import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.options import METRICS, costs, macs, weights
-from sepconv.convert.passes import Images, evaluating
+from sepconv.convert.passes import Images
 from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.convert.ranks import ranks_for_budget
-from sepconv.convert.replace import check_runs
 from sepconv.convert.stages import finish
 from sepconv.convert.statistics import LARGEST
 
@@ -43,7 +54,9 @@ def convert(
     model itself is left as it is. Fine-tune or distil the result for what a small budget loses.
 
     Args:
-        model: any module; its ``nn.Conv1d/2d/3d`` layers with groups=1 and more than one tap are candidates.
+        model: any module that takes a batch of images as its only argument; its ``nn.Conv1d/2d/3d`` layers with
+            groups=1 and more than one tap are candidates. Of what ``torch.compile`` returned, the module inside is
+            converted; bfloat16 and float16 are float32 meanwhile.
         calibration: unlabelled images as the model takes them, a float tensor (N, C, *) or an iterable of batches; some
             hundreds to thousands. None only with ``method="svd"``.
         budget: part of the whole network's cost in ``metric`` that may remain, over 0 and at most 1.
@@ -65,18 +78,28 @@ def convert(
         The converted copy and the :class:`Plan` that says what was done to each layer and why.
 
     Raises:
-        ValueError: an argument is out of range, the budget cannot be reached (the message says what can), or no
-            convolution can be converted (the message says why).
+        ValueError: an argument is out of range, the model cannot be run, changed or copied (the message names the
+            layer), the budget cannot be reached (what can, and what stays and why), or no convolution can be converted.
     """
     _check_arguments(model, calibration, budget, metric, form, method, depth_multiplier, example_input)
-    old, new = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
-    images = None if calibration is None else _images(model, calibration)
-    example = example_input if images is None else next(images.batches(2))
-    with evaluating(old, new):
-        sites, notes = _sites(old, skip, example)
+    _check_numbers(sweeps, ridge)
+    check_kind(model)
+    with undisturbed(model):
+        old = own_copy(model)
+        check_values(old)
+        halves = widen(old)
+        new = copy.deepcopy(old)
+        old.requires_grad_(False)
+    images = None if calibration is None else _images(old, calibration)
+    example = _example(old, example_input) if images is None else next(images.batches(2))
+    kind = FORMS[form]
+    with undisturbed(old), evaluating(old, new):
+        sites, notes = _sites(old, skip, example, halves)
         if images is not None and method != "svd":
             _leave_large(sites)
-        kind = FORMS[form]
+        if example is not None:
+            leave_those_read(new, sites, kind, example)
+            check_outputs(old, sites, example)
         priced = {site.name: costs(site, kind, metric) for site in sites}
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         fit = Fit(old, new, sites, images, kind, method, sweeps, ridge)
@@ -90,11 +113,8 @@ def convert(
         else:
             ranks = {site.name: kind.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
         errors = fit.run(ranks)
-        if example is not None:
-            check_runs(new, [site for site in sites if ranks.get(site.name)], example)
         stages = finish(fit, ranks, reestimate_bn)
-    for site in sites:
-        new.get_submodule(site.name).train(model.get_submodule(site.name).training)
+    _finish_layers(old, new, sites, halves)
     rows = [_row(site, kind, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
     share = budget if depth_multiplier is None else None
     return new, Plan(rows, form, method, metric, share, images.count if images else 0, stages, notes)
@@ -119,12 +139,25 @@ def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.M
         model: the one that the plan was made for; it is left as it was.
         example_input: a batch of one or more images, with which batch norms are found in any model.
     """
-    old, new = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model)
-    with evaluating(old, new):
-        sites, _ = _sites(old, (), example_input)
-        fit = Fit(old, new, sites, None, FORMS[plan.form], "svd", 0, 0.0)
-        fit.run({row.name: row.rank for row in plan.converted})
+    check_kind(model)
+    with undisturbed(model):
+        old = own_copy(model)
+        halves = widen(old)
+        new = copy.deepcopy(old)
+        old.requires_grad_(False)
+        with evaluating(old, new):
+            sites, _ = _sites(old, (), _example(old, example_input), halves)
+            fit = Fit(old, new, sites, None, FORMS[plan.form], "svd", 0, 0.0)
+            fit.run({row.name: row.rank for row in plan.converted})
+    _finish_layers(old, new, sites, halves)
     return new
+
+
+def _finish_layers(old: nn.Module, new: nn.Module, sites: list[Site], halves: dict[str, torch.dtype]) -> None:
+    """New layers have the mode of the convolutions that they stand for, and all tensors the type that they came in."""
+    for site in sites:
+        new.get_submodule(site.name).train(old.get_submodule(site.name).training)
+    narrow(new, halves, sites)
 
 
 def _check_arguments(
@@ -137,8 +170,6 @@ def _check_arguments(
     depth_multiplier: int | None,
     example_input: Any,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if not 0 < budget <= 1:
         raise ValueError(f"convert: budget must be over 0 and at most 1, got {budget!r}")
     if metric not in METRICS:
@@ -155,16 +186,28 @@ def _check_arguments(
         raise ValueError(f"convert: metric={metric!r} needs calibration images or an example_input")
 
 
-def _images(model: nn.Module, calibration: Any) -> Images:
+def _check_numbers(sweeps: int, ridge: float) -> None:
+    if not isinstance(sweeps, int) or sweeps < 0:
+        raise ValueError(f"convert: sweeps must be a whole number, at least 0, got {sweeps!r}")
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"convert: ridge must be at least 0 and finite, got {ridge!r}")
+
+
+def _images(model: nn.Module, source: Any, argument: str = "calibration") -> Images:
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return Images(calibration, first.device, first.dtype)
+    return Images(source, first.device, first.dtype, argument)
 
 
-def _sites(model: nn.Module, skip: Skip, example: Any) -> tuple[list[Site], list[str]]:
+def _example(model: nn.Module, example_input: Any) -> Tensor | None:
+    return None if example_input is None else next(_images(model, [example_input], "example_input").batches(2))
+
+
+def _sites(model: nn.Module, skip: Skip, example: Any, halves: Any) -> tuple[list[Site], list[str]]:
     """The convolutions, recorded on an example if there is one, else traced; with what could not be found out."""
     sites = find_sites(model, skip)
     if example is not None:
-        return record(model, sites, example), []
+        hint = ", in float32 instead of half precision" if halves else ""
+        return record(model, sites, example, hint), []
     failure = trace_norms(model, sites)
     if not failure:
         return sites, []
@@ -185,7 +228,9 @@ def _require_some(model: nn.Module, sites: list[Site], priced: dict[str, dict[in
             site.reason = "no rank makes it cheaper"
     if any(not site.reason for site in sites):
         return
-    why = "; ".join(f"{site.name}: {site.reason}" for site in sites) or "it has no nn.Conv1d/2d/3d at all"
+    why = reasons(sites) or "it has no nn.Conv1d/2d/3d at all"
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()):
+        why += "; some of its layers are quantized: convert the model before it is"
     raise ValueError(f"convert: {type(model).__name__} has no convolution to convert ({why})")
 
 

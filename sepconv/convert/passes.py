@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 
 class Hooks(contextlib.ExitStack):
-    """Forward hooks that are gone when the block ends."""
+    """Forward hooks on layers of one input that are gone when the block ends. They get the module and that input."""
 
-    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.callback(module.register_forward_hook(hook).remove)
+    def after(self, module: nn.Module, hook: Callable[[Any, Any, Any], Any]) -> None:
+        """``hook(module, x, output)``; what it returns, unless None, takes the output's place."""
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        self.callback(module.register_forward_pre_hook(hook).remove)
+        def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return hook(module, _input(args, kwargs), output)
+
+        self.callback(module.register_forward_hook(call, with_kwargs=True).remove)
+
+    def before(self, module: nn.Module, hook: Callable[[Any, Any], None]) -> None:
+        """``hook(module, x)``."""
+
+        def call(module: nn.Module, args: Any, kwargs: Any) -> None:
+            hook(module, _input(args, kwargs))
+
+        self.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next(iter((*args, *kwargs.values())), None)
+
+
+def run(model: nn.Module, x: Tensor) -> Any:
+    """The model's outputs; it may change its input in place, so it gets images of its own."""
+    return model(x.clone())
 
 
 class Images:
@@ -26,16 +46,18 @@ class Images:
 
     Args:
         source: a float tensor (N, C, *) or an iterable of such batches; of a batch (images, labels) only the images
-        count. device, dtype: where the model wants them.
+        count. device, dtype: where the model wants them. argument: what the caller calls them.
     """
 
-    def __init__(self, source: Tensor | Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
-        self._parts = [_check(part) for part in ([source] if isinstance(source, Tensor) else source)]
+    def __init__(
+        self, source: Tensor | Iterable[Any], device: torch.device, dtype: torch.dtype, argument: str = "calibration"
+    ) -> None:
+        self._parts = [_check(part, argument) for part in ([source] if isinstance(source, Tensor) else source)]
         self._parts = [part for part in self._parts if len(part)]
         if len({part.shape[1:] for part in self._parts}) == 1:
             self._parts = [torch.cat(self._parts)]  # how the caller cut them makes no difference to the result
         if not self._parts:
-            raise ValueError("convert: calibration holds no images")
+            raise ValueError(f"convert: {argument} holds no images")
         self._to = {"device": device, "dtype": dtype}
         self.count = sum(len(part) for part in self._parts)
 
@@ -51,15 +73,52 @@ class Images:
                 return
 
 
-def _check(part: Any) -> Tensor:
+def _check(part: Any, argument: str) -> Tensor:
     images = part[0] if isinstance(part, tuple | list) and part else part
     if not isinstance(images, Tensor):
-        raise TypeError(f"convert: calibration must be a tensor or batches of tensors, got {type(images).__name__}")
+        raise TypeError(
+            f"convert: {argument} must be a tensor or batches of tensors, got {type(images).__name__}; wrap a model of "
+            "other inputs in a module that takes the images alone"
+        )
     if not images.is_floating_point():
-        raise TypeError(f"convert: calibration images must be floating point, got {images.dtype}")
+        raise TypeError(f"convert: {argument} images must be floating point, got {images.dtype}")
+    if images.is_meta:
+        raise ValueError(f"convert: {argument} images have no values (they are on the meta device)")
+    if images.dim() < 2:
+        raise ValueError(f"convert: {argument} images must have shape (N, C, *), got {tuple(images.shape)}")
     if not images.isfinite().all():
-        raise ValueError("convert: calibration images hold NaN or infinity")
+        raise ValueError(f"convert: {argument} images hold NaN or infinity")
     return images.detach()
+
+
+def in_words(name: str, module: nn.Module) -> str:
+    return f"layer {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+@contextlib.contextmanager
+def telling_where(model: nn.Module, shape: Sequence[int], hint: str = "") -> Iterator[None]:
+    """Inside, the model runs on images of this shape: what it raises becomes a ValueError that names the layer."""
+    names = {id(module): name for name, module in model.named_modules()}
+    running: list[nn.Module] = []
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        while running and running.pop() is not module:
+            pass
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(lambda module, args: running.append(module)).remove)
+        stack.callback(register_module_forward_hook(leave).remove)
+        try:
+            yield
+        except Exception as error:  # any code of the model may fail, in any way
+            module = next((module for module in reversed(running) if names.get(id(module))), model)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            hint += ONE_INPUT if module is model and isinstance(error, TypeError) else ""
+            layer = in_words(names[id(module)], module)
+            raise ValueError(f"convert: {layer} fails on images of shape {tuple(shape)}{hint} ({reason})") from error
+
+
+ONE_INPUT = ", the only thing it is called with; wrap a model of several inputs in a module that takes the images alone"
 
 
 class _Stop(BaseException):
@@ -70,27 +129,14 @@ def calls(model: nn.Module, module: nn.Module, x: Any, times: int) -> list[tuple
     """Input and output of the first ``times`` calls of a module on a batch; the network runs no further than that."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_: nn.Module, args: Any, output: Tensor) -> None:
+    def keep(_: nn.Module, x: Tensor, output: Tensor) -> None:
         # Clones where an activation may be applied in place before the pass ends.
         last = len(seen) + 1 == times
-        seen.append((args[0], output) if last else (args[0].clone(), output.clone()))
+        seen.append((x, output) if last else (x.clone(), output.clone()))
         if last:
             raise _Stop
 
     with Hooks() as hooks, torch.no_grad(), contextlib.suppress(_Stop):
         hooks.after(module, keep)
-        model(x)
+        run(model, x)
     return seen
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.convert.graph import Site
-from sepconv.convert.passes import Hooks, Images
-from sepconv.convert.sensitivity import tensors
+from sepconv.convert.outputs import difference, tensors
+from sepconv.convert.passes import Hooks, Images, run
 
 VALUES = 1 << 20
 """Input values to probe with, by which large images are fewer; 32 to 256 images."""
@@ -26,7 +26,7 @@ class Probe:
         size = next(images.batches(1))[0].numel()
         self._batches = list(images.batches(min(256, max(32, VALUES // max(1, size)))))
         with torch.no_grad():
-            self._wanted = [tensors(model(x)) for x in self._batches]
+            self._wanted = [tensors(run(model, x)) for x in self._batches]
 
     @property
     def sees_outputs(self) -> bool:
@@ -52,8 +52,7 @@ class Probe:
             with Hooks() as hooks, torch.no_grad():
                 hooks.after(conv, add)
                 for x, wanted in zip(self._batches, self._wanted, strict=True):
-                    for want, have in zip(wanted, tensors(self._model(x)), strict=True):
-                        error += float((want.double() - have.double()).square().sum())
+                    error += difference(wanted, tensors(run(self._model, x)), site.name)
         finally:
             conv.weight.data = original
         return error

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from sepconv.convert import share
 from sepconv.convert.budget import Option, choose, smallest
-from sepconv.convert.fit import Fit
-from sepconv.convert.graph import Site
-from sepconv.convert.passes import Hooks
+from sepconv.convert.fit import Fit, naming
+from sepconv.convert.graph import Site, reasons
+from sepconv.convert.passes import Hooks, run
 from sepconv.convert.probe import Probe
 from sepconv.convert.statistics import Moments, pixels_per_image
 
@@ -37,13 +36,19 @@ def ranks_for_budget(fit: Fit, costs: dict[str, dict[int, float]], budget: float
     if least > budget * total:
         raise ValueError(
             f"convert: budget {budget:.4g} of {UNITS[metric]} cannot be reached; the smallest reachable is "
-            f"{math.ceil(least / total * 1e4) / 1e4:.4f} (1/{total / least:.2f})"
+            f"{math.ceil(least / total * 1e4) / 1e4:.4f} (1/{total / least:.2f}){_kept(fit.sites, costs, total)}"
         )
     errors = rank_errors(fit, {name: [m for m in cost if m] for name, cost in costs.items()})
     layers = [[Option(m, c, errors[name][m]) for m, c in cost.items()] for name, cost in costs.items()]
     ranks = torch.tensor([option.depth_multiplier for option in choose(layers, budget * total)])
     share.agree(ranks)
     return dict(zip(costs, ranks.tolist(), strict=True))
+
+
+def _kept(sites: list[Site], costs: dict[str, dict[int, float]], total: float) -> str:
+    """Which layers stay normal and why, as part of a message; "" where none must."""
+    share = sum(costs[site.name][0] for site in sites if site.reason) / total
+    return f"; {share:.0%} of it stays as it is: {reasons(sites)}" if share else ""
 
 
 def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[int, float]]:
@@ -62,16 +67,24 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
     probe = Probe(fit.old, fit.images)
     for group in _groups(sites):
         for site, moments in zip(group, _moments(fit, group), strict=True):
-            problem = fit.problem(site, moments)
-            weight = site.conv.weight.detach().double()
-            for m in candidates[site.name]:
-                start = fit.form.start(weight, m, fit.scale(site))
-                fitted = fit.form.compose(fit.form.fit(problem, weight, start, fit.form.trial_sweeps))
-                if probe.sees_outputs:
-                    errors[site.name][m] = probe.error(site, fitted, moments.bias(fitted))
-                else:
-                    errors[site.name][m] = problem.relative_error(fitted)
-                fit.on_step()
+            with naming(site):
+                errors[site.name] |= _tried(fit, site, moments, probe, candidates[site.name])
+    return errors
+
+
+def _tried(fit: Fit, site: Site, moments: Moments, probe: Probe, ranks: list[int]) -> dict[int, float]:
+    """The error of each rank of one site, fitted as far as a trial is."""
+    problem = fit.problem(site, moments)
+    weight = site.conv.weight.detach().double()
+    errors = {}
+    for m in ranks:
+        start = fit.form.start(weight, m, fit.scale(site))
+        fitted = fit.form.compose(fit.form.fit(problem, weight, start, fit.form.trial_sweeps))
+        if probe.sees_outputs:
+            errors[m] = probe.error(site, fitted, moments.bias(fitted))
+        else:
+            errors[m] = problem.relative_error(fitted)
+        fit.on_step()
     return errors
 
 
@@ -97,8 +110,8 @@ def _moments(fit: Fit, sites: list[Site]) -> list[Moments]:
     generator = torch.Generator()
 
     def add(moments: Moments, pixels: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, output: torch.Tensor) -> None:
-            moments.add(args[0], output, None, pixels, generator)
+        def hook(_: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
+            moments.add(x, output, None, pixels, generator)
 
         return hook
 
@@ -107,7 +120,7 @@ def _moments(fit: Fit, sites: list[Site]) -> list[Moments]:
             hooks.after(site.conv, add(moments, pixels_per_image(moments, fit.images.count)))
         for x, batch_generator in share.mine(fit.images.batches()):
             generator.set_state(batch_generator.get_state())
-            fit.old(x)
+            run(fit.old, x)
     for moments in found:
         moments.add_up()
     return found

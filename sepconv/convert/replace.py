@@ -11,8 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from sepconv.convert.bottleneck import Factors
 from sepconv.convert.factor import balance
-from sepconv.convert.graph import Site
-from sepconv.convert.passes import Hooks
 from sepconv.layers import (
     PointwiseConv1d,
     PointwiseConv2d,
@@ -101,24 +99,3 @@ def replace(model: nn.Module, names: Sequence[str], new: nn.Module) -> None:
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
-
-
-def check_runs(model: nn.Module, sites: Sequence[Site], example: Any) -> None:
-    """Make sure that the model calls every new layer, and asks it for nothing that only a normal convolution has.
-
-    Raises:
-        ValueError: it does not; the message names the layer to skip.
-    """
-    called: set[nn.Module] = set()
-    with Hooks() as hooks, torch.no_grad():
-        for site in sites:
-            hooks.after(model.get_submodule(site.name), lambda module, *_: called.add(module))
-        try:
-            model(example)
-        except AttributeError as error:
-            raise ValueError(
-                f"convert: the model reads what only a normal convolution has ({error}); name that convolution in skip"
-            ) from error
-    for site in sites:
-        if model.get_submodule(site.name) not in called:
-            raise ValueError(f"convert: the model calls {site.name} by another way than its name; name it in skip")

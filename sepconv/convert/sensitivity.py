@@ -17,21 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.convert.graph import Site
-from sepconv.convert.passes import Hooks
+from sepconv.convert.outputs import tensors
+from sepconv.convert.passes import Hooks, run
 
 FLOOR = 1e-2
 """Part of the mean sensitivity that every direction gets, so that none is free because few images were seen."""
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The floating tensors in whatever a network returns."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        return [t for value in output.values() for t in tensors(value)]
-    if isinstance(output, tuple | list):
-        return [t for value in output for t in tensors(value)]
-    return []
 
 
 def output_metrics(model: nn.Module, sites: list[Site], batches: Iterable[Tensor], draws: int = 2) -> dict[str, Tensor]:
@@ -43,7 +33,9 @@ def output_metrics(model: nn.Module, sites: list[Site], batches: Iterable[Tensor
     images = 0
 
     def watch(site: Site) -> Callable[..., Tensor]:
-        def add(gradient: Tensor) -> None:
+        def add(gradient: Tensor | None) -> None:
+            if gradient is None:  # what follows gives none, such as a quantized layer
+                return
             g = gradient.transpose(0, 1).flatten(1).double()
             sums[site.name] = sums.get(site.name, 0) + g @ g.T
 
@@ -61,7 +53,7 @@ def output_metrics(model: nn.Module, sites: list[Site], batches: Iterable[Tensor
             hooks.after(site.conv, watch(site))
         for x in batches:
             images += len(x)
-            outputs = [t for t in tensors(model(x)) if t.requires_grad]
+            outputs = [t for t in tensors(run(model, x)) if t.requires_grad]
             for draw in range(draws if outputs else 0):
                 signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in outputs]
                 torch.autograd.backward(outputs, signs, retain_graph=draw + 1 < draws)
@@ -69,5 +61,6 @@ def output_metrics(model: nn.Module, sites: list[Site], batches: Iterable[Tensor
 
 
 def _floored(metric: Tensor) -> Tensor:
-    level = float(metric.diagonal().mean())
+    # Where nothing that the layer does reaches the output, all its channels matter alike.
+    level = float(metric.diagonal().mean()) or 1.0
     return metric + FLOOR * level * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)

@@ -6,28 +6,21 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sepconv.convert.batch_norm import reestimate
 from sepconv.convert.fit import Fit
-from sepconv.convert.passes import Images
-from sepconv.convert.sensitivity import tensors
+from sepconv.convert.outputs import OutputError, tensors
+from sepconv.convert.passes import Images, run
 
 
-def output_error(old: nn.Module, new: nn.Module, images: Images) -> float:
-    """Squared error of the outputs, relative to their variance over the images."""
-    error, squares, count = 0.0, 0.0, 0
-    sums: list[Tensor] = []
+def output_error(old: nn.Module, new: nn.Module, images: Images) -> float | None:
+    """Squared error of the outputs, relative to their variance over the images; None without any to compare."""
+    found = OutputError()
     with torch.no_grad():
         for x in images.batches():
-            wanted = [t.double().flatten(1) for t in tensors(old(x))]
-            given = [t.double().flatten(1) for t in tensors(new(x))]
-            error += sum(float((w - g).square().sum()) for w, g in zip(wanted, given, strict=True))
-            squares += sum(float(w.square().sum()) for w in wanted)
-            sums = [s + w.sum(0) for s, w in zip(sums or [torch.zeros_like(w[0]) for w in wanted], wanted, strict=True)]
-            count += len(x)
-    variance = squares - sum(float(s.square().sum()) for s in sums) / count
-    return error / max(variance, 1e-300)
+            found.add(tensors(run(old, x)), tensors(run(new, x)))
+    return found.relative() if found.sums else None
 
 
 def finish(fit: Fit, ranks: dict[str, int], reestimate_bn: bool) -> list[dict[str, Any]]:
@@ -41,4 +34,4 @@ def finish(fit: Fit, ranks: dict[str, int], reestimate_bn: bool) -> list[dict[st
         stages.append((fit.method.replace("_", " "), output_error(fit.old, fit.new, fit.images)))
     if reestimate_bn and reestimate(fit.old, fit.new, fit.images):
         stages.append(("batch norm statistics", output_error(fit.old, fit.new, fit.images)))
-    return [{"name": name, "output_error": error} for name, error in stages]
+    return [{"name": name, "output_error": error} for name, error in stages if error is not None]

@@ -1,8 +1,9 @@
 """What calibration images say about one convolution: means and second moments of its patches and targets.
 
 No batch is kept. A chunk of patches is multiplied out in the model's own precision and added in float64, so memory is
-one (C*k, C*k) matrix plus one chunk. Where a layer has more pixels than its matrix needs, a seeded random choice of
-them is used.
+one (C*k, C*k) matrix plus one chunk. Patches that hardly vary would drown in the rounding of their mean: values count
+from the means of the first chunk meanwhile. Where a layer has more pixels than its matrix needs, a
+seeded random choice of them is used.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ SAMPLES = 16
 
 LEAST_PIXELS = 16
 """Pixels taken of every image at least."""
+
+CONSTANT = 1e-9
+"""Part of the mean square below which a variance is rounding."""
 
 LARGEST = 1 << 14
 """Values of a patch, C*k, that a layer may have: its second moments then take 2 GB."""
@@ -71,6 +75,7 @@ class Moments:
         new = self.weight.new_zeros
         self.xx, self.rx, self.rr = new(features, features), new(outputs, features), new(outputs, outputs)
         self.x, self.r = new(features), new(outputs)
+        self.x0, self.r0 = new(features), new(outputs)
         self.count = 0
 
     def add(self, x: Tensor, y: Tensor, target: Tensor | None, pixels: int, generator: torch.Generator) -> None:
@@ -85,19 +90,38 @@ class Moments:
         for start in range(0, x.shape[0], images):
             part = slice(start, start + images)
             p = patches(self.conv, x[part], y.shape[2:], chosen).flatten(2).flatten(0, 1)
+            if not self.count:
+                self.x0 = p.mean(0, dtype=torch.float64).to(p.dtype).double()
+            p = p - self.x0.to(p.dtype)
             self.xx += (p.T @ p).double()
             self.x += p.sum(0, dtype=torch.float64)
-            self.count += len(p)
             if target is not None:
                 index = chosen.to(y.device)
                 lack = target[part].flatten(2)[:, :, index] - y[part].flatten(2)[:, :, index]
                 lack = lack.transpose(1, 2).flatten(0, 1)
+                if not self.count:
+                    self.r0 = lack.mean(0, dtype=torch.float64).to(lack.dtype).double()
+                lack = lack - self.r0.to(lack.dtype)
                 self.rx += (lack.T @ p).double()
                 self.rr += (lack.T @ lack).double()
                 self.r += lack.sum(0, dtype=torch.float64)
+            self.count += len(p)
+
+    def _from_zero(self) -> None:
+        """Make the moments those of the values themselves, whatever they have counted from."""
+        for second, (left, left0), (right, right0) in (
+            (self.xx, (self.x, self.x0), (self.x, self.x0)),
+            (self.rx, (self.r, self.r0), (self.x, self.x0)),
+            (self.rr, (self.r, self.r0), (self.r, self.r0)),
+        ):
+            second.addr_(left + self.count * left0, right0).addr_(left0, right)
+        self.x += self.count * self.x0
+        self.r += self.count * self.r0
+        self.x0, self.r0 = torch.zeros_like(self.x0), torch.zeros_like(self.r0)
 
     def add_up(self) -> None:
         """Make the moments those of all processes' images."""
+        self._from_zero()
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.x.device)
         share.add_up(self.xx, self.rx, self.rr, self.x, self.r, count)
         self.count = int(count)
@@ -108,11 +132,13 @@ class Moments:
         The ridge is what a handful of white-noise patches would add whose target is the original layer's answer. It
         keeps directions that the images never show (dead channels, constant borders) at their original weights.
         """
+        self._from_zero()
         n, x, r, w = self.count, self.x / self.count, self.r / self.count, self.weight
         xx = self.xx / n - torch.outer(x, x)
         rx = self.rx / n - torch.outer(r, x)
         rr = self.rr / n - torch.outer(r, r)
-        level = float(xx.diagonal().mean()) or 1.0
+        # Patches that are all the same vary by the rounding of their mean alone, which says nothing.
+        level = max(float(xx.diagonal().mean()), CONSTANT * float(x.square().mean())) or 1.0
         xx.diagonal().add_(ridge * level)
         wr = w @ rx.T
         yy = w @ xx @ w.T + wr + wr.T + rr
@@ -120,6 +146,7 @@ class Moments:
 
     def bias(self, weight: Tensor) -> Tensor:
         """What to add to the original bias so that the mean output is right: (O,)."""
+        self._from_zero()
         return self.r / self.count + (self.weight - weight.flatten(1)) @ (self.x / self.count)
 
 

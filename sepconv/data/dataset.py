@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,10 @@ class Split:
     @property
     def image_size(self) -> int:
         return self.images.shape[2]
+
+    def subset(self, indices: Tensor) -> Split:
+        """These images alone, normalised as before."""
+        return replace(self, images=self.images.subset(indices), labels=self.labels[indices])
 
     def batches(
         self,

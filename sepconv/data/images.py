@@ -38,6 +38,8 @@ class Images(Protocol):
         """Shape: indices (n,) -> uint8 (n, C, H, W)."""
         ...
 
+    def subset(self, indices: Tensor) -> Images: ...
+
 
 @dataclass(frozen=True)
 class TensorImages:

@@ -143,7 +143,8 @@ class _SeparableConv(nn.Module):
             return [(conv.weight, conv.bias) for conv, _ in stages]
         return folding.folded(x, stages)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # by the name that it has in nn.Conv2d
+        x = input
         weights = self._weights(x)
         if weights is None:
             for conv, norm in self._stages():

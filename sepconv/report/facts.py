@@ -132,6 +132,14 @@ def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def stages_of(result: dict[str, Any]) -> str:
+    """Which images the accuracies of the stages are of, in words; records of before held none out."""
+    held, tested = number(result.get("held_out_images")), number(result.get("test_images"))
+    if held is None:
+        return "" if tested is None else f"{tested} test images"
+    return f"{held} training images held out from conversion and distillation" if held else "the training images"
+
+
 def layers(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the table of layers; a pair is (before, after), each None where it is unknown."""
     return [

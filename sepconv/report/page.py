@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from sepconv.files import replacing
 from sepconv.report import charts, facts, formats, plots, records, suites, words
-from sepconv.report.records import Run, dicts, mapping, number, text
+from sepconv.report.records import Run, dicts, items, mapping, number, text
 
 REPORT = "report.html"
 SCRIPTS = ("page.js", "arithmetic.js", "drawing.js", "explanation.js")
@@ -72,6 +72,8 @@ def render(run: Run) -> str:
             latencies=facts.latency_table(result),
             kernels=facts.kernels(result),
             latency_words=words.latencies(facts.latency_table(result)),
+            stages_of=facts.stages_of(result),
+            notes=[text(note) for note in items(result.get("notes"))],
             stages=words.stages(facts.stages(result), text(result.get("kept"))),
             layers=layers,
             timed=any(None not in row["ms"] for row in layers),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sepconv.borrowed import evaluating
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Distillation:
 
 
 class Guide:
-    """A teacher at work: gives the loss of a batch. A context manager, within which the modules are watched."""
+    """A teacher at work: gives the loss of a batch. A context manager, within which the modules are watched.
+
+    Networks may change their input in place, so each gets images of its own.
+    """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, distillation: Distillation, example: Tensor) -> None:
         self.teacher = teacher
@@ -64,8 +69,7 @@ class Guide:
         with ExitStack() as stack:
             _watch(student, [name for name, _ in self.pairs], self.student_features, "student", stack)
             _watch(teacher, [name for _, name in self.pairs], self.teacher_features, "teacher", stack)
-            stack.callback(teacher.train, teacher.training)
-            teacher.eval()
+            stack.enter_context(evaluating(teacher))
             self.variances = self._variances(student, example)
             self.cleanup = stack.pop_all()
 
@@ -78,7 +82,7 @@ class Guide:
     def loss(self, logits: Tensor, images: Tensor, label_loss: Tensor) -> Tensor:
         """The loss of a batch, after the student has seen `images` and answered with `logits`."""
         with torch.no_grad():
-            target = self.teacher(images).float()
+            target = self.teacher(images.clone()).float()
         settings = self.distillation
         total = settings.alpha * softened_divergence(logits, target, settings.temperature)
         if settings.alpha < 1:
@@ -92,7 +96,7 @@ class Guide:
     def _variances(self, student: nn.Module, example: Tensor) -> list[Tensor]:
         """Of each teacher feature over the example images, fixed for the whole training; checks the shapes."""
         with evaluating(student):
-            answer, target = student(example), self.teacher(example)
+            answer, target = student(example.clone()), self.teacher(example.clone())
         if answer.shape != target.shape:
             raise ValueError(
                 f"train: the student's output has shape {tuple(answer.shape)}, the teacher's {tuple(target.shape)}"
@@ -124,19 +128,6 @@ def matching_features(student: nn.Module, teacher: nn.Module, example: Tensor) -
     return tuple((name, name) for name in last.values())
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Inside the block the models are in evaluation mode."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
-
-
 def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
     """The output shape of each module, in the order they finish, that makes one image-like tensor in one call."""
     found: dict[str, list[torch.Size]] = {}
@@ -151,7 +142,7 @@ def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
         with evaluating(model):
-            model(example)
+            model(example.clone())
     finally:
         for hook in hooks:
             hook.remove()

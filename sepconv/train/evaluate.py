@@ -9,6 +9,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sepconv.borrowed import evaluating
 from sepconv.data import Split
 from sepconv.train.processes import processes
 
@@ -41,13 +42,9 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256, channels_
     # Fewer images than processes: each counts all of them.
     shared = len(split) >= state.num_processes > 1
     rank, world = (state.process_index, state.num_processes) if shared else (0, 1)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = split.batches(max(batch_size, world), rank=rank, world=world)
         parts = [_count(model, images, labels, channels_last) for images, labels in batches if len(images)]
-    finally:
-        model.train(was_training)
     confusion = torch.stack([counts for counts, _ in parts]).sum(0)
     loss = torch.stack([loss for _, loss in parts]).sum()
     if shared:

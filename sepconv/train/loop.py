@@ -15,10 +15,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from sepconv.borrowed import copied, evaluating
 from sepconv.data import Data
 from sepconv.files import make_folder, remove_partial_files
 from sepconv.train import checkpoint
-from sepconv.train.distill import Distillation, Guide, evaluating
+from sepconv.train.distill import Distillation, Guide
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.history import History, Progress
 from sepconv.train.processes import processes
@@ -44,12 +45,16 @@ def train(
 ) -> History:
     """Train `model` in place; it ends in evaluation mode, on the device where it was trained.
 
+    What the caller froze stays frozen: modules in evaluation mode inside a model in training mode (one in evaluation
+    mode is trained as a whole), and batch norms whose parameters need no gradient or whose momentum is 0. After each
+    epoch the test images are looked at for the log; no choice depends on it.
+
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments: each batch is shared
     out, the main process alone writes the log and the checkpoints.
 
     Args:
         out: folder of `log.jsonl` (a line an epoch) and the last two checkpoints; None writes nothing.
-        teacher: a trained network to learn from, by `distillation` (its defaults where that is None).
+        teacher: a trained network to learn from, by `distillation` (its defaults where that is None); left as it was.
         resume: go on after the newest good checkpoint in `out`; with one process the result is bit-equal to that of
             an undisturbed run. Where there is no checkpoint the training starts at the beginning.
         on_progress: called in the main process after each step (on GPUs each 20th) and each epoch.
@@ -138,6 +143,7 @@ def _guide(
 ) -> Any:
     if teacher is None:
         return nullcontext()
+    teacher = copied(teacher, "train")
     _place(teacher, recipe, example.device)
     return Guide(model, teacher, distillation or Distillation(), example)
 

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from sepconv.data import Data
@@ -46,6 +47,7 @@ class Trainer:
     ) -> None:
         self.process = processes()
         self.model, self.data, self.recipe, self.guide = model, data, recipe, guide
+        self.modes = modes_in_training(model)
         self.on_progress = on_progress if self.process.is_main_process else None
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.batch_size = min(recipe.batch_size, len(data.train))
@@ -108,7 +110,8 @@ class Trainer:
         """Mean loss and accuracy over the epoch's training images."""
         rank, world = self.process.process_index, self.process.num_processes
         torch.manual_seed(generator(self.recipe.seed, epoch, rank).initial_seed())
-        self.model.train()
+        for module, mode in self.modes:
+            module.training = mode
         look_every = 1 if self.process.device.type == "cpu" else STEPS_BETWEEN_LOOKS_ON_GPU
         unseen: list[Tensor] = []
         totals = [0.0, 0.0]
@@ -141,7 +144,7 @@ class Trainer:
             images, target = self.mix(images, labels, self.data.num_classes)
             labels = target.argmax(1)
         with self._autocast():
-            logits = self.parallel(images)
+            logits = self.parallel(images if self.guide is None else images.clone())
             loss = F.cross_entropy(logits.float(), target, label_smoothing=self.recipe.label_smoothing)
             if self.guide is not None:
                 loss = self.guide.loss(logits, images, loss)
@@ -208,3 +211,17 @@ class Trainer:
         remaining = seconds / max(1, self.steps_done) * left
         epochs, steps = self.recipe.epochs, self.steps
         self.on_progress(Progress(epoch + 1, epochs, step, steps, loss, accuracy, test, seconds, math.ceil(remaining)))
+
+
+def modes_in_training(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every module with the mode it is trained in: the caller's; training if the model itself is in evaluation mode."""
+    modes = [(module, module.training or not model.training) for module in model.modules()]
+    return [(module, mode and not _frozen(module)) for module, mode in modes]
+
+
+def _frozen(module: nn.Module) -> bool:
+    """Whether a batch norm is not to learn: its parameters take no gradient, or its statistics do not move."""
+    if not isinstance(module, _BatchNorm) or module.running_mean is None:
+        return False
+    parameters = list(module.parameters())
+    return module.momentum == 0 or (bool(parameters) and not any(p.requires_grad for p in parameters))

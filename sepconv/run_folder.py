@@ -12,7 +12,7 @@ from torch import nn
 
 from sepconv import environment, export
 from sepconv.data import Data
-from sepconv.files import make_folder, replacing
+from sepconv.files import check_folder, nearest_folder, replacing
 from sepconv.train.processes import processes
 
 RESULT = "result.json"
@@ -23,14 +23,14 @@ SPACE = 32 << 20
 
 
 def prepare(out: Path, model: nn.Module | None = None) -> None:
-    """Make the folder and see that it can be written and has room, before any long work.
+    """See that the folder can be written and has room, before any long work.
 
     Raises:
         OSError: it cannot, or has not.
     """
-    make_folder(out)
+    check_folder(out)
     weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    needed, free = 2 * weights + SPACE, shutil.disk_usage(out).free
+    needed, free = 2 * weights + SPACE, shutil.disk_usage(nearest_folder(out)).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
 

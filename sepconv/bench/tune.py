@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.compile import compile
-from sepconv.files import make_folder
+from sepconv.files import check_folder
 from sepconv.kernels import code_cache, depthwise, depthwise_plan, pointwise, runtime, separable, tuned
 from sepconv.kernels.depthwise_plan import Problem
 from sepconv.kernels.layout import new_output
@@ -185,7 +185,7 @@ def run(model: nn.Module, example: Tensor, threads: Sequence[int], seconds: floa
     place = tuned.path()
     if place is None:
         raise ValueError(f"bench tune: what is found cannot be kept: {code_cache.VARIABLE} is empty")
-    make_folder(place.parent)
+    check_folder(place.parent)
     jobs = [(key, asked) for n in threads for key, asked in problems(model, example, n).items()]
     try:
         for done, (key, asked) in enumerate(jobs, 1):

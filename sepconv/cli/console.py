@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sepconv.files import make_folder, replacing
+from sepconv.files import check_output, replacing
 from sepconv.progress import OnProgress, Step, ignore
 
 MAX_WIDTH = 80
@@ -43,7 +43,7 @@ class Screen:
     def check_json(self) -> None:
         """Find out before long work whether the JSON file can be written."""
         if self.json_file is not None and self.json_file != Path("-"):
-            make_folder(self.json_file.parent)
+            check_output(self.json_file)
 
     def say(self, text: str) -> None:
         if self.shows_results:
@@ -73,6 +73,8 @@ class Screen:
         if self.json_file == Path("-"):
             sys.stdout.write(text)
             return
+        # The file may be this output under another name, such as /dev/stdout.
+        sys.stdout.flush()
         with replacing(self.json_file) as file:
             file.write(text.encode())
 

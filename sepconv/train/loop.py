@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from sepconv.data import Data
-from sepconv.files import make_folder, remove_partial_files
+from sepconv.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.train import checkpoint
 from sepconv.train.distill import Distillation, Guide, evaluating
 from sepconv.train.evaluate import check_outputs
@@ -158,13 +158,13 @@ def _identity(model: nn.Module, data: Data, recipe: Recipe, distillation: Distil
 
 
 def _open_folder(folder: Path, model: nn.Module, recipe: Recipe, resume: bool) -> None:
-    make_folder(folder)
+    check_folder(folder)
     remove_partial_files(folder)
     if checkpoint.checkpoints(folder) and not resume:
         raise ValueError(f"train: {folder} holds checkpoints of an earlier run: resume it, or use another folder")
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = COPIES_OF_WEIGHTS[recipe.optimizer] + bool(recipe.ema)
-    needed, free = weights * copies * (checkpoint.KEPT + 1), shutil.disk_usage(folder).free
+    needed, free = weights * copies * (checkpoint.KEPT + 1), shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,

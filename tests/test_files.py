@@ -144,7 +144,7 @@ class TestCheckOutput:
             check_output(tmp_path / "a")
 
     def test_name_that_is_too_long(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match="cannot write .*: File name too long"):
+        with pytest.raises(OSError, match=r"cannot write .*: File name too long"):
             check_output(tmp_path / ("n" * 256))
 
     def test_what_may_not_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

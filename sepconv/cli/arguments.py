@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from sepconv.model_file import Card
+from sepconv.card import Card
+from sepconv.files import check_output, refuse_inputs
+from sepconv.model_file import model_path
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -69,3 +72,35 @@ def shape_of(text: str | None, card: Card) -> tuple[int, ...]:
     if not card.input_shape:
         raise ValueError("the weights do not say which input the network takes: give --input, such as 3x224x224")
     return card.input_shape
+
+
+def inputs(model: str, weights: Path | None = None, data: str | None = None) -> list[Path]:
+    """The files and folders that a command reads, as far as they are here."""
+    found = [model_path(model), weights]
+    if data is not None and data != "digits":
+        path = Path(data)
+        found += [path] if path.exists() else path.parent.glob(path.name)
+    return [path for path in found if path is not None]
+
+
+def check_outputs(read: Sequence[Path], *, taken: Sequence[Path] = (), **outputs: Path | None) -> None:
+    """Find out before any work that every output can be written and is neither an input nor another output.
+
+    Args:
+        read: what the command reads.
+        taken: what it writes anyway.
+        outputs: the files by the names of their options; None is not asked for, and - is the output of the command.
+
+    Raises:
+        ValueError: an output would replace what is read, or another output.
+        OSError: it cannot be written.
+    """
+    places = {path.resolve(): str(path) for path in taken}
+    for option, path in outputs.items():
+        if path is None or path == Path("-"):
+            continue
+        refuse_inputs(f"--{option}", path, read)
+        check_output(path)
+        if path.resolve() in places:
+            raise ValueError(f"--{option} {path} would be overwritten: {places[path.resolve()]} is written there too")
+        places[path.resolve()] = f"--{option}"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sepconv.files import check_output, replacing
+from sepconv.files import replacing
 from sepconv.progress import OnProgress, Step, ignore
 
 MAX_WIDTH = 80
@@ -39,11 +39,6 @@ class Screen:
         self.shows_progress = first and not quiet
         self.shows_results = first and not quiet and json_file != Path("-")
         self.out = _console(stderr=False)
-
-    def check_json(self) -> None:
-        """Find out before long work whether the JSON file can be written."""
-        if self.json_file is not None and self.json_file != Path("-"):
-            check_output(self.json_file)
 
     def say(self, text: str) -> None:
         if self.shows_results:

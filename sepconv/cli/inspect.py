@@ -21,7 +21,7 @@ from sepconv.cost import count
 from sepconv.doctor import doctor
 from sepconv.kernels import tuned
 from sepconv.model_file import open_model
-from sepconv.report import write_report
+from sepconv.report import page_of, write_report
 
 
 @app.command("count", epilog="Example: sepconv count mobilenet_v1 --input 3x224x224 --set width_mult=0.5")
@@ -37,6 +37,7 @@ def count_command(
 ) -> None:
     """Parameters and multiply-adds of a network, per layer, without computing it."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs(arguments.inputs(model, weights), json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     found = count(network, arguments.shape_of(shape, card))
     show.cost(screen, card.model, found)
@@ -51,6 +52,7 @@ def doctor_command(
 ) -> None:
     """What is installed, which kernels run here, what is missing and how to get it."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs([], json=json_file)
     found = doctor()
     show.diagnosis(screen, found)
     screen.result(found.as_dict())
@@ -68,6 +70,7 @@ def report_command(
 ) -> None:
     """Write the page of a run or of benchmarks from their JSON files."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs([folder], taken=[page_of(folder)], json=json_file)
     page = write_report(folder)
     screen.say(f"Written: {page}")
     screen.result({"report": str(page)})
@@ -153,6 +156,7 @@ def bench_tune(
 ) -> None:
     """Search for faster schedules of a network's kernels, and keep them for this machine."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs(arguments.inputs(model, weights), json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     example = torch.randn(batch, *arguments.shape_of(shape, card))
     found = []
@@ -180,11 +184,10 @@ def _bench(suite: str, called: str, path: Path, threads: str, seconds: float, ma
 
 
 def _benchmark_screen(quiet: bool, path: Path) -> Screen:
-    if path == Path("-"):
+    if path == Path("-") or (path.exists() and not (path.is_file() or path.is_dir())):
         raise ValueError("bench: --json must be a file, the page of the benchmark is written beside it")
-    screen = Screen(quiet, path)
-    screen.check_json()
-    return screen
+    arguments.check_outputs([], taken=[path.with_suffix(".html")], json=path)
+    return Screen(quiet, path)
 
 
 def _finish(screen: Screen, path: Path, summary: Callable[[dict[str, Any]], str]) -> None:

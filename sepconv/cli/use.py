@@ -14,7 +14,6 @@ from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.data import load
 from sepconv.export import export_onnx
-from sepconv.files import check_output
 from sepconv.model_file import open_model
 from sepconv.predict import predict
 
@@ -33,8 +32,8 @@ def export_command(
 ) -> None:
     """Write a network as an ONNX file of plain Conv nodes for a batch of any size."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs(arguments.inputs(model, weights), onnx=onnx, json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
-    check_output(onnx)
     found = export_onnx(network, arguments.shape_of(shape, card), onnx)
     checked = f"largest error {found.max_error:.2g} in {found.checked_with}" if found.checked_with else "not checked"
     screen.say(f"Written: {found.path}, {found.size:,} bytes, {found.convolutions} Conv nodes, {checked}")
@@ -63,6 +62,7 @@ def predict_command(
 ) -> None:
     """Name the classes of image files."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs([*arguments.inputs(model, weights, data), *images], json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     if data is not None:
         card = card.with_data(load(data, image_size=image_size))

@@ -104,7 +104,8 @@ class TestWeights:
         self._convert(tmp_path / "none.safetensors", tmp_path / "out", "No such file")
 
     def test_folder(self, tmp_path: Path) -> None:
-        self._convert(tmp_path, tmp_path / "out", "Is a directory")
+        (tmp_path / "folder").mkdir()
+        self._convert(tmp_path / "folder", tmp_path / "out", "Is a directory")
 
     @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
     def test_truncated(self, trained: Path, tmp_path: Path, kept: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -74,8 +75,10 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise ValueError(f"Recipe: {name} must be one of {', '.join(choices)} but is {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "crop_padding", "cutout", "seed"):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"Recipe: {name} must be an int but is {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"Recipe: {name} must be an int but is {value!r}")
+            object.__setattr__(self, name, int(value))
         self._check("epochs", self.epochs >= 1, "at least 1")
         self._check("batch_size", self.batch_size >= 1, "at least 1")
         self._check("lr", 0 < self.lr < math.inf, "above 0 and finite")

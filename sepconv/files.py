@@ -122,7 +122,7 @@ def check_output(path: Path) -> None:
         elif _is_special(place):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     if not _is_special(place):
         _try_folder(place.parent, path.parent)
 
@@ -150,7 +150,7 @@ def _try_folder(folder: Path, name: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest_folder(folder)):
             pass
     except OSError as error:
-        raise OSError(error.errno, f"cannot write to the folder {name}: {error.strerror or error}") from error
+        raise OSError(f"cannot write to the folder {name}: {error.strerror or error}") from error
 
 
 def nearest_folder(path: Path) -> Path:

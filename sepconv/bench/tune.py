@@ -5,6 +5,7 @@ The kernels of a network are timed one by one, on random numbers of the sizes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,7 @@ def run(model: nn.Module, example: Tensor, threads: Sequence[int], seconds: floa
             positive.
         OSError: the table cannot be written.
     """
-    if not threads or min(threads) < 1 or seconds <= 0:
+    if not threads or min(threads) < 1 or not 0 < seconds < math.inf:
         raise ValueError(f"bench tune: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
     place = tuned.path()
     if place is None:

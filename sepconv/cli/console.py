@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,6 +23,7 @@ from sepconv.progress import OnProgress, Step, ignore
 
 MAX_WIDTH = 80
 LINE_EVERY_S = 10.0
+SLOW_S = 2.0
 
 
 class Screen:
@@ -72,6 +74,19 @@ class Screen:
         sys.stdout.flush()
         with replacing(self.json_file) as file:
             file.write(text.encode())
+
+    @contextmanager
+    def says_if_slow(self, words: str) -> Iterator[None]:
+        """Says what is being done, in a block that takes longer than a moment and has no progress to show."""
+        timer = Timer(SLOW_S, note, [f"{words} ..."])
+        # It must not keep the process from ending.
+        timer.daemon = True
+        if self.shows_progress:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextmanager
     def progress(self) -> Iterator[OnProgress]:

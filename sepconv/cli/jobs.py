@@ -70,7 +70,12 @@ def convert_command(
     batch_size: options.BatchSize = 128,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Highest learning rate: 0.02, separable form 0.05, if left out.", show_default=False),
+        typer.Option(
+            "--lr",
+            callback=options.finite,
+            help="Highest learning rate: 0.02, separable form 0.05, if left out.",
+            show_default=False,
+        ),
     ] = None,
     optimizer: options.Optimizer = "sgd",
     flip: options.Flip = False,
@@ -80,8 +85,13 @@ def convert_command(
     cutmix: options.Cutmix = 0.0,
     mixed_precision: options.Precision = "no",
     average: options.Average = 0.0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the distillation.")] = 4.0,
-    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the original against the labels, 0 to 1.")] = 0.9,
+    temperature: Annotated[
+        float, typer.Option("--temperature", callback=options.finite, help="Of the distillation.")
+    ] = 4.0,
+    alpha: Annotated[
+        float,
+        typer.Option("--alpha", callback=options.finite, help="Weight of the original against the labels, 0 to 1."),
+    ] = 0.9,
     image_size: options.ImageSize = None,
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
@@ -207,7 +217,10 @@ def _claim(out: Path, kind: str, read: list[Path], json_file: Path | None) -> No
 
 
 def _load(screen: Screen, source: str, image_size: int | None, skip_broken: bool) -> Data:
-    found = load(source, image_size=image_size, skip_broken=skip_broken)
+    folder = Path(source)
+    doing = f"Looking for images below {folder.resolve()}" if folder.is_dir() else f"Reading {source}"
+    with screen.says_if_slow(doing):
+        found = load(source, image_size=image_size, skip_broken=skip_broken)
     if found.skipped:
         screen.say(f"Broken images left out: {len(found.skipped)} ({', '.join(found.skipped[:5])})")
     return found

@@ -22,7 +22,9 @@ from sepconv.predict import predict
 @guarded
 def export_command(
     model: options.Model,
-    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.", show_default=False)],
+    onnx: Annotated[
+        Path, typer.Option("--onnx", parser=options.path, metavar="FILE", help="The file to write.", show_default=False)
+    ],
     weights: options.Weights = None,
     settings: options.Settings = None,
     shape: options.InputShape = None,
@@ -44,13 +46,19 @@ def export_command(
 @guarded
 def predict_command(
     model: options.Model,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(parser=options.path, metavar="IMAGES...", help="Image files.", show_default=False)
+    ],
     weights: options.Weights = None,
     settings: options.Settings = None,
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", metavar="D", help="Data set with the classes, if the weights lack them.", show_default=False
+            "--data",
+            parser=options.filled,
+            metavar="D",
+            help="Data set with the classes, if the weights lack them.",
+            show_default=False,
         ),
     ] = None,
     image_size: options.ImageSize = None,

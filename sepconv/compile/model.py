@@ -18,6 +18,7 @@ from sepconv.compile.explain import Explanation, explain_plan
 from sepconv.compile.match import match
 from sepconv.compile.plan import Plan
 from sepconv.compile.verify import ThroughPyTorch, disagreement
+from sepconv.kernels.threads import MOST as MOST_THREADS
 
 MAX_PLANS = 16
 
@@ -56,8 +57,10 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f"compile: {training} is in training mode; call model.eval() first")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"compile: threads must be None or a positive integer, got {threads!r}")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
+        raise ValueError(
+            f"compile: threads must be None or a positive integer, got {threads!r} (the most are {MOST_THREADS})"
+        )
     args, kwargs = _arguments(example_input)
     with torch.inference_mode(False), torch.no_grad():
         # With channels_last weights PyTorch's pooling changes strides in place, which cannot be captured; kernels pack

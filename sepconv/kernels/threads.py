@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sepconv.kernels import llvm
 
+MOST = 1024
 _threads = ctypes.c_int32(1)
 _forked = False
 
@@ -111,6 +114,17 @@ def loop() -> int:
     # Without threads to use, the team is never larger than one.
     code = _CODE.format(threads=ctypes.addressof(_threads), gomp_parallel=_gomp_parallel() or 0)
     return llvm.assemble(code, "parallel_for")[0]
+
+
+def check_count(name: str, count: Any) -> int:
+    """A number of threads that OpenMP can start: with a hundred thousand of them it ends the process.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= int(count) <= MOST:
+        raise ValueError(f"{name}: threads must be a positive integer, {MOST} at most, got {count!r}")
+    return int(count)
 
 
 def follow_torch() -> None:

@@ -291,6 +291,8 @@ class TestTraining:
         [
             (("--lr", "0"), ("lr must be above 0",)),
             (("--epochs", "0"), ("epochs must be at least 1",)),
+            (("--crop-padding", "9"), ("crop_padding 9 is wider than the images of shape (1, 8, 8)",)),
+            (("--crop-padding", "1000000000"), ("wider than the images",)),
             (("--optimizer", "adam"), ("optimizer must be one of sgd, adamw, rmsprop", "'adam'")),
             (("--mixed-precision", "fp16"), ("fp16 needs a GPU",)),
         ],

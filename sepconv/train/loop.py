@@ -107,6 +107,11 @@ def _check_arguments(
             f"train: {process.num_processes} processes cannot share batches of {recipe.batch_size} "
             f"from {len(data.train)} images"
         )
+    if recipe.crop_padding > min(data.input_shape[1:]):
+        raise ValueError(
+            f"train: crop_padding {recipe.crop_padding} is wider than the images of shape {data.input_shape}: some "
+            "crops would show nothing of them"
+        )
     recipe.check_device(process.device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -30,12 +31,21 @@ class Geometry:
         return [amount for pair in self.padding for amount in pair]
 
 
+def positive(name: str, argument: str, value: Any) -> int:
+    """A positive integer of any kind, such as NumPy's, as Python's own: those of eight bits overflow in products."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
+    return int(value)
+
+
 def as_tuple(name: str, argument: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
     """Repeat a number once per spatial dimension, or check a sequence of them."""
     items: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(items) == 1:
         items *= dims
-    if len(items) != dims or any(isinstance(i, bool) or not hasattr(i, "__index__") for i in items):
+    if len(items) != dims or any(
+        isinstance(i, bool) or not hasattr(i, "__index__") or getattr(i, "ndim", 0) for i in items
+    ):
         raise ValueError(f"{name}: {argument} must be an integer or {dims} integers, got {value!r}")
     if any(i < least for i in items):
         raise ValueError(f"{name}: {argument} must be at least {least}, got {value!r}")

@@ -1,10 +1,14 @@
 """How a converted network differs from the model it was made of, as plain data from which it is built again.
 
-Only modules of the kinds below are ever built: a description from a file cannot run anything else.
+Only modules of the kinds below are ever built, from arguments of known names, kinds and sizes: a description from a
+file cannot run anything else.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from reprlib import repr as shortened
 from typing import Any
 
 from torch import nn
@@ -23,6 +27,11 @@ _ACTIVATION = {
 # The names under which separable layers compute an activation together with their convolutions.
 _FUSED = {_ACTIVATION[kind]: kind.lower() for kind in ("ReLU", "ReLU6", "SiLU", "Hardswish", "GELU", "Sigmoid")}
 KINDS: dict[str, Any] = {**_SEPARABLE, **_DEPTHWISE, **_POINTWISE, **_CONV, **_NORM, **_ACTIVATION}
+
+_CONTAINERS = ("Sequential", *_SEPARABLE)
+_MOST_CHILDREN = 64
+_LARGEST_STEP = 1024
+"""Of filters, strides, paddings and dilations in a description: an image grows by no more than twice as much."""
 
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
@@ -93,20 +102,49 @@ def _chain(modules: nn.Sequential) -> Description | None:
     return None if None in children.values() else {"kind": "Sequential", "arguments": {}, "children": children}
 
 
-def build(description: Description) -> nn.Module:
+def build(description: Any) -> nn.Module:
     """The module that was described, with weights of its own.
 
     Raises:
         ValueError: not a description.
     """
     try:
-        kind = nn.Sequential if description["kind"] == "Sequential" else KINDS[description["kind"]]
-        module = kind(**description["arguments"])
-        for name, child in description["children"].items():
-            setattr(module, name, build(child))
+        kind, arguments, children = (description[key] for key in ("kind", "arguments", "children"))
+        _check_arguments(kind, arguments, children)
+        module = nn.Sequential() if kind == "Sequential" else KINDS[kind](**arguments)
+        for name, child in children.items():
+            _put(module, kind, name, child)
         return module
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"build: this is no description of a module ({error})") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"build: this is no description of a module ({reason})") from error
+
+
+def _check_arguments(kind: Any, arguments: Any, children: Any) -> None:
+    if not isinstance(children, dict) or len(children) > _MOST_CHILDREN:
+        raise TypeError(f"children: {shortened(children)}")
+    for name, value in arguments.items():
+        if name not in _ACCEPTS or not _ACCEPTS[name](value):
+            raise TypeError(f"{shortened(kind)} with {shortened(name)}: {shortened(value)}")
+    if arguments.get("pointwise_layers", 1) > max(1, len(children)):
+        raise TypeError(f"pointwise_layers: {arguments['pointwise_layers']} without as many children")
+    if kind == "Sequential" and arguments:
+        raise TypeError(f"Sequential with {shortened(arguments)}")
+
+
+def _put(parent: nn.Module, kind: str, name: str, description: Description) -> None:
+    """A layer into a separable one, in the place of its like, or anything but a chain into a chain."""
+    child = build(description)
+    if kind == "Sequential":
+        if type(child) is nn.Sequential:
+            raise TypeError("a Sequential within a Sequential")
+        parent.add_module(name, child)
+        return
+    norm = name.endswith("_norm") and isinstance(getattr(parent, name.removesuffix("_norm"), None), nn.Module)
+    alike = type(child) is type(parent._modules.get(name)) and name != "activation"
+    if not alike and not (norm and description["kind"] not in _CONTAINERS):
+        raise TypeError(f"{kind} with {shortened(name)}: {shortened(description['kind'])}")
+    setattr(parent, name, child)
 
 
 def apply(model: nn.Module, changes: list[Description]) -> nn.Module:
@@ -115,14 +153,28 @@ def apply(model: nn.Module, changes: list[Description]) -> nn.Module:
     Raises:
         ValueError: the descriptions are damaged, or the model has no such module.
     """
+    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    changed: set[str] = set()
     for change in changes:
-        path = change.get("path", "")
+        path = change.get("path") if isinstance(change, dict) else None
+        if not isinstance(path, str) or path not in known:
+            raise ValueError(f"apply: {shortened(path)} cannot be replaced: the model has no such module")
+        if any(path == other or f"{path}.".startswith(f"{other}.") for other in changed):
+            raise ValueError(f"apply: {path!r} cannot be replaced: it was replaced before")
         try:
-            module = model.get_submodule(change["same_as"]) if "same_as" in change else build(change)
-            model.set_submodule(path, module)
+            model.set_submodule(path, _same_or_new(model, change, changed))
         except (AttributeError, ValueError) as error:
             raise ValueError(f"apply: {path!r} cannot be replaced: {error}") from error
+        changed.add(path)
     return model
+
+
+def _same_or_new(model: nn.Module, change: Description, changed: set[str]) -> nn.Module:
+    if "same_as" not in change:
+        return build(change)
+    if not isinstance(change["same_as"], str) or change["same_as"] not in changed:
+        raise ValueError(f"{shortened(change['same_as'])} was not replaced before")
+    return model.get_submodule(change["same_as"])
 
 
 def _arguments(kind: str, module: Any) -> Description:
@@ -154,3 +206,36 @@ def _separable_arguments(module: Any) -> Description:
 def _plain(value: Any) -> Any:
     """As JSON gives it back: lists instead of tuples."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _are_steps(least: int) -> Callable[[Any], bool]:
+    def holds(value: Any) -> bool:
+        steps = value if isinstance(value, list) else [value]
+        return 0 < len(steps) <= 3 and all(type(step) is int and least <= step <= _LARGEST_STEP for step in steps)
+
+    return holds
+
+
+def _one_of(*choices: Any) -> Callable[[Any], bool]:
+    return lambda value: any(type(value) is type(choice) and value == choice for choice in choices)
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+_ACCEPTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("in_channels", "out_channels", "groups", "depth_multiplier", "num_features"), _is_size),
+    "pointwise_layers": _is_size,
+    **dict.fromkeys(("kernel_size", "stride", "dilation"), _are_steps(1)),
+    "padding": lambda value: value in ("same", "valid") if isinstance(value, str) else _are_steps(0)(value),
+    "padding_mode": _one_of("zeros", "reflect", "replicate", "circular"),
+    **dict.fromkeys(("bias", "affine", "track_running_stats"), _one_of(True, False)),
+    "eps": _is_share,
+    "momentum": lambda value: value is None or _is_share(value),
+    "activation": _one_of(None, *_FUSED.values()),
+}

@@ -21,7 +21,16 @@ from sepconv.data import Data, load
 from sepconv.model_file import Card
 from sepconv.progress import OnProgress, Step, ignore
 from sepconv.report import write_report
-from sepconv.run_folder import CHECKPOINTS, RESULT, about, export_onnx, prepare, remove_checkpoints, write_json
+from sepconv.run_folder import (
+    CHECKPOINTS,
+    EXPLANATION,
+    RESULT,
+    about,
+    export_onnx,
+    prepare,
+    remove_checkpoints,
+    write_json,
+)
 from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
@@ -55,6 +64,7 @@ class Job:
         batch: images in one call while latency is measured.
         seed: of the choice of calibration images.
         command: what the user typed, for the record.
+        kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
     """
 
     budget: float = 0.125
@@ -67,6 +77,7 @@ class Job:
     batch: int = 1
     seed: int = 0
     command: str = ""
+    kind: str = "convert"
 
 
 @dataclass
@@ -96,9 +107,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     Returns:
         The record that is written as ``result.json``.
     """
-    prepare(out)
-    # What an interrupted demo left: this one starts from the beginning.
-    remove_checkpoints(out)
+    prepare(out, "demo")
     started = time.perf_counter()
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
@@ -113,7 +122,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     outcome.learned("original", history.records)
     outcome.finished("original", model, time.perf_counter() - started)
     recipe = replace(DEMO_DISTILLATION, seed=seed)
-    job = Job(budget=DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, seed=seed, command=command)
+    job = Job(budget=DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, seed=seed, command=command, kind="demo")
     return _run(outcome, data, job, out, False, on_progress, started)
 
 
@@ -154,7 +163,8 @@ def convert_model(
     """
     model = copied(model, "convert").to(_device())
     _check_fits(model, data)
-    prepare(out, model)
+    card.with_data(data).check()
+    prepare(out, job.kind, model)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data))
     outcome.finished("original", model, 0.0)
@@ -177,13 +187,14 @@ def train_model(
 
     Under `accelerate launch` or `torchrun` the main process writes.
     """
-    prepare(out, model)
+    prepare(out, "train", model)
+    card.with_data(data).check()
     history = train(model, data, recipe, out, resume=resume, on_progress=_relay(on_progress, "train"))
     metrics = evaluate(model, data.test)
     model = model.cpu()
     cost = count(model, data.input_shape)
     record = {
-        **about(card.model, data, command, history.seconds),
+        **about(card.model, data, "train", command, history.seconds),
         "normal": {
             "conv_params": cost.conv_params,
             "params": cost.params,
@@ -242,7 +253,7 @@ def _write(
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)
     record = {
-        **about(card.model, data, job.command, time.perf_counter() - started),
+        **about(card.model, data, job.kind, job.command, time.perf_counter() - started),
         "budget": job.budget,
         "metric": job.metric,
         "form": job.form,
@@ -256,7 +267,7 @@ def _write(
     }
     image = data.test.normalise(data.test.images.take(torch.tensor([0])))
     label = data.classes[int(data.test.labels[0])]
-    write_json(out / "explanation.json", explanation.collect(outcome.original, outcome.separable, image, label=label))
+    write_json(out / EXPLANATION, explanation.collect(outcome.original, outcome.separable, image, label=label))
     write_json(out / RESULT, record)
     write_report(out)
     return record
@@ -301,7 +312,7 @@ def _distil(outcome: Outcome, job: Job, out: Path, resume: bool, on_progress: On
         outcome.separable,
         outcome.choices.data,
         job.recipe,
-        out / CHECKPOINTS,
+        None if job.kind == "demo" else out / CHECKPOINTS,
         teacher=outcome.original,
         distillation=job.distillation,
         resume=resume,

@@ -104,7 +104,8 @@ class TestWeights:
         self._convert(tmp_path / "none.safetensors", tmp_path / "out", "No such file")
 
     def test_folder(self, tmp_path: Path) -> None:
-        self._convert(tmp_path, tmp_path / "out", "Is a directory")
+        (tmp_path / "folder").mkdir()
+        self._convert(tmp_path / "folder", tmp_path / "out", "Is a directory")
 
     @pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
     def test_truncated(self, trained: Path, tmp_path: Path, kept: float) -> None:
@@ -290,6 +291,8 @@ class TestTraining:
         [
             (("--lr", "0"), ("lr must be above 0",)),
             (("--epochs", "0"), ("epochs must be at least 1",)),
+            (("--crop-padding", "9"), ("crop_padding 9 is wider than the images of shape (1, 8, 8)",)),
+            (("--crop-padding", "1000000000"), ("wider than the images",)),
             (("--optimizer", "adam"), ("optimizer must be one of sgd, adamw, rmsprop", "'adam'")),
             (("--mixed-precision", "fp16"), ("fp16 needs a GPU",)),
         ],

@@ -25,6 +25,7 @@ LEVELS = [
     ["ops"],
     ["layers", "doctor", "pairs"],
     ["models", "cost", "convert", "compile", "data", "structure", "explanation"],
+    ["card"],
     ["train", "model_file", "export"],
     ["bench", "predict", "run_folder"],
     ["measure", "report"],

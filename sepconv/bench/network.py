@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def run(
     if unknown or not cases:
         what = f"contender {unknown[0]!r}, only {', '.join(CONTENDERS)}" if unknown else f"case with {match!r}"
         raise ValueError(f"bench network: there is no {what}")
-    if not threads or min(threads) < 1 or seconds <= 0:
+    if not threads or min(threads) < 1 or not 0 < seconds < math.inf:
         raise ValueError(f"bench: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
     names = list(names) or list(CONTENDERS)
     missing: dict[str, str] = {}

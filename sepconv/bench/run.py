@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ def run(
     """
     if suite not in SUITES:
         raise ValueError(f"bench: suite must be one of {', '.join(SUITES)}, got {suite!r}")
-    if not threads or min(threads) < 1 or seconds <= 0:
+    if not threads or min(threads) < 1 or not 0 < seconds < math.inf:
         raise ValueError(f"bench: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
     before = {n: fma_peak_gflops(n) for n in threads}
     found = SUITES[suite](threads, seconds, match, progress)

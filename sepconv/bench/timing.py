@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sepconv.kernels.threads import check_count
+
 FEWEST, MOST = 7, 200
 SETTLE = 0.010
 
@@ -68,9 +70,13 @@ def _settle(call: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def threads_set_to(count: int | None) -> Iterator[None]:
-    """Inside the block PyTorch, and so our kernels, use so many threads; None leaves their number alone."""
+    """Inside the block PyTorch, and so our kernels, use so many threads; None leaves their number alone.
+
+    Raises:
+        ValueError: so many threads cannot be started.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(before if count is None else check_count("threads_set_to", count))
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ The kernels of a network are timed one by one, on random numbers of the sizes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.compile import compile
-from sepconv.files import make_folder
+from sepconv.files import check_folder
 from sepconv.kernels import code_cache, depthwise, depthwise_plan, pointwise, runtime, separable, tuned
 from sepconv.kernels.depthwise_plan import Problem
 from sepconv.kernels.layout import new_output
@@ -180,12 +181,12 @@ def run(model: nn.Module, example: Tensor, threads: Sequence[int], seconds: floa
             positive.
         OSError: the table cannot be written.
     """
-    if not threads or min(threads) < 1 or seconds <= 0:
+    if not threads or min(threads) < 1 or not 0 < seconds < math.inf:
         raise ValueError(f"bench tune: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
     place = tuned.path()
     if place is None:
         raise ValueError(f"bench tune: what is found cannot be kept: {code_cache.VARIABLE} is empty")
-    make_folder(place.parent)
+    check_folder(place.parent)
     jobs = [(key, asked) for n in threads for key, asked in problems(model, example, n).items()]
     try:
         for done, (key, asked) in enumerate(jobs, 1):

@@ -5,16 +5,38 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import sepconv
 from sepconv import interrupt
 from sepconv.cli import console
 from sepconv.cli.guard import INTERRUPTED, WRONG_ARGUMENTS
 
-app = typer.Typer(
+
+class _Command(typer.core.TyperCommand):
+    """Refuses an option that is given twice, of which the first would be passed over in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            given: list[Any] = self.make_parser(ctx).parse_args(list(args))[2]
+            for option in given:
+                single = option.param_type_name == "option" and not (option.multiple or option.is_flag)
+                if single and given.count(option) > 1:
+                    raise typer.BadParameter("it is given more than once", ctx, option)
+        return super().parse_args(ctx, args)
+
+
+class Commands(typer.Typer):
+    """A Typer application of such commands."""
+
+    def command(self, *names: Any, **settings: Any) -> Any:
+        return super().command(*names, cls=_Command, **settings)
+
+
+app = Commands(
     name="sepconv",
     help="Depthwise separable convolution: convert, train, count, measure and export.",
     no_args_is_help=True,

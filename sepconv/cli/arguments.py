@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
-from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from sepconv.model_file import Card
+from sepconv.card import LARGEST_INPUT, MOST_DIMENSIONS, Card, is_input_shape
+from sepconv.files import check_output, refuse_inputs
+from sepconv.model_file import model_path
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -22,6 +25,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"--set needs key=value, such as width_mult=0.5, but got {pair!r}")
+        if key in settings:
+            raise ValueError(f"--set gives {key} twice, {settings[key]!r} and then {value}")
         settings[key] = _literal(value)
     return settings
 
@@ -29,8 +34,13 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def is_size(text: str, most: int) -> bool:
+    """Whether this is a positive whole number in the digits 0 to 9."""
+    return text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= most
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -41,9 +51,12 @@ def parse_shape(text: str) -> tuple[int, ...]:
         (3, 224, 224)
     """
     sizes = text.lower().split("x")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"--input needs positive sizes without the batch, such as 3x224x224, but got {text!r}")
-    return tuple(map(int, sizes))
+    if not all(is_size(size, LARGEST_INPUT) for size in sizes) or not is_input_shape(shape := [*map(int, sizes)]):
+        raise ValueError(
+            f"--input needs positive sizes without the batch, such as 3x224x224, {MOST_DIMENSIONS} and a product of "
+            f"{LARGEST_INPUT:,} at most, but got {text!r}"
+        )
+    return tuple(shape)
 
 
 def parse_budget(text: str) -> float:
@@ -53,13 +66,14 @@ def parse_budget(text: str) -> float:
         >>> parse_budget("1/8")
         0.125
     """
+    part, slash, whole = text.partition("/")
     try:
-        budget = Fraction(text)
+        budget = float(part) / (float(whole) if slash else 1)
     except (ValueError, ZeroDivisionError):
-        budget = Fraction(0)
+        budget = math.nan
     if not 0 < budget <= 1:
         raise ValueError(f"--budget must be above 0 and at most 1, such as 1/8 or 0.125, but got {text!r}")
-    return float(budget)
+    return budget
 
 
 def shape_of(text: str | None, card: Card) -> tuple[int, ...]:
@@ -69,3 +83,35 @@ def shape_of(text: str | None, card: Card) -> tuple[int, ...]:
     if not card.input_shape:
         raise ValueError("the weights do not say which input the network takes: give --input, such as 3x224x224")
     return card.input_shape
+
+
+def inputs(model: str, weights: Path | None = None, data: str | None = None) -> list[Path]:
+    """The files and folders that a command reads, as far as they are here."""
+    found = [model_path(model), weights]
+    if data is not None and data != "digits":
+        path = Path(data)
+        found += [path] if path.exists() else path.parent.glob(path.name)
+    return [path for path in found if path is not None]
+
+
+def check_outputs(read: Sequence[Path], *, taken: Sequence[Path] = (), **outputs: Path | None) -> None:
+    """Find out before any work that every output can be written and is neither an input nor another output.
+
+    Args:
+        read: what the command reads.
+        taken: what it writes anyway.
+        outputs: the files by the names of their options; None is not asked for, and - is the output of the command.
+
+    Raises:
+        ValueError: an output would replace what is read, or another output.
+        OSError: it cannot be written.
+    """
+    places = {path.resolve(): str(path) for path in taken}
+    for option, path in outputs.items():
+        if path is None or path == Path("-"):
+            continue
+        refuse_inputs(f"--{option}", path, read)
+        check_output(path)
+        if path.resolve() in places:
+            raise ValueError(f"--{option} {path} would be overwritten: {places[path.resolve()]} is written there too")
+        places[path.resolve()] = f"--{option}"

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -22,13 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from sepconv.data.parts import readable
-from sepconv.files import make_folder, replacing
+from sepconv.files import replacing
 from sepconv.progress import OnProgress, Step, ignore
 
 MIN_WIDTH, MAX_WIDTH = 40, 80
 WIDEST = 400
 NARROWEST, GAP = 8, 3
 LINE_EVERY_S = 10.0
+SLOW_S = 2.0
 # Letters of a name may say which way the rest of the line runs; a terminal would obey.
 DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 CONTROLS = frozenset({"Cc", "Zl", "Zp"})
@@ -50,11 +52,6 @@ class Screen:
         self.shows_results = first and not quiet and json_file != Path("-")
         self.out = _console(stderr=False)
         self.width = self.out.width
-
-    def check_json(self) -> None:
-        """Find out before long work whether the JSON file can be written."""
-        if self.json_file is not None and self.json_file != Path("-"):
-            make_folder(self.json_file.parent)
 
     def say(self, text: str) -> None:
         if self.shows_results:
@@ -98,8 +95,23 @@ class Screen:
         if self.json_file == Path("-"):
             sys.stdout.write(text)
             return
+        # The file may be this output under another name, such as /dev/stdout.
+        sys.stdout.flush()
         with replacing(self.json_file) as file:
             file.write(text.encode())
+
+    @contextmanager
+    def says_if_slow(self, words: str) -> Iterator[None]:
+        """Says what is being done, in a block that takes longer than a moment and has no progress to show."""
+        timer = Timer(SLOW_S, note, [f"{words} ..."])
+        # It must not keep the process from ending.
+        timer.daemon = True
+        if self.shows_progress:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     @contextmanager
     def progress(self) -> Iterator[OnProgress]:

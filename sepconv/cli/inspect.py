@@ -14,14 +14,15 @@ from sepconv.bench import network, tables, tune
 from sepconv.bench.operations import DTYPES, suite_name
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
-from sepconv.cli.app import app
+from sepconv.cli.app import Commands, app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.cost import count
 from sepconv.doctor import doctor
 from sepconv.kernels import tuned
+from sepconv.kernels.threads import MOST as MOST_THREADS
 from sepconv.model_file import open_model
-from sepconv.report import write_report
+from sepconv.report import page_of, write_report
 
 
 @app.command("count", epilog="Example: sepconv count mobilenet_v1 --input 3x224x224 --set width_mult=0.5")
@@ -37,6 +38,7 @@ def count_command(
 ) -> None:
     """Parameters and multiply-adds of a network, per layer, without computing it."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs(arguments.inputs(model, weights), json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     found = count(network, arguments.shape_of(shape, card))
     show.cost(screen, card.model, found)
@@ -51,6 +53,7 @@ def doctor_command(
 ) -> None:
     """What is installed, which kernels run here, what is missing and how to get it."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs([], json=json_file)
     found = doctor()
     show.diagnosis(screen, found)
     screen.result(found.as_dict())
@@ -60,7 +63,10 @@ def doctor_command(
 @guarded
 def report_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of a run, or one benchmark file.", show_default=False)
+        Path,
+        typer.Argument(
+            parser=options.path, metavar="DIR", help="Folder of a run, or one benchmark file.", show_default=False
+        ),
     ],
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
@@ -68,17 +74,22 @@ def report_command(
 ) -> None:
     """Write the page of a run or of benchmarks from their JSON files."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs([folder], taken=[page_of(folder)], json=json_file)
     page = write_report(folder)
     screen.say(f"Written: {page}")
     screen.result({"report": str(page)})
 
 
-bench_app = typer.Typer(help="Measure against PyTorch and other runtimes.", no_args_is_help=True)
+bench_app = Commands(help="Measure against PyTorch and other runtimes.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-SuiteFile = Annotated[Path, typer.Option("--json", metavar="FILE", help="The benchmark file to write.")]
+SuiteFile = Annotated[
+    Path, typer.Option("--json", parser=options.path, metavar="FILE", help="The benchmark file to write.")
+]
 SuiteThreads = Annotated[str, typer.Option("--threads", metavar="N,N", help="Thread counts, one after the other.")]
-SuiteSeconds = Annotated[float, typer.Option("--seconds", help="Of measuring, for each case and pass.")]
+SuiteSeconds = Annotated[
+    float, typer.Option("--seconds", callback=options.finite, help="Of measuring, for each case and pass.")
+]
 SuiteMatch = Annotated[str, typer.Option("--match", help="Only cases with this in their name.", show_default=False)]
 
 
@@ -144,7 +155,7 @@ def bench_tune(
     shape: options.InputShape = None,
     weights: options.Weights = None,
     settings: options.Settings = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 1,
+    batch: options.Batch = 1,
     threads: SuiteThreads = "1",
     seconds: SuiteSeconds = 0.3,
     json_file: options.JsonFile = None,
@@ -153,6 +164,7 @@ def bench_tune(
 ) -> None:
     """Search for faster schedules of a network's kernels, and keep them for this machine."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs(arguments.inputs(model, weights), json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     example = torch.randn(batch, *arguments.shape_of(shape, card))
     found = []
@@ -166,8 +178,10 @@ def bench_tune(
 
 def _counts(threads: str) -> list[int]:
     parts = [part.strip() for part in threads.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--threads must be positive whole numbers such as 1,2, but got {threads!r}")
+    if not all(arguments.is_size(part, MOST_THREADS) for part in parts):
+        raise ValueError(
+            f"--threads must be positive whole numbers such as 1,2, but got {threads!r} (the most are {MOST_THREADS})"
+        )
     return [int(part) for part in parts]
 
 
@@ -180,11 +194,10 @@ def _bench(suite: str, called: str, path: Path, threads: str, seconds: float, ma
 
 
 def _benchmark_screen(quiet: bool, path: Path) -> Screen:
-    if path == Path("-"):
+    if path == Path("-") or (path.exists() and not (path.is_file() or path.is_dir())):
         raise ValueError("bench: --json must be a file, the page of the benchmark is written beside it")
-    screen = Screen(quiet, path)
-    screen.check_json()
-    return screen
+    arguments.check_outputs([], taken=[path.with_suffix(".html")] if path.name else [], json=path)
+    return Screen(quiet, path)
 
 
 def _finish(screen: Screen, path: Path, summary: Callable[[dict[str, Any]], str]) -> None:

@@ -14,8 +14,9 @@ from sepconv.cli.app import app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded, resumable
 from sepconv.data import Data, load
+from sepconv.files import check_folder
 from sepconv.model_file import open_model
-from sepconv.run_folder import CHECKPOINTS
+from sepconv.run_folder import CHECKPOINTS, FILES, claim
 from sepconv.train import Distillation, Recipe
 from sepconv.workflow import DISTILLATION_LR, Job, convert_model, demo, train_model
 
@@ -33,7 +34,7 @@ def demo_command(
 ) -> None:
     """The main job on embedded data, in about a minute: train, convert, distil, measure."""
     screen = Screen(quiet, json_file)
-    screen.check_json()
+    _claim(out, "demo", [], json_file)
     keep_freed_memory()
     with threads_set_to(threads), screen.progress() as on_progress:
         record = demo(out, seed=seed, command=context.obj, on_progress=on_progress)
@@ -69,7 +70,12 @@ def convert_command(
     batch_size: options.BatchSize = 128,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Highest learning rate: 0.02, separable form 0.05, if left out.", show_default=False),
+        typer.Option(
+            "--lr",
+            callback=options.finite,
+            help="Highest learning rate: 0.02, separable form 0.05, if left out.",
+            show_default=False,
+        ),
     ] = None,
     optimizer: options.Optimizer = "sgd",
     flip: options.Flip = False,
@@ -79,8 +85,13 @@ def convert_command(
     cutmix: options.Cutmix = 0.0,
     mixed_precision: options.Precision = "no",
     average: options.Average = 0.0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Of the distillation.")] = 4.0,
-    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the original against the labels, 0 to 1.")] = 0.9,
+    temperature: Annotated[
+        float, typer.Option("--temperature", callback=options.finite, help="Of the distillation.")
+    ] = 4.0,
+    alpha: Annotated[
+        float,
+        typer.Option("--alpha", callback=options.finite, help="Weight of the original against the labels, 0 to 1."),
+    ] = 0.9,
     image_size: options.ImageSize = None,
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
@@ -122,7 +133,7 @@ def convert_command(
         command=context.obj,
     )
     screen = Screen(quiet, json_file)
-    screen.check_json()
+    _claim(out, "convert", arguments.inputs(model, weights, data), json_file)
     images = _load(screen, data, image_size, skip_broken)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images)
     keep_freed_memory()
@@ -186,7 +197,7 @@ def train_command(
         seed=seed,
     )
     screen = Screen(quiet, json_file)
-    screen.check_json()
+    _claim(out, "train", arguments.inputs(model, weights, data), json_file)
     images = _load(screen, data, image_size, skip_broken)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images, seed=seed)
     keep_freed_memory()
@@ -198,7 +209,17 @@ def train_command(
     screen.result(record)
 
 
+def _claim(out: Path, kind: str, read: list[Path], json_file: Path | None) -> None:
+    """Refuse outputs that would replace what is read, or somebody else's work, before anything is done."""
+    claim(out, kind, read)
+    check_folder(out)
+    arguments.check_outputs(read, taken=[out / name for name in FILES], json=json_file)
+
+
 def _load(screen: Screen, source: str, image_size: int | None, skip_broken: bool) -> Data:
-    found = load(source, image_size=image_size, skip_broken=skip_broken)
+    folder = Path(source)
+    doing = f"Looking for images below {folder.resolve()}" if folder.is_dir() else f"Reading {source}"
+    with screen.says_if_slow(doing):
+        found = load(source, image_size=image_size, skip_broken=skip_broken)
     show.notes(screen, found)
     return found

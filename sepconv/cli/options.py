@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sepconv.kernels.threads import MOST as MOST_THREADS
 from sepconv.models.registry import BUILT_IN
+from sepconv.train.recipe import MOST_EPOCHS
+
+LARGEST_SEED = 2**63 - 1
+LARGEST_SIDE = 8192
+LARGEST_BATCH = 4096
+
+
+def filled(text: str) -> str:
+    """An empty word is a mistake, such as a variable that a script did not set; nobody means the current folder."""
+    if not text:
+        raise typer.BadParameter("it must not be empty")
+    return text
+
+
+def path(text: str | Path) -> Path:
+    return Path(filled(str(text) if isinstance(text, Path) else text))
+
+
+def finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"it must be a finite number, but is {value}")
+    return value
 
 
 def _models(begun: str) -> list[str]:
@@ -18,6 +42,7 @@ def _models(begun: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Argument(
+        parser=filled,
         metavar="MODEL",
         help="A built-in name, timm/NAME, package.module:function, or a folder that train or convert wrote.",
         show_default=False,
@@ -29,7 +54,8 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the model; may be repeated.", show_default=False),
 ]
 Weights = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE", help="Weights, a safetensors file.", show_default=False)
+    Path | None,
+    typer.Option("--weights", parser=path, metavar="FILE", help="Weights, a safetensors file.", show_default=False),
 ]
 InputShape = Annotated[
     str | None,
@@ -44,47 +70,70 @@ DataSource = Annotated[
     str,
     typer.Option(
         "--data",
+        parser=filled,
         metavar="D",
         help="digits, a folder with one subfolder a class, *.parquet, an IDX folder, or a Hugging Face name.",
         show_default=False,
     ),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option("--image-size", help="Resize and crop images to this side.", show_default=False)
+    int | None,
+    typer.Option(
+        "--image-size", min=1, max=LARGEST_SIDE, help="Resize and crop images to this side.", show_default=False
+    ),
 ]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out and count them.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results.")]
+Out = Annotated[Path, typer.Option("--out", parser=path, metavar="DIR", help="Folder for the results.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint of an interrupted run.")]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Threads to use; PyTorch's choice if left out.", show_default=False),
+    typer.Option(
+        "--threads", min=1, max=MOST_THREADS, help="Threads to use; PyTorch's choice if left out.", show_default=False
+    ),
 ]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Images in a call when time is measured.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
-Epochs = Annotated[int, typer.Option("--epochs", min=0, help="Passes over the training images.")]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, max=LARGEST_BATCH, help="Images in a call when time is measured.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of everything random.")]
+Epochs = Annotated[int, typer.Option("--epochs", min=0, max=MOST_EPOCHS, help="Passes over the training images.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images in a training step.")]
-LearningRate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
+LearningRate = Annotated[float, typer.Option("--lr", callback=finite, help="Highest learning rate.")]
 Optimizer = Annotated[str, typer.Option("--optimizer", help="sgd, adamw or rmsprop.")]
 Schedule = Annotated[str, typer.Option("--schedule", help="one_cycle, cosine or constant.")]
-WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Not applied to depthwise filters, biases, norms.")]
-LabelSmoothing = Annotated[float, typer.Option("--label-smoothing", help="Share of a target spread over all classes.")]
+WeightDecay = Annotated[
+    float, typer.Option("--weight-decay", callback=finite, help="Not applied to depthwise filters, biases, norms.")
+]
+LabelSmoothing = Annotated[
+    float, typer.Option("--label-smoothing", callback=finite, help="Share of a target spread over all classes.")
+]
 Flip = Annotated[bool, typer.Option("--flip", help="Mirror images at random; wrong for digits and letters.")]
 Crop = Annotated[int, typer.Option("--crop-padding", min=0, help="Shift images at random by up to so many pixels.")]
 Cutout = Annotated[int, typer.Option("--cutout", min=0, help="Black out a random square of so many pixels a side.")]
 Mixup = Annotated[
-    float, typer.Option("--mixup", metavar="ALPHA", help="Mix images in pairs, in shares of Beta(ALPHA, ALPHA).")
+    float,
+    typer.Option(
+        "--mixup", callback=finite, metavar="ALPHA", help="Mix images in pairs, in shares of Beta(ALPHA, ALPHA)."
+    ),
 ]
 Cutmix = Annotated[
-    float, typer.Option("--cutmix", metavar="ALPHA", help="Put part of another image in, shares of Beta(ALPHA, ALPHA).")
+    float,
+    typer.Option(
+        "--cutmix", callback=finite, metavar="ALPHA", help="Put part of another image in, shares of Beta(ALPHA, ALPHA)."
+    ),
 ]
 Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
 Average = Annotated[
-    float, typer.Option("--average", metavar="DECAY", help="Keep a running average of the weights; 0.99 is usual.")
+    float,
+    typer.Option(
+        "--average", callback=finite, metavar="DECAY", help="Keep a running average of the weights; 0.99 is usual."
+    ),
 ]
 Whiten = Annotated[bool, typer.Option("--whiten", help="Start the first layer from the images' principal patterns.")]
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is the output.", show_default=False),
+    typer.Option(
+        "--json", parser=path, metavar="FILE", help="Write the result as JSON; - is the output.", show_default=False
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -15,7 +15,6 @@ from sepconv.cli.guard import guarded
 from sepconv.data import load
 from sepconv.data.listing import Ignored, image_files
 from sepconv.export import export_onnx
-from sepconv.files import make_folder
 from sepconv.model_file import open_model
 from sepconv.predict import predict
 
@@ -24,7 +23,9 @@ from sepconv.predict import predict
 @guarded
 def export_command(
     model: options.Model,
-    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The file to write.", show_default=False)],
+    onnx: Annotated[
+        Path, typer.Option("--onnx", parser=options.path, metavar="FILE", help="The file to write.", show_default=False)
+    ],
     weights: options.Weights = None,
     settings: options.Settings = None,
     shape: options.InputShape = None,
@@ -34,8 +35,8 @@ def export_command(
 ) -> None:
     """Write a network as an ONNX file of plain Conv nodes for a batch of any size."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs(arguments.inputs(model, weights), onnx=onnx, json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
-    make_folder(onnx.parent)
     found = export_onnx(network, arguments.shape_of(shape, card), onnx)
     checked = f"largest error {found.max_error:.2g} in {found.checked_with}" if found.checked_with else "not checked"
     screen.say(f"Written: {found.path}, {found.size:,} bytes, {found.convolutions} Conv nodes, {checked}")
@@ -47,14 +48,19 @@ def export_command(
 def predict_command(
     model: options.Model,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders.", show_default=False)
+        list[Path],
+        typer.Argument(parser=options.path, metavar="IMAGES...", help="Image files, or folders.", show_default=False),
     ],
     weights: options.Weights = None,
     settings: options.Settings = None,
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", metavar="D", help="Data set with the classes, if the weights lack them.", show_default=False
+            "--data",
+            parser=options.filled,
+            metavar="D",
+            help="Data set with the classes, if the weights lack them.",
+            show_default=False,
         ),
     ] = None,
     image_size: options.ImageSize = None,
@@ -66,6 +72,7 @@ def predict_command(
 ) -> None:
     """Name the classes of images."""
     screen = Screen(quiet, json_file)
+    arguments.check_outputs([*arguments.inputs(model, weights, data), *images], json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     if data is not None:
         classes = load(data, image_size=image_size)

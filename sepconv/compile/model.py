@@ -22,6 +22,7 @@ from sepconv.compile.explain import Explanation, explain_plan
 from sepconv.compile.match import match
 from sepconv.compile.plan import Plan
 from sepconv.compile.verify import ThroughPyTorch, disagreement, shaken
+from sepconv.kernels.threads import MOST as MOST_THREADS
 from sepconv.kernels.threads import alone
 
 MAX_PLANS = 16
@@ -60,8 +61,10 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
     # What torch.compile returned computes the same as what it was given.
     model = getattr(model, "_orig_mod", model)
     _check_model(model)
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ValueError(f"compile: threads must be None or a positive integer, got {threads!r}")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
+        raise ValueError(
+            f"compile: threads must be None or a positive integer, got {threads!r} (the most are {MOST_THREADS})"
+        )
     args, kwargs = _arguments(example_input)
     _warn_of_hooks(model)
     with torch.inference_mode(False), torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError("count: a TorchScript module cannot be observed; count the module it was made from")
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
-    if not isinstance(input_shape, Sequence) or not all(type(size) is int and size > 0 for size in input_shape):
+    if not isinstance(input_shape, Sequence) or not all(map(_is_size, input_shape)):
         raise ValueError(f"count: input_shape must be positive integers without the batch, got {input_shape!r}")
     twins = {
         id(tensor): _twin(name, tensor)
@@ -58,7 +59,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     }
     counter = Counter(model, twins)
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    x = torch.empty((1, *input_shape), dtype=next(dtypes, torch.get_default_dtype()), device="meta")
+    x = torch.empty((1, *map(int, input_shape)), dtype=next(dtypes, torch.get_default_dtype()), device="meta")
     with _undisturbed(model, twins), _watched(counter):
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
@@ -67,6 +68,10 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
             shape = f"input_shape = {tuple(input_shape)}, to be given without the batch"
             raise ValueError(f"count: {counter.where()}: {_summary(error)} ({shape})") from error
     return counter.result()
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 def _summary(error: Exception) -> str:

@@ -13,6 +13,7 @@ import torch
 from sepconv.kernels import machine, runtime
 from sepconv.kernels.buffers import buffer
 from sepconv.kernels.runtime import hl
+from sepconv.kernels.threads import check_count
 
 # As many independent sums as the widest tiles of the real kernels: enough to hide the latency of every unit.
 _SUMS = 12
@@ -44,6 +45,7 @@ def fma_peak_gflops(threads: int, repeats: int = 20) -> float:
     """
     if threads < 1 or repeats < 1:
         raise ValueError(f"fma_peak_gflops: threads and repeats must be at least 1, got {threads} and {repeats}")
+    threads = check_count("fma_peak_gflops", threads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -15,6 +15,7 @@ import ctypes
 import os
 import warnings
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from sepconv.kernels import entry, llvm
 
+MOST = 1024
 _threads = ctypes.c_int32(1)
 _alone = False
 _ended = False
@@ -138,6 +140,17 @@ def loop() -> int:
     places = {"threads": ctypes.addressof(_threads), "gomp_parallel": _gomp_parallel() or 0}
     attempt, leave = entry.functions()[:2]
     return llvm.assemble(_CODE.format(attempt=attempt, leave=leave, **places), "parallel_for")[0]
+
+
+def check_count(name: str, count: Any) -> int:
+    """A number of threads that OpenMP can start: with a hundred thousand of them it ends the process.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= int(count) <= MOST:
+        raise ValueError(f"{name}: threads must be a positive integer, {MOST} at most, got {count!r}")
+    return int(count)
 
 
 def follow_torch() -> None:

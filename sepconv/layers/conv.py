@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import ops
-from sepconv.shapes import Padding, Size, as_tuple
+from sepconv.shapes import Padding, Size, as_tuple, positive
 
 Layer = TypeVar("Layer", bound="nn.Module")
-
-
-def check_positive(name: str, **values: int) -> None:
-    for argument, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
 
 
 def _check_conv(cls: Any, conv: Any) -> None:
@@ -63,7 +57,8 @@ class _DepthwiseConv:
         depth_multiplier: int = 1,
     ) -> None:
         name, dims = type(self).__name__, self.dims
-        check_positive(name, in_channels=in_channels, depth_multiplier=depth_multiplier)
+        in_channels = positive(name, "in_channels", in_channels)
+        depth_multiplier = positive(name, "depth_multiplier", depth_multiplier)
         _check_padding_mode(name, padding_mode)
         if not isinstance(padding, str):
             padding = as_tuple(name, "padding", padding, dims, 0)
@@ -186,7 +181,8 @@ class _PointwiseConv:
         dtype: Any = None,
     ) -> None:
         name = type(self).__name__
-        check_positive(name, in_channels=in_channels, out_channels=out_channels)
+        in_channels = positive(name, "in_channels", in_channels)
+        out_channels = positive(name, "out_channels", out_channels)
         steps = as_tuple(name, "stride", stride, self.dims, 1)
         super().__init__(  # type: ignore[call-arg]
             in_channels, out_channels, 1, steps, bias=bias, device=device, dtype=dtype

@@ -16,9 +16,8 @@ from sepconv.layers.conv import (
     PointwiseConv1d,
     PointwiseConv2d,
     PointwiseConv3d,
-    check_positive,
 )
-from sepconv.shapes import Padding, Size
+from sepconv.shapes import Padding, Size, positive
 
 Norm = str | Callable[[int], nn.Module] | None
 Activation = str | Callable[[], nn.Module] | None
@@ -91,7 +90,8 @@ class _SeparableConv(nn.Module):
     ) -> None:
         super().__init__()
         name, dims = type(self).__name__, self.dims
-        check_positive(name, out_channels=out_channels, pointwise_layers=pointwise_layers)
+        out_channels = positive(name, "out_channels", out_channels)
+        pointwise_layers = positive(name, "pointwise_layers", pointwise_layers)
         has_bias = bias if depthwise_bias is None else depthwise_bias
         geometry = (kernel_size, stride, padding, dilation)
         self.depthwise = _DEPTHWISE[dims](

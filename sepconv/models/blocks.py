@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sepconv.shapes import positive
+
 Activation = Callable[[], nn.Module]
 
 
-def check_settings(name: str, width_mult: float, num_classes: int, in_channels: int, dropout: float) -> None:
-    """The settings that all models share, checked once and with the model's name in the message."""
-    for setting, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {setting} must be a positive integer, got {value!r}")
+def check_settings(
+    name: str, width_mult: float, num_classes: int, in_channels: int, dropout: float
+) -> tuple[float, int, int]:
+    """The settings that all models share, checked once and with the model's name in the message.
+
+    Returns:
+        width_mult, num_classes and in_channels as Python's own numbers.
+    """
+    num_classes, in_channels = (
+        positive(name, setting, value)
+        for setting, value in (("num_classes", num_classes), ("in_channels", in_channels))
+    )
     if not _is_number(width_mult) or not 0 < width_mult < math.inf:
         raise ValueError(f"{name}: width_mult must be a positive number, got {width_mult!r}")
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {dropout!r}")
+    return float(width_mult), num_classes, in_channels
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def conv_norm(conv: nn.Conv2d, activation: Activation | None = nn.ReLU6, eps: float = 1e-5) -> nn.Sequential:

@@ -44,7 +44,9 @@ class _MobileNetV1Body(nn.Module):
         tf_padding: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(type(self).__name__, width_mult, num_classes, in_channels, dropout)
+        width_mult, num_classes, in_channels = check_settings(
+            type(self).__name__, width_mult, num_classes, in_channels, dropout
+        )
         widths = [max(int(width * width_mult), 8) for width in (STEM, *(width for width, _ in BLOCKS))]
         strides = [2, *(stride for _, stride in BLOCKS)]
         if small_images:

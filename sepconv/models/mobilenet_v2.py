@@ -16,6 +16,7 @@ from sepconv.models.blocks import (
     pool_and_classify,
 )
 from sepconv.ops import pointwise_conv2d, separable_conv2d
+from sepconv.shapes import positive
 
 # Expansion t, output channels c, repetitions n, stride s of the first repetition: Table 2 of the paper.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -113,9 +114,10 @@ class MobileNetV2(nn.Module):
         round_nearest: int = 8,
     ) -> None:
         super().__init__()
-        check_settings("MobileNetV2", width_mult, num_classes, in_channels, dropout)
-        if isinstance(round_nearest, bool) or not isinstance(round_nearest, int) or round_nearest < 1:
-            raise ValueError(f"MobileNetV2: round_nearest must be a positive integer, got {round_nearest!r}")
+        width_mult, num_classes, in_channels = check_settings(
+            "MobileNetV2", width_mult, num_classes, in_channels, dropout
+        )
+        round_nearest = positive("MobileNetV2", "round_nearest", round_nearest)
         width = round_channels(STEM * width_mult, round_nearest)
         features: list[nn.Module] = [conv_norm(conv3x3(in_channels, width, 1 if small_images else 2))]
         for stage, (expand_ratio, channels, repetitions, stride) in enumerate(STAGES):

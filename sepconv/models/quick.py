@@ -61,7 +61,7 @@ class QuickNet(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        check_settings("QuickNet", width_mult, num_classes, in_channels, dropout)
+        width_mult, num_classes, in_channels = check_settings("QuickNet", width_mult, num_classes, in_channels, dropout)
         if activation not in ACTIVATIONS:
             raise ValueError(f"QuickNet: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         active = ACTIVATIONS[activation]

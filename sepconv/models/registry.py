@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
+from reprlib import repr as shortened
 from typing import Any
 
 from torch import nn
@@ -76,7 +77,13 @@ def _build(name: str, factory: Callable[..., Any], settings: dict[str, Any]) -> 
         absent = [setting for setting in needed if setting not in settings]
         if absent:
             raise ValueError(f"create: {name} needs the settings {', '.join(absent)}")
-    model = factory(**settings)
+    try:
+        model = factory(**settings)
+    except (TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
+        if name not in BUILT_IN:
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"create: {name} cannot be built with {shortened(settings)} ({reason})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"create: {name} must return a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -13,6 +13,7 @@ from sepconv.models.blocks import (
     initialize,
     pool_and_classify,
 )
+from sepconv.shapes import positive
 
 WIDTHS = (16, 32, 64)
 
@@ -82,8 +83,9 @@ class ResNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_settings("ResNet", width_mult, num_classes, in_channels, dropout)
-        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+        width_mult, num_classes, in_channels = check_settings("ResNet", width_mult, num_classes, in_channels, dropout)
+        depth = positive("ResNet", "depth", depth)
+        if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"ResNet: depth must be 6n+2 with n at least 1 (8, 14, 20, ...), got {depth!r}")
         if shortcut not in ("identity", "projection"):
             raise ValueError(f"ResNet: shortcut must be 'identity' or 'projection', got {shortcut!r}")

@@ -40,7 +40,7 @@ class VGGSmall(nn.Module):
         self, width_mult: float = 1.0, num_classes: int = 10, in_channels: int = 3, *, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        check_settings("VGGSmall", width_mult, num_classes, in_channels, dropout)
+        width_mult, num_classes, in_channels = check_settings("VGGSmall", width_mult, num_classes, in_channels, dropout)
         widths = [max(round(width * width_mult), 8) for width in WIDTHS]
         self.stages = nn.ModuleList(
             nn.Sequential(conv_norm(conv3x3(before, width), nn.ReLU), conv_norm(conv3x3(width, width), nn.ReLU))

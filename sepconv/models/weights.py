@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +22,8 @@ from sepconv.models.mobilenet_v1 import MobileNetV1
 # How files of torch.save and pickle.dump begin: a zip archive, or the pickle opcode PROTO.
 _PICKLES = (b"PK\x03\x04", b"\x80")
 _SHOWN = 3
+
+Value = TypeVar("Value")
 
 _HUGGINGFACE_PARTS = {"convolution": "", "normalization": "_norm"}
 
@@ -41,7 +48,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     given = _read(path)
-    if isinstance(model, MobileNetV1) and any(".convolution." in key for key in given):
+    if _is_huggingface(model, given):
         given = from_huggingface(given)
         if not model.tf_padding:
             warnings.warn(
@@ -49,13 +56,48 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 "published ones, need MobileNetV1(tf_padding=True)",
                 stacklevel=2,
             )
-    differences = _differences(model, given)
-    if differences:
-        raise ValueError(f"load_weights: {path} does not fit {type(model).__name__}: {'; '.join(differences)}")
+    _refuse_differences(model, {key: tensor.shape for key, tensor in given.items()}, path)
     model.load_state_dict(given, strict=False)
 
 
+def check_fit(model: nn.Module, given: Mapping[str, torch.Size], path: Path) -> None:
+    """ValueError unless ``load_weights`` would take tensors of these shapes; the model needs no data."""
+    _refuse_differences(model, from_huggingface(given) if _is_huggingface(model, given) else given, path)
+
+
+def shapes(path: Path) -> dict[str, torch.Size]:
+    """The shape of every tensor in a safetensors file, from its header alone."""
+    with name_for_libraries(path) as name, safe_open(name, framework="pt") as file:
+        return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def check_file(name: str, path: Path) -> None:
+    """ValueError unless `path` is a file that can be opened and read more than once: no folder, device or pipe.
+
+    Opening a pipe would wait for whoever writes to it.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{name}: cannot read {path}: it is no regular file")
+
+
+def _is_huggingface(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    return isinstance(model, MobileNetV1) and any(".convolution." in key for key in given)
+
+
+def _refuse_differences(model: nn.Module, given: Mapping[str, torch.Size], path: Path) -> None:
+    differences = _differences(model, given)
+    if differences:
+        raise ValueError(f"load_weights: {path} does not fit {type(model).__name__}: {'; '.join(differences)}")
+
+
 def _read(path: Path) -> dict[str, Tensor]:
+    check_file("load_weights", path)
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -74,7 +116,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"load_weights: {path} is truncated or no safetensors file ({error})") from error
 
 
-def from_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_huggingface(state_dict: Mapping[str, Value]) -> dict[str, Value]:
     """The state_dict of Hugging Face's ``MobileNetV1Model`` or ``...ForImageClassification`` in the names of ours.
 
     ``layer.0`` to ``layer.25`` are the depthwise and pointwise layers of the 13 blocks in turn. Those networks pad as
@@ -104,7 +146,7 @@ def _from_huggingface(key: str) -> str:
     return f"blocks.{int(layer) // 2}.{kind}{_HUGGINGFACE_PARTS[part]}.{name}"
 
 
-def _differences(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+def _differences(model: nn.Module, given: Mapping[str, torch.Size]) -> list[str]:
     """What keeps the weights from fitting, one sentence per kind of difference."""
     own = model.state_dict(keep_vars=True)
     # A tensor that the model has under two names is stored under one; the counters of batch norms may be absent.
@@ -112,9 +154,9 @@ def _differences(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
     missing = [key for key in own if key not in given and id(own[key]) not in present and not _is_counter(key)]
     unknown = sorted(key for key in given if key not in own and not _is_counter(key))
     shapes = [
-        f"{key} is {tuple(given[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        f"{key} is {tuple(given[key])} in the file and {tuple(own[key].shape)} in the model"
         for key in own
-        if key in given and given[key].shape != own[key].shape
+        if key in given and given[key] != own[key].shape
     ]
     sentences = ((missing, "keys missing in the file"), (unknown, "keys unknown to the model"), (shapes, "shapes"))
     return [f"{len(keys)} {what}: {_first(keys)}" for keys, what in sentences if keys]

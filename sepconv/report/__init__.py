@@ -38,4 +38,5 @@ median_ms, low_ms, high_ms, macs, bytes, kernel}; its "machine", or the result's
 A folder without result.json but with such benchmark files gets a page of those; one such file alone, too.
 """
 
+from sepconv.report.page import page_of as page_of
 from sepconv.report.page import write_report as write_report

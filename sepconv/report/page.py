@@ -37,12 +37,19 @@ def write_report(run: str | Path) -> Path:
         OSError: the folder cannot be written.
     """
     source = Path(run)
-    target = source.with_suffix(".html") if source.is_file() else source / REPORT
+    target = page_of(source)
+    if target == source:
+        raise ValueError(f"write_report: {source} would be overwritten by its own page: give it another ending")
     page = render(records.read(source))
     with replacing(target) as file:
         # Names of files and arguments may hold what no encoding has.
         file.write(page.encode("utf-8", "backslashreplace"))
     return target
+
+
+def page_of(source: Path) -> Path:
+    """Where the page stands of a run's folder, or of one benchmark file."""
+    return source.with_suffix(".html") if source.is_file() else source / REPORT
 
 
 def render(run: Run) -> str:

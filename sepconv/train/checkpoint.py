@@ -52,6 +52,14 @@ def save(folder: Path, epoch: int, state: dict[str, Any]) -> Path:
     return path
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file begins as a checkpoint does, whole or not."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC.encode()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The state in one file, on the CPU; CheckpointRefused where it is damaged or no checkpoint."""
     line, _, payload = path.read_bytes().partition(b"\n")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sepconv.borrowed import copied, evaluating
 from sepconv.data import Data
-from sepconv.files import make_folder, remove_partial_files
+from sepconv.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.train import checkpoint
 from sepconv.train.distill import Distillation, Guide
 from sepconv.train.evaluate import check_outputs
@@ -112,6 +112,11 @@ def _check_arguments(
             f"train: {process.num_processes} processes cannot share batches of {recipe.batch_size} "
             f"from {len(data.train)} images"
         )
+    if recipe.crop_padding > min(data.input_shape[1:]):
+        raise ValueError(
+            f"train: crop_padding {recipe.crop_padding} is wider than the images of shape {data.input_shape}: some "
+            "crops would show nothing of them"
+        )
     recipe.check_device(process.device)
 
 
@@ -164,13 +169,13 @@ def _identity(model: nn.Module, data: Data, recipe: Recipe, distillation: Distil
 
 
 def _open_folder(folder: Path, model: nn.Module, recipe: Recipe, resume: bool) -> None:
-    make_folder(folder)
+    check_folder(folder)
     remove_partial_files(folder)
     if checkpoint.checkpoints(folder) and not resume:
         raise ValueError(f"train: {folder} holds checkpoints of an earlier run: resume it, or use another folder")
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     copies = COPIES_OF_WEIGHTS[recipe.optimizer] + bool(recipe.ema)
-    needed, free = weights * copies * (checkpoint.KEPT + 1), shutil.disk_usage(folder).free
+    needed, free = weights * copies * (checkpoint.KEPT + 1), shutil.disk_usage(nearest_folder(folder)).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,

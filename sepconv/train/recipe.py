@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ CHOICES = {
     "schedule": ("cosine", "one_cycle", "constant"),
     "mixed_precision": ("no", "bf16", "fp16"),
 }
+MOST_EPOCHS = 99_999  # checkpoints are named by five digits, so that their names are in order
 ONE_CYCLE_RISE = 0.3
 DEPTHWISE = (DepthwiseConv1d, DepthwiseConv2d, DepthwiseConv3d)
 
@@ -74,9 +76,11 @@ class Recipe:
             if getattr(self, name) not in choices:
                 raise ValueError(f"Recipe: {name} must be one of {', '.join(choices)} but is {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "crop_padding", "cutout", "seed"):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"Recipe: {name} must be an int but is {getattr(self, name)!r}")
-        self._check("epochs", self.epochs >= 1, "at least 1")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"Recipe: {name} must be an int but is {value!r}")
+            object.__setattr__(self, name, int(value))
+        self._check("epochs", 1 <= self.epochs <= MOST_EPOCHS, f"at least 1 and at most {MOST_EPOCHS}")
         self._check("batch_size", self.batch_size >= 1, "at least 1")
         self._check("lr", 0 < self.lr < math.inf, "above 0 and finite")
         self._check("momentum", 0 <= self.momentum < 1, "from 0 to below 1")

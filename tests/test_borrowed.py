@@ -185,7 +185,9 @@ WORK: dict[str, Callable[[nn.Module, Data, Path], object]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:compile. .* has forward hooks:UserWarning"
+)
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
 def test_whatever_is_done_with_a_model_leaves_it_as_it_was(work: Any, data: Data, tmp_path: Path) -> None:
     if work is WORK["export"]:

@@ -284,6 +284,15 @@ def test_compile_says_that_hooks_do_not_run_later() -> None:
     assert len(seen) == before
 
 
+def test_compile_draws_no_random_numbers_from_the_caller() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)).eval(), torch.randn(1, 3, 8, 8)
+    before = torch.get_rng_state()
+    fast = compile(model, x, tune=True)
+    fast.explain(measure=True)
+    fast(torch.ones(2, 3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_compile_with_tuning_leaves_constants_alone() -> None:
     """Groups that read a parameter were measured on random numbers, which were written into it."""
     position = nn.Parameter(torch.ones(4, 8))

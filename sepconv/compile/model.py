@@ -212,7 +212,7 @@ class CompiledModel:
             with suppress(KeyError):  # another thread may have dropped it meanwhile
                 self._plans.move_to_end(key)
         else:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with _apart():
                 plan = self._plans[key] = self._reason or self._make(leaves)
             if isinstance(plan, str):
                 self._warn(plan)
@@ -345,6 +345,14 @@ def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]]
 def _shown(spec: Any) -> str:
     args, kwargs = spec.children()
     return f"({args.num_children} positional, keywords {list(kwargs.context)})"
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Whatever mode the caller is in; nor are the caller's random numbers drawn."""
+    random = torch.random.fork_rng(devices=[])
+    with random, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 @contextmanager

@@ -207,6 +207,20 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [None, 3, [], {}, "x", [{}], [{"epoch": 1, "seconds": "x", "test_accuracy": 1.0}]])
+@pytest.mark.parametrize("part", ["model", "optimizer", "average", "records"])
+def test_state_that_is_none_is_one_refusal(tmp_path: Path, part: str, value: object) -> None:
+    recipe = replace(RECIPE, ema=0.5)
+    run(tmp_path, recipe=recipe)
+    newest, *_ = checkpoint.checkpoints(tmp_path)
+    state = checkpoint.read(newest)
+    for path in checkpoint.checkpoints(tmp_path):
+        path.unlink()
+    checkpoint.save(tmp_path, 1, {**state, part: value})
+    with pytest.raises(CheckpointRefused, match="holds no state of such a training"):
+        run(tmp_path, recipe=recipe, resume=True)
+
+
 def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(progress: Progress) -> None:
         if progress.epoch == 2:

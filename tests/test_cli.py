@@ -266,6 +266,19 @@ def test_mixing_reaches_both_trainings(trained: Path, tmp_path: Path, monkeypatc
         assert set(used) == {Mix(mixup=0.2, cutmix=1.0)}
 
 
+def test_own_network_is_trained_and_opened_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from sepconv.models import VGGSmall\ndef net(classes):\n    return VGGSmall(0.1, classes, 1)\n"
+    (tmp_path / "ownnet.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "out"
+    ran = run("train", "ownnet:net", "--set", "classes=10", "--data", "digits", "--epochs", 1, "--out", out)
+    assert ran.code == 0, ran.err
+    hint = f"ownnet:net --weights {out}/model.safetensors"
+    assert hint in ran.out
+    assert json.loads(run("count", *hint.split(), "--json", "-").out)["model"] == "ownnet:net"
+    run("count", out).failed_with(2, hint)
+
+
 def test_own_function_as_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from torch import nn\ndef net(width=4):\n    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU())\n"
     (tmp_path / "mynets.py").write_text(code)

@@ -90,7 +90,7 @@ def test_quiet_prints_nothing_and_json_is_alone_on_the_output(
 def test_a_command_ends_with_where_the_files_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("result.json", "report.html", "model.safetensors", "explanation.json"):
         (tmp_path / name).touch()
-    show.files(console.Screen(), tmp_path)
+    show.files(console.Screen(), tmp_path, "vgg_small")
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"Written to {tmp_path}:"
     assert [line.split()[0] for line in lines] == ["report.html", "model.safetensors", "result.json"]

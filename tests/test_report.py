@@ -230,10 +230,27 @@ def test_a_missing_part_is_left_out(tmp_path, missing):
     assert "a_model" in report_of(tmp_path, result).text
 
 
-@pytest.mark.parametrize("value", [None, "text", 7, [1, "x", None], {"a": [1]}, [[1]], [{}], {}, float("nan"), True])
+KINDS = [None, "text", 7, [1, "x", None], {"a": [1]}, [[1]], [{}], {}, float("nan"), True, 10**400, 1e308, -1e-300]
+
+
+@pytest.mark.parametrize("value", KINDS, ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize("key", [key for key in SMALL if key != "model"])
 def test_a_part_of_another_kind_does_no_harm(tmp_path, key, value):
     assert "a_model" in report_of(tmp_path, {**SMALL, key: value}).text
+
+
+@pytest.mark.parametrize("value", [10**400, 1e308, -1e308, -1e-300, 0, -1])
+def test_numbers_beyond_any_measurement_do_no_harm(tmp_path, value):
+    def spoilt(part):
+        if isinstance(part, dict):
+            return {key: spoilt(entry) for key, entry in part.items()}
+        if isinstance(part, list):
+            return [spoilt(entry) for entry in part]
+        return value if isinstance(part, (int, float)) else part
+
+    for key in SMALL:
+        assert "a_model" in report_of(tmp_path, {**SMALL, key: spoilt(SMALL[key])}).text
+    assert "a_model" in report_of(tmp_path, spoilt(SMALL)).text
 
 
 def test_numbers_that_are_none_are_missing_not_shown(tmp_path):

@@ -156,12 +156,14 @@ USUAL = Separable(*["tile", 1, 4, 16, "rows"])
     [
         "",
         "[",
+        "[" * 100_000,
         "[]",
         "{}",
         '{"schedules": 3}',
         '{"schedules": {"KEY": 7}}',
         '{"schedules": {"KEY": ["tile", 9, 4, 16, "rows"]}}',
     ],
+    ids=lambda content: content[:40],
 )
 def test_a_table_that_makes_no_sense_changes_nothing(table: Path, content: str) -> None:
     others = [USUAL._replace(rows=2), USUAL._replace(columns=8)]

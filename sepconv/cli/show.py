@@ -10,6 +10,8 @@ from sepconv.cli.console import Screen
 from sepconv.cost import Cost
 from sepconv.data import Data
 from sepconv.doctor import PROBE, Diagnosis
+from sepconv.model_file import FILE
+from sepconv.models import BUILT_IN
 from sepconv.predict import Prediction
 
 NAMES = {"conv_params": "convolution weights", "params": "parameters", "macs": "multiply-adds"}
@@ -38,7 +40,7 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     onnx = record["onnx"]
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")
-    files(screen, out)
+    files(screen, out, record["model"])
 
 
 def _latency_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -79,10 +81,12 @@ FILES = {
 }
 
 
-def files(screen: Screen, out: Path) -> None:
+def files(screen: Screen, out: Path, model: str) -> None:
     """Where everything is, what matters most first."""
     screen.say(f"Written to {out}:")
-    for name, words in FILES.items():
+    # A file alone does not choose the code of anybody else's network.
+    named = {} if model in BUILT_IN else {FILE: f"the network; opened by {model} --weights {out / FILE}"}
+    for name, words in {**FILES, **named}.items():
         if (out / name).exists():
             screen.say(f"  {name:19}{words}")
 
@@ -104,7 +108,7 @@ def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows.append(("accuracy", f"{normal['accuracy']:.2%}"))
     screen.table(f"{record['model']} on {record['data']}", ("", "trained"), rows)
     screen.say(f"Accuracy of {record['test_images']} test images.")
-    files(screen, out)
+    files(screen, out, record["model"])
 
 
 def cost(screen: Screen, name: str, found: Cost) -> None:

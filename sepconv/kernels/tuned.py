@@ -41,7 +41,7 @@ def table() -> Table:
 def _read(file: Path | None) -> Table:
     try:
         content = {} if file is None else json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     found = content.get("schedules") if isinstance(content, dict) else None
     return found if isinstance(found, dict) else {}

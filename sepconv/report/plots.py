@@ -11,6 +11,8 @@ from sepconv.report.records import mapping, number, records_of, text
 
 Rows = list[dict[str, Any]]
 
+_LEAST_LIMIT = 1e-9  # of a machine, in its billions a second
+
 
 def training(rows: Rows) -> list[Chart]:
     """Loss and accuracy over the epochs; phases (training, distillation) one after the other."""
@@ -76,7 +78,8 @@ def roofline(layers: Rows, result: dict[str, Any], benchmarks: Rows) -> dict[str
 
     Reference: Williams, Waterman & Patterson 2009, "Roofline", Communications of the ACM 52(4).
     """
-    points = [*_layer_points(layers, result), *_record_points(benchmarks)]
+    found = [*_layer_points(layers, result), *_record_points(benchmarks)]
+    points = [point for point in found if min(point["intensity"], point["gflops"]) > 0]
     if not points:
         return {}
     threads = max(point["threads"] for point in points)
@@ -111,8 +114,10 @@ def _limit(machine: dict[str, Any], name: str, threads: int) -> float:
     """
     found = machine.get(name)
     if isinstance(found, dict):
-        return number(found.get(str(threads))) or 0.0
-    return (number(found) or 0.0) * (threads if name == "fma_peak_gflops" else 1)
+        limit = number(found.get(str(threads))) or 0.0
+    else:
+        limit = (number(found) or 0.0) * (threads if name == "fma_peak_gflops" else 1)
+    return limit if limit > _LEAST_LIMIT else 0.0
 
 
 def _attainable(intensity: float, peak: float, bandwidth: float) -> float:

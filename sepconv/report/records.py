@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+_BEYOND = 1e30
 RESULT, EXPLANATION, LOG = "result.json", "explanation.json", "log.jsonl"
 
 
@@ -61,8 +61,8 @@ def records_of(content: Any) -> list[dict[str, Any]]:
 
 
 def number(value: Any) -> int | float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """The value if it is a finite number, and not beyond anything that is measured or counted."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _BEYOND:
         return None
     return value
 

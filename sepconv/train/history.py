@@ -62,6 +62,14 @@ class History:
         """Of all epochs, those before a resumption included."""
         return float(sum(record["seconds"] for record in self.records))
 
+    def check(self) -> None:
+        """ValueError unless there is a record of each epoch, as far as the numbers of this class need it."""
+        if not isinstance(self.records, list) or not self.records:
+            raise ValueError(f"the records are {self.records}")
+        for epoch, record in enumerate(self.records, 1):
+            if record["epoch"] != epoch or not isinstance(record["seconds"] + record["test_accuracy"], float):
+                raise ValueError(f"the record of epoch {epoch} is {record}")
+
     def write_log(self, folder: Path) -> None:
         """Write `log.jsonl`, a line an epoch; complete at any moment."""
         with replacing(folder / LOG) as file:

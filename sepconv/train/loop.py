@@ -189,8 +189,14 @@ def _restore(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> Histor
     state = broadcast_object_list(found)[0]
     if state is None:
         return History()
-    trainer.load_state_dict(state)
-    history = History(state["records"], len(state["records"]))
+    try:
+        trainer.load_state_dict(state)
+        history = History(state["records"], len(state["records"]))
+        history.check()
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise checkpoint.CheckpointRefused(
+            f"resume: the checkpoint in {folder} holds no state of such a training ({type(error).__name__}: {error})"
+        ) from error
     if trainer.process.is_main_process:
         history.write_log(folder)
     return history

@@ -128,6 +128,28 @@ def test_packed_copies_go_with_their_weight() -> None:
     assert packing.cached_weights() == before
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_packed_copy_goes_with_any_of_its_weights(which: int) -> None:
+    weights = [torch.randn(5), torch.randn(5), packing.constant(torch.randn(5))]
+    before = packing.cached_weights()
+    packing.remembered(tuple(weights), "sum", lambda: [1])
+    assert packing.cached_weights() == before + 1
+    del weights[which]
+    gc.collect()
+    assert packing.cached_weights() == before
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_weights_that_are_remembered_can_be_swapped(hashed: bool) -> None:
+    size = 5000 if hashed else 5
+    first, second = torch.nn.Parameter(torch.randn(size)), torch.nn.Parameter(torch.randn(size))
+    seen = []
+    for _ in range(2):
+        seen += packing.remembered((first,), "first", lambda: [float(first.detach()[0])])
+        torch.utils.swap_tensors(first, second)
+    assert seen == [float(first.detach()[0]), float(second.detach()[0])]
+
+
 def test_the_cache_is_bounded() -> None:
     weights = [torch.full((1,), float(i)) for i in range(packing.MAX_PACKED + 20)]
     for weight in weights:

@@ -191,7 +191,7 @@ def test_the_command_line_speaks_once(tmp_path: Path, machines: int) -> None:
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(machines)]
     said = "".join(process.communicate(timeout=300)[0] for process in started)
     assert [process.returncode for process in started] == [0] * machines
-    assert said.count("Accuracy of 359 held-out images") == 1
+    assert said.count("Accuracy of 359 test images") == 1
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert sum(map(sum, record["confusion"]["normal"])) == 359
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1

@@ -1,9 +1,8 @@
 """From the arguments of a public function to a kernel: checked once, then on the shortest way that is right.
 
 The arguments are checked (``shapes``), then the operator is called (``operators``), which calls a kernel
-(``dispatch``); a call like an earlier one goes straight to the kernel (``direct``). While a model is exported
-(``torch.export``, ``torch.onnx.export``) the functions are made of PyTorch's own convolutions, so that any runtime can
-read the graph.
+(``dispatch``); a call like an earlier one goes straight to the kernel (``direct``). While somebody looks through an
+operation (``tracing``) the functions are made of PyTorch's own convolutions, so that any runtime can read the graph.
 """
 
 from __future__ import annotations
@@ -14,19 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv import direct
+from sepconv import direct, tracing
 from sepconv.choices import HALF, Explanation, note
 from sepconv.dispatch import as_output, depthwise_choice, pointwise_choice, separable_choice
+from sepconv.gradients import FROM_OUTPUT, depthwise_function, pointwise_function, separable_function
 from sepconv.kernels import aten
-from sepconv.operators import (
-    DEPTHWISE,
-    FROM_OUTPUT,
-    POINTWISE,
-    SEPARABLE,
-    depthwise_function,
-    pointwise_function,
-    separable_function,
-)
+from sepconv.operators import DEPTHWISE, POINTWISE, SEPARABLE
 from sepconv.reference import ACTIVATIONS
 from sepconv.shapes import (
     Geometry,
@@ -37,6 +29,7 @@ from sepconv.shapes import (
     check_depthwise,
     check_output,
     check_pointwise,
+    check_residual,
     check_tensors,
     resolve,
 )
@@ -53,21 +46,23 @@ def _check_activation(name: str, argument: str, activation: str | None) -> str:
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast does to the arguments of PyTorch's convolutions."""
-    device = next(t for t in tensors if isinstance(t, Tensor)).device.type
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and _is_cast(t, device) else t for t in tensors)
 
 
-def _by_pytorch(op: str) -> bool:
+def _is_cast(t: Tensor, device: str) -> bool:
+    return t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == device
+
+
+def _by_pytorch(op: str, *tensors: Tensor | None) -> bool:
     """Whether the operation must consist of PyTorch's own operators: any runtime can read those, and transform them."""
-    if torch.compiler.is_exporting():
-        return True
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    note(Explanation(op, "torch", reasons={"halide": "a torch.func transformation goes through PyTorch's operators"}))
-    return True
+    reason = tracing.reason(*tensors)
+    if reason and not torch.compiler.is_compiling():
+        note(Explanation(op, "torch", reasons={"halide": reason}))
+    return bool(reason)
 
 
 def _without_kernel(op: str, reason: str, instead: str = "torch") -> bool:
@@ -87,6 +82,13 @@ def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     if activation in FROM_OUTPUT or not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _promotes(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether autocast leaves the sum of a convolution and this residual to PyTorch's rule for two dtypes."""
+    if not isinstance(residual, Tensor) or not isinstance(x, Tensor) or residual.dtype == x.dtype:
+        return False
+    return residual.is_floating_point() and torch.is_autocast_enabled(x.device.type)
 
 
 def _differentiable(function: Callable[..., Tensor], options: tuple[Any, ...], activation: str) -> direct.Run:
@@ -112,18 +114,21 @@ def depthwise_conv(
         return known(x, weight, bias)
     name = f"depthwise_conv{dims}d"
     chosen = _check_activation(name, "activation", activation)
+    if tracing.symbolic(x, weight, bias):
+        return aten.depthwise_symbolic(dims, x, weight, bias, stride, padding, dilation, chosen)
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     check_tensors(name, dims, x, weight=weight, bias=bias)
     if x.dim() == dims + 1:
         unbatched = depthwise_conv(dims, x[None], weight, bias, stride, padding, dilation, activation)
         return unbatched[0]
-    check_depthwise(name, dims, x, weight)
-    check_bias(name, "bias", bias, weight.shape[0])
-    kernel_size = weight.shape[2:]
-    g = resolve(name, dims, kernel_size, stride, padding, dilation)
-    check_output(name, x, kernel_size, g)
-    if _by_pytorch("depthwise_conv"):
-        return aten.depthwise_forward(x, weight, bias, g.stride, g.padding, g.dilation, chosen)
+    with tracing.paused():
+        check_depthwise(name, dims, x, weight)
+        check_bias(name, "bias", bias, weight.shape[0])
+        kernel_size, channels = weight.shape[2:], x.shape[1]
+        g = resolve(name, dims, kernel_size, stride, padding, dilation)
+        check_output(name, x, kernel_size, g)
+    if _by_pytorch("depthwise_conv", x, weight, bias):
+        return aten.conv(x, weight, bias, g.stride, g.padding, g.dilation, chosen, channels)
     tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
     if call is not None and not call[0]:
         return direct.keep(call, depthwise_choice(*tensors, *walk, chosen).unrecorded())(*tensors)
@@ -150,19 +155,23 @@ def pointwise_conv(
         return known(x, weight, bias, residual)
     name = f"pointwise_conv{dims}d"
     chosen = _check_activation(name, "activation", activation)
-    x, weight, bias, residual = _autocast(x, weight, bias, residual)  # type: ignore[assignment]
+    if tracing.symbolic(x, weight, bias, residual):
+        return aten.pointwise_symbolic(dims, x, weight, bias, stride, chosen, residual)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    if _promotes(x, residual):
+        y = pointwise_conv(dims, x, weight, bias, stride, None, None)
+        return ACTIVATIONS[chosen](y + residual)
     check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
     if x.dim() == dims + 1:
         added = None if residual is None else residual[None]
         return pointwise_conv(dims, x[None], weight, bias, stride, activation, added)[0]
-    check_pointwise(name, dims, x.shape[1], x, weight)
-    check_bias(name, "bias", bias, weight.shape[0])
     steps = as_tuple(name, "stride", stride, dims, 1)
-    sizes = check_output(name, x, weight.shape[2:], Geometry(steps, ((0, 0),) * dims, (1,) * dims))
-    expected = (x.shape[0], weight.shape[0], *sizes)
-    if residual is not None and tuple(residual.shape) != expected:
-        raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
-    if _by_pytorch("pointwise_conv"):
+    with tracing.paused():
+        check_pointwise(name, dims, x.shape[1], x, weight)
+        check_bias(name, "bias", bias, weight.shape[0])
+        sizes = check_output(name, x, weight.shape[2:], Geometry(steps, ((0, 0),) * dims, (1,) * dims))
+        check_residual(name, residual, (x.shape[0], weight.shape[0], *sizes))
+    if _by_pytorch("pointwise_conv", x, weight, bias, residual):
         return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
     if _without_kernel("pointwise_conv", _half_reason(x)):
         return as_output(aten.pointwise_bf16(x, weight, bias, chosen, residual, steps), x)
@@ -204,6 +213,9 @@ def separable_conv(
     between = _check_activation(name, "depthwise_activation", depthwise_activation)
     chosen = _check_activation(name, "activation", activation)
     dw, pw, dw_bias, pw_bias = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+    if tracing.symbolic(*tensors):
+        hidden = aten.depthwise_symbolic(dims, x, dw, dw_bias, stride, padding, dilation, between)
+        return aten.pointwise_symbolic(dims, hidden, pw, pw_bias, 1, chosen)
     x, dw, pw, dw_bias, pw_bias = _autocast(x, dw, pw, dw_bias, pw_bias)  # type: ignore[assignment]
     check_tensors(
         name,
@@ -217,15 +229,17 @@ def separable_conv(
     if x.dim() == dims + 1:
         arguments = (stride, padding, dilation, depthwise_activation, activation)
         return separable_conv(dims, x[None], dw, pw, dw_bias, pw_bias, *arguments)[0]
-    check_depthwise(name, dims, x, dw, "depthwise_weight")
-    check_pointwise(name, dims, dw.shape[0], x, pw, "pointwise_weight")
-    check_bias(name, "depthwise_bias", dw_bias, dw.shape[0])
-    check_bias(name, "pointwise_bias", pw_bias, pw.shape[0])
-    g = resolve(name, dims, dw.shape[2:], stride, padding, dilation)
-    check_output(name, x, dw.shape[2:], g)
-    geometry = (g.stride, g.padding, g.dilation)
-    if _by_pytorch("separable_conv"):
-        return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, chosen, *geometry)
+    with tracing.paused():
+        check_depthwise(name, dims, x, dw, "depthwise_weight")
+        check_pointwise(name, dims, dw.shape[0], x, pw, "pointwise_weight")
+        check_bias(name, "depthwise_bias", dw_bias, dw.shape[0])
+        check_bias(name, "pointwise_bias", pw_bias, pw.shape[0])
+        channels = x.shape[1]
+        g = resolve(name, dims, dw.shape[2:], stride, padding, dilation)
+        check_output(name, x, dw.shape[2:], g)
+    if _by_pytorch("separable_conv", *tensors):
+        hidden = aten.conv(x, dw, dw_bias, g.stride, g.padding, g.dilation, between, channels)
+        return aten.pointwise_forward(hidden, pw, pw_bias, chosen)
     if _without_kernel("separable_conv", _half_reason(x), "depthwise, then pointwise"):
         hidden = depthwise_conv(dims, x, dw, dw_bias, stride, padding, dilation, depthwise_activation)
         return pointwise_conv(dims, hidden, pw, pw_bias, 1, activation, None)

@@ -140,6 +140,11 @@ def check_pointwise(name: str, dims: int, channels: int, x: Tensor, weight: Tens
         )
 
 
+def check_residual(name: str, residual: Tensor | None, expected: tuple[int, ...]) -> None:
+    if residual is not None and tuple(residual.shape) != expected:
+        raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
+
+
 def check_output(name: str, x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[int]:
     """The output size, which must not be empty; the batch may be."""
     sizes = output_size(x.shape[2:], kernel_size, geometry)

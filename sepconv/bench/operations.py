@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconv import operators, ops
+from sepconv import gradients, ops
 from sepconv.bench.records import Record
 from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.choices import record
@@ -134,8 +134,8 @@ def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     x_size, w_size = list(t.x.shape), list(t.weight.shape)
     return {
         "forward": lambda: conv(t.x, t.weight, t.bias, g.stride, padding, g.dilation),
-        "grad_input": lambda: operators.depthwise_grad_input(t.grad, t.weight, x_size, *geometry),
-        "grad_weight": lambda: operators.depthwise_grad_weight(t.grad, t.x, w_size, *geometry),
+        "grad_input": lambda: gradients.depthwise_grad_input(t.grad, t.weight, x_size, *geometry),
+        "grad_weight": lambda: gradients.depthwise_grad_weight(t.grad, t.x, w_size, *geometry),
     }
 
 

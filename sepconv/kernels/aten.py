@@ -6,6 +6,7 @@ PyTorch's convolutions pad both ends of a dimension alike, so asymmetric padding
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,21 @@ def depthwise_forward(
     activation: str = "",
 ) -> Tensor:
     return conv(x, weight, bias, stride, padding, dilation, activation, groups=x.shape[1])
+
+
+def depthwise_symbolic(
+    dims: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str
+) -> Any:
+    """:func:`depthwise_forward` of what only stands for tensors; all else is as PyTorch's functions take it."""
+    return ACTIVATIONS[activation](CONV[dims](x, weight, bias, stride, padding, dilation, x.shape[-dims - 1]))
+
+
+def pointwise_symbolic(
+    dims: int, x: Any, weight: Any, bias: Any, stride: Any, activation: str, residual: Any = None
+) -> Any:
+    """:func:`pointwise_forward` of what only stands for tensors."""
+    y = CONV[dims](x, weight, bias, stride)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 def prepare_grad_input(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from math import prod
 
-from sepconv.kernels.depthwise_plan import Problem
+from sepconv.kernels.depthwise_plan import Problem, copied
 from sepconv.kernels.machine import host
 
 PASSES = ("forward", "grad_input", "grad_weight")
@@ -22,15 +22,22 @@ _SMALL_PLANE = 64
 _MANY_TAPS = 25
 _MANY_BYTES = 16 * 1024 * 1024
 _WIDE_ROW = 28
+# What is compiled in, not looped over, makes code of its own each: more takes the compiler from seconds to minutes.
+_MOST_PHASES, _LONGEST_STEP, _MOST_FILTERS = 16, 8, 8
+# Numbers copied into a tile for each result: from here on the copy takes longer than PyTorch's kernel.
+_MOST_COPIED, _MOST_COPIED_OF_TAPS = 128, 4
+_NARROW_ROW, _TINY_PLANE, _MANY_CHANNELS = 2, 4, 128
 
 
 def slower(p: Problem) -> str:
     """Why PyTorch's kernel is the better choice, in a sentence; the empty string if ours is."""
     taps = prod(p.kernel)
+    if reason := _slower_compiled(p) or _slower_copied(p, taps):
+        return reason
     if p.dims == 1:
         if p.which == "grad_input" and taps > 31 and p.numbers == "float32":
             return f"PyTorch computes grad_input of a signal faster with {taps} taps"
-        return ""
+        return _slower_short_rows(p) if p.channels >= _MANY_CHANNELS and p.numbers == "float32" else ""
     if p.multiplier > 1:
         return ""
     if p.numbers != "float32" and p.channels_last:
@@ -39,7 +46,40 @@ def slower(p: Problem) -> str:
         return _slower_forward_channels_last(p, taps)
     if p.channels_last:
         return _slower_strided(p, taps) or _slower_wide_rows(p, taps)
-    return "" if p.dims == 3 or max(p.dilation) > 1 else _slower_contiguous(p, taps)
+    if p.dims == 3 or max(p.dilation) > 1:
+        return ""
+    return _slower_short_rows(p) or _slower_contiguous(p, taps)
+
+
+def _slower_compiled(p: Problem) -> str:
+    phases = prod(p.stride)
+    if p.which == "grad_input" and phases > _MOST_PHASES:
+        return f"each of the {phases} remainders of the stride would be code of its own"
+    if p.which == "grad_weight" and not p.channels_last and p.stride[0] > _LONGEST_STEP:
+        return f"each of the {p.stride[0]} remainders of the stride along a row would be code of its own"
+    if p.channels_last and p.multiplier > _MOST_FILTERS:
+        return f"each of the {p.multiplier} filters of a channel would be code of its own on channels_last tensors"
+    return ""
+
+
+def _slower_copied(p: Problem, taps: int) -> str:
+    most = max(_MOST_COPIED, _MOST_COPIED_OF_TAPS * taps)
+    alone = prod(d * (k - 1) + s for d, k, s in zip(p.dilation, p.kernel, p.stride, strict=True))
+    if alone <= most or (spread := copied(p)) <= most:
+        return ""
+    return f"the taps lie so far apart that {spread:.0f} numbers would be copied into the cache for each result"
+
+
+def _slower_short_rows(p: Problem) -> str:
+    if p.multiplier > 1 or max(p.dilation) > 1:
+        return ""
+    width, columns = p.output[0], p.kernel[0]
+    if p.which == "grad_weight":
+        if columns <= 3 and width < _SHORT_ROW and (p.dims == 1 or prod(p.output) > _TINY_PLANE):
+            return f"PyTorch has a grad_weight kernel of its own for filters {columns} wide"
+    elif 1 < columns <= 3 and width <= _NARROW_ROW and p.channels >= _MANY_CHANNELS:
+        return f"rows of {width} pixels fill vectors badly; PyTorch converts {p.channels} channels to a blocked layout"
+    return ""
 
 
 def _slower_forward_channels_last(p: Problem, taps: int) -> str:
@@ -79,11 +119,9 @@ def _slower_wide_rows(p: Problem, taps: int) -> str:
 
 
 def _slower_contiguous(p: Problem, taps: int) -> str:
-    width, columns = p.output[0], p.kernel[0]
-    if width >= _SHORT_ROW:
+    width = p.output[0]
+    if width >= _SHORT_ROW or p.which == "grad_weight":
         return ""
-    if p.which == "grad_weight":
-        return f"PyTorch has a grad_weight kernel of its own for filters {columns} wide" if columns <= 3 else ""
     if (taps > 9 or 1 in p.kernel[:2]) and p.bytes > _FEW_BYTES_CONTIGUOUS:
         return f"rows of {width} pixels fill vectors badly; PyTorch converts to a blocked layout instead"
     return ""

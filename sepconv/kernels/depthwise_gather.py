@@ -31,7 +31,10 @@ from sepconv.kernels.schedule_depthwise import GatherTile
 
 @dataclass(frozen=True)
 class GatherSpec:
-    """What the compiled code depends on; sizes of image and batch are arguments instead."""
+    """What the compiled code depends on; sizes of image and batch are arguments instead.
+
+    ``cut_rows``: a row is more than one box (contiguous only).
+    """
 
     dims: int
     channels_last: bool
@@ -43,6 +46,7 @@ class GatherSpec:
     activation: str
     tile: GatherTile
     numbers: str = "float32"
+    cut_rows: bool = False
 
 
 class Vars:
@@ -96,11 +100,11 @@ def padded_source(source: Any, base: list[Any], v: Vars, spec: Any) -> Any:
         index.append(hl.clamp(hl.likely(at) if d == 0 else at, 0, extent - 1))
     image = hl.clamp(v.n, 0, source.dim(5).extent() - 1)
     here = [v.x, v.y, v.z, v.m, v.c, v.n]
-    if spec.channels_last:
+    if spec.channels_last or spec.cut_rows:
         row = hl.select(within[0], hl.likely(read(spec.numbers, source[[*index, v.m, v.c, image]])), hl.f32(0.0))
         padded[here] = hl.select(within[1] & within[2], row, hl.f32(0.0))
     else:
-        # Whole rows are copied in vectors; a clamped column would turn their loads into gathers.
+        # Whole rows are copied in vectors: at the ends of a row a clamped column would turn their loads into gathers.
         column = hl.RDom([hl.Range(0, source.dim(0).extent())], "column")
         column.where(within[1] & within[2])
         padded[here] = hl.f32(0.0)
@@ -108,17 +112,20 @@ def padded_source(source: Any, base: list[Any], v: Vars, spec: Any) -> Any:
     return padded
 
 
-def schedule_padded(padded: Any, multiplier: int, tile: Any, channels_last: bool) -> None:
+def schedule_padded(padded: Any, multiplier: int, spec: Any) -> None:
     """Storage and loops of the padded tile, after compute_at."""
-    x, y, z, m, c, n = padded.args()
+    (x, y, z, m, c, n), tile = padded.args(), spec.tile
     padded.never_partition_all()
-    if channels_last:
+    if spec.channels_last:
         padded.partition(x, hl.Partition.Always)
         padded.reorder_storage(c, m, x, y, z, n).reorder(m, c, x, y, z, n)
         padded.bound_extent(c, tile.block).bound_extent(m, multiplier)
         padded.unroll(m).vectorize(c, tile.lanes).unroll(c)
     else:
         padded.vectorize(x, tile.lanes, hl.TailStrategy.RoundUp)
+        if spec.cut_rows:
+            padded.partition(x, hl.Partition.Always)
+            return
         column, whole, lane = padded.rvars(0)[0], hl.RVar("whole"), hl.RVar("lane")
         update = padded.update().allow_race_conditions()
         update.split(column, whole, lane, tile.lanes, hl.TailStrategy.Predicate)
@@ -171,7 +178,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
         schedule_sums(spec, v, function.compute_at(out, hl.Var("xo")), domain, phases, out_multiplier)
     by_row = spec.channels_last and spec.dims == 2
     padded.store_at(out, item).compute_at(out, hl.Var("yo") if by_row else item)
-    schedule_padded(padded, in_multiplier, spec.tile, spec.channels_last)
+    schedule_padded(padded, in_multiplier, spec)
     if sorted_columns is not padded:
         schedule_deinterleaved(sorted_columns.compute_at(out, item), spec.step[0], spec.tile)
     if spec.channels_last:

@@ -119,19 +119,49 @@ def _sizes(values: Sequence[int]) -> Sizes:
     return x, y, z
 
 
-def _gather_plan(p: Problem, threads: int) -> Plan:
-    taps, forward = _taps(p), p.which == "forward"
-    step = p.stride if forward else (1, 1, 1)
-    base = [-p.low[d] if forward else p.low[d] // p.stride[d] for d in range(p.dims)]
-    shape = schedule.GatherShape(
+def _gather_shape(p: Problem, taps: list[tuple[Phase, ...]]) -> schedule.GatherShape:
+    forward = p.which == "forward"
+    return schedule.GatherShape(
         channels=p.channels,
         image=p.output if forward else p.image,
         phases=_sizes([len(phases) for phases in taps]),
         taps=_sizes([max(phase.count for phase in phases) for phases in taps]),
         reach=_sizes([_reach(phases) for phases in taps]),
-        step=step,
+        step=p.stride if forward else (1, 1, 1),
         multiplier=p.multiplier,
     )
+
+
+def _weight_shape(p: Problem) -> schedule.WeightShape:
+    reach = _sizes([p.dilation[d] * (p.kernel[d] - 1) for d in range(3)])
+    return schedule.WeightShape(p.channels, p.batch, p.output, p.kernel, reach, p.stride, p.multiplier)
+
+
+def copied(p: Problem) -> float:
+    """Numbers of the source that are copied into tiles for each position of the result (of grad_output, where its
+    product with them is summed), by the usual schedule."""
+    if p.which == "grad_weight":
+        shape = _weight_shape(p)
+        boxes = schedule.weight_boxes(
+            shape, schedule.weight_tile(shape, p.channels_last, host()), p.channels_last, host()
+        )
+        return _spread((boxes.box_x, boxes.box_y, 1), shape.image, shape.step, (1, 1, 1), shape.reach)
+    source = _gather_shape(p, _taps(p))
+    tile = schedule.gather_tile(source, p.channels_last, host())
+    box = schedule.size_of(source, tile, schedule.gather_boxes(source, tile, p.channels_last, host()))
+    return _spread(box, source.image, source.step, source.phases, source.reach)
+
+
+def _spread(box: Sizes, image: Sizes, step: Sizes, phases: Sizes, reach: Sizes) -> float:
+    sizes = [min(size, most) for size, most in zip(box, image, strict=True)]
+    under = [schedule.ceil_div(sizes[d], phases[d]) * step[d] + reach[d] for d in range(3)]
+    return prod(under) / prod(sizes)
+
+
+def _gather_plan(p: Problem, threads: int) -> Plan:
+    taps, forward = _taps(p), p.which == "forward"
+    base = [-p.low[d] if forward else p.low[d] // p.stride[d] for d in range(p.dims)]
+    shape = _gather_shape(p, taps)
     tile = schedule.gather_tile(shape, p.channels_last, host())
     others = partial(schedule.gather_alternatives, shape, tile, p.channels_last, host())
     # The schedule does not depend on the kind of numbers: the tuner knows problems without it.
@@ -142,7 +172,8 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
     items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
     planes = 1 if p.channels_last else min(items, schedule.planes(shape, tile, boxes))
     kind = (p.dims, p.channels_last, not forward)
-    spec = GatherSpec(*kind, tuple(taps), step, p.multiplier, p.bias, p.activation, tile, p.numbers)
+    cut_rows = not p.channels_last and schedule.size_of(shape, tile, boxes)[0] < shape.image[0]
+    spec = GatherSpec(*kind, tuple(taps), shape.step, p.multiplier, p.bias, p.activation, tile, p.numbers, cut_rows)
     return Plan(
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
@@ -152,12 +183,12 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
 
 
 def _weight_plan(p: Problem, threads: int) -> Plan:
-    reach = _sizes([p.dilation[d] * (p.kernel[d] - 1) for d in range(3)])
-    shape = schedule.WeightShape(p.channels, p.batch, p.output, p.kernel, reach, p.stride, p.multiplier)
+    shape = _weight_shape(p)
     tile = schedule.weight_tile(shape, p.channels_last, host())
     boxes = schedule.weight_boxes(shape, tile, p.channels_last, host())
     items = schedule.items_per_task(schedule.ceil_div(p.channels, tile.block), 1, threads)
-    spec = WeightSpec(p.dims, p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile, p.numbers)
+    cut_rows = not p.channels_last and boxes.box_x < p.output[0]
+    spec = WeightSpec(p.dims, p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile, p.numbers, cut_rows)
     return Plan(
         key=repr(spec),
         build=partial(depthwise_weight_grad.build, spec),

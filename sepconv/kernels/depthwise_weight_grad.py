@@ -35,7 +35,7 @@ from sepconv.kernels.schedule_depthwise import WeightTile
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What the compiled code depends on; sizes of image and batch are arguments instead."""
+    """What the compiled code depends on; sizes of image and batch are arguments instead. See GatherSpec."""
 
     dims: int
     channels_last: bool
@@ -45,6 +45,7 @@ class WeightSpec:
     multiplier: int
     tile: WeightTile
     numbers: str = "float32"
+    cut_rows: bool = False
 
 
 class _Loops:
@@ -162,7 +163,7 @@ def _schedule_channels_last(
     update.reorder(ci, v.m, kxi, kyi, kxo, kyo, kz, cv, v.c, *(box[d] for d in range(4)), loops.chunk_y, loops.chunk_n)
     update.vectorize(ci).unroll(v.m).unroll(kxi).unroll(kyi)
     runtime.parallel(update.fuse(loops.chunk_y, loops.chunk_n, chunk), chunk)
-    schedule_padded(padded.compute_at(partial, box[0]), 1, tile, channels_last=True)
+    schedule_padded(padded.compute_at(partial, box[0]), 1, spec)
 
     sums.compute_at(partial, kxo).bound_extent(ch, tile.lanes).bound_extent(v.m, spec.multiplier)
     sums.align_bounds(kx, tile.taps_x).align_bounds(ky, tile.taps_y)  # what the last group reads too much is there
@@ -229,10 +230,10 @@ def _schedule_contiguous(
     update.reorder(lane, kxi, kyi, kxo, kyo, kz, v.m, v.c, *(box[d] for d in range(4)), loops.chunk_y, loops.chunk_n)
     update.vectorize(lane).unroll(kxi).unroll(kyi)
     runtime.parallel(update.fuse(loops.chunk_y, loops.chunk_n, chunk), chunk)
-    schedule_padded(padded.compute_at(partial, box[0]), 1, tile, channels_last=False)
+    schedule_padded(padded.compute_at(partial, box[0]), 1, spec)
     if columns is not padded:
         schedule_deinterleaved(columns.compute_at(partial, box[0]), spec.step[0], tile)
-    schedule_padded(near.compute_at(partial, v.m), 1, tile, channels_last=False)
+    schedule_padded(near.compute_at(partial, v.m), 1, spec)
 
     sums.compute_at(partial, kxo).bound_extent(lane, tile.lanes)
     sums.align_bounds(kx, tile.taps_x).align_bounds(ky, tile.taps_y)  # what the last group reads too much is there

@@ -157,9 +157,15 @@ def _units(shape: GatherShape, tile: GatherTile) -> list[int]:
     return [tile.columns * shape.phases[0], tile.rows * shape.phases[1], shape.phases[2]]
 
 
+def size_of(shape: GatherShape, tile: GatherTile, boxes: Sizes) -> Sizes:
+    """Positions of the result in one box."""
+    x, y, z = (box * unit for box, unit in zip(boxes, _units(shape, tile), strict=True))
+    return x, y, z
+
+
 def boxes_in(shape: GatherShape, tile: GatherTile, boxes: Sizes) -> int:
     """Boxes of one image."""
-    return prod(ceil_div(shape.image[d], boxes[d] * unit) for d, unit in enumerate(_units(shape, tile)))
+    return prod(map(ceil_div, shape.image, size_of(shape, tile, boxes)))
 
 
 def gather_boxes(shape: GatherShape, tile: GatherTile, channels_last: bool, machine: Machine) -> Sizes:

@@ -12,14 +12,16 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv import ops
+from sepconv import ops, tracing
 from sepconv.shapes import Padding, Size, as_tuple, positive
 
 Layer = TypeVar("Layer", bound="nn.Module")
 
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
 
 def _check_conv(cls: Any, conv: Any) -> None:
-    expected = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[cls.dims]
+    expected = _CONV[cls.dims]
     if not isinstance(conv, expected):
         raise TypeError(f"{cls.__name__}.from_conv: needs an nn.{expected.__name__}, got {type(conv).__name__}")
 
@@ -36,7 +38,20 @@ def _share_parameters(target: Layer, source: nn.Module) -> Layer:
     return target.train(source.training)
 
 
-class _DepthwiseConv:
+class _Scriptable:
+    """TorchScript compiles PyTorch's own layer, over the same parameters."""
+
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        if type(self).__module__ != __name__:
+            return self  # somebody's own layer, which may do something else
+        conv = _CONV[self.dims](
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            self.groups, self.bias is not None, self.padding_mode, device="meta",
+        )  # fmt: skip
+        return _share_parameters(conv, self)
+
+
+class _DepthwiseConv(_Scriptable):
     """What depthwise layers of all dimensions share; stands before ``nn.Conv1d/2d/3d`` among the bases."""
 
     dims: ClassVar[int]
@@ -82,6 +97,8 @@ class _DepthwiseConv:
         return int(self.out_channels // self.in_channels)
 
     def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if tracing.recorded(x):
+            return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -164,7 +181,7 @@ class DepthwiseConv3d(_DepthwiseConv, nn.Conv3d):
     function = ops.depthwise_conv3d
 
 
-class _PointwiseConv:
+class _PointwiseConv(_Scriptable):
     """What pointwise layers of all dimensions share; stands before ``nn.Conv1d/2d/3d`` among the bases."""
 
     dims: ClassVar[int]
@@ -189,6 +206,8 @@ class _PointwiseConv:
         )
 
     def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if tracing.recorded(x):
+            return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
         return type(self).function(x, weight, bias, self.stride)
 
     @classmethod

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sepconv import ops
+from sepconv import ops, tracing
 from sepconv.layers import folding
 from sepconv.layers.conv import (
     DepthwiseConv1d,
@@ -119,18 +120,34 @@ class _SeparableConv(nn.Module):
     def out_channels(self) -> int:
         return int(self.pointwise.out_channels)
 
+    def _names(self) -> list[str]:
+        """Of the convolutions, in order."""
+        return ["depthwise", "pointwise", *[f"pointwise{i}" for i in range(2, self.pointwise_layers + 1)]]
+
     def _stages(self) -> list[tuple[Any, nn.Module | None]]:
         """Each convolution with its norm."""
-        more = [f"pointwise{i}" for i in range(2, self.pointwise_layers + 1)]
-        names = ["depthwise", "pointwise", *more]
-        return [(getattr(self, name), getattr(self, f"{name}_norm")) for name in names]
+        return [(getattr(self, name), getattr(self, f"{name}_norm")) for name in self._names()]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles: the same modules one after the other, with their names in the state_dict."""
+        if type(self).__module__ != __name__:
+            return self
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, name in enumerate(self._names()):
+            stage = {name: name, f"{name}_norm": f"{name}_norm", f"activation{i or ''}": "activation"}
+            parts.update((key, getattr(self, part)) for key, part in stage.items() if getattr(self, part) is not None)
+        sequence = nn.Sequential(parts)
+        sequence.training = self.training
+        return sequence
 
     def _weights(self, x: Tensor) -> list[folding.Folded] | None:
         """A weight and a bias for each convolution with which the functions of ``ops`` do the whole layer.
 
         None where they cannot: there is a norm that does more than scale and shift, an unknown activation, another
-        padding, or somebody watches the parts.
+        padding, or somebody watches or records the parts.
         """
+        if tracing.recorded(x):
+            return None
         stages = self._stages()
         (d, _), *pointwise = stages
         if type(d) is not _DEPTHWISE[self.dims] or d.padding_mode != "zeros":

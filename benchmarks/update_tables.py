@@ -29,7 +29,9 @@ def before_and_after(run: dict[str, Any]) -> str:
         lines.append(f"| ms an image, {contender}, {normal['threads']} threads | {times[0]} | {times[1]} |")
     stages = ", ".join(f"{stage['name']} {stage['accuracy']:.2%} ({stage['seconds']:.0f} s)" for stage in run["stages"])
     undone = "" if run["kept"] == run["stages"][-1]["name"] else ", undone"
-    return "\n".join(lines) + f"\n\nStages: {stages}{undone}.\n"
+    held_out = run.get("held_out_images")
+    of = f", on {held_out:,} training images held out for choices" if held_out else ""
+    return "\n".join(lines) + f"\n\nStages{of}: {stages}{undone}.\n"
 
 
 def _networks(content: dict[str, Any]) -> str:

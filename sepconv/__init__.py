@@ -3,6 +3,11 @@
 from sepconv import interrupt as interrupt  # the first import, for the sake of the seconds that the others take
 
 # isort: split
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
+from sepconv import models as models
+from sepconv import reference as reference
 from sepconv.choices import explain as explain
 from sepconv.compile import compile as compile
 from sepconv.convert import convert as convert
@@ -28,3 +33,10 @@ from sepconv.ops import separable_conv2d as separable_conv2d
 from sepconv.ops import separable_conv3d as separable_conv3d
 
 __version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> _Any:
+    """The other modules that the guides name, whose dependencies take a second to import."""
+    if name in ("data", "train"):
+        return _import_module(f"sepconv.{name}")
+    raise AttributeError(f"module 'sepconv' has no attribute {name!r}")

@@ -84,7 +84,7 @@ def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _promotes(x: Tensor, residual: Tensor | None) -> bool:
+def _promotes(x: Tensor, residual: Tensor) -> bool:
     """Whether autocast leaves the sum of a convolution and this residual to PyTorch's rule for two dtypes."""
     if not isinstance(residual, Tensor) or not isinstance(x, Tensor) or residual.dtype == x.dtype:
         return False
@@ -158,9 +158,8 @@ def pointwise_conv(
     if tracing.symbolic(x, weight, bias, residual):
         return aten.pointwise_symbolic(dims, x, weight, bias, stride, chosen, residual)
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
-    if _promotes(x, residual):
-        y = pointwise_conv(dims, x, weight, bias, stride, None, None)
-        return ACTIVATIONS[chosen](y + residual)
+    if residual is not None and _promotes(x, residual):
+        return ACTIVATIONS[chosen](pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
     check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
     if x.dim() == dims + 1:
         added = None if residual is None else residual[None]

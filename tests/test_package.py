@@ -97,6 +97,14 @@ def test_import_is_lean() -> None:
     assert done.stdout.strip() == "[] False"
 
 
+@pytest.mark.parametrize("name", ["models.MobileNetV1", "reference.depthwise_conv", "train.Recipe", "data.Augment"])
+def test_modules_are_there_after_one_import(name: str) -> None:
+    """As the guides and docstrings write them."""
+    code = f"import sepconv; sepconv.{name}; print(hasattr(sepconv, 'nothing_like_it'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_version_and_changelog_agree() -> None:
     changelog = ROOT.parent / "CHANGELOG.md"
     top = re.search(r"^## (\S+)", changelog.read_text(), re.MULTILINE)

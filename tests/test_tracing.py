@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sepconv
 from sepconv import models
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")  # PyTorch would like it to be forgotten
 
 
 class _Functions(nn.Module):
@@ -76,9 +77,7 @@ def _example(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def _traced(model: nn.Module, x: Tensor) -> tuple[Callable[..., Any], str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
-        trace = torch.jit.trace(model, x)
+    trace = torch.jit.trace(model, x)
     return trace, str([node.kind() for node in trace.inlined_graph.nodes()])
 
 
@@ -135,7 +134,6 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in _LAYERS if "Conv" in name])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_layers(name: str) -> None:
     model, x = _example(name)
     scripted = torch.jit.script(model)
@@ -148,7 +146,6 @@ def test_scripted_layers(name: str) -> None:
     model.eval()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_somebodys_own_layer_is_scripted_as_it_is() -> None:
     class Doubled(sepconv.DepthwiseConv2d):
         def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +168,6 @@ def test_old_onnx_exporter_writes_plain_nodes(name: str) -> None:
     assert "Conv" in {node.op_type for node in nodes}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_arguments_are_checked_while_traced() -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(6, 1, 3, 3)
     with pytest.raises(ValueError, match="weight has 6 filters"):

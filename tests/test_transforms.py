@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sepconv
 
 # PyTorch's own way of forward-mode differentiation.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 _CONV: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Function = Callable[..., Tensor]

@@ -83,9 +83,13 @@ def _unfit(target: Any, args: Sequence[Tensor], out: Tensor) -> str:
     """Why none of the kernels can compute a group, in a sentence; "" if one can."""
     if out.numel() == 0:
         return "the result is empty"
-    if isinstance(target, (Pool, Separable)):
-        return ""
     x = args[0]
+    if isinstance(target, Pool):
+        return ""
+    if isinstance(target, Separable):
+        return _slower_depthwise(target.depthwise, x) if separable.slower(target.depthwise.kernel_size) else ""
+    if target.kind == "depthwise":
+        return _slower_depthwise(target, x)
     if target.kind == "grouped":
         return f"no kernel for grouped convolutions (groups={target.groups})"
     if target.kind == "normal":
@@ -96,6 +100,11 @@ def _unfit(target: Any, args: Sequence[Tensor], out: Tensor) -> str:
     if target.kind == "pointwise" and x.dim() == 4 and x.shape[1] == 1 and out.shape[1] > 1:
         return "with one input channel both layouts look the same to the kernel"
     return ""
+
+
+def _slower_depthwise(target: Convolution, x: Tensor) -> str:
+    geometry = (target.stride, target.padding, target.dilation)
+    return depthwise.slower("forward", x, target.weight.tensor, *geometry, target.activation, bound=True)
 
 
 def _bind(target: Any, args: Sequence[Tensor], out: Tensor, store: Store, choice: str = "") -> Call:

@@ -65,9 +65,13 @@ def slower(
     dilation: Sequence[int],
     activation: str = "",
     size: Sequence[int] | None = None,
+    bound: bool = False,
 ) -> str:
-    """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is."""
-    return depthwise_choice.slower(_pose(which, first, second, stride, padding, dilation, activation, size))
+    """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is.
+
+    ``bound``: as for :func:`bind`, the result goes to memory that is given.
+    """
+    return depthwise_choice.slower(_pose(which, first, second, stride, padding, dilation, activation, size), bound)
 
 
 def describe(

@@ -29,8 +29,11 @@ _MOST_COPIED, _MOST_COPIED_OF_TAPS = 128, 4
 _NARROW_ROW, _TINY_PLANE, _MANY_CHANNELS = 2, 4, 128
 
 
-def slower(p: Problem) -> str:
-    """Why PyTorch's kernel is the better choice, in a sentence; the empty string if ours is."""
+def slower(p: Problem, bound: bool = False) -> str:
+    """Why PyTorch's kernel is the better choice, in a sentence; the empty string if ours is.
+
+    ``bound``: the result goes to memory that is given, into which PyTorch's would have to be copied.
+    """
     taps = prod(p.kernel)
     if reason := _slower_compiled(p) or _slower_copied(p, taps):
         return reason
@@ -43,7 +46,7 @@ def slower(p: Problem) -> str:
     if p.numbers != "float32" and p.channels_last:
         return _slower_forward_in_16_bits(p, taps) if p.which == "forward" else ""
     if p.channels_last and p.which == "forward":
-        return _slower_forward_channels_last(p, taps)
+        return _slower_forward_channels_last(p, taps, bound)
     if p.channels_last:
         return _slower_strided(p, taps) or _slower_wide_rows(p, taps)
     if p.dims == 3 or max(p.dilation) > 1:
@@ -82,8 +85,8 @@ def _slower_short_rows(p: Problem) -> str:
     return ""
 
 
-def _slower_forward_channels_last(p: Problem, taps: int) -> str:
-    if p.bytes <= _FEW_BYTES:
+def _slower_forward_channels_last(p: Problem, taps: int, bound: bool) -> str:
+    if p.bytes <= _FEW_BYTES or (bound and taps < 49):
         return ""
     if taps < 49:
         return f"PyTorch's forward kernel is as fast with {taps} taps on channels_last tensors of {p.bytes} bytes"

@@ -13,6 +13,7 @@ from networks import SamePadded, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from sepconv import depthwise_conv2d, explain
 from sepconv.borrowed import is_exported
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.lower import _WRITE_ANY_STRIDES, _operation
@@ -431,3 +432,17 @@ def test_compile_and_functions_agree_where_two_kernels_are_faster() -> None:
         (group,) = [group for group in fast.explain().groups if group.kind == "separable"]
         assert group.kernel == "halide"
         assert "filters wider than 7 columns are faster in the depthwise kernel" in group.reason
+
+
+def test_compile_leaves_to_pytorch_what_the_functions_leave_to_it() -> None:
+    """Taps that lie far apart would have whole images copied for a few results."""
+    conv, x = nn.Conv2d(8, 8, 3, padding=60, dilation=60, groups=8).eval(), torch.randn(1, 8, 130, 130)
+    fast = compile(conv, x)
+    same(fast, conv, x)
+    if not runtime.missing():
+        (group,) = [group for group in fast.explain().groups if group.kind == "depthwise"]
+        assert group.kernel == "torch"
+        image = x.to(memory_format=torch.channels_last)  # as the plan has it
+        alone = explain(depthwise_conv2d, image, conv.weight, conv.bias, padding=60, dilation=60)[0]
+        assert "the taps lie so far apart" in group.reason
+        assert alone.reasons["halide"] == group.reason

@@ -30,7 +30,7 @@ FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    if not torch.is_grad_enabled() and not tracing.transformed(grad):
+    if not torch.is_grad_enabled():
         return _aten.silu_backward(grad, z)
     # aten.silu_backward cannot be differentiated again; its formula can.
     s = torch.sigmoid(z)

@@ -114,6 +114,15 @@ def test_traces_consist_of_pytorchs_operators(trace: Callable[..., Any], name: s
                 torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_symbolic_graphs_of_layers_are_those_of_their_modules() -> None:
+    """Constants stay constants, and tools that look for activations and norms find them."""
+    model = _example("SeparableConv2d")[0]
+    nodes = list(torch.fx.symbolic_trace(model).graph.nodes)
+    assert [node.args[-1] for node in nodes if node.target is torch.conv2d] == [4, 1, 1]
+    called = [node.target for node in nodes if node.op == "call_module"]
+    assert called == ["depthwise_norm", "activation", "pointwise_norm", "activation", "pointwise2_norm", "activation"]
+
+
 @pytest.mark.parametrize("name", _LAYERS)
 def test_other_modes(name: str) -> None:
     model, x = _example(name)

@@ -201,6 +201,13 @@ def _bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def test_without_jumps_kernels_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_jumps", lambda: None)
+    functions = entry.functions.__wrapped__()
+    attempt = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(functions.attempt)
+    assert attempt(llvm.assemble("define i32 @five(ptr %context, ptr %data) { ret i32 5 }", "five")[0], None) == 5
+
+
 _LEAVING = """
 define i32 @kernel(ptr %context, ptr %data) {{
   %a = call ptr inttoptr (i64 {halide_malloc} to ptr)(ptr %context, i64 100000000)

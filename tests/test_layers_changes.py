@@ -194,14 +194,14 @@ def _check(layer: Any, dice: random.Random) -> None:
         torch.testing.assert_close(layer(x).double(), _truth(layer, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", _LAYERS)
 def test_no_result_is_that_of_earlier_tensors(kind: str, seed: int) -> None:
     torch.manual_seed(seed)
     dice = random.Random(f"{kind} {seed}")
     layer: Any = _lively(_LAYERS[kind]())
     _check(layer, dice)
-    for step in range(40):
+    for step in range(25):
         change = dice.choice(list(_CHANGES))
         subject = Subject(layer, dice)
         layer = _CHANGES[change](subject) if change == "deepcopy" else (_CHANGES[change](subject), layer)[1]

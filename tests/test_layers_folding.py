@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -121,6 +122,19 @@ def test_another_epsilon_is_seen() -> None:
         layer(x)
         layer.pointwise_norm.eps = 0.5
         torch.testing.assert_close(layer(x).double(), _by_parts(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_numbers_in_another_shape_are_another_weight() -> None:
+    square, x = _layer(), _image()
+    column: Any = _lively(sepconv.SeparableConv2d(8, 16, (9, 1), padding=(4, 0), norm="batch", activation="relu"))
+    for name in ("depthwise_norm", "pointwise", "pointwise_norm"):
+        setattr(column, name, getattr(square, name))
+    column.depthwise.bias = square.depthwise.bias
+    column.depthwise.weight = nn.Parameter(square.depthwise.weight.data.view(8, 1, 9, 1))
+    with torch.no_grad():
+        results = [(layer, layer(x)) for layer in (square, column, square)]
+    for layer, y in results:
+        torch.testing.assert_close(y.double(), _by_parts(copy.deepcopy(layer), x), rtol=1e-5, atol=1e-5)
 
 
 class _OwnNorm(nn.BatchNorm2d):

@@ -87,7 +87,9 @@ def _kind_of(result: Path) -> str | None:
         return None
     if not isinstance(record, dict) or not {"model", "data", "normal", "versions"} <= record.keys():
         return None
-    kind = record.get("kind", "convert" if "separable" in record else "train")
+    # Earlier records do not say it.
+    demo = str(record.get("command")).startswith("sepconv demo")
+    kind = record.get("kind", "demo" if demo else "convert" if "separable" in record else "train")
     return kind if kind in KINDS else None
 
 

@@ -136,6 +136,7 @@ class TestFolderOfAnotherRun:
     def test_finished(self, tmp_path: Path, kind: str, found: str) -> None:
         folder = {"convert": converted_folder, "train": trained_folder}[found]()
         out = shutil.copytree(folder, tmp_path / "out")
+        assert json.loads((out / "result.json").read_text())["kind"] == found
         before = _contents(out)
         command = {
             "train": ("train", *SMALL),
@@ -156,6 +157,17 @@ class TestFolderOfAnotherRun:
             else:
                 with pytest.raises(ValueError, match=f"{other}: .* holds what sepconv {kind} wrote"):
                     claim(tmp_path, other)
+
+    @pytest.mark.parametrize(
+        ("more", "kind"),
+        [({}, "train"), ({"separable": {}}, "convert"), ({"separable": {}, "command": "sepconv demo --out x"}, "demo")],
+    )
+    def test_of_an_earlier_version(self, tmp_path: Path, more: dict[str, Any], kind: str) -> None:
+        record = {"model": "m", "data": "d", "normal": {}, "versions": {}, **more}
+        (tmp_path / "result.json").write_text(json.dumps(record))
+        claim(tmp_path, kind)
+        with pytest.raises(ValueError, match=f"holds what sepconv {kind} wrote"):
+            claim(tmp_path, "demo" if kind != "demo" else "train")
 
     @pytest.mark.parametrize(("place", "kind"), [(".", "train"), (CHECKPOINTS, "convert")])
     def test_interrupted(self, tmp_path: Path, place: str, kind: str) -> None:

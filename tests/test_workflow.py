@@ -222,6 +222,7 @@ def test_demo_does_the_whole_job(tmp_path: Path, without_onnx: None, monkeypatch
     record = workflow.demo(tmp_path, seed=3, command="sepconv demo --seed 3")
     assert record["separable"]["conv_params"] <= record["normal"]["conv_params"] / 4
     assert record["command"] == "sepconv demo --seed 3"
+    assert record["kind"] == "demo"
     assert {row["phase"] for row in record["curves"]} == {"original", "distilled"}
     assert {path.name for path in tmp_path.iterdir()} == {
         "explanation.json",

@@ -57,7 +57,7 @@ class Job:
         metric: that cost: "conv_params", "macs" or "latency".
         form: what convolutions become, "bottleneck" or "separable".
         recipe: how the separable network learns from the original afterwards; None leaves it as converted. Learning
-            that ends with fewer right answers than it began with, on training images held out from it, is undone.
+            that ends with fewer right answers than it began with, on images held out from it, is undone.
         distillation: what it learns.
         calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
         skip: names of modules that stay as they are.
@@ -142,8 +142,8 @@ def convert_model(
     Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
     ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
 
-    A tenth of the training images, 2,000 at most, is held out: the accuracies on the way are of these, and by them a
-    distillation is kept or undone. The test images are looked at in the end, once for each of the two networks.
+    The split for validation, or a tenth of the training images (2,000 at most) where there is none, is held out: the
+    accuracies on the way are of these, and by them a distillation is kept or undone. The test images are looked at in the end, once for each of the two networks.
 
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments: they share out the
     calibration, the distillation and the test images; the main process alone measures latency, and writes.

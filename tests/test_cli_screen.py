@@ -103,7 +103,7 @@ def test_a_distillation_that_was_undone_is_said_to_be(kept: str, capsys: pytest.
     show.stages(console.Screen(), record)
     said = " ".join(capsys.readouterr().out.split())
     assert ("ended below its start and was undone" in said) == (kept == "converted")
-    assert "Accuracy of 143 training images held out from conversion and distillation." in said
+    assert "Accuracy of 143 images held out from conversion and distillation." in said
     show.stages(console.Screen(), {**record, "held_out_images": 0, "notes": ["They are too few."]})
     said = " ".join(capsys.readouterr().out.split())
     assert "They are too few." in said

@@ -70,3 +70,15 @@ def test_curves_call_the_held_out_images_what_they_are() -> None:
     record = {"epoch": 1, "test_loss": 2.0, "test_accuracy": 0.5}
     assert choices.note == ""
     assert choices.curve(record) == {"epoch": 1, "held_out_loss": 2.0, "held_out_accuracy": 0.5}
+
+
+def test_a_split_for_validation_is_what_choices_are_made_on() -> None:
+    data = of_labels(torch.arange(400) % 10)
+    with_val = replace(data, val=data.train.subset(torch.arange(40)))
+    choices = Choices.of(with_val)
+    assert choices.held_out == 40
+    assert choices.data.test is with_val.val
+    assert choices.data.train is data.train  # nothing is taken from it
+    few = Choices.of(replace(data, val=data.train.subset(torch.arange(LEAST - 1))))
+    assert few.held_out == 40
+    assert len(few.data.train) == 360

@@ -202,7 +202,7 @@ def test_stages_say_what_they_are_and_that_one_gained_nothing(tmp_path):
     ("entries", "said"),
     [
         ({"test_images": 359}, "On 359 test images."),
-        ({"test_images": 359, "held_out_images": 143}, "On 143 training images held out from conversion and dist"),
+        ({"test_images": 359, "held_out_images": 143}, "On 143 images held out from conversion and dist"),
         ({"held_out_images": 0, "notes": ["Too <few> of them."]}, "On the training images."),
         ({}, ""),
     ],

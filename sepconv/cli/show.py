@@ -95,7 +95,7 @@ def stages(screen: Screen, record: dict[str, Any]) -> None:
     rows = [(stage["name"], f"{stage['accuracy']:.2%}", f"{stage['seconds']:.1f}") for stage in record["stages"]]
     screen.table("Steps", ("step", "accuracy", "seconds"), rows)
     if held := record["held_out_images"]:
-        screen.say(f"Accuracy of {held} training images held out from conversion and distillation.")
+        screen.say(f"Accuracy of {held} images held out from conversion and distillation.")
     for note in record["notes"]:
         screen.say(note)
     if record["kept"] != rows[-1][0]:

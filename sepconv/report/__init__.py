@@ -13,7 +13,7 @@ seconds             of the whole run
 normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender: number}, latency_batch, threads,
                     kernels: {op: name}}; one of them alone, for example after a training, is shown without comparison
 stages              [{name, accuracy, seconds}], "original" first
-held_out_images     of how many training images, held out from conversion and distillation, the accuracies of the stages
+held_out_images     of how many images, held out from conversion and distillation, the accuracies of the stages
                     are; 0 where of all training images, which were too few; without it they are of the test images
 notes               sentences to go with them
 layers              [{name, kind ("separable", or "normal" where it was left), kernel [kH, kW], in_channels,

@@ -137,7 +137,7 @@ def stages_of(result: dict[str, Any]) -> str:
     held, tested = number(result.get("held_out_images")), number(result.get("test_images"))
     if held is None:
         return "" if tested is None else f"{tested} test images"
-    return f"{held} training images held out from conversion and distillation" if held else "the training images"
+    return f"{held} images held out from conversion and distillation" if held else "the training images"
 
 
 def layers(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Training images set aside, on which choices are made: the test images are then looked at once, in the end."""
+"""Images set aside, on which choices are made: the test images are then looked at once, in the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST = 20
 
 @dataclass(frozen=True)
 class Choices:
-    """What a job may look at before it ends: training images, some of them held out in the place of test images.
+    """What a job may look at before it ends: training images, and others held out in the place of test images.
 
     Args:
         data: of too few images none is held out, and the training images stand in both places.
@@ -33,6 +33,9 @@ class Choices:
 
     @classmethod
     def of(cls, data: Data) -> Choices:
+        """The split for validation where the data set has one, else some of the training images."""
+        if data.val is not None and len(data.val) >= LEAST:
+            return cls(replace(data, test=data.val), len(data.val))
         held = hold_out(data)
         return cls(replace(data, test=data.train), 0) if held is None else cls(held, len(held.test))
 

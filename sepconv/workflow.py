@@ -142,8 +142,9 @@ def convert_model(
     Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
     ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
 
-    The split for validation, or a tenth of the training images (2,000 at most) where there is none, is held out: the
-    accuracies on the way are of these, and by them a distillation is kept or undone. The test images are looked at in the end, once for each of the two networks.
+    The split for validation is held out, or a tenth of the training images (2,000 at most) where there is none: the
+    accuracies on the way are of these, and by them a distillation is kept or undone. The test images are looked at in
+    the end, once for each of the two networks.
 
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments: they share out the
     calibration, the distillation and the test images; the main process alone measures latency, and writes.

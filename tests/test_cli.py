@@ -255,6 +255,7 @@ def test_augmentation_reaches_both_trainings(trained: Path, tmp_path: Path, monk
         assert Augment(flip=True, crop_padding=1, cutout=3) in used
 
 
+@pytest.mark.slow
 def test_mixing_reaches_both_trainings(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Mix] = []
     mix = Mix.__call__

@@ -216,6 +216,7 @@ BLOCK = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
     blocks=st.lists(BLOCK, min_size=1, max_size=3),

@@ -101,6 +101,7 @@ print(*found, serve())
     assert _run(script) == ["True", "True", "True"]
 
 
+@pytest.mark.slow
 def test_where_workers_cannot_be_ended_a_child_computes_alone_and_says_so() -> None:
     """As where a server that is not Python forks: nothing is called in the parent."""
     script = """

@@ -144,7 +144,13 @@ def test_operators_differentiate_every_activation() -> None:
 # Of PyTorch 2.14, about the tensors of opcheck itself: it hides the warning, but not from a filter that raises.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
-    ("case", "channels_last"), [(case, last) for case in _small for last in (False, True) if not last or case.dims == 2]
+    ("case", "channels_last"),
+    [
+        pytest.param(case, last, marks=() if case is _small[0] else pytest.mark.slow)
+        for case in _small
+        for last in (False, True)
+        if not last or case.dims == 2
+    ],
 )
 def test_opcheck(case: Case, channels_last: bool) -> None:
     x, dw, db, pw, pb = (t.clone().requires_grad_() for t in _tensors(case, channels_last=channels_last))

@@ -21,7 +21,7 @@ from sepconv.train.recipe import split_parameters
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"epochs": 0}, ValueError, "epochs must be at least 1 but is 0"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1 and at most 99999 but is 0"),
         ({"epochs": 1.5}, TypeError, "epochs must be an int but is 1.5"),
         ({"seed": True}, TypeError, "seed must be an int but is True"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1 but is 0"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from networks import SamePadded, randomise
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -358,68 +356,6 @@ def test_compiled_model_computes_alike_under_autocast() -> None:
         assert fast(x).dtype is torch.float32
         other = fast(torch.ones(2, 8, 9, 9))
     assert torch.equal(other, fast(torch.ones(2, 8, 9, 9)))
-
-
-@pytest.fixture(
-    params=[
-        "model.capture", "model.match", "model.disagreement", "plan.lay_out", "plan.lower", "layout.slice_batch",
-        "lower._bind", "match.fold_constants", "plan.in_chains", "model.trial_copy",
-    ]
-)  # fmt: skip
-def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A step of compiling that fails as a defect of ours would."""
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise IndexError("injected")
-
-    module, name = request.param.split(".")
-    monkeypatch.setattr(importlib.import_module(f"sepconv.compile.{module}"), name, broken)
-    return str(request.param)
-
-
-def test_compile_runs_the_model_whatever_fails_inside(stage: str) -> None:
-    model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
-    if stage == "lower._bind":  # the group alone
-        if runtime.missing():
-            pytest.skip(runtime.missing())
-        with pytest.warns(UserWarning, match="compile: a group runs through PyTorch: IndexError: injected"):
-            fast = compile(model, x)
-        reasons = {group.kind: group.reason for group in fast.explain().groups}
-        assert reasons["normal"] == reasons["separable"] == "IndexError: injected"
-    else:
-        with pytest.warns(UserWarning, match="compile: the model runs through PyTorch: .*IndexError: injected") as seen:
-            fast = compile(model, x)
-        assert len(seen) == 1
-        fast(torch.randn(2, 3, 17, 22))  # warns no second time
-        assert "IndexError: injected" in fast.explain().reason
-    with torch.no_grad():
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_backend_runs_the_graph_whatever_fails_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Any:
-        raise IndexError("injected")
-
-    monkeypatch.setattr(importlib.import_module("sepconv.compile.plan"), "lay_out", broken)
-    model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
-    torch.compiler.reset()
-    fast = torch.compile(model, backend="sepconv")
-    with torch.no_grad(), pytest.warns(UserWarning, match="a graph runs through PyTorch: .*IndexError: injected"):
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    torch.compiler.reset()
-
-
-def test_compile_keeps_the_usual_kernels_where_tuning_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> Any:
-        raise IndexError("injected")
-
-    monkeypatch.setattr(importlib.import_module("sepconv.compile.plan"), "fastest", broken)
-    model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
-    if runtime.missing():
-        pytest.skip(runtime.missing())
-    with pytest.warns(UserWarning, match=r"the usual kernels run, tuning failed \(IndexError: injected\)"):
-        fast = compile(model, x, tune=True)
-    same(fast, model, x)
 
 
 def test_compile_and_functions_agree_where_two_kernels_are_faster() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import sample_run
 import torch
+from page_parts import Page
 from torch import nn
 
 from sepconv import explanation
@@ -85,33 +85,6 @@ SMALL = {
     "machine": {"cpu": "a processor", "cores": 2, "fma_peak_gflops": 100.0, "memory_gb_per_s": 20.0},
     "versions": {"torch": "2.13"},
 }
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, the text outside scripts, and the scripts."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.scripts, self._inside = "", [], ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.text = " ".join(self.text.split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.text += " "
-        self._inside = tag if tag in ("script", "style") else ""
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif not self._inside:
-            self.text += data
 
 
 def report_of(folder: Path, result: object = SMALL, explained: object = None) -> Page:

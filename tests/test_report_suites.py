@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page
+from page_parts import Page
 from visit import Visit
 
 from sepconv.report import suites, write_report

@@ -15,8 +15,8 @@ from sepconv.kernels import runtime
 
 @pytest.fixture(
     params=[
-        "model.capture", "model.match", "model.disagreement", "plan.lay_out", "plan.lower", "layout.slice_batch",
-        "lower._bind", "match.fold_constants", "plan.in_chains", "model.trial_copy",
+        "prepare.capture", "prepare.match", "prepare.disagreement", "plan.lay_out", "plan.lower", "layout.slice_batch",
+        "lower._bind", "match.fold_constants", "plan.in_chains", "prepare.trial_copy",
     ]
 )  # fmt: skip
 def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

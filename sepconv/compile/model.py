@@ -10,23 +10,21 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from sepconv.borrowed import in_training, is_exported
-from sepconv.compile.capture import CaptureError, capture, first_line
 from sepconv.compile.constants import Store
-from sepconv.compile.copies import frozen_copy, trial_copy
+from sepconv.compile.copies import frozen_copy
 from sepconv.compile.explain import Explanation, explain_plan
-from sepconv.compile.match import match
+from sepconv.compile.places import is_channels_last
 from sepconv.compile.plan import Plan
-from sepconv.compile.verify import ThroughPyTorch, disagreement, shaken
+from sepconv.compile.prepare import EMPTY, as_captured, prepare
 from sepconv.kernels.threads import MOST as MOST_THREADS
 from sepconv.kernels.threads import alone
 
 MAX_PLANS = 16
-_EMPTY = "the batch is empty"
 
 # The structure of the arguments of a call with one positional argument.
 _SINGLE = pytree.tree_structure(((0,), {}))
@@ -167,7 +165,7 @@ class CompiledModel:
         plan = self._plan(self._key(leaves), leaves)
         if isinstance(plan, str):
             return self._eager(leaves)
-        tensors = [_as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         return plan.restore(plan.run(tensors))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -197,7 +195,7 @@ class CompiledModel:
         for leaf, checked in zip(leaves, self._checked, strict=True):
             if isinstance(leaf, Tensor):
                 _check(leaf, checked, self._same_channels)
-                parts += (leaf.shape, not leaf.is_contiguous() and _is_channels_last(leaf))
+                parts += (leaf.shape, not leaf.is_contiguous() and is_channels_last(leaf))
             elif checked is not None:
                 raise ValueError(f"CompiledModel: got {type(leaf).__name__} where the example has a tensor")
             elif isinstance(leaf, Hashable):
@@ -212,8 +210,7 @@ class CompiledModel:
             with suppress(KeyError):  # another thread may have dropped it meanwhile
                 self._plans.move_to_end(key)
         else:
-            with _apart():
-                plan = self._plans[key] = self._reason or self._make(leaves)
+            plan = self._plans[key] = self._reason or prepare(self._frozen, leaves, self._spec, self._store, self._tune)
             if isinstance(plan, str):
                 self._warn(plan)
             with suppress(KeyError):
@@ -224,58 +221,9 @@ class CompiledModel:
 
     def _warn(self, reason: str) -> None:
         """Once; nothing is lost where there is nothing to compute."""
-        if not self._warned and reason != _EMPTY:
+        if not self._warned and reason != EMPTY:
             self._warned = True
             warnings.warn(f"{self._what} runs through PyTorch: {reason}", stacklevel=2)
-
-    def _make(self, leaves: Sequence[Any]) -> Plan | str:
-        """A plan, or why the model runs through PyTorch as a whole: no defect of ours is the caller's."""
-        if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
-            return _EMPTY
-        # The model has the first word on its input; with buffers of its own, since it may count its calls in one.
-        try:
-            model = trial_copy(self._frozen, buffers=False)
-        except Exception as error:
-            return f"it cannot be copied ({first_line(error)})"
-        expected = self._expected(model, [_copied(leaf) for leaf in leaves])
-        try:
-            graph, spec = self._capture(leaves)
-        except CaptureError as error:
-            return f"the model cannot be captured: {error}"
-        except Exception as error:
-            return f"capturing it failed ({first_line(error)})"
-        try:
-            match(graph, self._store)
-            plan = Plan(graph, self._store, expected, spec, self._tune)
-            # The second call has other numbers: zeros would hide most defects, and a model may count its calls.
-            others = [shaken(leaf) for leaf in leaves]
-            pairs = ((leaves, expected), (others, self._expected(model, others)))
-            return next(filter(None, (_disagreement(plan, *pair) for pair in pairs)), plan)
-        except Exception as error:
-            return f"preparing it failed ({first_line(error)})"
-
-    def _capture(self, leaves: Sequence[Any]) -> tuple[fx.Graph, Any]:
-        """The operations, and the structure of the result."""
-        model, spec, result = trial_copy(self._frozen), self._spec, None
-
-        def flat(*values: Any) -> list[Any]:
-            nonlocal result
-            args, kwargs = pytree.tree_unflatten(list(values), spec)
-            outputs, result = pytree.tree_flatten(model(*args, **kwargs))
-            return outputs
-
-        return capture(flat, [_as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]), result
-
-    def _expected(self, model: nn.Module, leaves: Sequence[Any]) -> list[Any]:
-        """The leaves of the model's own result, or its own complaint about the input."""
-        args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
-        try:
-            with ThroughPyTorch():
-                return pytree.tree_leaves(model(*args, **kwargs))
-        except Exception as error:  # whatever the model raises
-            first = str(error).strip().split("\n")[0]
-            shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-            raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
 
     def _eager(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
@@ -305,25 +253,6 @@ def _unsuitable(tensors: Sequence[Tensor]) -> str:
     return ""
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _as_captured(x: Tensor) -> Tensor:
-    """Contiguous or channels_last, detached."""
-    x = x.detach()
-    return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
-
-
-def _disagreement(plan: Plan, leaves: Sequence[Any], expected: Sequence[Any]) -> str:
-    got = plan.run([_as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-    return disagreement(plan.leaves(got), expected)
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
 def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]] | None, same_channels: bool) -> None:
     if checked is None:
         raise ValueError("CompiledModel: got a tensor where the example has none")
@@ -345,14 +274,6 @@ def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]]
 def _shown(spec: Any) -> str:
     args, kwargs = spec.children()
     return f"({args.num_children} positional, keywords {list(kwargs.context)})"
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Whatever mode the caller is in; nor are the caller's random numbers drawn."""
-    random = torch.random.fork_rng(devices=[])
-    with random, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        yield
 
 
 @contextmanager

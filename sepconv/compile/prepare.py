@@ -1,0 +1,111 @@
+"""From a model and its inputs to a plan: captured, rewritten, laid out, bound and compared with the model.
+
+Nothing that goes wrong on the way is the caller's, but for the model's own complaint about its input: the model runs
+through PyTorch, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from sepconv.compile.capture import CaptureError, capture, first_line
+from sepconv.compile.constants import Store
+from sepconv.compile.copies import trial_copy
+from sepconv.compile.match import match
+from sepconv.compile.places import is_channels_last
+from sepconv.compile.plan import Plan
+from sepconv.compile.verify import ThroughPyTorch, disagreement, shaken
+
+EMPTY = "the batch is empty"
+
+
+def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: Any, store: Store, tune: bool) -> Plan | str:
+    """A plan for inputs of these sizes, or why the model runs through PyTorch as a whole.
+
+    Args:
+        frozen: the model, whose weights do not change any more.
+        leaves: the arguments of a call, flat. spec: their structure.
+        store: the constants of all plans of this model.
+        tune: measure alternatives for each group.
+
+    Raises:
+        ValueError: the model does not accept these inputs.
+    """
+    if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
+        return EMPTY
+    with _apart():
+        # The model has the first word on its input; with buffers of its own, since it may count its calls in one.
+        try:
+            model = trial_copy(frozen, buffers=False)
+        except Exception as error:
+            return f"it cannot be copied ({first_line(error)})"
+        expected = _expected(model, [_copied(leaf) for leaf in leaves], spec)
+        try:
+            graph, result_spec = _captured(frozen, leaves, spec)
+        except CaptureError as error:
+            return f"the model cannot be captured: {error}"
+        except Exception as error:
+            return f"capturing it failed ({first_line(error)})"
+        try:
+            match(graph, store)
+            plan = Plan(graph, store, expected, result_spec, tune)
+            # The second call has other numbers: zeros would hide most defects, and a model may count its calls.
+            others = [shaken(leaf) for leaf in leaves]
+            pairs = ((leaves, expected), (others, _expected(model, others, spec)))
+            return next(filter(None, (_disagreement(plan, *pair) for pair in pairs)), plan)
+        except Exception as error:
+            return f"preparing it failed ({first_line(error)})"
+
+
+def as_captured(x: Tensor) -> Tensor:
+    """Contiguous or channels_last, detached."""
+    x = x.detach()
+    return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
+
+
+def _captured(frozen: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[fx.Graph, Any]:
+    """The operations, and the structure of the result."""
+    model, result = trial_copy(frozen), None
+
+    def flat(*values: Any) -> list[Any]:
+        nonlocal result
+        args, kwargs = pytree.tree_unflatten(list(values), spec)
+        outputs, result = pytree.tree_flatten(model(*args, **kwargs))
+        return outputs
+
+    return capture(flat, [as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]), result
+
+
+def _expected(model: nn.Module, leaves: Sequence[Any], spec: Any) -> list[Any]:
+    """The leaves of the model's own result, or its own complaint about the input."""
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    try:
+        with ThroughPyTorch():
+            return pytree.tree_leaves(model(*args, **kwargs))
+    except Exception as error:  # whatever the model raises
+        first = str(error).strip().split("\n")[0]
+        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
+
+
+def _disagreement(plan: Plan, leaves: Sequence[Any], expected: Sequence[Any]) -> str:
+    got = plan.run([as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
+    return disagreement(plan.leaves(got), expected)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Whatever mode the caller is in; nor are the caller's random numbers drawn."""
+    random = torch.random.fork_rng(devices=[])
+    with random, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield

@@ -30,7 +30,7 @@ def before_and_after(run: dict[str, Any]) -> str:
     stages = ", ".join(f"{stage['name']} {stage['accuracy']:.2%} ({stage['seconds']:.0f} s)" for stage in run["stages"])
     undone = "" if run["kept"] == run["stages"][-1]["name"] else ", undone"
     held_out = run.get("held_out_images")
-    of = f", on {held_out:,} images held out from both" if held_out else ""
+    of = f", on {held_out:,} images held out from conversion and distillation" if held_out else ""
     return "\n".join(lines) + f"\n\nStages{of}: {stages}{undone}.\n"
 
 

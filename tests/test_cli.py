@@ -244,6 +244,7 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_augmentation_reaches_both_trainings(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Augment] = []
     draw = Augment.draw
@@ -333,6 +334,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, monkey
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_interrupted_conversion_goes_on(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_onnx: None
 ) -> None:

@@ -59,7 +59,7 @@ def test_each_method_keeps_more_than_the_one_before(digits: tuple[nn.Module, Ten
     assert kept["least_squares"] > kept["svd"] + 0.1
 
 
-@pytest.mark.parametrize("metric", ["conv_params", "macs"])
+@pytest.mark.parametrize("metric", ["conv_params", pytest.param("macs", marks=pytest.mark.slow)])
 def test_ranks_by_budget_beat_one_rank_for_all(digits: tuple[nn.Module, Tensor, Tensor], metric: str) -> None:
     """On the whole: with few images the pixels that happen to be drawn decide a close race between two layers."""
     model, x, y = digits
@@ -81,7 +81,7 @@ def test_batch_norm_statistics_lower_the_output_error(digits: tuple[nn.Module, T
     assert output_error(better, model, x[300:]) < output_error(plain, model, x[300:])
 
 
-@pytest.mark.parametrize("budget", [0.2, 0.35, 0.5])
+@pytest.mark.parametrize("budget", [0.2, *(pytest.param(b, marks=pytest.mark.slow) for b in (0.35, 0.5))])
 def test_bottlenecks_lose_less_under_a_budget(digits: tuple[nn.Module, Tensor, Tensor], budget: float) -> None:
     model, x, _ = digits
     errors = {}

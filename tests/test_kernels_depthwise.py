@@ -316,7 +316,7 @@ _TARGETS = {"avx2": ("ymm", 8, 16), "avx512": ("zmm", 16, 32), "neon": (".4s", 4
 
 
 @pytest.mark.parametrize("name", _TARGETS)
-@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+@pytest.mark.parametrize("numbers", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["forward", "grad_weight"])
 def test_other_processors_get_wide_multiply_adds(name: str, which: str, numbers: str, tmp_path: Any) -> None:
     import halide as hl

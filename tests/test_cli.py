@@ -244,7 +244,6 @@ def test_quiet_prints_nothing(tmp_path: Path) -> None:
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
 
-@pytest.mark.slow
 def test_augmentation_reaches_both_trainings(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[Augment] = []
     draw = Augment.draw

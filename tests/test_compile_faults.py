@@ -74,6 +74,13 @@ def test_compile_steps_between_images_of_batch_one_say_nothing() -> None:
         assert fast.explain().groups[-1].kernel == "halide"
 
 
+def test_compile_group_norm_of_a_column_of_tokens() -> None:
+    """PyTorch derives a layout from steps along a size of 1, and refuses its own input."""
+    model = Compute(lambda x, norm: norm(torch.relu(x).transpose(1, 2).unsqueeze(3)), nn.GroupNorm(2, 136)).eval()
+    x = torch.randn(1, 8, 136)
+    same(compile(model, x), model, x)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_compile_recurrent_layers(kind: type[nn.Module], batch_first: bool) -> None:

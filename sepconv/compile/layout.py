@@ -87,9 +87,9 @@ class _Walk:
             self._places[node] = self._group(node, args)
             return
         if node.target in (as_captured, without_gaps):
-            fits = node.target is without_gaps and _is_dense(args[0].meta)
-            like = node.meta["val"] if node.target is as_captured else _dense(node.meta["val"])
-            self._places[node] = args[0] if fits else self._in_layout(args[0], like)
+            source, seen = args[0], node.meta["val"]
+            like = seen if node.target is as_captured else _without_gaps_like(source.meta)
+            self._places[node] = self._in_layout(source, like)
             return
         view = self._view(node, args, kwargs)
         # A reshape that the strides do not allow copies, as ``contiguous().view()`` of the model did.
@@ -182,8 +182,9 @@ def _dense(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_format)
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or is_channels_last(x)
+def _without_gaps_like(x: Tensor) -> Tensor:
+    """A meta tensor of that size: contiguous where ``x`` can be read so, else as the kernels read images."""
+    return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else _dense(x)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -226,8 +226,10 @@ def test_a_kernel_that_is_left_keeps_no_memory() -> None:
     attempt = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(functions.attempt)
     kernel = llvm.assemble(_LEAVING.format(**functions._asdict()), "kernel")[0]
     before = _bytes()
-    assert attempt(kernel, None) == -5
-    assert _bytes() - before < 50_000_000
+    for _ in range(10):
+        assert attempt(kernel, None) == -5
+    # Beside it a thread may begin a heap of its own, of 64 MiB.
+    assert _bytes() - before < 300_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")

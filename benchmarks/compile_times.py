@@ -16,9 +16,9 @@ import torch
 import sepconv
 from benchmarks.record import save, stamped
 from sepconv.bench import operations
-from sepconv.bench.timing import threads_set_to
-from sepconv.kernels import code_cache, runtime
+from sepconv.kernels.halide.jit import code_cache, runtime
 from sepconv.models import MobileNetV1, MobileNetV2
+from sepconv.system.threads import threads_set_to
 
 NAME = "compile_times"
 LIMIT = 0.5

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sepconv import environment
-from sepconv.files import replacing
+from sepconv.system import environment
+from sepconv.system.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import save, stamped
-from sepconv.kernels import code_cache
+from sepconv.kernels.halide.jit import code_cache
 from sepconv.models import MobileNetV1
 
 NAME = "sizes"

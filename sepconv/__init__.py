@@ -1,6 +1,6 @@
 """Depthwise separable convolution for PyTorch: fast layers, and a converter from normal CNNs to separable ones."""
 
-from sepconv import interrupt as interrupt  # the first import, for the sake of the seconds that the others take
+from sepconv.system import interrupt as _interrupt  # noqa: F401  # first: the other imports take seconds
 
 # isort: split
 from importlib import import_module as _import_module
@@ -8,11 +8,9 @@ from typing import Any as _Any
 
 from sepconv import models as models
 from sepconv import reference as reference
-from sepconv.choices import explain as explain
 from sepconv.compile import compile as compile
 from sepconv.convert import convert as convert
 from sepconv.cost import count as count
-from sepconv.doctor import doctor as doctor
 from sepconv.layers import DepthwiseConv1d as DepthwiseConv1d
 from sepconv.layers import DepthwiseConv2d as DepthwiseConv2d
 from sepconv.layers import DepthwiseConv3d as DepthwiseConv3d
@@ -31,6 +29,8 @@ from sepconv.ops import pointwise_conv3d as pointwise_conv3d
 from sepconv.ops import separable_conv1d as separable_conv1d
 from sepconv.ops import separable_conv2d as separable_conv2d
 from sepconv.ops import separable_conv3d as separable_conv3d
+from sepconv.ops.explain import explain as explain
+from sepconv.system.doctor import doctor as doctor
 
 __version__ = "0.1.0.dev0"
 

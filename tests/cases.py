@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sepconv.shapes import Geometry, resolve
+from sepconv.ops.geometry import Geometry, resolve
 
 
 @dataclass(frozen=True)

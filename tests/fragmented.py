@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import sepconv
-from sepconv.kernels import code_cache, machine_code
+from sepconv.kernels.halide.jit import code_cache, machine_code
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FAR = 3 << 30

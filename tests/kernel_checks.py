@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels import depthwise, pointwise, separable
+from sepconv.kernels.halide.conv import depthwise, pointwise, separable
 
 MARGIN = 64
 

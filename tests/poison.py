@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from sepconv.kernels import entry, llvm, machine_code, runtime
+from sepconv.kernels.halide.jit import entry, llvm, machine_code, runtime
 
 # Like the memory that kernels usually get; 32584 is half an address, and as a float32 4.6e-41.
 _MALLOC = """

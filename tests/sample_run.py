@@ -13,9 +13,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv import SeparableConv2d, explanation, png
+from sepconv import SeparableConv2d
 from sepconv.models.mobilenet_v1 import MobileNetV1Normal
 from sepconv.models.vgg import VGGSmall
+from sepconv.runs import layer_data, png
 
 
 def separate(conv: nn.Conv2d, rank: int) -> SeparableConv2d:
@@ -200,7 +201,7 @@ def write_digits_run(folder: Path, epochs: int = 2) -> tuple[nn.Module, nn.Modul
         "versions": {"python": "3.12", "torch": torch.__version__},
     }
     image = test_x[3]
-    write(folder, result, explanation.collect(model, converted, image, label=str(int(test_y[3]))))
+    write(folder, result, layer_data.collect(model, converted, image, label=str(int(test_y[3]))))
     return model, converted, image
 
 
@@ -224,7 +225,7 @@ def write_mobilenet_run(folder: Path) -> tuple[nn.Module, nn.Module, Tensor]:
         "confusion": {"normal": confused, "separable": confused},
         "versions": {"torch": torch.__version__},
     }
-    write(folder, result, explanation.collect(model, converted, image))
+    write(folder, result, layer_data.collect(model, converted, image))
     return model, converted, image
 
 

@@ -10,7 +10,7 @@ import torch
 from networks import SamePadded, randomise
 
 from sepconv.compile import compile
-from sepconv.kernels import runtime
+from sepconv.kernels.halide.jit import runtime
 
 
 @pytest.fixture(

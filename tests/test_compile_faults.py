@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from sepconv import depthwise_conv2d, explain
-from sepconv.borrowed import is_exported
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.lower import _WRITE_ANY_STRIDES, _operation
 from sepconv.compile.verify import disagreement
-from sepconv.kernels import runtime
+from sepconv.kernels.halide.jit import runtime
+from sepconv.layers.borrowed import is_exported
 
 
 class Compute(nn.Module):

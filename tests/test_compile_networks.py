@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.groups import Convolution, Separable
-from sepconv.kernels import aten
-from sepconv.kernels.machine_code import Chain
+from sepconv.kernels.halide.jit.machine_code import Chain
+from sepconv.kernels.torch import aten
 from sepconv.models import MobileNetV1, MobileNetV2
 
 RELATIVE = 1e-5

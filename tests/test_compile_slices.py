@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sepconv.compile import compile
-from sepconv.kernels import machine, runtime
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import machine
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

@@ -18,8 +18,8 @@ from sepconv.convert.calibrate import Problem
 from sepconv.convert.forms import FORMS
 from sepconv.convert.statistics import Moments
 from sepconv.cost import count
-from sepconv.model_file import Card, open_model, write
-from sepconv.structure import differences
+from sepconv.runs.model_file import Card, open_model, write
+from sepconv.runs.structure import differences
 
 FORM = FORMS["bottleneck"]
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from sepconv.kernels import conv, machine, pointwise, runtime, schedule_gemm, separable
+from sepconv.kernels.halide.conv import pointwise, separable, stem
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import gemm, machine
 
 if runtime.missing():
     pytest.skip(runtime.missing(), allow_module_level=True)
@@ -51,13 +53,13 @@ def product_loop(pipeline: tuple[Any, list[Any]], processor: machine.Machine, fo
     return max(inner_loops(path.read_text()), key=lambda loop: len(multiply_adds(loop)))
 
 
-def register_name(processor: machine.Machine, tile: schedule_gemm.Tile) -> str:
+def register_name(processor: machine.Machine, tile: gemm.Tile) -> str:
     if processor.name == "neon":
         return r"v\d+\.4s"
     return {8: r"%ymm\d+", 16: r"%zmm\d+"}[tile.lanes]
 
 
-def assert_in_registers(loop: list[str], processor: machine.Machine, tile: schedule_gemm.Tile, unrolled: int) -> None:
+def assert_in_registers(loop: list[str], processor: machine.Machine, tile: gemm.Tile, unrolled: int) -> None:
     found = multiply_adds(loop)
     assert len(found) == tile.vectors * tile.scalars * unrolled
     assert all(re.search(register_name(processor, tile), instruction) for instruction in found)
@@ -68,7 +70,7 @@ def assert_in_registers(loop: list[str], processor: machine.Machine, tile: sched
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) -> None:
     processor = machine.named(name)
-    plan = schedule_gemm.pointwise_schedule(processor, channels_last, 128, 128, 56 * 56, 1, 1)
+    plan = gemm.pointwise_schedule(processor, channels_last, 128, 128, 56 * 56, 1, 1)
     spec = pointwise.Spec(channels_last, 128, 128, plan.tile, False, plan.parallel, "relu6", False)
     loop = product_loop(pointwise.build(spec), processor, tmp_path)
     assert_in_registers(loop, processor, plan.tile, 1)
@@ -78,8 +80,8 @@ def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) ->
 @pytest.mark.parametrize(("channels", "out_channels"), [(144, 24), (512, 512)])
 def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_path: Path) -> None:
     processor = machine.named(name)
-    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1, 1)
-    streams = schedule_gemm.streams(processor, channels, out_channels)
+    plan = gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1, 1)
+    streams = gemm.streams(processor, channels, out_channels)
     spec = separable.Spec(
         channels, 1, out_channels, (3, 3), (1, 1), (1, 1), plan.tile, plan.columns, plan.depthwise_lanes,
         plan.parallel, "relu6", "relu6", False, streams,
@@ -92,9 +94,9 @@ def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_p
 @pytest.mark.parametrize("name", MACHINES)
 def test_stem_inner_loop(name: str, tmp_path: Path) -> None:
     processor = machine.named(name)
-    plan = schedule_gemm.stem_schedule(processor, 27, 32, 1, (112, 112), 5376, 1)
-    spec = conv.Spec(False, 3, 32, (3, 3), (2, 2), plan.tile, "relu6")
-    loop = product_loop(conv.build(spec), processor, tmp_path)
+    plan = gemm.stem_schedule(processor, 27, 32, 1, (112, 112), 5376, 1)
+    spec = stem.Spec(False, 3, 32, (3, 3), (2, 2), plan.tile, "relu6")
+    loop = product_loop(stem.build(spec), processor, tmp_path)
     assert_in_registers(loop, processor, plan.tile, spec.channels)
 
 
@@ -102,7 +104,7 @@ def test_stem_inner_loop(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wide", [1, 7, 16, 24, 32, 49, 96, 320, 1000, 1024])
 def test_tiles_fit_the_registers(name: str, wide: int) -> None:
     processor = machine.named(name)
-    tile = schedule_gemm.gemm_tile(processor, wide, 256)
+    tile = gemm.gemm_tile(processor, wide, 256)
     assert tile.vectors * tile.scalars + tile.vectors + 1 <= processor.registers
     assert tile.vectors * tile.scalars >= 10
     assert tile.lanes <= processor.lanes
@@ -113,7 +115,7 @@ def test_tiles_fit_the_registers(name: str, wide: int) -> None:
 def test_separable_schedule_leaves_no_tile_shorter_than_its_registers(size: tuple[int, int], threads: int) -> None:
     for name in MACHINES:
         for channels, out_channels in ((3, 5), (64, 128), (1024, 1024)):
-            plan = schedule_gemm.separable_schedule(machine.named(name), channels, 1, out_channels, 1, size, 1, threads)
+            plan = gemm.separable_schedule(machine.named(name), channels, 1, out_channels, 1, size, 1, threads)
             left = size[0] % plan.rows
             assert plan.rows <= size[0]
             assert plan.tile.scalars <= plan.rows * size[1]
@@ -134,14 +136,14 @@ def test_inner_loops_of_a_known_program() -> None:
 def test_weights_that_l2_cannot_keep_are_read_once(channels: int, side: int) -> None:
     """On one thread; all filtered rows fit the cache beside a block of weights."""
     processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
-    plan = schedule_gemm.separable_schedule(processor, channels, 1, channels, 1, (side, side), 1, 1)
+    plan = gemm.separable_schedule(processor, channels, 1, channels, 1, (side, side), 1, 1)
     assert plan.rows == side
     assert 4 * channels * side * side <= processor.l2_bytes * 4 // 5
 
 
 def test_weights_that_l2_keeps_leave_the_rows_most_of_it() -> None:
     processor = dataclasses.replace(machine.named("avx2"), l2_bytes=512 * 1024)
-    plan = schedule_gemm.separable_schedule(processor, 256, 1, 256, 1, (28, 28), 1, 1)
+    plan = gemm.separable_schedule(processor, 256, 1, 256, 1, (28, 28), 1, 1)
     assert 4 * 256 * 28 * plan.rows <= processor.l2_bytes * 2 // 5
 
 
@@ -151,7 +153,7 @@ def test_depthwise_results_leave_the_cache_to_the_weights(
     name: str, channels: int, out_channels: int, side: int
 ) -> None:
     processor = machine.named(name)
-    plan = schedule_gemm.separable_schedule(processor, channels, 1, out_channels, 1, (side, side), 1, 1)
+    plan = gemm.separable_schedule(processor, channels, 1, out_channels, 1, (side, side), 1, 1)
     fits = 4 * channels * out_channels <= processor.l2_bytes // 2
     assert plan.rows == 1 or 4 * plan.rows * side * channels <= processor.l2_bytes // (8 if fits else 1)
     assert plan.rows < side
@@ -160,7 +162,7 @@ def test_depthwise_results_leave_the_cache_to_the_weights(
 @pytest.mark.parametrize("step", [1, 4])
 def test_the_input_under_a_tile_leaves_room_too(step: int) -> None:
     processor = machine.named("avx512")
-    plan = schedule_gemm.separable_schedule(processor, 128, 1, 128, 1, (56, 56), step, 1)
+    plan = gemm.separable_schedule(processor, 128, 1, 128, 1, (56, 56), step, 1)
     assert 4 * 128 * 56 * plan.rows * (1 + step) <= processor.l2_bytes // 6
 
 
@@ -169,25 +171,25 @@ def test_many_pixels_are_shared_out_evenly(threads: int) -> None:
     """Whatever the chunk that fits the cache, the threads have equally many; channels are for few pixels."""
     for name in MACHINES:
         for pixels in (32 * 32 * 128, 16 * 16 * 128 + 1, 8 * 8 * 128):
-            plan = schedule_gemm.pointwise_schedule(machine.named(name), True, 128, 128, pixels, 1, threads)
+            plan = gemm.pointwise_schedule(machine.named(name), True, 128, 128, pixels, 1, threads)
             assert plan.parallel == "pixels"
             chunks = -(-pixels // (plan.chunk * plan.tile.scalars))
             assert -(-chunks // threads) * threads / chunks < 1.05
 
 
 def test_a_few_pixels_saved_are_no_reason_for_smaller_register_tiles() -> None:
-    tile = schedule_gemm.Tile(16, 4, 6)
-    assert schedule_gemm.fit_scalars(tile, 16 * 16 * 128) == tile
-    assert schedule_gemm.fit_scalars(tile, 10) == tile._replace(scalars=5)
+    tile = gemm.Tile(16, 4, 6)
+    assert gemm.fit_scalars(tile, 16 * 16 * 128) == tile
+    assert gemm.fit_scalars(tile, 10) == tile._replace(scalars=5)
 
 
 def test_half_vectors_are_for_processors_that_compute_whole_ones_in_halves() -> None:
     whole = machine.named("avx512")
     halved = dataclasses.replace(whole, half_vector_cost=1.2)
     # 24 channels: two whole vectors, or three halves of which none is wasted.
-    assert schedule_gemm.gemm_tile(whole, 24, 144)[:2] == (16, 2)
-    assert schedule_gemm.gemm_tile(halved, 24, 144)[:2] == (8, 3)
-    assert (schedule_gemm.channel_lanes(whole, 24), schedule_gemm.channel_lanes(halved, 24)) == (16, 8)
+    assert gemm.gemm_tile(whole, 24, 144)[:2] == (16, 2)
+    assert gemm.gemm_tile(halved, 24, 144)[:2] == (8, 3)
+    assert (gemm.channel_lanes(whole, 24), gemm.channel_lanes(halved, 24)) == (16, 8)
 
 
 @pytest.mark.parametrize(
@@ -203,4 +205,4 @@ def test_zen_4_computes_whole_vectors_in_halves(features: str, cost: float) -> N
     [(512, 512, 4), (160, 960, 2), (96, 1000, 1), (514, 512, 2), (511, 512, 1), (128, 128, 1)],
 )
 def test_large_weights_are_read_in_several_long_runs(channels: int, out_channels: int, count: int) -> None:
-    assert schedule_gemm.streams(machine.named("avx512"), channels, out_channels) == count
+    assert gemm.streams(machine.named("avx512"), channels, out_channels) == count

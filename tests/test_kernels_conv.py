@@ -12,7 +12,9 @@ from kernel_checks import double, image, magnitude, poisoned
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.kernels import conv, peak, runtime
+from sepconv.kernels.halide.conv import stem
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import peak
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -52,16 +54,16 @@ def test_conv_matches_definition(case: Case, channels_last: bool, assert_roundin
     weight = torch.randn(case.out_channels, case.shape[1], *case.kernel)
     bias = torch.randn(case.out_channels) if case.bias else None
     rest = (case.activation, case.stride, case.padding)
-    assert conv.supports(x, weight, bias, *rest) == ""
-    y = conv.forward(x, weight, bias, *rest)
+    assert stem.supports(x, weight, bias, *rest) == ""
+    y = stem.forward(x, weight, bias, *rest)
     assert y.is_contiguous(memory_format=torch.channels_last)
     expected = truth(double(x, weight, bias), case, case.activation)
     sizes = truth(magnitude(x, weight, bias), case, "") + expected.abs()
     assert_rounding(y, expected, sizes, weight[0].numel())
 
-    found = conv.plan_for(x, weight, *rest)
+    found = stem.plan_for(x, weight, *rest)
     out, margins_untouched = poisoned(y)
-    conv.bind(found, x, conv.pack(found, weight, bias), out)()
+    stem.bind(found, x, stem.pack(found, weight, bias), out)()
     assert torch.equal(out, y)
     margins_untouched()
 
@@ -69,7 +71,7 @@ def test_conv_matches_definition(case: Case, channels_last: bool, assert_roundin
 def test_conv_is_the_same_with_two_threads(threads: int) -> None:
     x, weight = image((1, 3, 61, 37), False), torch.randn(16, 3, 3, 3)
     rest = ("relu", (2, 2), ((1, 1), (1, 1)))
-    results = [conv.forward(x, weight, None, *rest) for _ in range(3)]
+    results = [stem.forward(x, weight, None, *rest) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
     expected = reference.ACTIVATIONS["relu"](reference.conv(x, weight, None, (2, 2), rest[2], (1, 1)))
     torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-4)
@@ -87,14 +89,14 @@ def test_conv_is_the_same_with_two_threads(threads: int) -> None:
 )
 def test_conv_says_what_it_does_not_support(x: Tensor, channels: int, reason: str) -> None:
     weight = torch.randn(4, channels, *[3] * (x.dim() - 2), dtype=x.dtype)
-    assert reason in conv.supports(x, weight, None, "", (1, 1), ((1, 1), (1, 1)))
+    assert reason in stem.supports(x, weight, None, "", (1, 1), ((1, 1), (1, 1)))
 
 
 def test_conv_bind_refuses_an_output_in_another_layout() -> None:
     x, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
-    found = conv.plan_for(x, weight, "", (2, 2), ((1, 1), (1, 1)))
+    found = stem.plan_for(x, weight, "", (2, 2), ((1, 1), (1, 1)))
     with pytest.raises(ValueError, match="out must be channels_last"):
-        conv.bind(found, x, conv.pack(found, weight, None), torch.empty(1, 4, 4, 4))
+        stem.bind(found, x, stem.pack(found, weight, None), torch.empty(1, 4, 4, 4))
 
 
 def test_fma_peak_is_positive_and_checks_its_arguments() -> None:

@@ -14,10 +14,14 @@ from kernel_checks import depthwise_forward, depthwise_grad_input, depthwise_gra
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.kernels import aten, depthwise, depthwise_choice, depthwise_plan, depthwise_taps, layout, machine, runtime
-from sepconv.kernels import depthwise_weight_grad as weight_grad
-from sepconv.kernels.depthwise_gather import GatherSpec, build
-from sepconv.kernels.schedule_depthwise import GatherTile, WeightTile
+from sepconv.kernels import layout
+from sepconv.kernels.halide.conv import depthwise, depthwise_choice, depthwise_plan, depthwise_taps
+from sepconv.kernels.halide.conv import depthwise_weight_grad as weight_grad
+from sepconv.kernels.halide.conv.depthwise_gather import GatherSpec, build
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.depthwise import GatherTile, WeightTile
+from sepconv.kernels.torch import aten
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

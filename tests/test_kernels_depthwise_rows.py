@@ -15,12 +15,13 @@ from test_kernels_depthwise import test_forward_is_the_reference as check_forwar
 from test_kernels_depthwise import test_gradients_are_the_reference as check_gradients
 
 import sepconv
-from sepconv.kernels import depthwise_call, depthwise_gather, depthwise_plan, depthwise_weight_grad, runtime
-from sepconv.kernels import schedule_depthwise as schedule
-from sepconv.kernels.depthwise_gather import GatherSpec
-from sepconv.kernels.depthwise_taps import forward_taps
-from sepconv.kernels.depthwise_weight_grad import WeightSpec
-from sepconv.kernels.runtime import hl
+from sepconv.kernels.halide.conv import depthwise_call, depthwise_gather, depthwise_plan, depthwise_weight_grad
+from sepconv.kernels.halide.conv.depthwise_gather import GatherSpec
+from sepconv.kernels.halide.conv.depthwise_taps import forward_taps
+from sepconv.kernels.halide.conv.depthwise_weight_grad import WeightSpec
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule import depthwise as schedule
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

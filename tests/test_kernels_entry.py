@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import sepconv
-from sepconv.kernels import entry, llvm, machine_code, packing, runtime
-from sepconv.kernels.buffers import buffer
-from sepconv.kernels.calls import Call, Layout
-from sepconv.kernels.machine_code import Chain
+from sepconv.kernels.halide.jit import entry, llvm, machine_code, packing, runtime
+from sepconv.kernels.halide.jit.buffers import buffer
+from sepconv.kernels.halide.jit.calls import Call, Layout
+from sepconv.kernels.halide.jit.machine_code import Chain
 
 resource = pytest.importorskip("resource", reason="this system has no limits of memory")
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
@@ -131,7 +131,7 @@ class _Failing:
         self._enter = machine_code._ENTER(entry.functions().enter)
 
     def bound(self) -> machine_code.Bound:
-        from sepconv.kernels.buffers import arguments
+        from sepconv.kernels.halide.jit.buffers import arguments
 
         return machine_code.Bound(self, arguments(self.address))  # type: ignore[arg-type]
 

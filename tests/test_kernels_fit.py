@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepconv.kernels import code_cache, fit, runtime
-from sepconv.kernels.buffers import Buffer, buffer
-from sepconv.kernels.calls import Call, Layout
+from sepconv.kernels.halide.jit import code_cache, fit, runtime
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer
+from sepconv.kernels.halide.jit.calls import Call, Layout
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

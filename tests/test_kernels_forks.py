@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from sepconv.kernels import runtime
+from sepconv.kernels.halide.jit import runtime
 
 pytestmark = [
     pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing()),

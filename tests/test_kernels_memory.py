@@ -9,8 +9,9 @@ import poison
 import pytest
 import torch
 
-from sepconv.kernels import conv, depthwise, pointwise, runtime, separable
-from sepconv.kernels.buffers import buffer
+from sepconv.kernels.halide.conv import depthwise, pointwise, separable, stem
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.buffers import buffer
 
 if runtime.missing() or not poison.possible:
     pytest.skip(runtime.missing() or "reads flags of x86 processors", allow_module_level=True)
@@ -97,8 +98,8 @@ def test_separable(channels: int, outputs: int, size: tuple[int, int], stride: i
 def test_stem(size: tuple[int, int], kernel: int, stride: int, channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, weight = torch.randn(2, 3, *size).contiguous(memory_format=layout), torch.randn(20, 3, kernel, kernel)
-    found = conv.plan_for(x, weight, "relu", (stride, stride), _same((kernel, kernel)))
-    run = conv.bind(found, x, conv.pack(found, weight, None), conv.new_output(x, found))
+    found = stem.plan_for(x, weight, "relu", (stride, stride), _same((kernel, kernel)))
+    run = stem.bind(found, x, stem.pack(found, weight, None), stem.new_output(x, found))
     run()
     assert not poison.meets_tiny_numbers(run)
 

@@ -12,7 +12,8 @@ import torch
 from kernel_checks import pointwise_forward
 from torch import Tensor, nn
 
-from sepconv.kernels import packing, pointwise, runtime
+from sepconv.kernels.halide.conv import pointwise
+from sepconv.kernels.halide.jit import packing, runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

@@ -12,7 +12,9 @@ from kernel_checks import double, image, magnitude, pointwise_forward, poisoned
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.kernels import layout, pointwise, runtime
+from sepconv.kernels import layout
+from sepconv.kernels.halide.conv import pointwise
+from sepconv.kernels.halide.jit import runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

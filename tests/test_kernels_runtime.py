@@ -12,12 +12,14 @@ import pytest
 import torch
 from kernel_checks import depthwise_forward, pointwise_forward
 
-from sepconv.kernels import depthwise, machine, peak, runtime
-from sepconv.kernels import pool as pool_kernel
-from sepconv.kernels import threads as pool
-from sepconv.kernels.buffers import buffer
-from sepconv.kernels.calls import Call, Layout
-from sepconv.kernels.machine_code import Chain, in_chains
+from sepconv.kernels.halide.conv import depthwise
+from sepconv.kernels.halide.conv import pool as pool_kernel
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit import threads as pool
+from sepconv.kernels.halide.jit.buffers import buffer
+from sepconv.kernels.halide.jit.calls import Call, Layout
+from sepconv.kernels.halide.jit.machine_code import Chain, in_chains
+from sepconv.kernels.halide.schedule import machine, peak
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

@@ -13,7 +13,9 @@ from kernel_checks import double, image, magnitude, poisoned, separable_forward
 from torch import Tensor
 
 from sepconv import reference
-from sepconv.kernels import layout, pointwise, runtime, separable
+from sepconv.kernels import layout
+from sepconv.kernels.halide.conv import pointwise, separable
+from sepconv.kernels.halide.jit import runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sepconv.kernels import entry, llvm, runtime, threads
+from sepconv.kernels.halide.jit import entry, llvm, runtime, threads
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 

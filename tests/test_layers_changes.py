@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import sepconv
-from sepconv.kernels import packing
+from sepconv.kernels.halide.jit import packing
 from sepconv.models.mobilenet_v2 import InvertedResidual
 
 

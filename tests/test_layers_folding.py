@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.kernels import packing
+from sepconv.kernels.halide.jit import packing
 from sepconv.models.mobilenet_v2 import InvertedResidual
 
 _LAYER: dict[int, Any] = {1: sepconv.SeparableConv1d, 2: sepconv.SeparableConv2d, 3: sepconv.SeparableConv3d}

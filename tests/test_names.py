@@ -15,8 +15,8 @@ from test_cli_screen import Terminal
 from test_data import png, write_images
 
 from sepconv.cli import console, show
-from sepconv.predict import Prediction
-from sepconv.progress import Step
+from sepconv.runs.predict import Prediction
+from sepconv.system.progress import Step
 
 NAMES = {
     "markup": ("[bold]x[/bold]", "[bold]x[/bold]"),

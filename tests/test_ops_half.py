@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepconv
-from sepconv import direct, reference
-from sepconv.choices import HALF, record
-from sepconv.kernels import aten, depthwise
-from sepconv.shapes import resolve
+from sepconv import reference
+from sepconv.kernels.halide.conv import depthwise
+from sepconv.kernels.torch import aten
+from sepconv.ops import direct
+from sepconv.ops.explain import HALF, record
+from sepconv.ops.geometry import resolve
 
 OURS = {1: sepconv.depthwise_conv1d, 2: sepconv.depthwise_conv2d, 3: sepconv.depthwise_conv3d}
 THEIRS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -13,27 +13,22 @@ import pytest
 import sepconv
 
 ROOT = Path(sepconv.__file__).parent
-# Every file stands on one level and may import from lower levels, and from its own level what is listed below.
+# Every folder stands on one level and may import from lower levels, and from its own level what is listed below. Two
+# files about the machine look up at what they report.
 LEVELS = [
-    ["reference", "shapes", "files", "png", "progress", "allocator", "borrowed", "interrupt"],
+    ["reference", "system"],
     ["kernels"],
-    ["choices", "environment"],
-    ["dispatch"],
-    ["direct", "tracing"],
-    ["operators"],
-    ["gradients"],
-    ["apply"],
+    ["system.environment"],
     ["ops"],
-    ["layers", "doctor", "pairs"],
-    ["models", "cost", "convert", "compile", "data", "structure", "explanation"],
-    ["card"],
-    ["train", "model_file", "export"],
-    ["bench", "predict", "run_folder"],
-    ["measure", "report"],
-    ["workflow"],
+    ["system.doctor", "layers"],
+    ["models", "cost", "convert", "compile", "data"],
+    ["train", "report"],
+    ["runs"],
+    ["bench"],
     ["cli"],
 ]
 BESIDE = {("convert", "cost"), ("compile", "cost")}
+MOST_LOOSE_FILES = 6
 PUBLIC = [
     *(f"{kind}Conv{d}d" for kind in ("Depthwise", "Pointwise", "Separable") for d in (1, 2, 3)),
     *(f"{kind}_conv{d}d" for kind in ("depthwise", "pointwise", "separable") for d in (1, 2, 3)),
@@ -51,35 +46,53 @@ def test_public_names() -> None:
     assert sorted(names - modules) == sorted(PUBLIC)
 
 
+def _part(module: str) -> str:
+    """The entry of LEVELS that a module belongs to: itself, or the folder that it is in."""
+    names = module.split(".")[1:]
+    listed = {part for parts in LEVELS for part in parts}
+    return next(part for part in (".".join(names[:2]), names[0]) if part in listed)
+
+
 def _level(part: str) -> int:
     [level] = [i for i, parts in enumerate(LEVELS) if part in parts]
     return level
 
 
 def _imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports anywhere, by their full names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "sepconv":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sepconv."):
-            found.add(str(node.module).split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sepconv":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sepconv.")}
-    return found
+            found |= {alias.name for alias in node.names if alias.name.startswith("sepconv.")}
+    return found - {"sepconv.__version__"}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
-    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if part in ("__init__", "__main__"):
+    module = ".".join(("sepconv", *path.relative_to(ROOT).with_suffix("").parts))
+    if module in ("sepconv.__init__", "sepconv.__main__"):
         return
-    for other in _imports(path) - {part, "__version__"}:
+    part = _part(module)
+    for other in {_part(name) for name in _imports(path)} - {part}:
         allowed = _level(other) < _level(part) or (part, other) in BESIDE
         assert allowed, f"{part} must not import {other}"
 
 
+def test_root_has_few_loose_files() -> None:
+    """A folder is one idea; what lies loose in the root has none."""
+    loose = [path.name for path in ROOT.iterdir() if path.is_file()]
+    assert len(loose) <= MOST_LOOSE_FILES, sorted(loose)
+
+
+def test_every_folder_says_what_it_is() -> None:
+    for folder in {path.parent for path in ROOT.rglob("*.py")}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
 def test_kernels_know_nothing_of_autograd_and_modules() -> None:
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         source = path.read_text()
         assert not re.search(
             r"torch\.nn\b(?!\.functional| import functional)|torch\.(autograd|library|ops\.sepconv)", source

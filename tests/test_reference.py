@@ -8,7 +8,7 @@ from cases import CASES, Case
 from torch.nn import functional as F
 
 from sepconv import reference
-from sepconv.shapes import Geometry, output_size
+from sepconv.ops.geometry import Geometry, output_size
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _ids = [case.name for case in CASES]

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from sepconv.data import load
-from sepconv.model_file import Card
+from sepconv.runs.model_file import Card
+from sepconv.runs.workflow import Job, convert_model
 from sepconv.train import Recipe
-from sepconv.workflow import Job, convert_model
 
 EPOCHS = 4
 

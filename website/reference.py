@@ -14,8 +14,8 @@ MODULES = {
     "sepconv.train": "Training and distillation, in one process or many.",
     "sepconv.data": "Data sets as batches.",
     "sepconv.reference": "The mathematics in plain PyTorch: what every kernel is tested against, in float64.",
-    "sepconv.model_file": "Networks as files.",
-    "sepconv.export": "Networks as ONNX.",
+    "sepconv.runs.model_file": "Networks as files.",
+    "sepconv.runs.onnx_file": "Networks as ONNX.",
     "sepconv.report": "The page of a run.",
 }
 SECTION = re.compile(r"^([A-Z][A-Za-z ]*):(.*)$")

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.evidence import claims, conversions, speed, students, teachers
 from benchmarks.evidence.runner import Step, finished, run
-from sepconv.allocator import keep_freed_memory
+from sepconv.system.allocator import keep_freed_memory
 
 
 def chosen(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:

@@ -21,9 +21,9 @@ from benchmarks.evidence.runner import RUNS, Step
 from benchmarks.evidence.teachers import NAMES, SOURCE
 from sepconv.cost import count
 from sepconv.data import Data, load
-from sepconv.files import replacing
 from sepconv.layers import PointwiseConv2d, SeparableConv2d
 from sepconv.models.blocks import classifier_head, conv3x3, conv_norm, initialize, pool_and_classify
+from sepconv.system.files import replacing
 from sepconv.train import Recipe, evaluate, train
 
 SEEDS = (0, 1, 2)

@@ -17,7 +17,7 @@ from benchmarks.evidence.teachers import CONVERTED, SMALL, data_of, teacher
 from sepconv.convert import convert
 from sepconv.convert.forms import FORMS
 from sepconv.cost import count
-from sepconv.model_file import FILE, open_model, read_card, write
+from sepconv.runs.model_file import FILE, open_model, read_card, write
 from sepconv.train import evaluate
 
 IMAGES = {"mixed": 5000}

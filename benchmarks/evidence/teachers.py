@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.evidence.runner import RUNS, Step
 from sepconv.cost import count
 from sepconv.data import Data, load
-from sepconv.model_file import FILE, Card, open_model, write
+from sepconv.runs.model_file import FILE, Card, open_model, write
 from sepconv.train import Recipe, evaluate, train
 from sepconv.train.history import History
 

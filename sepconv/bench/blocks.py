@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 import sepconv
 from sepconv.bench.records import Record
-from sepconv.bench.timing import interleaved, threads_set_to
-from sepconv.choices import record
 from sepconv.cost import count
-from sepconv.kernels import separable
+from sepconv.kernels.halide.conv import separable
 from sepconv.kernels.layout import new_output
 from sepconv.models import MobileNetV1, MobileNetV2
+from sepconv.ops.explain import record
+from sepconv.system.threads import threads_set_to
+from sepconv.system.timing import interleaved
 
 _FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 

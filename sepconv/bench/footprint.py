@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from sepconv.bench.peers import CONTENDERS, Source
-from sepconv.bench.timing import threads_set_to
-from sepconv.kernels.code_cache import VARIABLE
+from sepconv.kernels.halide.jit.code_cache import VARIABLE
+from sepconv.system.threads import threads_set_to
 
 _RUNS = 5
 _PROCESS = Path("/proc/self")

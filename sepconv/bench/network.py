@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepconv import environment
 from sepconv.bench import footprint, records
 from sepconv.bench.footprint import Footprint
 from sepconv.bench.peers import CONTENDERS, Source, absent
 from sepconv.bench.records import Record
-from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.cost import count
-from sepconv.kernels.peak import fma_peak_gflops
+from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 from sepconv.models import MobileNetV1, MobileNetV2
+from sepconv.system import environment
+from sepconv.system.threads import threads_set_to
+from sepconv.system.timing import interleaved
 
 Progress = Callable[[str], None]
 

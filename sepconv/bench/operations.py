@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconv import gradients, ops
+from sepconv import ops
 from sepconv.bench.records import Record
-from sepconv.bench.timing import interleaved, threads_set_to
-from sepconv.choices import record
-from sepconv.shapes import Geometry, output_size, resolve
+from sepconv.ops import autograd
+from sepconv.ops.explain import record
+from sepconv.ops.geometry import Geometry, output_size, resolve
+from sepconv.system.threads import threads_set_to
+from sepconv.system.timing import interleaved
 
 _OURS = {1: ops.depthwise_conv1d, 2: ops.depthwise_conv2d, 3: ops.depthwise_conv3d}
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -134,8 +136,8 @@ def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     x_size, w_size = list(t.x.shape), list(t.weight.shape)
     return {
         "forward": lambda: conv(t.x, t.weight, t.bias, g.stride, padding, g.dilation),
-        "grad_input": lambda: gradients.depthwise_grad_input(t.grad, t.weight, x_size, *geometry),
-        "grad_weight": lambda: gradients.depthwise_grad_weight(t.grad, t.x, w_size, *geometry),
+        "grad_input": lambda: autograd.depthwise_grad_input(t.grad, t.weight, x_size, *geometry),
+        "grad_weight": lambda: autograd.depthwise_grad_weight(t.grad, t.x, w_size, *geometry),
     }
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sepconv import environment
-from sepconv.files import replacing
+from sepconv.system import environment
+from sepconv.system.files import replacing
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from sepconv.bench import blocks, operations, records
 from sepconv.bench.records import Record
-from sepconv.kernels.peak import fma_peak_gflops
+from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 
 Progress = Callable[[int, int, str], None]
 BATCHES = (1, 8)

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.bench.timing import interleaved, threads_set_to
 from sepconv.compile import compile
-from sepconv.files import check_folder
-from sepconv.kernels import code_cache, depthwise, depthwise_plan, pointwise, runtime, separable, tuned
-from sepconv.kernels.depthwise_plan import Problem
+from sepconv.kernels.halide.conv import depthwise, depthwise_plan, pointwise, separable
+from sepconv.kernels.halide.conv.depthwise_plan import Problem
+from sepconv.kernels.halide.jit import code_cache, runtime
+from sepconv.kernels.halide.schedule import tuned
+from sepconv.kernels.halide.schedule.tuned import Asked
 from sepconv.kernels.layout import new_output
-from sepconv.kernels.tuned import Asked
+from sepconv.system.files import check_folder
+from sepconv.system.threads import threads_set_to
+from sepconv.system.timing import interleaved
 
 # A schedule must win by this factor, or noise would choose.
 MARGIN = 1.03

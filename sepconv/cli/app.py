@@ -11,9 +11,9 @@ import typer
 import typer.core
 
 import sepconv
-from sepconv import interrupt
 from sepconv.cli import console
 from sepconv.cli.guard import INTERRUPTED, WRONG_ARGUMENTS
+from sepconv.system import interrupt
 
 
 class _Command(typer.core.TyperCommand):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sepconv.card import LARGEST_INPUT, MOST_DIMENSIONS, Card, is_input_shape
-from sepconv.files import check_output, refuse_inputs
-from sepconv.model_file import model_path
+from sepconv.runs.card import LARGEST_INPUT, MOST_DIMENSIONS, Card, is_input_shape
+from sepconv.runs.model_file import model_path
+from sepconv.system.files import check_output, refuse_inputs
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:

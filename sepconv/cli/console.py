@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from sepconv.data.parts import readable
-from sepconv.files import replacing
-from sepconv.progress import OnProgress, Step, ignore
+from sepconv.system.files import replacing
+from sepconv.system.progress import OnProgress, Step, ignore
 
 MIN_WIDTH, MAX_WIDTH = 40, 80
 WIDEST = 400

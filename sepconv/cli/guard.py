@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from sepconv.cli import console
-from sepconv.interrupt import INTERRUPTED as INTERRUPTED
+from sepconv.system.interrupt import INTERRUPTED as INTERRUPTED
 
 FAILED, WRONG_ARGUMENTS = 1, 2
 

@@ -18,11 +18,11 @@ from sepconv.cli.app import Commands, app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.cost import count
-from sepconv.doctor import doctor
-from sepconv.kernels import tuned
-from sepconv.kernels.threads import MOST as MOST_THREADS
-from sepconv.model_file import open_model
+from sepconv.kernels.halide.schedule import tuned
 from sepconv.report import page_of, write_report
+from sepconv.runs.model_file import open_model
+from sepconv.system.doctor import doctor
+from sepconv.system.threads import MOST as MOST_THREADS
 
 
 @app.command("count", epilog="Example: sepconv count mobilenet_v1 --input 3x224x224 --set width_mult=0.5")

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from sepconv.allocator import keep_freed_memory
-from sepconv.bench.timing import threads_set_to
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded, resumable
 from sepconv.data import Data, load
-from sepconv.files import check_folder
-from sepconv.model_file import open_model
-from sepconv.run_folder import CHECKPOINTS, FILES, claim
+from sepconv.runs.model_file import open_model
+from sepconv.runs.run_folder import CHECKPOINTS, FILES, claim
+from sepconv.runs.workflow import DISTILLATION_LR, Job, convert_model, demo, train_model
+from sepconv.system.allocator import keep_freed_memory
+from sepconv.system.files import check_folder
+from sepconv.system.threads import threads_set_to
 from sepconv.train import Distillation, Recipe
-from sepconv.workflow import DISTILLATION_LR, Job, convert_model, demo, train_model
 
 
 @app.command("demo", epilog="Example: sepconv demo --out demo")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sepconv.kernels.threads import MOST as MOST_THREADS
 from sepconv.models.registry import BUILT_IN
+from sepconv.system.threads import MOST as MOST_THREADS
 from sepconv.train.recipe import MOST_EPOCHS
 
 LARGEST_SEED = 2**63 - 1

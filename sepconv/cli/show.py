@@ -9,10 +9,10 @@ from sepconv.bench.tune import Tuned
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
 from sepconv.data import Data
-from sepconv.doctor import PROBE, Diagnosis
-from sepconv.model_file import FILE
 from sepconv.models import BUILT_IN
-from sepconv.predict import Prediction
+from sepconv.runs.model_file import FILE
+from sepconv.runs.predict import Prediction
+from sepconv.system.doctor import PROBE, Diagnosis
 
 NAMES = {"conv_params": "convolution weights", "params": "parameters", "macs": "multiply-adds"}
 

@@ -14,9 +14,9 @@ from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.data import load
 from sepconv.data.listing import Ignored, image_files
-from sepconv.export import export_onnx
-from sepconv.model_file import open_model
-from sepconv.predict import predict
+from sepconv.runs.model_file import open_model
+from sepconv.runs.onnx_file import export_onnx
+from sepconv.runs.predict import predict
 
 
 @app.command("export", epilog="Example: sepconv export small --onnx small.onnx")

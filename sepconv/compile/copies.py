@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from sepconv.borrowed import copied
+from sepconv.layers.borrowed import copied
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sepconv.compile.plan import Plan
-from sepconv.kernels.peak import fma_peak_gflops
+from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 
 _REPEATS = 20
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.compile.constants import Constant, name_of
-from sepconv.kernels import aten
+from sepconv.kernels.torch import aten
 from sepconv.reference import ACTIVATIONS
 
 Pairs = tuple[tuple[int, int], ...]

@@ -14,10 +14,11 @@ from sepconv.compile.capture import first_line
 from sepconv.compile.constants import Store
 from sepconv.compile.groups import Convolution, Pool, Separable
 from sepconv.compile.layout import RESULTS
-from sepconv.kernels import conv, depthwise, pointwise, pool, runtime, separable
-from sepconv.kernels.buffers import Buffer
-from sepconv.kernels.machine_code import Chain
-from sepconv.kernels.runtime import BuildError
+from sepconv.kernels.halide.conv import depthwise, pointwise, pool, separable, stem
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.buffers import Buffer
+from sepconv.kernels.halide.jit.machine_code import Chain
+from sepconv.kernels.halide.jit.runtime import BuildError
 
 
 class Call(NamedTuple):
@@ -96,7 +97,7 @@ def _unfit(target: Any, args: Sequence[Tensor], out: Tensor) -> str:
         if target.residual or target.groups > 1 or set(target.dilation) != {1}:
             return "the kernel for normal convolutions has no dilation, groups and residual"
         bias = None if target.bias is None else target.bias.tensor
-        return conv.supports(x, target.weight.tensor, bias, target.activation, target.stride, target.padding)
+        return stem.supports(x, target.weight.tensor, bias, target.activation, target.stride, target.padding)
     if target.kind == "pointwise" and x.dim() == 4 and x.shape[1] == 1 and out.shape[1] > 1:
         return "with one input channel both layouts look the same to the kernel"
     return ""
@@ -155,12 +156,12 @@ def _bind_split(target: Separable, args: Sequence[Tensor], out: Tensor, store: S
 
 def _bind_conv(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
     weight, bias = target.weight.tensor, _tensor(target.bias)
-    found = conv.plan_for(args[0], weight, target.activation, target.stride, target.padding)
+    found = stem.plan_for(args[0], weight, target.activation, target.stride, target.padding)
     packed = store.keep(
         ("conv", *found.spec.tile.panels, *_keys(target.weight, target.bias)),
-        lambda: _Packed(conv.pack(found, weight, bias)),
+        lambda: _Packed(stem.pack(found, weight, bias)),
     )
-    return Call(conv.bind(found, args[0], packed, out), "halide", holds=packed)
+    return Call(stem.bind(found, args[0], packed, out), "halide", holds=packed)
 
 
 def _bind_depthwise(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from sepconv.borrowed import in_training, is_exported
 from sepconv.compile.constants import Store
 from sepconv.compile.copies import frozen_copy
 from sepconv.compile.explain import Explanation, explain_plan
 from sepconv.compile.places import is_channels_last
 from sepconv.compile.plan import Plan
 from sepconv.compile.prepare import EMPTY, as_captured, prepare
-from sepconv.kernels.threads import MOST as MOST_THREADS
-from sepconv.kernels.threads import alone
+from sepconv.kernels.halide.jit.threads import alone
+from sepconv.layers.borrowed import in_training, is_exported
+from sepconv.system.threads import MOST as MOST_THREADS
 
 MAX_PLANS = 16
 

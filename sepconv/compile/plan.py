@@ -23,8 +23,8 @@ from sepconv.compile.constants import Store
 from sepconv.compile.layout import Layout, Place, Root, lay_out
 from sepconv.compile.lower import Call, lower, lower_direct
 from sepconv.compile.tune import alternatives, fastest
-from sepconv.kernels import threads
-from sepconv.kernels.machine_code import in_chains
+from sepconv.kernels.halide.jit import threads
+from sepconv.kernels.halide.jit.machine_code import in_chains
 
 
 class Plan:

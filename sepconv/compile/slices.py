@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sepconv.compile.groups import Convolution, Separable
 from sepconv.compile.places import Layout, Place, Root, is_channels_last
-from sepconv.kernels import machine, runtime
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import machine
 
 # Activations of a step, over the cache of one core, from which on it is worth calling its kernel for each image.
 _MANY_CACHES = 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconv.kernels import aten
+from sepconv.kernels.torch import aten
 
 # Relative to the largest output. Rounding differs by far less; what the capture cannot see (NumPy code on the values, a
 # random number) changes results by more.

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from sepconv.borrowed import copied, is_exported
 from sepconv.convert.forms import Form
 from sepconv.convert.graph import Site
 from sepconv.convert.outputs import difference, tensors
 from sepconv.convert.passes import Hooks, in_words, run, telling_where
 from sepconv.convert.replace import replace
+from sepconv.layers.borrowed import copied, is_exported
 
 HALF = (torch.bfloat16, torch.float16)
 

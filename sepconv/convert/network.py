@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.borrowed import evaluating
 from sepconv.convert.accept import (
     check_kind,
     check_outputs,
@@ -30,6 +29,7 @@ from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.convert.ranks import ranks_for_budget
 from sepconv.convert.stages import finish
 from sepconv.convert.statistics import LARGEST
+from sepconv.layers.borrowed import evaluating
 
 
 def convert(

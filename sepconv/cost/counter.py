@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sepconv import operators as _operators  # noqa: F401  (registers the operations that RULES names)
 from sepconv.cost.result import Cost, Layer, Shape, closing_pair, with_separable_form
+from sepconv.ops import schema as _operators  # noqa: F401  (registers the operations that RULES names)
 
 _aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd

@@ -11,15 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sepconv.data.images import (
-    GREY_MODES,
-    BrokenImage,
-    EncodedImages,
-    TensorImages,
-    decode,
-    fit,
-    in_threads,
-)
+from sepconv.data.images import GREY_MODES, BrokenImage, EncodedImages, TensorImages, decode, fit, in_threads
 from sepconv.data.parts import Part
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images; larger data sets are decoded batch by batch

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv import ops, tracing
-from sepconv.shapes import Padding, Size, as_tuple, positive
+from sepconv import ops
+from sepconv.ops import tracing
+from sepconv.ops.geometry import Padding, Size, as_tuple, positive
 
 Layer = TypeVar("Layer", bound="nn.Module")
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from sepconv import direct
-from sepconv.kernels import packing
+from sepconv.kernels.halide.jit import packing
+from sepconv.ops import direct
 
 Folded = tuple[Tensor, Tensor | None]
 """Weight and bias."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sepconv import ops, tracing
+from sepconv import ops
 from sepconv.layers import folding
 from sepconv.layers.conv import (
     DepthwiseConv1d,
@@ -18,7 +18,8 @@ from sepconv.layers.conv import (
     PointwiseConv2d,
     PointwiseConv3d,
 )
-from sepconv.shapes import Padding, Size, positive
+from sepconv.ops import tracing
+from sepconv.ops.geometry import Padding, Size, positive
 
 Norm = str | Callable[[int], nn.Module] | None
 Activation = str | Callable[[], nn.Module] | None

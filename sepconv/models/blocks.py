@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv.shapes import positive
+from sepconv.ops.geometry import positive
 
 Activation = Callable[[], nn.Module]
 

@@ -16,7 +16,7 @@ from sepconv.models.blocks import (
     pool_and_classify,
 )
 from sepconv.ops import pointwise_conv2d, separable_conv2d
-from sepconv.shapes import positive
+from sepconv.ops.geometry import positive
 
 # Expansion t, output channels c, repetitions n, stride s of the first repetition: Table 2 of the paper.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

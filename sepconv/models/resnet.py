@@ -13,7 +13,7 @@ from sepconv.models.blocks import (
     initialize,
     pool_and_classify,
 )
-from sepconv.shapes import positive
+from sepconv.ops.geometry import positive
 
 WIDTHS = (16, 32, 64)
 

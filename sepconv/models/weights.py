@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sepconv.files import name_for_libraries
 from sepconv.models.mobilenet_v1 import MobileNetV1
+from sepconv.system.files import name_for_libraries
 
 # How files of torch.save and pickle.dump begin: a zip archive, or the pickle opcode PROTO.
 _PICKLES = (b"PK\x03\x04", b"\x80")

@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sepconv.files import replacing
 from sepconv.report import charts, facts, formats, plots, records, suites, words
 from sepconv.report.records import Run, dicts, items, mapping, number, text
+from sepconv.system.files import replacing
 
 REPORT = "report.html"
 SCRIPTS = ("page.js", "arithmetic.js", "drawing.js", "explanation.js")

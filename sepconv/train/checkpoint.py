@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sepconv.files import replacing
+from sepconv.system.files import replacing
 
 MAGIC = "sepconv checkpoint 1"
 KEPT = 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv.borrowed import evaluating
+from sepconv.layers.borrowed import evaluating
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv.borrowed import evaluating
 from sepconv.data import Split
+from sepconv.layers.borrowed import evaluating
 from sepconv.train.processes import processes
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sepconv.files import replacing
+from sepconv.system.files import replacing
 
 LOG = "log.jsonl"
 

@@ -15,9 +15,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from sepconv.borrowed import copied, evaluating
 from sepconv.data import Data
-from sepconv.files import check_folder, nearest_folder, remove_partial_files
+from sepconv.layers.borrowed import copied, evaluating
+from sepconv.system.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.train import checkpoint
 from sepconv.train.distill import Distillation, Guide
 from sepconv.train.evaluate import check_outputs

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sepconv.bench.peers.source import Contender, Source
-from sepconv.export import export_onnx
+from sepconv.runs.onnx_file import export_onnx
 
 
 def _onnx(source: Source) -> Path:

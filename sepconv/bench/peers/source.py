@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.bench.latency import with_torch_layers
+from sepconv.runs.latency import with_torch_layers
 
 SEED = 0
 

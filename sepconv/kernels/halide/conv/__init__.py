@@ -1,0 +1,1 @@
+"""Algorithms: one file per operation, each with the loops that its schedule asks for."""

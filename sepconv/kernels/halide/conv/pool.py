@@ -1,0 +1,61 @@
+"""The mean over all pixels of each channel: in front of a classifier, and in squeeze-and-excitation (channels_last).
+
+Rows are summed first and then the sums of the rows, so that rounding grows with height plus width and not with the
+number of pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.buffers import buffer, pixels
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.gemm import channel_lanes
+
+# Sums kept in registers at once: enough to hide the latency of an addition.
+_SUMS = 8
+
+
+def build(lanes: int, vectors: int) -> tuple[Any, list[Any]]:
+    """The pipeline; arguments: x as channel, column, row, image. The output is channel, image."""
+    x = hl.ImageParam(hl.Float(32), 4, "x")
+    c, n, row = hl.Var("c"), hl.Var("n"), hl.Var("row")
+    columns, rows = (hl.RDom([hl.Range(0, x.dim(d).extent())], f"r{d}") for d in (1, 2))
+    row_sum, total, out = hl.Func("row_sum"), hl.Func("total"), hl.Func("pool")
+    row_sum[c, row, n] = hl.f32(0.0)
+    row_sum[c, row, n] += x[c, columns.x, row, n]
+    total[c, n] = hl.f32(0.0)
+    total[c, n] += row_sum[c, rows.x, n]
+    pixels = hl.cast(hl.Float(32), x.dim(1).extent() * x.dim(2).extent())
+    out[c, n] = total[c, n] / pixels
+
+    block, task = hl.Var("block"), hl.Var("task")
+    out.split(c, block, c, lanes * vectors, hl.TailStrategy.ShiftInwards).vectorize(c, lanes).unroll(c)
+    runtime.parallel(out.fuse(block, n, task), task)
+    for func, reduction, level in ((total, rows, hl.LoopLevel(out, task)), (row_sum, columns, None)):
+        func.compute_at(level) if level is not None else func.compute_at(total, rows.x)
+        func.bound_extent(c, lanes * vectors).vectorize(c, lanes).unroll(c)
+        func.update().reorder(c, reduction.x).vectorize(c, lanes).unroll(c)
+    for param in (x, out.output_buffer()):
+        for d in range(param.dimensions()):
+            param.dim(d).set_min(0)
+        param.dim(0).set_stride(1)
+    return out, [x]
+
+
+def bind(x: Tensor, out: Tensor) -> Callable[[], None]:
+    """The call that fills ``out`` with the means of what is then in ``x``.
+
+    Shape:
+        x: (N, C, H, W), channels_last    ->    out: (N, C) or (N, C, 1, 1)
+    """
+    channels = x.shape[1]
+    lanes = channel_lanes(machine.host(), channels)
+    vectors = min(_SUMS, channels // lanes)
+    kernel = runtime.compiled(("pool", lanes, vectors), lambda: build(lanes, vectors))
+    return kernel.bind(pixels(x), buffer(out, out.shape[:2]))

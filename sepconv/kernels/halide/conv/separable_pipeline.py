@@ -1,0 +1,179 @@
+"""The pipeline of the separable kernel: what it computes, and how its loops are arranged.
+
+A tile of a few output rows is filtered into a scratch array that stays in the cache, pixel after pixel, and the
+matrix product reads it there: the depthwise result never reaches memory. Pixels are numbered through the tile, so
+that narrow images fill the register tiles too. Image size, rows per tile and batch are not compiled in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sepconv.kernels.halide.activations import activate
+from sepconv.kernels.halide.conv.gemm import (
+    bias_param,
+    dense,
+    in_streams,
+    keep_in_registers,
+    packed,
+    packed_param,
+)
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule.gemm import Tile
+
+# Longer filter rows stay loops: unrolled they would take seconds to compile.
+UNROLLED_TAPS = 7
+
+
+class Spec(NamedTuple):
+    """All that the code of one kernel depends on. Pairs are (y, x)."""
+
+    channels: int
+    multiplier: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    tile: Tile
+    columns: int
+    depthwise_lanes: int
+    parallel: str
+    depthwise_activation: str
+    activation: str
+    residual: bool
+    streams: int = 1
+
+
+class _Inputs:
+    """The pipeline's parameters, in the order in which the compiled kernel takes them."""
+
+    def __init__(self, spec: Spec) -> None:
+        height, width = spec.kernel_size
+        depth = spec.channels * spec.multiplier
+        names = ("width", "rows", "first_row", "share", "top", "left")
+        self.width, self.rows, self.first_row, self.share, self.top, self.left = (
+            hl.Param(hl.Int(32), name) for name in names
+        )
+        self.x = self._image("x", 4, spec.channels)  # channel, column, row, image
+        self.taps = hl.ImageParam(hl.Float(32), 4, "taps")  # channel, multiplier, column, row
+        dense(self.taps, spec.channels, spec.multiplier, width, height)
+        self.depthwise_bias = hl.ImageParam(hl.Float(32), 2, "depthwise_bias")  # channel, multiplier
+        dense(self.depthwise_bias, spec.channels, spec.multiplier)
+        self.weight = packed_param("weight", *spec.tile.panels, depth, spec.out_channels)
+        self.bias = bias_param("bias", spec.out_channels)
+        self.residual = self._image("residual", 4, spec.out_channels)  # like the output: channel, pixel, tile, image
+        numbers = [self.width, self.rows, self.first_row, self.share, self.top, self.left]
+        images = [self.x, self.taps, self.depthwise_bias, self.weight, self.bias]
+        self.arguments = numbers + images + [self.residual] * spec.residual
+
+    @staticmethod
+    def _image(name: str, dims: int, channels: int) -> Any:
+        param = hl.ImageParam(hl.Float(32), dims, name)
+        _channels_innermost(param, channels)
+        return param
+
+
+def _channels_innermost(param: Any, channels: int) -> None:
+    for d in range(param.dimensions()):
+        param.dim(d).set_min(0)
+    param.dim(0).set_stride(1).set_extent(channels)
+
+
+def build(spec: Spec) -> tuple[Any, list[Any]]:
+    """The pipeline; arguments as listed in _Inputs. The output is channel, pixel in tile, tile, image."""
+    inputs = _Inputs(spec)
+    c, m, o, q, t, n = (hl.Var(name) for name in ("c", "m", "o", "q", "t", "n"))
+    column, row = hl.Var("column"), hl.Var("row")
+
+    filtered, tap = _filter(spec, inputs, c, m, column, row, n)
+    # One row of the tile after the other; q numbers its pixels. The last vector of channels overlaps the one before.
+    lanes = spec.depthwise_lanes
+    vectors = -(-spec.channels // lanes)
+    steps = (inputs.width + spec.columns - 1) // spec.columns
+    place = hl.RDom([hl.Range(0, e) for e in (lanes, spec.columns, vectors, steps, inputs.rows)], "place")
+    lane, column_in, vector, step, row_in = (place[i] for i in range(5))
+    x, y = step * spec.columns + column_in, inputs.first_row + t * inputs.rows + row_in
+    place.where(hl.likely(x < inputs.width))
+    channel = hl.min(vector * lanes, spec.channels - lanes) + lane
+    hidden = hl.Func("hidden")
+    hidden[c, m, q, t, n] = hl.undef(hl.Float(32))
+    hidden[channel, m, x + inputs.width * row_in, t, n] = activate(
+        filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m], spec.depthwise_activation
+    )
+
+    k, channel = in_streams(spec.channels, spec.streams, spec.multiplier)
+    sums, out = hl.Func("sums"), hl.Func("separable")
+    sums[o, q, t, n] = hl.f32(0.0)
+    weight = packed(inputs.weight, spec.tile.lanes, o, channel + spec.channels * k[2])
+    sums[o, q, t, n] += weight * hidden[channel, k[2], q, t, n]
+    value = sums[o, q, t, n] + inputs.bias[o]
+    if spec.residual:
+        value = value + inputs.residual[o, q, t, n]
+    out[o, q, t, n] = activate(value, spec.activation)
+
+    _channels_innermost(out.output_buffer(), spec.out_channels)
+    task = _schedule_product(spec, inputs.share, out, sums, (o, q, t, n), k)
+    _schedule_filter(spec, out, hidden, filtered, (c, m, column), place, tap, task)
+    return out, inputs.arguments
+
+
+def _filter(spec: Spec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, n: Any) -> tuple[Any, Any]:
+    """The depthwise sums. Columns outside the image read as zero; rows outside it are left out of the sum."""
+    unbounded = hl.Range(hl.Expr(), hl.Expr())
+    columns = hl.Range(0, inputs.x.dim(1).extent())
+    padded = hl.BoundaryConditions.constant_exterior(inputs.x, hl.f32(0.0), [unbounded, columns, unbounded, unbounded])
+    height = inputs.x.dim(2).extent()
+    tap = hl.RDom([hl.Range(0, spec.kernel_size[1]), hl.Range(0, spec.kernel_size[0])], "tap")
+    y = row * spec.stride[0] + tap.y * spec.dilation[0] - inputs.top
+    x = column * spec.stride[1] + tap.x * spec.dilation[1] - inputs.left
+    tap.where(y >= 0)
+    tap.where(y < height)
+
+    filtered = hl.Func("filtered")
+    filtered[c, m, column, row, n] = hl.f32(0.0)
+    filtered[c, m, column, row, n] += inputs.taps[c, m, tap.x, tap.y] * padded[c, x, hl.clamp(y, 0, height - 1), n]
+    return filtered, tap
+
+
+def _schedule_product(spec: Spec, share: Any, out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> Any:
+    """Loops: image, tile, block of output channels, step of pixels; returns the loop that makes one tile."""
+    tile, (o, q, t, n) = spec.tile, dims
+    block, o_in, step, q_in, task = (hl.Var(name) for name in ("block", "o_in", "step", "q_in", "task"))
+    ragged = spec.out_channels % tile.wide
+    out.bound(o, 0, spec.out_channels)
+    out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    out.split(q, step, q_in, tile.scalars, hl.TailStrategy.ShiftInwards)
+    out.reorder(o_in, q_in, step, block, t, n).vectorize(o_in, tile.lanes).unroll(o_in).unroll(q_in)
+    if spec.parallel == "rows":
+        out.fuse(t, n, task).never_partition([task, step, block])
+        runtime.share(out, task, share)
+    else:
+        out.never_partition([t, n, step, block])
+        runtime.share(out, block, share)
+    sums.compute_at(out, step)
+    keep_in_registers(sums, o, q, [k[0], k[1], k[2]], tile)
+    sums.update().unroll(k[0])
+    return task if spec.parallel == "rows" else t
+
+
+def _schedule_filter(
+    spec: Spec, out: Any, hidden: Any, filtered: Any, dims: tuple[Any, ...], place: Any, tap: Any, task: Any
+) -> None:
+    """A few neighbouring pixels at once, whose overlapping taps are loaded once; channels in vectors inside them."""
+    c, m, column = dims
+    lane, column_in, vector, step, row_in = (place[i] for i in range(5))
+    hidden.compute_at(out, task)
+    fill = hidden.update()
+    # Each result has a place of its own, which Halide cannot see; where vectors overlap they hold the same values.
+    fill.allow_race_conditions().reorder(lane, column_in, vector, m, step, row_in)
+    fill.vectorize(lane).unroll(column_in).never_partition([row_in, vector])
+    if spec.parallel == "channels":
+        runtime.parallel(fill, row_in)
+
+    filtered.compute_at(hidden, vector).bound_extent(c, spec.depthwise_lanes).bound_extent(column, spec.columns)
+    filtered.vectorize(c).unroll(column)
+    taps = filtered.update()
+    taps.reorder(c, column, tap.x, tap.y).vectorize(c).unroll(column)
+    if spec.kernel_size[1] <= UNROLLED_TAPS:
+        taps.unroll(tap.x)

@@ -1,0 +1,247 @@
+"""Normal convolution of images with few channels: the first layer of a network, with its bias and activation.
+
+Each task copies the padded input rows of a few output rows into the cache, one plane per channel, whatever the
+image's layout. The sums over taps and channels are then the same product as in the pointwise kernel. The output is
+always channels_last, the layout that the layers behind it read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.halide.activations import activate
+from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
+from sepconv.kernels.halide.jit import packing, runtime
+from sepconv.kernels.halide.jit.buffers import buffer, pixels
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.gemm import Tile, stem_schedule
+
+MAX_CHANNELS = 4
+
+Padding = Sequence[tuple[int, int]]
+
+
+class Spec(NamedTuple):
+    """All that the code of one kernel depends on. Pairs are (y, x)."""
+
+    channels_last: bool
+    channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    tile: Tile
+    activation: str
+
+
+def build(spec: Spec) -> tuple[Any, list[Any]]:
+    """The pipeline; arguments: rows per task, tasks per thread, top and left padding, columns with the padding that is
+    read, x, packed weights, bias."""
+    names = ("rows", "share", "top", "left", "wide")
+    rows, share, top, left, wide = (hl.Param(hl.Int(32), name) for name in names)
+    x = hl.ImageParam(hl.Float(32), 4, "x")  # channel, column, row, image, in whatever order they lie in memory
+    x.dim(0).set_min(0).set_extent(spec.channels).set_stride(1 if spec.channels_last else hl.Expr())
+    x.dim(1).set_stride(hl.Expr() if spec.channels_last else 1)
+    (height, width), tile = spec.kernel_size, spec.tile
+    weight = packed_param("weight", *tile.panels, spec.channels * width * height, spec.out_channels)
+    c, column, row, o, n = (hl.Var(name) for name in ("c", "column", "row", "o", "n"))
+
+    padded = _padded(spec, x, top, left, wide, (column, row, c, n))
+
+    k = hl.RDom([hl.Range(0, e) for e in (spec.channels, width, height)], "k")
+    sums, out = hl.Func("sums"), hl.Func("conv")
+    sums[o, column, row, n] = hl.f32(0.0)
+    sums[o, column, row, n] += (
+        packed(weight, tile.lanes, o, k.x + spec.channels * (k.y + width * k.z))
+        * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
+    )
+    bias = bias_param("bias", spec.out_channels)
+    out[o, column, row, n] = activate(sums[o, column, row, n] + bias[o], spec.activation)
+
+    result = out.output_buffer()
+    result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)
+    for d in (1, 2, 3):
+        result.dim(d).set_min(0)
+    _schedule(spec, (rows, share), out, sums, padded, (o, column, row, n), k)
+    return out, [rows, share, top, left, wide, x, weight, bias]
+
+
+def _padded(spec: Spec, x: Any, top: Any, left: Any, wide: Any, at: tuple[Any, ...]) -> Any:
+    """``padded[column, row, c, n] = x[c, column - left, row - top, n]``, zeros around the image, ``wide`` columns."""
+    (column, row, c, n), (width, height) = at, (x.dim(1).extent(), x.dim(2).extent())
+    padded = hl.Func("padded")
+    if spec.channels_last:
+        unbounded, image = hl.Range(hl.Expr(), hl.Expr()), [hl.Range(0, width), hl.Range(0, height)]
+        outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
+        padded[at] = outside[c, column - left, row - top, n]
+        return padded
+    # Whole rows are copied in vectors; a clamped column would turn the loads at both ends into one for each number.
+    inside = (row >= top) & (row - top < height)
+    sizes = {"across": width, "before": left, "behind": hl.max(0, wide - left - width), "outside": wide}
+    across, before, behind, outside = (hl.RDom([hl.Range(0, size)], name) for name, size in sizes.items())
+    across.where(inside)
+    outside.where(~inside)
+    padded[at] = hl.undef(hl.Float(32))
+    padded[across.x + left, row, c, n] = x[c, across.x, hl.clamp(row - top, 0, height - 1), n]
+    for zeros, first in ((before, 0), (behind, left + width), (outside, 0)):
+        padded[zeros.x + first, row, c, n] = hl.f32(0.0)
+    return padded
+
+
+def _schedule_padded(spec: Spec, padded: Any) -> None:
+    column, row, c, n = padded.args()
+    if spec.channels_last:
+        padded.vectorize(column, spec.tile.lanes, hl.TailStrategy.RoundUp)
+        return
+    across, whole, lane = padded.rvars(0)[0], hl.RVar("whole"), hl.RVar("lane")
+    copy = padded.update().allow_race_conditions()
+    copy.split(across, whole, lane, spec.tile.lanes, hl.TailStrategy.Predicate)
+    copy.reorder(lane, whole, row, c, n).vectorize(lane)
+    for margin in (1, 2):
+        # Down the rows: of a row's one or two zeros the compiler would make a call, which takes longer than they do.
+        padded.update(margin).reorder(row, padded.rvars(margin)[0], c, n)
+    padded.update(3).unscheduled()
+
+
+def _schedule(
+    spec: Spec, numbers: tuple[Any, Any], out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any
+) -> None:
+    rows, share = numbers
+    tile, (o, column, row, n) = spec.tile, dims
+    block, o_in, step, column_in = (hl.Var(name) for name in ("block", "o_in", "step", "column_in"))
+    group, task = hl.Var("group"), hl.Var("task")
+    ragged = spec.out_channels % tile.wide
+    out.bound(o, 0, spec.out_channels)
+    out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    out.split(column, step, column_in, tile.scalars, hl.TailStrategy.ShiftInwards)
+    out.split(row, group, row, rows, hl.TailStrategy.GuardWithIf)
+    runtime.share(out.reorder(o_in, column_in, step, row, block, group, n).fuse(group, n, task), task, share)
+    out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(column_in)
+    out.never_partition([step, row, block, task])
+
+    sums.compute_at(out, step)
+    keep_in_registers(sums, o, column, [k.x, k.y, k.z], tile)
+    sums.update().unroll(k.x)
+    _schedule_padded(spec, padded.compute_at(out, task))
+
+
+class Plan(NamedTuple):
+    """The kernel for one input, its output size, and the numbers it is called with."""
+
+    spec: Spec
+    size: tuple[int, int]
+    numbers: tuple[int, int, int, int, int]
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    weight_shape: tuple[int, ...],
+    activation: str,
+    stride: tuple[int, int],
+    padding: tuple[tuple[int, int], ...],
+    threads: int,
+) -> Plan:
+    """The kernel and its schedule for an input of such a shape."""
+    images, channels, height, width = shape
+    out_channels, _, *kernel_size = weight_shape
+    ends = zip((height, width), padding, kernel_size, stride, strict=True)
+    out_height, out_width = ((size + sum(pads) - k) // s + 1 for size, pads, k, s in ends)
+    size = (out_height, out_width)
+    depth = channels * kernel_size[0] * kernel_size[1]
+    row_bytes = 4 * channels * stride[0] * stride[1] * out_width
+    schedule = stem_schedule(machine.host(), depth, out_channels, max(images, 1), size, row_bytes, threads)
+    filters = (kernel_size[0], kernel_size[1])
+    spec = Spec(channels_last, channels, out_channels, filters, stride, schedule.tile, activation)
+    share = runtime.per_thread(images * -(-out_height // schedule.rows), threads)
+    wide = (out_width - 1) * stride[1] + kernel_size[1]
+    return Plan(spec, size, (schedule.rows, share, padding[0][0], padding[1][0], wide))
+
+
+def plan_for(x: Tensor, weight: Tensor, activation: str, stride: Sequence[int], padding: Padding) -> Plan:
+    """:func:`plan` for tensors."""
+    pads = ((padding[0][0], padding[0][1]), (padding[1][0], padding[1][1]))
+    one_pixel = x.shape[2] * x.shape[3] == 1  # then both strides may be 1, but columns have none
+    channels_last = x.stride(1) == 1 and (one_pixel or x.stride(3) != 1)
+    strides, threads = (stride[0], stride[1]), torch.get_num_threads()
+    return plan(x.shape, channels_last, weight.shape, activation, strides, pads, threads)
+
+
+def supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
+) -> str:
+    """Why this kernel cannot run, in a sentence; the empty string if it can."""
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    reason = runtime.missing() or runtime.unsuitable(*given)
+    if reason:
+        return reason
+    if x.dim() != 4:
+        return f"the kernel is for images (N, C, H, W), got {x.dim() - 2} spatial dimensions"
+    if x.shape[1] > MAX_CHANNELS or weight.shape[1] != x.shape[1]:
+        return f"the kernel is for images of at most {MAX_CHANNELS} channels and no groups, got {x.shape[1]} channels"
+    if 1 not in (x.stride(1), x.stride(3)):
+        return f"neither columns nor channels of x lie next to one another in memory (strides {x.stride()})"
+    size = plan_for(x, weight, activation, stride, padding).size
+    return runtime.too_large((x.shape[0], weight.shape[0], *size))
+
+
+def slower(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
+) -> str:
+    """Why PyTorch's kernel is the faster one here; the empty string if it is not."""
+    return ""
+
+
+def describe(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
+) -> dict[str, Any]:
+    """The schedule that ``forward`` uses for these arguments."""
+    found = plan_for(x, weight, activation, stride, padding)
+    return {**found.spec.tile._asdict(), "rows": found.numbers[0]}
+
+
+def new_output(x: Tensor, found: Plan) -> Tensor:
+    """An empty channels_last output."""
+    shape = (x.shape[0], found.spec.out_channels, *found.size)
+    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
+    """Copies of weight and bias as the kernel of this plan takes them."""
+    rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    tensors = (packing.pack(rows, *found.spec.tile.panels), packing.pack_bias(bias, weight))
+    return [buffer(tensor) for tensor in tensors]
+
+
+def bind(found: Plan, x: Tensor, packed: list[Any], out: Tensor) -> Callable[[], None]:
+    """The call that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
+
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` from :func:`new_output`.
+    """
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"conv.bind: out must be channels_last without gaps, got strides {out.stride()}")
+    kernel = runtime.compiled(("conv", found.spec), lambda: build(found.spec))
+    return kernel.bind(*found.numbers, pixels(x), *packed, pixels(out))
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
+) -> Tensor:
+    """``activation(F.conv2d(x, weight, bias, stride))`` after padding, for at most four input channels.
+
+    Shape:
+        x: (N, C, H, W)    weight: (O, C, kH, kW)    ->    (N, O, Ho, Wo), channels_last
+    """
+    found = plan_for(x, weight, activation, stride, padding)
+    out = new_output(x, found)
+    if out.numel():
+        variant = ("conv", *found.spec.tile.panels, weight.shape)
+        packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
+        bind(found, x, packed, out)()
+    return out

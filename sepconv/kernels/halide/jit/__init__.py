@@ -1,0 +1,1 @@
+"""From a pipeline to a call: object code, its place on disk and in memory, threads, buffers, packed weights."""

@@ -1,0 +1,1 @@
+"""Loop sizes from shapes: the only folder that knows the machine."""

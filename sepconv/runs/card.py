@@ -1,0 +1,175 @@
+"""What a file says of its network, as plain values: checked for kind and size before anything is made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
+from reprlib import repr as shortened
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv import models
+from sepconv.data import Data
+from sepconv.runs import structure
+
+LARGEST_INPUT = 2**28
+"""Numbers in one input of a network: 1 GB of float32."""
+MOST_DIMENSIONS = 8
+_LONGEST_TEXT = 16 << 20
+_LONGEST_WORD = 1000
+_MOST_VALUES = 64
+_MOST_CLASSES = 10**6
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a file says of its network.
+
+    Attributes:
+        model: name, as for ``models.create``.
+        settings: of that model: numbers, text, True, False, None, or short lists of these.
+        changes: how the network differs from it (see ``structure``).
+        input_shape: of one image, (C, H, W).
+        classes: names of the classes.
+        mean, std: per channel, that images are normalised with.
+        data: name of the data set it was trained on.
+    """
+
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    input_shape: tuple[int, ...] = ()
+    classes: list[str] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    data: str = ""
+
+    def with_data(self, data: Data) -> Card:
+        """The same network, trained on `data`."""
+        return replace(
+            self,
+            input_shape=data.input_shape,
+            classes=data.classes,
+            mean=data.mean.tolist(),
+            std=data.std.tolist(),
+            data=data.name,
+        )
+
+    def changed_to(self, model: nn.Module) -> Card:
+        """The card of a network made of this one by replacing modules."""
+        return replace(self, changes=structure.differences(models.create(self.model, **self.settings), model))
+
+    def build(self) -> nn.Module:
+        """The network, with random weights."""
+        return structure.apply(models.create(self.model, **self.settings), self.changes)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> float32 as the network was trained on."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+    def check(self) -> None:
+        """ValueError where something is not what a file may hold."""
+        for name, (holds, rule) in _RULES.items():
+            if not holds(value := getattr(self, name)):
+                raise ValueError(f"{name} must be {rule}, got {shortened(value)}")
+        for name, value in self.settings.items():
+            if not (isinstance(name, str) and name.isidentifier() and _is_plain(value)):
+                raise ValueError(
+                    f"the settings of {self.model} must be numbers, text, True, False, None or short lists of these, "
+                    f"got {shortened(name)}: {shortened(value)}"
+                )
+        if not len(self.mean) == len(self.std) == (self.input_shape[0] if self.mean and self.input_shape else 0):
+            raise ValueError(
+                f"mean and std must have a number for each channel of input_shape {self.input_shape}, "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+
+    def to_text(self) -> str:
+        """As JSON.
+
+        Raises:
+            ValueError: see :meth:`check`.
+        """
+        self.check()
+        return json.dumps(asdict(self), default=int, allow_nan=False)
+
+
+def from_text(text: str) -> Card:
+    """The card that :meth:`Card.to_text` wrote.
+
+    Raises:
+        ValueError: the text is no such card.
+    """
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(f"{len(text)} characters are more than any network needs")
+    try:
+        found = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("lists within lists without end") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"not an object but {shortened(found)}")
+    if unknown := sorted(found.keys() - {one.name for one in fields(Card)}):
+        raise ValueError(f"unknown entry {shortened(unknown[0])}")
+    if "model" not in found:
+        raise ValueError("no entry 'model'")
+    card = Card(**found)
+    card.check()
+    return replace(card, input_shape=tuple(card.input_shape))
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(f"{word} is no finite number")
+
+
+def is_input_shape(shape: Any) -> bool:
+    """Whether a network can be given one input of this shape: positive sizes, and no more numbers than memory holds."""
+    if not isinstance(shape, (list, tuple)) or len(shape) > MOST_DIMENSIONS:
+        return False
+    return all(_is_integer(size) and size > 0 for size in shape) and math.prod(map(int, shape)) <= LARGEST_INPUT
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_WORD
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= _MOST_VALUES and all(map(_is_scalar, value))
+    return _is_scalar(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or _is_word(value) or _is_number(value)
+
+
+def _list_of(holds: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(map(holds, value))
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: _is_word(value) and value != "", "the name of a model"),
+    "settings": (lambda value: isinstance(value, dict) and len(value) <= _MOST_VALUES, "names with values"),
+    "changes": (lambda value: isinstance(value, list), "a list"),
+    "input_shape": (is_input_shape, f"positive sizes of at most {LARGEST_INPUT:,} numbers"),
+    "classes": (_list_of(_is_word, _MOST_CLASSES), "a list of names"),
+    "mean": (_list_of(_is_number, LARGEST_INPUT), "a list of finite numbers"),
+    "std": (
+        _list_of(lambda value: _is_number(value) and value > 0, LARGEST_INPUT),
+        "a list of finite numbers above 0",
+    ),
+    "data": (_is_word, "a name"),
+}

@@ -1,0 +1,136 @@
+"""What is compared of two networks, as plain data: cost, accuracy, time, and where they disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sepconv.compile import CompiledModel
+from sepconv.convert.plan import LayerPlan, Plan
+from sepconv.cost import Cost, count
+from sepconv.data import Data, Split
+from sepconv.layers.borrowed import copied, evaluating
+from sepconv.runs import latency, png
+from sepconv.runs.latency import Latency
+from sepconv.runs.limits import limits
+from sepconv.system import environment
+from sepconv.train import Metrics
+
+MOST_DISAGREEMENTS = 24
+BATCH = 256
+
+
+def compare(
+    normal: nn.Module, separable: nn.Module, plan: Plan, metrics: Mapping[str, Metrics], data: Data, batch: int
+) -> dict[str, Any]:
+    """Both networks as they stand in result.json: cost, accuracy and time, whole and by layer, on the CPU."""
+    threads = torch.get_num_threads()
+    before = limits(threads)
+    networks = {"normal": normal, "separable": separable}
+    x = data.test.normalise(data.test.images.take(torch.arange(batch) % len(data.test)))
+    different = disagreements(normal, separable, data)
+    networks = {name: copied(model, "compare").cpu() for name, model in networks.items()}
+    costs = {name: count(model, data.input_shape) for name, model in networks.items()}
+    contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
+    latencies = latency.latency_ms(contenders, x, threads=threads)
+    compiled = {name: found["sepconv"] for name, found in contenders.items()}
+    layer_ms = latency.layer_ms(compiled, [layer.name for layer in plan.layers], threads=threads)
+    after = limits(threads)
+    return {
+        **{
+            name: network_record(costs[name], metrics[name], latencies[name], compiled[name], threads, batch)
+            for name in networks
+        },
+        "layers": [layer_record(layer, costs, layer_ms) for layer in plan.layers],
+        "other_ms": [layer_ms[name].get("") for name in networks],
+        "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},
+        **different,
+        # Another program may have had the cores during one of the two measurements.
+        "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
+    }
+
+
+def _largest(by_threads: dict[str, float]) -> float:
+    return max(by_threads.values())
+
+
+def network_record(
+    cost: Cost, metrics: Metrics, times: Mapping[str, Latency], compiled: CompiledModel, threads: int, batch: int
+) -> dict[str, Any]:
+    """One network's numbers as they stand in result.json."""
+    return {
+        "conv_params": cost.conv_params,
+        "params": cost.params,
+        "macs": cost.macs,
+        "bytes": cost.bytes,
+        "accuracy": metrics.accuracy,
+        "loss": metrics.loss,
+        "latency_ms": {name: measured.median_ms for name, measured in times.items()},
+        "latency_batch": batch,
+        "latency_layout": {name: measured.layout for name, measured in times.items()},
+        "threads": threads,
+        "kernels": kernels(compiled),
+    }
+
+
+def kernels(compiled: CompiledModel) -> dict[str, str]:
+    """What computes each kind of step of a compiled network."""
+    found: dict[str, set[str]] = {}
+    for group in compiled.explain().groups:
+        found.setdefault(group.kind, set()).add(group.kernel)
+    return {kind: " and ".join(sorted(names)) for kind, names in found.items()}
+
+
+def layer_record(layer: LayerPlan, costs: Mapping[str, Cost], ms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """One layer before and after, as it stands in result.json; pairs are [normal, separable]."""
+    before, after = (cost_below(costs[name], layer.name) for name in ("normal", "separable"))
+    return {
+        "name": layer.name,
+        "kind": "separable" if layer.rank else "normal",
+        "kernel": list(layer.kernel_size),
+        "in_channels": layer.in_channels,
+        "out_channels": layer.out_channels,
+        "rank": layer.rank or None,
+        "error": layer.error,
+        "error_closed_form": layer.error_closed_form,
+        **{name: [before[name], after[name]] for name in before},
+        "ms": [ms[name].get(layer.name) for name in ("normal", "separable")],
+        "reason": layer.reason,
+    }
+
+
+def cost_below(cost: Cost, path: str) -> dict[str, int]:
+    """Cost of the module at `path` with everything in it."""
+    layers = [layer for layer in cost.layers if layer.name == path or layer.name.startswith(f"{path}.")]
+    return {name: sum(getattr(layer, name) for layer in layers) for name in ("params", "macs", "bytes")}
+
+
+@torch.no_grad()
+def answers(model: nn.Module, split: Split) -> Tensor:
+    """The class that the model gives to each image: int64 (N,)."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        found = [model(images.to(device)).argmax(1).cpu() for images, _ in split.batches(BATCH)]
+    return torch.cat(found)
+
+
+def disagreements(normal: nn.Module, separable: nn.Module, data: Data) -> dict[str, Any]:
+    """How many test images the networks answer differently, and the first of them as small pictures."""
+    before, after = answers(normal, data.test), answers(separable, data.test)
+    different = (before != after).nonzero().flatten()
+    shown = different[:MOST_DISAGREEMENTS]
+    images = data.test.images.take(shown) if len(shown) else torch.empty(0)
+    rows = [
+        {
+            "image": png.data_uri(image),
+            "name": f"test image {index}",
+            "label": int(data.test.labels[index]),
+            "normal": int(before[index]),
+            "separable": int(after[index]),
+        }
+        for index, image in zip(shown.tolist(), images, strict=True)
+    ]
+    return {"test_images": len(data.test), "disagreement_count": len(different), "disagreements": rows}

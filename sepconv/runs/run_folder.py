@@ -1,0 +1,155 @@
+"""What every run leaves in its folder, whose folder it may be, and the room that it needs there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sepconv.data import Data
+from sepconv.runs import model_file, onnx_file
+from sepconv.system import environment
+from sepconv.system.files import check_folder, nearest_folder, refuse_inputs, remove_partial_files, replacing
+from sepconv.train import checkpoint, history
+from sepconv.train.processes import processes
+
+RESULT = "result.json"
+ONNX = "model.onnx"
+CHECKPOINTS = "checkpoints"
+EXPLANATION = "explanation.json"
+KINDS = ("train", "convert", "demo")
+FILES = (model_file.FILE, ONNX, RESULT, EXPLANATION, "report.html", history.LOG)
+"""What runs write to their folder, beside checkpoints."""
+SPACE = 32 << 20
+"""Bytes that the page and the JSON files may need, beside the weights."""
+
+
+def claim(out: Path, kind: str, inputs: Iterable[Path] = ()) -> None:
+    """See that a run of this kind may write to `out`, before any work: that what it would replace is its own.
+
+    Args:
+        kind: "train", "convert" or "demo".
+        inputs: files and folders that the run reads.
+
+    Raises:
+        ValueError: `out` holds an input or lies in one, it holds a run of another kind, or files called as those of a
+            run that no run has written.
+    """
+    for source in inputs:
+        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(f"{kind}: --out {out} lies in the folder that is read, {source}: give another --out")
+        for name in FILES:
+            refuse_inputs("--out", out / name, [source])
+    found = _kind_in(out)
+    if found not in (kind, ""):
+        raise ValueError(f"{kind}: {out} holds what sepconv {found} wrote: give another --out")
+
+
+def _kind_in(out: Path) -> str:
+    """The kind of the run that wrote to `out`, by what is there; "" if there is nothing that a run would touch."""
+    ended, trained, distilled = out / RESULT, checkpoint.checkpoints(out), checkpoint.checkpoints(out / CHECKPOINTS)
+    if ended.exists():
+        kind = _kind_of(ended)
+    elif trained:
+        kind = "train" if all(map(checkpoint.is_ours, trained)) else None
+    elif distilled:
+        kind = "convert" if all(map(checkpoint.is_ours, distilled)) else None
+    elif (out / model_file.FILE).exists():
+        # A run that was killed while it wrote its results: the network is the first of them.
+        kind = _kind_of_network(out / model_file.FILE)
+    else:
+        kind = None if any((out / name).exists() for name in FILES) else ""
+    if kind is None:
+        names = [*(name for name in (*FILES, CHECKPOINTS) if (out / name).exists()), *(path.name for path in trained)]
+        raise ValueError(f"{out} has files that no run of sepconv wrote, {', '.join(names)}: give another --out")
+    return kind
+
+
+def _kind_of_network(path: Path) -> str | None:
+    """The kind of run that wrote a network; None if none did."""
+    try:
+        card = model_file.read_card(path)
+    except ValueError:
+        return None
+    return None if card is None else "convert" if card.changes else "train"
+
+
+def _kind_of(result: Path) -> str | None:
+    """The kind of run that wrote a record; None if none did."""
+    try:
+        record = json.loads(result.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not {"model", "data", "normal", "versions"} <= record.keys():
+        return None
+    # Earlier records do not say it.
+    demo = str(record.get("command")).startswith("sepconv demo")
+    kind = record.get("kind", "demo" if demo else "convert" if "separable" in record else "train")
+    return kind if kind in KINDS else None
+
+
+def prepare(out: Path, kind: str, model: nn.Module | None = None) -> None:
+    """See that the folder is this run's to write, can be written and has room, before any long work.
+
+    Raises:
+        ValueError: see :func:`claim`.
+        OSError: it cannot be written, or has no room.
+    """
+    claim(out, kind)
+    check_folder(out)
+    weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    needed, free = 2 * weights + SPACE, shutil.disk_usage(nearest_folder(out)).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Remove those of a distillation; whatever else lies beside them stays."""
+    folder = out / CHECKPOINTS
+    if processes().is_main_process and folder.is_dir():
+        remove_partial_files(folder)
+        for path in (*filter(checkpoint.is_ours, checkpoint.checkpoints(folder)), folder / history.LOG):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+    processes().wait_for_everyone()
+
+
+def about(model: str, data: Data, kind: str, command: str, seconds: float) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "model": model,
+        "data": data.name,
+        "command": command,
+        "seconds": round(seconds, 2),
+        "classes": data.classes,
+        "skipped_images": len(data.skipped),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+    }
+
+
+def export_onnx(model: nn.Module, data: Data, out: Path) -> dict[str, Any]:
+    """What was exported, or the reason why not: the network is usable without it."""
+    try:
+        exported = onnx_file.export_onnx(model, data.input_shape, out / ONNX)
+    except (ModuleNotFoundError, ValueError) as error:
+        return {"written": False, "reason": str(error)}
+    return {
+        "written": True,
+        "bytes": exported.size,
+        "convolutions": exported.convolutions,
+        "max_error": exported.max_error,
+        "checked_with": exported.checked_with,
+    }
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())

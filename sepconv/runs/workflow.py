@@ -1,0 +1,351 @@
+"""The main job: a trained network goes in; a smaller separable one, its measurements and a page about both come out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from sepconv.convert import Plan, closed_form, convert
+from sepconv.cost import count
+from sepconv.data import Data, load
+from sepconv.layers.borrowed import copied, evaluating
+from sepconv.report import write_report
+from sepconv.runs import compare, layer_data, model_file
+from sepconv.runs.model_file import Card
+from sepconv.runs.run_folder import (
+    CHECKPOINTS,
+    EXPLANATION,
+    RESULT,
+    about,
+    export_onnx,
+    prepare,
+    remove_checkpoints,
+    write_json,
+)
+from sepconv.system.progress import OnProgress, Step, ignore
+from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
+from sepconv.train.evaluate import check_outputs
+from sepconv.train.holdout import Choices
+from sepconv.train.processes import processes
+
+DISTILLATION_LR = {"bottleneck": 0.02, "separable": 0.05}
+"""Highest learning rate by form, unless told: a bottleneck starts nearer to the original and has more to lose."""
+
+DEMO_MODEL = "vgg_small"
+DEMO_SETTINGS: dict[str, Any] = {}
+DEMO_BUDGET = 1 / 8
+DEMO_FORM = "separable"
+"""The textbook's."""
+DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
+DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.01, crop_padding=1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a network is converted and measured.
+
+    Args:
+        budget: share of the original's cost that the separable network may have.
+        metric: that cost: "conv_params", "macs" or "latency".
+        form: what convolutions become, "bottleneck" or "separable".
+        recipe: how the separable network learns from the original afterwards; None leaves it as converted. Learning
+            that ends with fewer right answers than it began with, on images held out from it, is undone.
+        distillation: what it learns.
+        calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
+        skip: names of modules that stay as they are.
+        batch: images in one call while latency is measured.
+        seed: of the choice of calibration images.
+        command: what the user typed, for the record.
+        kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
+    """
+
+    budget: float = 0.125
+    metric: str = "conv_params"
+    form: str = "bottleneck"
+    recipe: Recipe | None = field(default_factory=Recipe)
+    distillation: Distillation = field(default_factory=Distillation)
+    calibration_images: int = 1000
+    skip: tuple[str, ...] = ()
+    batch: int = 1
+    seed: int = 0
+    command: str = ""
+    kind: str = "convert"
+
+
+@dataclass
+class Outcome:
+    """Everything a run has found so far, before it is written."""
+
+    original: nn.Module
+    separable: nn.Module
+    card: Card
+    choices: Choices
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    kept: str = "converted"
+    """The stage whose network is written."""
+
+    def finished(self, name: str, model: nn.Module, seconds: float) -> None:
+        accuracy = evaluate(model, self.choices.data.test).accuracy
+        self.stages.append({"name": name, "accuracy": accuracy, "seconds": round(seconds, 3)})
+
+    def learned(self, phase: str, records: list[dict[str, Any]]) -> None:
+        self.curves += [{**self.choices.curve(record), "phase": phase} for record in records]
+
+
+def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress = ignore) -> dict[str, Any]:
+    """Train a small normal network on the embedded digits, then do the whole job with it.
+
+    Returns:
+        The record that is written as ``result.json``.
+    """
+    prepare(out, "demo")
+    started = time.perf_counter()
+    data = load("digits")
+    settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
+    card = Card(DEMO_MODEL, settings).with_data(data)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = card.build()
+    choices = Choices.of(data)
+    history = train(model, choices.data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))
+    model.to(_device())
+    outcome = Outcome(model, model, card, choices)
+    outcome.learned("original", history.records)
+    outcome.finished("original", model, time.perf_counter() - started)
+    recipe = replace(DEMO_DISTILLATION, seed=seed)
+    job = Job(budget=DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, seed=seed, command=command, kind="demo")
+    return _run(outcome, data, job, out, False, on_progress, started)
+
+
+@torch.random.fork_rng()
+def convert_model(
+    model: nn.Module,
+    card: Card,
+    data: Data,
+    job: Job,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_progress: OnProgress = ignore,
+) -> dict[str, Any]:
+    """Convert a trained network, let it learn from the original, measure both and write what came out.
+
+    Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
+    ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
+
+    The split for validation is held out, or a tenth of the training images (2,000 at most) where there is none: the
+    accuracies on the way are of these, and by them a distillation is kept or undone. The test images are looked at in
+    the end, once for each of the two networks.
+
+    Under `accelerate launch` or `torchrun` every process calls this with the same arguments: they share out the
+    calibration, the distillation and the test images; the main process alone measures latency, and writes.
+
+    Args:
+        model: trained; left as it was.
+        card: how `model` is built.
+        resume: go on with an interrupted run of the same job in `out`.
+
+    Raises:
+        ValueError: the budget cannot be reached, nothing can be converted, `out` holds another run.
+        TrainingStopped: the loss is not finite.
+        OSError: `out` cannot be written.
+
+    Returns:
+        The record that is written as ``result.json``.
+    """
+    model = copied(model, "convert").to(_device())
+    _check_fits(model, data)
+    card.with_data(data).check()
+    prepare(out, job.kind, model)
+    started = time.perf_counter()
+    outcome = Outcome(model, model, card.with_data(data), Choices.of(data))
+    outcome.finished("original", model, 0.0)
+    return _run(outcome, data, job, out, resume, on_progress, started)
+
+
+def train_model(
+    model: nn.Module,
+    card: Card,
+    data: Data,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    on_progress: OnProgress = ignore,
+) -> dict[str, Any]:
+    """Train a network in place; `out` gets ``model.safetensors``, ``result.json``, ``report.html``, the log and the
+    checkpoints.
+
+    Under `accelerate launch` or `torchrun` the main process writes.
+    """
+    prepare(out, "train", model)
+    card.with_data(data).check()
+    history = train(model, data, recipe, out, resume=resume, on_progress=_relay(on_progress, "train"))
+    metrics = evaluate(model, data.test)
+    model = model.cpu()
+    cost = count(model, data.input_shape)
+    record = {
+        **about(card.model, data, "train", command, history.seconds),
+        "normal": {
+            "conv_params": cost.conv_params,
+            "params": cost.params,
+            "macs": cost.macs,
+            "bytes": cost.bytes,
+            "accuracy": metrics.accuracy,
+            "loss": metrics.loss,
+        },
+        "curves": [{**record, "phase": "original"} for record in history.records],
+        "confusion": {"normal": metrics.confusion.tolist()},
+        "test_images": len(data.test),
+    }
+    if processes().is_main_process:
+        model_file.write(out / model_file.FILE, model, card.with_data(data))
+        write_json(out / RESULT, record)
+        write_report(out)
+    return record
+
+
+def _check_fits(model: nn.Module, data: Data) -> None:
+    """ValueError unless the model takes the data's images and has an output for each class."""
+    parameter = next(model.parameters(), torch.empty(0))
+    if parameter.dtype != torch.float32:
+        raise ValueError(f"convert: the images are float32 but the model is {parameter.dtype}: convert model.float()")
+    try:
+        with torch.no_grad(), evaluating(model):
+            scores = model(data.calibration(2).to(parameter.device))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"convert: the model does not take images of shape {data.input_shape}: {reason}") from error
+    check_outputs(scores, data.num_classes)
+
+
+def _run(
+    outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress, started: float
+) -> dict[str, Any]:
+    plan = _convert(outcome, job, on_progress)
+    _distil(outcome, job, out, resume, on_progress)
+    on_progress(Step("measure", 0, 1))
+    judged = _judge(outcome, data)
+    record = None
+    if processes().is_main_process:
+        measured = compare.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
+        on_progress(Step("measure", 1, 1))
+        on_progress(Step("write", 0, 1))
+        record = _write(outcome, measured, plan, data, job, out, started)
+    record = broadcast_object_list([record])[0]
+    remove_checkpoints(out)
+    on_progress(Step("write", 1, 1))
+    return record
+
+
+def _write(
+    outcome: Outcome, measured: dict[str, Any], plan: Plan, data: Data, job: Job, out: Path, started: float
+) -> dict[str, Any]:
+    card = outcome.card.changed_to(outcome.separable)
+    model_file.write(out / model_file.FILE, outcome.separable, card)
+    record = {
+        **about(card.model, data, job.kind, job.command, time.perf_counter() - started),
+        "budget": job.budget,
+        "metric": job.metric,
+        "form": job.form,
+        **measured,
+        "stages": outcome.stages,
+        "held_out_images": outcome.choices.held_out,
+        "kept": outcome.kept,
+        "notes": [note for note in (*plan.notes, outcome.choices.note) if note],
+        "curves": outcome.curves,
+        "onnx": export_onnx(outcome.separable, data, out),
+    }
+    image = data.test.normalise(data.test.images.take(torch.tensor([0])))
+    label = data.classes[int(data.test.labels[0])]
+    write_json(out / EXPLANATION, layer_data.collect(outcome.original, outcome.separable, image, label=label))
+    write_json(out / RESULT, record)
+    write_report(out)
+    return record
+
+
+def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
+    on_progress(Step("convert", 0, 1))
+    started = time.perf_counter()
+    data = outcome.choices.data
+    images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
+    steps = 1
+
+    def relay(done: int, total: int) -> None:
+        nonlocal steps
+        # One more for the accuracies.
+        steps = total + 1
+        on_progress(Step("convert", done, steps))
+
+    outcome.separable, plan = convert(
+        outcome.original,
+        images,
+        job.budget,
+        metric=job.metric,
+        form=job.form,
+        skip=job.skip,
+        on_progress=relay,
+    )
+    seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    simple = closed_form(outcome.original, plan, images[:2])
+    outcome.finished("closed form", simple, time.perf_counter() - started)
+    outcome.finished("converted", outcome.separable, seconds)
+    on_progress(Step("convert", steps, steps, accuracy=outcome.stages[-1]["accuracy"]))
+    return plan
+
+
+def _distil(outcome: Outcome, job: Job, out: Path, resume: bool, on_progress: OnProgress) -> None:
+    if job.recipe is None:
+        return
+    converted = copy.deepcopy(outcome.separable.state_dict())
+    history = train(
+        outcome.separable,
+        outcome.choices.data,
+        job.recipe,
+        None if job.kind == "demo" else out / CHECKPOINTS,
+        teacher=outcome.original,
+        distillation=job.distillation,
+        resume=resume,
+        on_progress=_relay(on_progress, "distil"),
+    )
+    outcome.learned("distilled", history.records)
+    outcome.finished("distilled", outcome.separable, history.seconds)
+    before, after = (stage["accuracy"] for stage in outcome.stages[-2:])
+    if after < before and outcome.choices.held_out:
+        outcome.separable.load_state_dict(converted)
+    else:
+        outcome.kept = "distilled"
+
+
+def _judge(outcome: Outcome, data: Data) -> dict[str, Metrics]:
+    """Both networks on all test images, which the processes share out."""
+    networks = {"normal": outcome.original, "separable": outcome.separable}
+    return {name: evaluate(model, data.test) for name, model in networks.items()}
+
+
+def _device() -> torch.device:
+    """Where the conversion computes: in float64, which not every accelerator has."""
+    device: torch.device = processes().device
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _relay(on_progress: OnProgress, stage: str) -> Callable[[Progress], None]:
+    """Training's progress as steps of a stage of the whole job."""
+
+    def relay(now: Progress) -> None:
+        done = (now.epoch - 1) * now.steps + now.step
+        accuracy = now.accuracy if now.test_accuracy is None else now.test_accuracy
+        on_progress(Step(stage, done, now.epochs * now.steps, now.loss, accuracy))
+
+    return relay

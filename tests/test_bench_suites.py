@@ -1,0 +1,162 @@
+"""The benchmark suites: verify before time, the record's format, and tables that follow from records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from sepconv.bench import blocks, operations, run, tables
+from sepconv.bench.operations import Case
+from sepconv.system.timing import interleaved, summary
+
+SMALL = Case(1, 8, (7, 5), (3, 3))
+
+
+def test_cases_are_as_many_and_as_different_as_promised() -> None:
+    assert len(operations.CASES) >= 24
+    assert len({case.name for case in operations.CASES}) == len(operations.CASES)
+    assert {len(case.image) for case in operations.CASES} == {1, 2, 3}
+    assert {case.dilation for case in operations.CASES} == {1, 2, 4}
+    assert {case.multiplier for case in operations.CASES} == {1, 2, 4}
+
+
+def test_blocks_come_from_the_models() -> None:
+    found = blocks.blocks()
+    assert sum(n for block, n in found.items() if block.network == "v1") == 13
+    assert sum(n for block, n in found.items() if block.network == "v2") == 17
+    v1 = sum(block.macs * n for block, n in found.items() if block.network == "v1")
+    # 1x1 and depthwise multiply-adds of Table 2 of arXiv:1704.04861, exactly recomputed.
+    assert v1 == 539_492_352 + 17_385_984
+
+
+def test_a_case_is_verified_timed_and_recorded() -> None:
+    found = list(operations.run_case(SMALL, 1, 0.0))
+    assert {(r.contender, r.pass_) for r in found} == {
+        (name, which) for name in ("torch-nchw", "torch-nhwc", "sepconv") for which in operations.PASSES
+    }
+    assert all(r.median_ms > 0 and 0 <= r.max_error <= 1 and r.macs == 8 * 35 * 9 for r in found)
+
+
+def test_numbers_of_16_bits_are_verified_and_recorded_apart() -> None:
+    found = list(operations.run_case(SMALL, 1, 0.0, torch.bfloat16))
+    assert {r.suite for r in found} == {"ops-bfloat16"}
+    assert all(0 < r.max_error <= 1 for r in found)
+    in_float32 = list(operations.run_case(SMALL, 1, 0.0))
+    assert [2 * r.bytes for r in found] == [r.bytes for r in in_float32]
+
+
+def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = operations.ours
+
+    def wrong(case: Case, t: operations.Tensors) -> dict[str, object]:
+        calls = right(case, t)
+        return {**calls, "grad_input": lambda: calls["grad_input"]() * 1.001}
+
+    monkeypatch.setattr(operations, "ours", wrong)
+    with pytest.raises(ValueError, match=r"bench ops: sepconv-nchw, .*, grad_input: .* times the bound"):
+        list(operations.run_case(SMALL, 1, 0.0))
+    block = blocks.Block("v1", 8, 8, 7, 1, "relu6")
+    monkeypatch.setattr(blocks, "ours", lambda block, t: blocks.pytorchs(block, t) + 0.01)
+    with pytest.raises(ValueError, match="bench blocks: sepconv-nchw"):
+        list(blocks.run_block(block, 1, 1, 0.0))
+
+
+def test_contenders_take_turns() -> None:
+    seen: list[str] = []
+    found = interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 0.0)
+    assert set(found) == {"a", "b"}
+    assert found["a"].samples == found["b"].samples >= 7
+    changes = sum(x != y for x, y in pairwise(seen))
+    assert changes >= 2 * found["a"].samples - 1
+
+
+def test_summary_is_the_median_and_the_middle() -> None:
+    found = summary([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found.median_ms, found.low_ms, found.high_ms, found.samples) == (3.0, 2.0, 4.0, 5)
+
+
+def test_suite_writes_a_file_whose_tables_follow_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "CASES", [SMALL, replace(SMALL, kernel=(1, 7))])
+    path = tmp_path / "ops.json"
+    run.run("ops", [1], 0.001, "", path, "sepconv bench ops", lambda *_: None)
+    content = tables.read(path)
+    assert content["machine"]["fma_peak_gflops"]["1"] > 1
+    assert {row["kernel"] for row in content["records"]} <= {"halide", "torch"}
+    table = tables.operations(content, 1)
+    assert table.count("\n") == 4
+    assert "| 1x8x7x5 k1x7 |" in table
+    assert tables.operations_summary(content).count("\n") == 3
+
+
+def test_block_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = blocks.Block("v1", 8, 16, 7, 1, "relu6")
+    monkeypatch.setattr(blocks, "blocks", lambda: blocks.Counter({block: 2}))
+    path = tmp_path / "blocks.json"
+    run.run("blocks", [1], 0.001, "", path, "sepconv bench blocks", lambda *_: None)
+    content = tables.read(path)
+    assert content["counts"] == {"v1 8-16 7px b1": 2, "v1 8-16 7px b8": 2}
+    assert {row["contender"] for row in content["records"]} == {
+        "torch-nchw", "torch-nhwc", "sepconv", "sepconv-bound"
+    }  # fmt: skip
+    assert "v1 8-16 7px b8" in tables.blocks(content, 1)
+    assert "functions, 1 thread(s)" in tables.blocks_summary(content)
+
+
+def test_speedup_is_over_the_better_layout() -> None:
+    assert tables.speedup({"torch-nchw": 4.0, "torch-nhwc": 3.0, "sepconv": 1.5}) == 2.0
+    rows = [
+        {"threads": 1, "case": "c", "pass": "forward", "contender": "sepconv", "median_ms": ms} for ms in (2.0, 1.0)
+    ]
+    assert tables.best_times(rows) == {(1, "c", "forward"): {"sepconv": 1.0}}
+
+
+def test_all_passes_together_are_of_one_layout() -> None:
+    """Nobody changes the layout of a network between its forward and its backward pass."""
+    times = {("sepconv", "nchw"): (1.0, 7.0), ("sepconv", "nhwc"): (4.0, 2.0), ("torch-nchw", "nchw"): (9.0, 9.0)}
+    rows = [
+        {"threads": 1, "case": "c", "pass": which, "contender": contender, "layout": layout, "median_ms": ms}
+        for (contender, layout), pair in times.items()
+        for which, ms in zip(("forward", "grad_input"), pair, strict=True)
+    ]
+    summary = tables.operations_summary({"records": rows})
+    assert "| 1 | 3.00 | 3.00 | 6.36 | 4.50 (c, grad input) |" in summary
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("suite must be one of ops, ops-bfloat16, blocks, got 'all'", ("all", [1], 1.0, "")),
+        ("threads must be positive", ("ops", [0], 1.0, "")),
+        ("no case has 'zebra' in its name", ("ops", [1], 1.0, "zebra")),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, message: str, arguments: tuple[object, ...]) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.run(*arguments, tmp_path / "x.json", "", lambda *_: None)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    for text in ("{", json.dumps({"records": []})):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"broken\.json is no benchmark file"):
+            tables.read(path)
+
+
+def test_replace_between_markers() -> None:
+    text = "a\n<!-- t -->\nold\n<!-- /t -->\nb\n"
+    assert tables.replace_between(text, "t", "new\n") == "a\n<!-- t -->\nnew\n<!-- /t -->\nb\n"
+    with pytest.raises(ValueError, match="must each occur once"):
+        tables.replace_between(text, "u", "")
+
+
+def test_peak_is_measured_at_the_asked_thread_count() -> None:
+    before = torch.get_num_threads()
+    assert run.fma_peak_gflops(1, repeats=2) > 1
+    assert torch.get_num_threads() == before

@@ -86,9 +86,9 @@ def test_every_contender_is_called_equally_often_with_the_threads_asked_for() ->
 
 
 def test_median_and_range_of_known_times() -> None:
-    entry = bench._Entry("n", "c", "contiguous", nn.Identity(), torch.empty(0), [3_000_000, 1_000_000, 2_000_000])
+    entry = bench._Entry("n", "c", "contiguous", nn.Identity(), torch.empty(0), [3e-3, 1e-3, 4e-3, 2e-3, 5e-3])
     found = bench._summary(entry)
-    assert (found.low_ms, found.median_ms, found.high_ms, found.samples) == (1.0, 2.0, 2.0, 3)
+    assert (found.low_ms, found.median_ms, found.high_ms, found.samples) == (2.0, 3.0, 4.0, 5)
 
 
 def test_times_of_steps_are_given_to_their_layers() -> None:

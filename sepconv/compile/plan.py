@@ -6,10 +6,10 @@ time; callers in several Python threads take different instances.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ from sepconv.compile.lower import Call, lower, lower_direct
 from sepconv.compile.tune import alternatives, fastest
 from sepconv.kernels.halide.jit import threads
 from sepconv.kernels.halide.jit.machine_code import in_chains
+from sepconv.system.timing import seconds
 
 
 class Plan:
@@ -173,8 +174,6 @@ class Instance:
             times = [0.0] * len(self.calls)
             for i, run, direct in self._runs:
                 arguments = [inputs[self._layout.direct or 0]] if direct else []
-                start = time.perf_counter()
-                run(*arguments)
-                times[i] += time.perf_counter() - start
+                times[i] += seconds(partial(run, *arguments))
             samples.append(times)
         return [median(times) for times in zip(*samples, strict=True)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import median
 
 from torch import Tensor
 
 from sepconv.compile.groups import Convolution, Pool, Separable
 from sepconv.compile.lower import Call
+from sepconv.system.timing import in_turn
 
 _ROUNDS = 9
 # An alternative must win by this factor, or noise would choose.
@@ -25,16 +26,7 @@ def alternatives(target: object) -> tuple[str, ...]:
 
 def fastest(calls: Mapping[str, Call], arguments: Sequence[Tensor]) -> str:
     """The name of the call that takes least time; "" (the usual kernel) unless another is clearly faster."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS):
-        for name, call in calls.items():
-            times[name].append(_seconds(call.run, arguments))
+    times = in_turn({name: partial(call.run, *arguments) for name, call in calls.items()}, _ROUNDS)
     usual = median(times.pop(""))
     name, best = min(((name, median(samples)) for name, samples in times.items()), key=lambda pair: pair[1])
     return name if best * _MARGIN < usual else ""
-
-
-def _seconds(run: Callable[..., None], arguments: Sequence[Tensor]) -> float:
-    start = time.perf_counter()
-    run(*arguments)
-    return time.perf_counter() - start

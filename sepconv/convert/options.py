@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from sepconv.convert.forms import Form
 from sepconv.convert.graph import Site
+from sepconv.system.timing import in_turn
 
 METRICS = ("conv_params", "macs", "latency")
 _ROUNDS = 9
@@ -37,18 +38,16 @@ def macs(site: Site, form: Form, rank: int) -> int:
 
 
 def _median_time(modules: dict[int, nn.Module], x: torch.Tensor) -> dict[int, float]:
-    """Median seconds of each module, the modules taking turns so that a disturbance meets all of them."""
-    times: dict[int, list[float]] = {key: [] for key in modules}
+    """Median seconds of each module, after two calls that do not count."""
+
+    def run(module: nn.Module) -> None:
+        module(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
     with torch.no_grad():
-        for turn in range(_ROUNDS + 2):
-            for key, module in modules.items():
-                start = time.perf_counter()
-                module(x)
-                if x.is_cuda:
-                    torch.cuda.synchronize(x.device)
-                if turn >= 2:
-                    times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in times.items()}
+        times = in_turn({key: partial(run, module) for key, module in modules.items()}, _ROUNDS + 2)
+    return {key: statistics.median(values[2:]) for key, values in times.items()}
 
 
 def latencies(site: Site, form: Form, ranks: list[int]) -> dict[int, float]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from sepconv.compile import CompiledModel, compile
 from sepconv.compile.explain import Group
 from sepconv.layers.borrowed import evaluating
 from sepconv.system.threads import threads_set_to
+from sepconv.system.timing import in_turn, summary
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 3
@@ -51,7 +52,7 @@ class _Entry:
     layout: str
     call: Contender
     x: Tensor
-    times: list[int]
+    times: list[float]
 
 
 def with_torch_layers(model: nn.Module) -> nn.Module:
@@ -162,18 +163,11 @@ def _verify(entries: list[_Entry]) -> None:
 
 
 def _time(entries: list[_Entry], seconds: float) -> None:
-    for _ in range(WARM_UP):
-        for entry in entries:
-            entry.call(entry.x)
+    calls = {i: partial(entry.call, entry.x) for i, entry in enumerate(entries)}
+    in_turn(calls, WARM_UP)
     fewest, most = SAMPLES
-    end = time.perf_counter() + seconds
-    for sample in range(most):
-        if sample >= fewest and time.perf_counter() > end:
-            break
-        for entry in entries:
-            start = time.perf_counter_ns()
-            entry.call(entry.x)
-            entry.times.append(time.perf_counter_ns() - start)
+    for i, times in in_turn(calls, most, fewest=fewest, budget=seconds).items():
+        entries[i].times.extend(times)
 
 
 def _best(entries: list[_Entry], network: str, contender: str) -> Latency:
@@ -182,6 +176,5 @@ def _best(entries: list[_Entry], network: str, contender: str) -> Latency:
 
 
 def _summary(entry: _Entry) -> Latency:
-    times = sorted(time_ns / 1e6 for time_ns in entry.times)
-    low, median, high = (times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8))
-    return Latency(round(median, 4), round(low, 4), round(high, 4), len(times), entry.layout)
+    found = summary([seconds * 1e3 for seconds in entry.times])
+    return Latency(**asdict(found), layout=entry.layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ from sepconv.kernels.halide.jit.buffers import buffer
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 from sepconv.system.threads import check_count
+from sepconv.system.timing import seconds
 
 # As many independent sums as the widest tiles of the real kernels: enough to hide the latency of every unit.
 _SUMS = 12
@@ -75,9 +75,4 @@ def copy_gb_per_s(threads: int, repeats: int = 5) -> float:
 
 def _best(call: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(seconds(call) for _ in range(repeats))

@@ -228,7 +228,7 @@ class TestBudget:
         ran.failed_with(2, "skip", "'stem'")
 
     def test_no_convertible_convolution(self, tmp_path: Path) -> None:
-        model = ("test_bad_input:pointwise_net", "--set", "classes=10")
+        model = ("test_data_bad_input:pointwise_net", "--set", "classes=10")
         ran = sepconv("convert", *model, *DIGITS, *NO_TRAINING, "--out", tmp_path)
         ran.failed_with(2, "convert", "already pointwise")
         assert list(tmp_path.iterdir()) == []

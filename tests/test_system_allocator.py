@@ -15,7 +15,7 @@ from sepconv.system import allocator
 
 _FAULTS = """
 import ctypes, resource, sys
-from sepconv.allocator import keep_freed_memory
+from sepconv.system.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -153,6 +153,10 @@ class Choice:
             self.pass_over(str(error))
             return self(*tensors)
 
+    def shortest(self) -> Prepared:
+        """What to call without a way back: the prepared kernel where there is nothing to go back to."""
+        return self.run if self.backend is BACKENDS[self.case.op][-1] else self
+
     def pass_over(self, reason: str) -> None:
         """Go on to the next backend, for a reason that showed itself late."""
         self.reasons[self.backend.name] = reason

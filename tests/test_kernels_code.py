@@ -162,7 +162,7 @@ def test_the_name_follows_from_all_that_the_code_depends_on(folder: Path, monkey
 
 _CASE = """
 import torch, sepconv
-from sepconv.kernels import code_cache
+from sepconv.kernels.halide.jit import code_cache
 x, w = torch.ones(8, 64, 31, 31), torch.ones(64, 1, 7, 7)
 print(float(sepconv.depthwise_conv2d(x, w, None, 1, 3).sum()), sorted(p.name for p in code_cache.folder().iterdir()))
 """

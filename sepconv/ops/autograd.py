@@ -239,15 +239,15 @@ def _backward_separable(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradien
 
 
 def _backward_composed_separable(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
-    *tensors, residual, y = ctx.saved_tensors
+    x, dw, pw, dw_bias, pw_bias, residual, y = ctx.saved_tensors
     dw_activation, activation = ctx.activations
 
     def compose(x: Tensor, dw: Tensor, pw: Tensor, dw_bias: Any, pw_bias: Any, residual: Any = None) -> Tensor:
         hidden = aten.depthwise_forward(x, dw, dw_bias, ctx.geometry, dw_activation)
         return aten.pointwise_forward(hidden, pw, pw_bias, "", residual)
 
-    grad = _before_activation(grad, activation, y, lambda: compose(*tensors, residual))
-    return *_composed_grads(compose, grad, tensors, need[:5]), grad if need[5] else None
+    grad = _before_activation(grad, activation, y, lambda: compose(x, dw, pw, dw_bias, pw_bias, residual))
+    return *_composed_grads(compose, grad, (x, dw, pw, dw_bias, pw_bias), need[:5]), grad if need[5] else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.compile.constants import Constant, name_of
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.torch import aten
 from sepconv.reference import ACTIVATIONS
 
@@ -88,7 +89,8 @@ class Convolution:
         if self.dims == 0:
             y = F.linear(x, self.weight.tensor, bias)
         else:
-            y = aten.conv(x, self.weight.tensor, bias, self.stride, self.padding, self.dilation, groups=self.groups)
+            geometry = Geometry(self.stride, self.padding, self.dilation)
+            y = aten.conv(x, self.weight.tensor, bias, geometry, groups=self.groups)
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
 

@@ -14,6 +14,8 @@ from sepconv.compile.capture import first_line
 from sepconv.compile.constants import Store
 from sepconv.compile.groups import Convolution, Pool, Separable
 from sepconv.compile.layout import RESULTS
+from sepconv.kernels import case
+from sepconv.kernels.case import Case, Geometry, Outline
 from sepconv.kernels.halide.conv import depthwise, pointwise, pool, separable, stem
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer
@@ -84,101 +86,87 @@ def _unfit(target: Any, args: Sequence[Tensor], out: Tensor) -> str:
     """Why none of the kernels can compute a group, in a sentence; "" if one can."""
     if out.numel() == 0:
         return "the result is empty"
-    x = args[0]
     if isinstance(target, Pool):
         return ""
     if isinstance(target, Separable):
-        return _slower_depthwise(target.depthwise, x) if separable.slower(target.depthwise.kernel_size) else ""
-    if target.kind == "depthwise":
-        return _slower_depthwise(target, x)
+        whole = _separable_case(target, args, out)
+        return depthwise.slower(whole.first) if separable.slower(whole) else ""
     if target.kind == "grouped":
         return f"no kernel for grouped convolutions (groups={target.groups})"
+    kernel = _KERNELS[target.kind]
+    alone = _case(target, args, out)
+    return kernel.supports(alone) or kernel.slower(alone)
+
+
+_KERNELS: Any = {"normal": stem, "depthwise": depthwise, "pointwise": pointwise, "linear": pointwise}
+
+
+def _outline(constant: Any) -> Any:
+    """Of a weight, which need not be made again for it."""
+    return None if constant is None else Outline.contiguous_of(constant.shape)
+
+
+def _case(target: Convolution, args: Sequence[Tensor], out: Tensor) -> Case:
+    """A convolution into given memory, as kernels know it."""
+    residual = args[1] if target.residual else None
+    weight, bias = _outline(target.weight), _outline(target.bias)
+    geometry = Geometry(target.stride, target.padding, target.dilation)
+    if target.kind == "depthwise":
+        return case.depthwise(args[0], weight, bias, geometry, target.activation).into(out)
     if target.kind == "normal":
-        if target.residual or target.groups > 1 or set(target.dilation) != {1}:
-            return "the kernel for normal convolutions has no dilation, groups and residual"
-        bias = None if target.bias is None else target.bias.tensor
-        return stem.supports(x, target.weight.tensor, bias, target.activation, target.stride, target.padding)
-    if target.kind == "pointwise" and x.dim() == 4 and x.shape[1] == 1 and out.shape[1] > 1:
-        return "with one input channel both layouts look the same to the kernel"
-    return ""
+        return case.normal(args[0], weight, bias, residual, geometry, target.activation).into(out)
+    return case.pointwise(args[0], weight, bias, residual, target.activation).into(out)
 
 
-def _slower_depthwise(target: Convolution, x: Tensor) -> str:
-    geometry = (target.stride, target.padding, target.dilation)
-    return depthwise.slower("forward", x, target.weight.tensor, *geometry, target.activation, bound=True)
+def _separable_case(target: Separable, args: Sequence[Tensor], out: Tensor) -> Case:
+    first, second = target.depthwise, target.pointwise
+    geometry, residual = Geometry(first.stride, first.padding, first.dilation), args[1] if target.residual else None
+    dw = case.depthwise(args[0], _outline(first.weight), _outline(first.bias), geometry, first.activation)
+    pw = case.pointwise(dw.y, _outline(second.weight), _outline(second.bias), residual, second.activation)
+    return case.separable(dw, pw).into(out)
 
 
 def _bind(target: Any, args: Sequence[Tensor], out: Tensor, store: Store, choice: str = "") -> Call:
     if isinstance(target, Pool):
-        return Call(pool.bind(args[0], out), "halide")
+        return Call(pool.bind(pool.plan(case.pool(args[0], out)), args[0], [], None, out), "halide")
     if isinstance(target, Separable):
         if choice == "split":
             return _bind_split(target, args, out, store, "depthwise and pointwise in turn were measured to be faster")
-        apart = separable.slower(target.depthwise.kernel_size)
-        return _bind_split(target, args, out, store, apart) if apart else _bind_separable(target, args, out, store)
-    binders = {"normal": _bind_conv, "depthwise": _bind_depthwise, "pointwise": _bind_matrix, "linear": _bind_matrix}
-    return binders[target.kind](target, args, out, store)
+        whole = _separable_case(target, args, out)
+        if apart := separable.slower(whole):
+            return _bind_split(target, args, out, store, apart)
+        first, second = target.depthwise, target.pointwise
+        return _bind_kernel(separable, whole, (first.weight, second.weight, first.bias, second.bias), args, out, store)
+    return _bind_convolution(target, args, out, store)
 
 
-def _tensor(constant: Any) -> Any:
-    return None if constant is None else constant.tensor
+def _bind_convolution(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
+    constants = (target.weight, target.bias)
+    return _bind_kernel(_KERNELS[target.kind], _case(target, args, out), constants, args, out, store)
 
 
-def _keys(*constants: Any) -> tuple[Hashable, ...]:
-    return tuple(None if constant is None else constant.key for constant in constants)
-
-
-def _bind_separable(target: Separable, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
-    first, second = target.depthwise, target.pointwise
-    x, residual = args[0], args[1] if target.residual else None
-    parts = (first.weight, first.bias, second.weight, second.bias)
-    found = separable.plan(
-        x.shape, first.weight.shape, second.out_channels, first.stride, first.padding, first.dilation,
-        (first.activation, second.activation), residual is not None, torch.get_num_threads(),
-    )  # fmt: skip
+def _bind_kernel(
+    kernel: Any, known: Case, constants: Sequence[Any], args: Sequence[Tensor], out: Tensor, store: Store
+) -> Call:
+    found = kernel.plan(known)
+    keys: tuple[Hashable, ...] = tuple(None if constant is None else constant.key for constant in constants)
     packed = store.keep(
-        ("separable", found.spec.multiplier, *found.spec.tile.panels, *_keys(*parts)),
-        lambda: _Packed(separable.pack(found, *map(_tensor, parts))),
+        (kernel.__name__, found.variant, *keys),
+        lambda: _Packed(kernel.pack(found, [None if constant is None else constant.tensor for constant in constants])),
     )
-    return Call(separable.bind(found, x, packed, residual, out), "halide", holds=packed)
+    residual = args[1] if len(args) > 1 else None
+    return Call(kernel.bind(found, args[0], packed, residual, out), "halide", holds=packed)
 
 
 def _bind_split(target: Separable, args: Sequence[Tensor], out: Tensor, store: Store, reason: str) -> Call:
     """Depthwise and pointwise in turn, the depthwise result in memory of its own."""
     shape = (out.shape[0], target.depthwise.out_channels, *out.shape[2:])
     hidden = torch.empty(shape, memory_format=torch.channels_last)
-    first = _bind_depthwise(target.depthwise, args[:1], hidden, store)
-    second = _bind_matrix(target.pointwise, [hidden, *args[1:]], out, store)
+    first = _bind_convolution(target.depthwise, args[:1], hidden, store)
+    second = _bind_convolution(target.pointwise, [hidden, *args[1:]], out, store)
 
     chain = Chain([first.run, second.run])  # type: ignore[list-item]
     return Call(chain, "halide", reason, (first, second, hidden))
-
-
-def _bind_conv(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
-    weight, bias = target.weight.tensor, _tensor(target.bias)
-    found = stem.plan_for(args[0], weight, target.activation, target.stride, target.padding)
-    packed = store.keep(
-        ("conv", *found.spec.tile.panels, *_keys(target.weight, target.bias)),
-        lambda: _Packed(stem.pack(found, weight, bias)),
-    )
-    return Call(stem.bind(found, args[0], packed, out), "halide", holds=packed)
-
-
-def _bind_depthwise(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
-    weight, bias = target.weight.tensor, _tensor(target.bias)
-    geometry = (target.stride, target.padding, target.dilation)
-    return Call(depthwise.bind(args[0], weight, bias, *geometry, target.activation, out), "halide")
-
-
-def _bind_matrix(target: Convolution, args: Sequence[Tensor], out: Tensor, store: Store) -> Call:
-    x, residual = args[0], args[1] if target.residual else None
-    weight, bias = target.weight.tensor, _tensor(target.bias)
-    found = pointwise.plan(x, target.out_channels, target.activation, residual is not None)
-    packed = store.keep(
-        ("matrix", *found.panels, *_keys(target.weight, target.bias)),
-        lambda: _Packed(pointwise.pack(found, weight, bias)),
-    )
-    return Call(pointwise.bind(found, x, packed, residual, out), "halide", holds=packed)
 
 
 def _operation(target: Any, args: Any, kwargs: Any, outputs: Sequence[Tensor]) -> Callable[[], None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.torch import aten
 
 # Relative to the largest output. Rounding differs by far less; what the capture cannot see (NumPy code on the values, a
@@ -16,12 +17,9 @@ from sepconv.kernels.torch import aten
 AGREEMENT = 1e-2
 
 
-def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(padding[::2], padding[1::2], strict=True))
-
-
 def _depthwise(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str) -> Tensor:
-    return aten.depthwise_forward(x, weight, bias, stride, _pairs(padding), dilation, activation)
+    geometry = Geometry(stride, tuple(zip(padding[::2], padding[1::2], strict=True)), dilation)
+    return aten.depthwise_forward(x, weight, bias, geometry, activation)
 
 
 def _pointwise(x: Any, weight: Any, bias: Any, residual: Any, activation: str) -> Tensor:
@@ -32,8 +30,8 @@ def _separable(
     x: Any, dw: Any, pw: Any, dw_bias: Any, pw_bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any,
     between: str, activation: str,
 ) -> Tensor:  # fmt: skip
-    geometry = (stride, _pairs(padding), dilation)
-    return aten.separable_forward(x, dw, dw_bias, between, pw, pw_bias, activation, *geometry, residual)
+    hidden = _depthwise(x, dw, dw_bias, stride, padding, dilation, between)
+    return aten.pointwise_forward(hidden, pw, pw_bias, activation, residual)
 
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {

@@ -16,12 +16,10 @@ import torch
 from networks import SamePadded, Several, SqueezeExcite, randomise
 from torch import Tensor, nn
 
-from sepconv.compile import CompiledModel, compile
-from sepconv.compile import lower as lowering
-from sepconv.compile import plan as planning
-from sepconv.compile.constants import Constant
+from sepconv.compile import CompiledModel, bind, compile, lower, tune
 from sepconv.compile.groups import Convolution
-from sepconv.compile.model import MAX_PLANS
+from sepconv.compile.model import MAX_SIZES
+from sepconv.compile.store import Constant
 from sepconv.kernels.halide.conv import separable
 from sepconv.kernels.halide.jit import runtime, threads
 from sepconv.kernels.halide.jit.runtime import BuildError
@@ -214,7 +212,7 @@ def test_compiled_model_does_not_run_pytorch_where_a_kernel_can(monkeypatch: pyt
     """What explain says is what happens: PyTorch's path of a group is never entered."""
     model, x = randomise(SqueezeExcite()), torch.randn(2, 8, 13, 11)
     fast = compile(model, x)
-    monkeypatch.setattr(lowering, "_through_torch", None)
+    monkeypatch.setattr(bind, "_through_torch", None)
     close(fast(x), model(x))
     assert {g.kernel for g in fast.explain().groups if not g.kind.startswith("aten")} == {"halide"}
 
@@ -238,7 +236,7 @@ def test_compile_tune_keeps_what_is_fastest(choice: str, monkeypatch: pytest.Mon
             call.run(*arguments)
         return choice if choice in calls else ""
 
-    monkeypatch.setattr(planning, "fastest", fastest)
+    monkeypatch.setattr(tune, "fastest", fastest)
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     fast = compile(model, x, tune=True)
     assert "measured to be faster" in fast.explain().groups[-1].reason
@@ -264,7 +262,7 @@ def test_compiled_model_follows_torch_threads(model: nn.Module) -> None:
         assert threads._threads.value == 2
         assert torch.get_num_threads() == count
     assert seen == [1, 2, 1]
-    assert len(fast._plans) == 2
+    assert len(fast._networks) == 2
 
 
 def test_compiled_model_in_several_python_threads(model: nn.Module) -> None:
@@ -316,11 +314,11 @@ def test_compiled_model_copies_but_cannot_be_pickled(model: nn.Module, compiled:
 
 def test_compiled_model_keeps_a_bounded_number_of_sizes(model: nn.Module) -> None:
     fast = compile(model, torch.randn(1, 3, 8, 8))
-    for size in range(3, MAX_PLANS + 10):
+    for size in range(3, MAX_SIZES + 10):
         fast(torch.randn(1, 3, size, 8))
-    assert len(fast._plans) == MAX_PLANS
+    assert len(fast._networks) == MAX_SIZES
     kept = len(fast._store._known)
-    for size in range(MAX_PLANS + 10, MAX_PLANS + 20):
+    for size in range(MAX_SIZES + 10, MAX_SIZES + 20):
         fast(torch.randn(1, 3, size, 8))
     assert len(fast._store._known) <= kept
     x = torch.randn(1, 3, 3, 8)
@@ -339,8 +337,8 @@ def test_compiled_model_memory_stays_bounded_over_a_thousand_sizes(model: nn.Mod
 
 
 def _folded(compiled: CompiledModel) -> list[Constant]:
-    [plan] = [plan for plan in compiled._plans.values() if not isinstance(plan, str)]
-    groups = [part for step in plan.layout.steps for part in (getattr(step.target, "pointwise", None), step.target)]
+    [network] = [network for network in compiled._networks.values() if not isinstance(network, str)]
+    groups = [part for step in network.program.steps for part in (getattr(step.group, "pointwise", None), step.group)]
     weights = [group.weight for group in groups if isinstance(group, Convolution)]
     return [weight for weight in weights if weight._again is not None]
 
@@ -353,7 +351,7 @@ def test_folded_weights_are_kept_only_where_pytorch_reads_them(monkeypatch: pyte
     model.float()
     packed = compile(model, x)
     assert [weight._seen() for weight in _folded(packed)] == [None]
-    monkeypatch.setattr(lowering, "_unfit", lambda target, args, out: "it is Tuesday")
+    monkeypatch.setattr(lower, "_passed_over", lambda step, read, out: "it is Tuesday")
     through_pytorch = compile(model, x)
     assert [weight._seen() is None for weight in _folded(through_pytorch)] == [False]
     for compiled in (packed, through_pytorch):

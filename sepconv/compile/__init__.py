@@ -5,6 +5,6 @@ made by ``capture`` (the network's operations), ``match`` (which of them one ker
 (where values lie) and ``lower`` (kernels bound to memory).
 """
 
-from sepconv.compile.explain import Explanation as Explanation
+from sepconv.compile.explain import NetworkExplanation as NetworkExplanation
 from sepconv.compile.model import CompiledModel as CompiledModel
 from sepconv.compile.model import compile as compile

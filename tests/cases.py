@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sepconv.ops.geometry import Geometry, resolve
+from sepconv.kernels.case import Geometry
+from sepconv.ops.geometry import resolve
 
 
 @dataclass(frozen=True)

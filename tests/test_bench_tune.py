@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import sepconv
 from sepconv.bench import tune
+from sepconv.kernels.case import Case, pool
 from sepconv.kernels.halide.conv import separable
 from sepconv.kernels.halide.jit import code_cache, runtime
 from sepconv.kernels.halide.schedule import tuned
-from sepconv.kernels.halide.schedule.gemm import Separable
+from sepconv.kernels.halide.schedule.gemm import SeparableSchedule
+from sepconv.ops.call import forget
 from sepconv.system.timing import Timing
 
 if runtime.missing():
@@ -32,13 +34,13 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "kernels").symlink_to(kernels)
     monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
     tuned.forget()
-    tune._forget_plans()
+    forget()
     path = tuned.path()
     assert path is not None
     yield path
     monkeypatch.undo()
     tuned.forget()
-    tune._forget_plans()
+    forget()
 
 
 class Small(nn.Module):
@@ -97,7 +99,7 @@ def test_each_kernel_of_a_network_is_tuned_and_the_table_is_used(monkeypatch: py
     [asked] = [
         asked for asked in tune.problems(Small().eval(), torch.randn(X), 1).values() if asked.kind == "separable"
     ]
-    chosen = separable.plan(*asked.problem)
+    chosen = separable.plan(asked.case)
     assert (chosen.spec.tile, chosen.spec.columns) == (best.tile, best.columns)
     assert chosen.calls[0][0] == best.rows
     assert asked.usual != best
@@ -129,10 +131,12 @@ def test_a_narrow_win_is_noise(monkeypatch: pytest.MonkeyPatch, table: Path) -> 
 def test_a_schedule_that_computes_something_else_is_refused(
     monkeypatch: pytest.MonkeyPatch, table: Path, fault: Any
 ) -> None:
-    maker = tune._MAKERS["separable"]
+    maker = tune._maker
 
-    def wrong(problem: Any) -> Any:
-        make, made = maker(problem), []
+    def wrong(case: Case) -> Any:
+        make, made = maker(case), []
+        if case.op != "separable":
+            return make
 
         def spoiled() -> Any:
             call, out = make()
@@ -144,13 +148,14 @@ def test_a_schedule_that_computes_something_else_is_refused(
 
         return spoiled
 
-    monkeypatch.setitem(tune._MAKERS, "separable", wrong)
-    with pytest.raises(ValueError, match=r"bench tune: Separable\(.* of separable .* gives another result"):
+    monkeypatch.setattr(tune, "_maker", wrong)
+    with pytest.raises(ValueError, match=r"bench tune: SeparableSchedule\(.*op='separable'.* gives another result"):
         tuned_model(monkeypatch, 1)
     assert not table.exists()
 
 
-USUAL = Separable(*["tile", 1, 4, 16, "rows"])
+CASE = pool(torch.empty(1, 4, 2, 2), torch.empty(1, 4))  # which one does not matter to the table
+USUAL = SeparableSchedule(*["tile", 1, 4, 16, "rows"])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,7 @@ def test_a_table_that_makes_no_sense_changes_nothing(table: Path, content: str) 
     key = tuned.key("separable", (1, "a"))
     table.parent.mkdir(parents=True)
     table.write_text(content.replace('"KEY"', json.dumps(key)))
-    assert tuned.choose("separable", (1, "a"), USUAL, lambda: others) == USUAL
+    assert tuned.choose("separable", (1, "a"), USUAL, lambda: others, CASE) == USUAL
 
 
 def test_the_table_grows_and_is_for_one_problem(table: Path) -> None:
@@ -180,9 +185,9 @@ def test_the_table_grows_and_is_for_one_problem(table: Path) -> None:
     for number, other in enumerate(others):
         tuned.keep({tuned.key("separable", (number, "a")): other})
     for number, other in enumerate(others):
-        assert tuned.choose("separable", (number, "a"), USUAL, lambda: others) == other
-    assert tuned.choose("separable", (2, "a"), USUAL, lambda: others) == USUAL
-    assert tuned.choose("pointwise", (0, "a"), USUAL, lambda: others) == USUAL
+        assert tuned.choose("separable", (number, "a"), USUAL, lambda: others, CASE) == other
+    assert tuned.choose("separable", (2, "a"), USUAL, lambda: others, CASE) == USUAL
+    assert tuned.choose("pointwise", (0, "a"), USUAL, lambda: others, CASE) == USUAL
 
 
 def test_without_a_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from sepconv.kernels.halide.jit import runtime
     params=[
         "prepare.capture", "prepare.rewrite", "prepare.disagreement", "prepare.trial_copy", "passes.fold_constants",
         "network.write_program", "network.lay_out", "network.lower", "layout.slice_batch", "instance.bind_step",
-        "bind._bind_kernel", "instance.in_chains",
+        "bind._bind_kernels", "instance.in_chains",
     ]
 )  # fmt: skip
 def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -33,7 +33,7 @@ def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def test_compile_runs_the_model_whatever_fails_inside(stage: str) -> None:
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
-    if stage == "bind._bind_kernel":  # the group alone
+    if stage == "bind._bind_kernels":  # the group alone
         if runtime.missing():
             pytest.skip(runtime.missing())
         with pytest.warns(UserWarning, match="compile: a group runs through PyTorch: IndexError: injected"):

@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 from networks import SamePadded, Several, SqueezeExcite, randomise
 from torch import Tensor, nn
 
-from sepconv.compile import CompiledModel, bind, compile, lower, tune
+from sepconv.compile import CompiledModel, bind, compile, tune
 from sepconv.compile.groups import Convolution
 from sepconv.compile.model import MAX_SIZES
 from sepconv.compile.store import Constant
-from sepconv.kernels.halide.conv import separable
+from sepconv.kernels import backends
 from sepconv.kernels.halide.jit import runtime, threads
 from sepconv.kernels.halide.jit.runtime import BuildError
 
@@ -186,11 +187,28 @@ def test_compile_other_dtypes_and_devices_run_through_pytorch() -> None:
     assert meta(torch.empty(1, 3, 17, 22, device="meta")).shape == (1, 16, 5, 6)
 
 
+@pytest.fixture
+def _asked_anew() -> Iterator[None]:
+    """Kernels are chosen for this test alone."""
+    backends.forget()
+    yield
+    backends.forget()
+
+
+def _replace_first(monkeypatch: pytest.MonkeyPatch, op: str, **changes: Any) -> None:
+    """Another backend in the place of the one that is asked first."""
+    first, *others = backends.BACKENDS[op]
+    monkeypatch.setitem(backends.BACKENDS, op, [replace(first, **changes), *others])
+
+
+@pytest.mark.usefixtures("_asked_anew")
 def test_compile_falls_back_where_a_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise BuildError("Halide cannot build this one")
 
-    monkeypatch.setattr(separable, "bind", broken)
+    binder = backends.BACKENDS["separable"][0].binder
+    assert binder is not None
+    _replace_first(monkeypatch, "separable", binder=replace(binder, bind=broken))
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     with pytest.warns(UserWarning, match="compile: a group runs through PyTorch: Halide cannot build this one"):
         fast = compile(model, x)
@@ -200,6 +218,7 @@ def test_compile_falls_back_where_a_kernel_cannot_be_built(monkeypatch: pytest.M
     close(fast(x), model(x))
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_compile_without_halide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "missing", lambda: "no Halide here")
     model, x = randomise(SqueezeExcite()), torch.randn(2, 8, 13, 11)
@@ -343,6 +362,7 @@ def _folded(compiled: CompiledModel) -> list[Constant]:
     return [weight for weight in weights if weight._again is not None]
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_folded_weights_are_kept_only_where_pytorch_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = nn.BatchNorm2d(8)
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())).eval()
@@ -351,7 +371,9 @@ def test_folded_weights_are_kept_only_where_pytorch_reads_them(monkeypatch: pyte
     model.float()
     packed = compile(model, x)
     assert [weight._seen() for weight in _folded(packed)] == [None]
-    monkeypatch.setattr(lower, "_passed_over", lambda step, read, out: "it is Tuesday")
+    _replace_first(monkeypatch, "normal", supports=lambda case: "it is Tuesday")
+    _replace_first(monkeypatch, "pointwise", supports=lambda case: "it is Tuesday")
+    backends.forget()
     through_pytorch = compile(model, x)
     assert [weight._seen() is None for weight in _folded(through_pytorch)] == [False]
     for compiled in (packed, through_pytorch):

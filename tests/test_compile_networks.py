@@ -180,7 +180,7 @@ def in_double(group: Any, args: list[Tensor], of: Any) -> Tensor:
     if group.dims == 0:
         y = nn.functional.linear(x, weight, bias)
     else:
-        y = aten.conv(x, weight, bias, group.stride, group.padding, group.dilation, groups=group.groups)
+        y = aten.conv(x, weight, bias, group.geometry, groups=group.groups)
     return aten.ACTIVATIONS[activation](y + residual)
 
 

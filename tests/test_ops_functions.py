@@ -14,6 +14,7 @@ from torch import Tensor
 import sepconv
 from sepconv import reference
 from sepconv.layers import SeparableConv2d
+from sepconv.ops.schema import flat
 
 _DEPTHWISE = {1: sepconv.depthwise_conv1d, 2: sepconv.depthwise_conv2d, 3: sepconv.depthwise_conv3d}
 _POINTWISE = {1: sepconv.pointwise_conv1d, 2: sepconv.pointwise_conv2d, 3: sepconv.pointwise_conv3d}
@@ -124,7 +125,7 @@ def test_operators_differentiate_every_activation() -> None:
     """The operators themselves, which the public functions call without an activation where autograd is cheaper."""
     x, dw, db, pw, pb = (t.clone().requires_grad_() for t in _tensors(_small[0], torch.float64))
     g = _small[0].geometry
-    geometry = (g.stride, g.flat_padding, g.dilation)
+    geometry = flat(g)
     residual = torch.randn(2, 7, 13, 6, dtype=torch.float64, requires_grad=True)
     for activation in ("relu", "silu", "hardswish", "gelu", "sigmoid"):
         assert torch.autograd.gradcheck(
@@ -157,7 +158,7 @@ def test_opcheck(case: Case, channels_last: bool) -> None:
     if channels_last:
         x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     g = case.geometry
-    geometry = (list(g.stride), g.flat_padding, list(g.dilation))
+    geometry = [list(entries) for entries in flat(g)]
     ops = torch.ops.sepconv
     y = ops.depthwise_conv(x, dw, db, *geometry, "")
     # It compares gradients of two runs whose layouts, and so whose orders of summation, may differ.

@@ -8,7 +8,7 @@ from cases import CASES, Case
 from torch.nn import functional as F
 
 from sepconv import reference
-from sepconv.ops.geometry import Geometry, output_size
+from sepconv.kernels.case import Geometry
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _ids = [case.name for case in CASES]
@@ -32,7 +32,7 @@ def test_depthwise_conv_equals_grouped_conv(case: Case) -> None:
     expected = _CONV[case.dims](_padded(x, g), w, b, g.stride, 0, g.dilation, case.channels)
     y = reference.depthwise_conv(x, w, b, *_arguments(g))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    assert list(y.shape[2:]) == output_size(case.image, case.kernel, g)
+    assert list(y.shape[2:]) == list(g.output_size(case.image, case.kernel))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.channels <= 9], ids=lambda c: c.name)

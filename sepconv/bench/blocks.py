@@ -19,6 +19,8 @@ from torch.nn import functional as F
 import sepconv
 from sepconv.bench.records import Record
 from sepconv.cost import count
+from sepconv.kernels import case as cases
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.conv import separable
 from sepconv.kernels.layout import new_output
 from sepconv.models import MobileNetV1, MobileNetV2
@@ -103,12 +105,14 @@ def bound(block: Block, t: tuple[Tensor, ...]) -> tuple[str, Callable[[], object
         Why there is no such kernel ("" if there is), the call, and the tensor that it fills.
     """
     x, dw, dw_bias, pw, pw_bias = t
-    geometry = ((block.stride,) * 2, ((1, 1), (1, 1)), (1, 1))
-    reason = separable.supports(x, dw, dw_bias, "relu6", pw, pw_bias, block.activation, *geometry)
+    geometry = Geometry((block.stride,) * 2, ((1, 1), (1, 1)), (1, 1))
+    first = cases.depthwise(x, dw, dw_bias, geometry, "relu6")
+    whole = cases.separable(first, cases.pointwise(first.y, pw, pw_bias, None, block.activation))
+    reason = separable.supports(whole)
     if reason:
         return reason, lambda: None, x
-    found = separable.plan_for(x, dw, "relu6", pw, block.activation, *geometry)
-    packed = separable.pack(found, dw, dw_bias, pw, pw_bias)
+    found = separable.plan(whole)
+    packed = separable.pack(found, (dw, pw, dw_bias, pw_bias))
     out = new_output(x, block.out_channels, found.size)
     return "", separable.bind(found, x, packed, None, out), out
 

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from sepconv import ops
 from sepconv.bench.records import Record
+from sepconv.kernels.case import Geometry
 from sepconv.ops import autograd
 from sepconv.ops.explain import record
-from sepconv.ops.geometry import Geometry, output_size, resolve
+from sepconv.ops.geometry import resolve
+from sepconv.ops.schema import flat
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import interleaved
 
@@ -57,8 +59,8 @@ class Case:
         return resolve("bench", len(self.image), self.kernel, self.stride, padding, self.dilation)
 
     @property
-    def output(self) -> list[int]:
-        return output_size(self.image, self.kernel, self.geometry)
+    def output(self) -> tuple[int, ...]:
+        return self.geometry.output_size(self.image, self.kernel)
 
     @property
     def macs(self) -> int:
@@ -132,7 +134,7 @@ def make_tensors(case: Case, memory_format: torch.memory_format, dtype: torch.dt
 
 def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     g, conv = case.geometry, _OURS[len(case.image)]
-    padding, geometry = [low for low, _ in g.padding], (g.stride, g.flat_padding, g.dilation)
+    padding, geometry = [low for low, _ in g.padding], flat(g)
     x_size, w_size = list(t.x.shape), list(t.weight.shape)
     return {
         "forward": lambda: conv(t.x, t.weight, t.bias, g.stride, padding, g.dilation),

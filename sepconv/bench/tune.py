@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.compile import compile
-from sepconv.kernels.halide.conv import depthwise, depthwise_plan, pointwise, separable
-from sepconv.kernels.halide.conv.depthwise_plan import Problem
+from sepconv.kernels.backends import BACKENDS
+from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.jit import code_cache, runtime
 from sepconv.kernels.halide.schedule import tuned
 from sepconv.kernels.halide.schedule.tuned import Asked
-from sepconv.kernels.layout import new_output
+from sepconv.ops.call import forget
 from sepconv.system.files import check_folder
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import interleaved
 
 # A schedule must win by this factor, or noise would choose.
 MARGIN = 1.03
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 Ready = tuple[Callable[[], None], Tensor]
 
@@ -53,75 +52,35 @@ def problems(model: nn.Module, example: Tensor, threads: int) -> dict[str, Asked
     """
     if runtime.missing():
         raise ValueError(f"bench tune: {runtime.missing()}")
-    _forget_plans()
+    forget()
     with threads_set_to(threads), tuned.asking() as found:
         compile(model, example)
-    return {key: asked for key, asked in found.items() if asked.kind != "depthwise" or asked.problem[0] == "forward"}
+    return {key: asked for key, asked in found.items() if asked.case.which == "forward"}
 
 
-def _forget_plans() -> None:
-    for plan in (separable.plan, pointwise.plan_strided, depthwise_plan.plan):
-        plan.cache_clear()
-
-
-def _random(shape: Sequence[int], channels_last: bool) -> Tensor:
-    x = torch.randn(tuple(shape))
-    return x.contiguous(memory_format=_FORMATS[x.dim()]) if channels_last and x.dim() in _FORMATS else x
-
-
-def _separable(problem: tuple[Any, ...]) -> Callable[[], Ready]:
-    shape, weight_shape, out_channels, _, _, _, _, residual, _ = problem
-    x, weight = _random(shape, True), torch.randn(weight_shape)
-    second = torch.randn(out_channels, weight_shape[0], 1, 1)
+def _maker(case: Case) -> Callable[[], Ready]:
+    """Makes the call with the schedule that is then chosen, on random numbers."""
+    [binder] = [backend.binder for backend in BACKENDS[case.op] if backend.name == "halide" and backend.binder]
+    x, out = _random(case.x), Outline.dense(case.result.shape, case.x)
+    residual = torch.randn(out.shape) if (case.then or case).residual else None
+    first, *others = (case.weight, case.bias) if case.then is None else _weights(case, case.then)
+    weights = [None if outline is None else _random(outline) for outline in (first, *others)]
 
     def make() -> Ready:
-        found = separable.plan.__wrapped__(*problem)
-        out = _random((shape[0], out_channels, *found.size), True)
-        packed = separable.pack(found, weight, None, second, None)
-        return separable.bind(found, x, packed, out.clone() if residual else None, out), out
+        found = binder.plan(case)
+        result = _random(out)
+        added = None if residual is None else residual.clone(memory_format=out.memory_format)
+        return binder.bind(found, x, binder.pack(found, weights), added, result), result
 
     return make
 
 
-def _pointwise(problem: tuple[Any, ...]) -> Callable[[], Ready]:
-    shape, stride, _, out_channels, _, residual, _ = problem
-    x = torch.empty_strided(shape, stride).normal_()
-    weight = torch.randn(out_channels, shape[1], *[1] * (len(shape) - 2))
-
-    def make() -> Ready:
-        found = pointwise.plan_strided.__wrapped__(*problem)
-        assert found is not None  # a plan was found for it before
-        out = new_output(x, out_channels, shape[2:])
-        added = torch.zeros_like(out) if residual else None
-        return pointwise.bind(found, x, pointwise.pack(found, weight, None), added, out), out
-
-    return make
+def _weights(first: Case, then: Case) -> tuple[Outline | None, ...]:
+    return first.weight, then.weight, first.bias, then.bias
 
 
-def _depthwise(problem: tuple[Any, ...]) -> Callable[[], Ready]:
-    p, threads = Problem(*problem[:-1]), problem[-1]
-
-    def sizes(values: Sequence[int]) -> tuple[int, ...]:
-        return tuple(values[: p.dims][::-1])
-
-    filters = p.channels * p.multiplier
-    x = _random((p.batch, p.channels, *sizes(p.image)), p.channels_last)
-    weight = torch.randn(filters, 1, *sizes(p.kernel))
-    bias = torch.randn(filters) if p.bias else None
-
-    def make() -> Ready:
-        chosen = depthwise_plan.plan.__wrapped__(p, threads)
-        out = _random((p.batch, filters, *sizes(p.output)), p.channels_last)
-        return depthwise.bind_plan(chosen, p, x, weight, bias, out), out
-
-    return make
-
-
-_MAKERS: dict[str, Callable[[tuple[Any, ...]], Callable[[], Ready]]] = {
-    "separable": _separable,
-    "pointwise": _pointwise,
-    "depthwise": _depthwise,
-}
+def _random(outline: Outline) -> Tensor:
+    return torch.empty_strided(outline.shape, outline.stride, dtype=outline.dtype).normal_()
 
 
 def tune(asked: Asked, seconds: float) -> Tuned:
@@ -131,16 +90,16 @@ def tune(asked: Asked, seconds: float) -> Tuned:
         ValueError: a schedule gives something else.
         BuildError: the usual schedule cannot be built.
     """
-    threads = asked.problem[-1]
+    case = asked.case
     torch.manual_seed(0)
-    with threads_set_to(threads):
-        make = _MAKERS[asked.kind](asked.problem)
+    with threads_set_to(case.threads):
+        make = _maker(case)
         calls: dict[str, Callable[[], None]] = {}
         schedules = {str(i): schedule for i, schedule in enumerate(dict.fromkeys([asked.usual, *asked.others]))}
         expected = None
         for name, schedule in schedules.items():
             try:
-                with tuned.trying(schedule):
+                with tuned.trying(case, schedule):
                     call, out = make()
             except runtime.BuildError:
                 if schedule == asked.usual:
@@ -150,7 +109,7 @@ def tune(asked: Asked, seconds: float) -> Tuned:
             call()
             expected = out if expected is None else expected
             if not torch.allclose(out, expected, rtol=1e-4, atol=1e-4):
-                raise ValueError(f"bench tune: {schedule} of {asked.kind} {asked.problem} gives another result")
+                raise ValueError(f"bench tune: {schedule} of {case} gives another result")
             calls[name] = call
         timings = interleaved(calls, seconds)
     usual = timings["0"].median_ms
@@ -159,21 +118,14 @@ def tune(asked: Asked, seconds: float) -> Tuned:
         name = "0"
     return Tuned(
         asked.kind,
-        "x".join(map(str, _shape(asked))),
-        threads,
+        "x".join(map(str, case.x.shape)),
+        case.threads,
         len(calls),
         usual,
         timings[name].median_ms,
         asked.usual,
         schedules[name],
     )
-
-
-def _shape(asked: Asked) -> tuple[int, ...]:
-    if asked.kind != "depthwise":
-        return tuple(asked.problem[0])
-    p = Problem(*asked.problem[:-1])
-    return (p.batch, p.channels, *p.image[: p.dims][::-1])
 
 
 def run(model: nn.Module, example: Tensor, threads: Sequence[int], seconds: float) -> Iterator[tuple[int, int, Tuned]]:
@@ -198,4 +150,4 @@ def run(model: nn.Module, example: Tensor, threads: Sequence[int], seconds: floa
                 tuned.keep({key: found.best})
             yield done, len(jobs), found
     finally:
-        _forget_plans()
+        forget()

@@ -7,6 +7,7 @@ cannot be built still runs, and a rewritten graph can be checked with no kernel 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.compile.store import Constant, name_of
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.torch import aten
 from sepconv.reference import ACTIVATIONS
 
-Pairs = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
 
 
@@ -49,17 +50,19 @@ class Convolution:
 
     Attributes:
         weight: (O, C / groups, ...), batch norms and factors folded into it.
-        padding: (low, high) per spatial dimension.
         fused: what became part of it, in order: "norm", "scale", "pad", "add" and names of activations.
     """
 
     weight: Constant
     epilogue: Epilogue
-    stride: Numbers
-    padding: Pairs
-    dilation: Numbers
+    geometry: Geometry
     groups: int = 1
     fused: tuple[str, ...] = ()
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        """Weights and biases in the order in which kernels take them."""
+        return self.weight, self.epilogue.bias
 
     @property
     def dims(self) -> int:
@@ -86,7 +89,8 @@ class Convolution:
             return "depthwise"
         if self.groups > 1:
             return "grouped"
-        plain = all(low == high == 0 for low, high in self.padding) and set(self.stride) <= {1}
+        padding, stride = self.geometry.padding, self.geometry.stride
+        plain = all(low == high == 0 for low, high in padding) and set(stride) <= {1}
         return "pointwise" if math.prod(self.kernel_size) == 1 and plain else "normal"
 
     @property
@@ -98,9 +102,9 @@ class Convolution:
         """Multiply-adds for an output of that shape, batch included."""
         return math.prod(output) * math.prod(self.weight.shape[1:])
 
-    def padded(self, padding: Pairs) -> Convolution:
+    def padded(self, padding: Sequence[tuple[int, int]]) -> Convolution:
         """The same with other padding, which was an operation of its own."""
-        return replace(self, padding=padding, fused=(*self.fused, "pad"))
+        return replace(self, geometry=self.geometry._replace(padding=tuple(padding)), fused=(*self.fused, "pad"))
 
     def then(self, what: str, weight: Constant, bias: Constant | None) -> Convolution:
         """The same with something folded into its weights."""
@@ -119,7 +123,7 @@ class Convolution:
         if self.dims == 0:
             y = F.linear(x, self.weight.tensor, bias)
         else:
-            y = aten.conv(x, self.weight.tensor, bias, self.stride, self.padding, self.dilation, groups=self.groups)
+            y = aten.conv(x, self.weight.tensor, bias, self.geometry, groups=self.groups)
         return self.epilogue(y, residual)
 
 
@@ -133,6 +137,12 @@ class SeparableGroup:
     @property
     def kind(self) -> str:
         return "separable"
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        """Weights and biases in the order in which kernels take them."""
+        first, second = self.depthwise, self.pointwise
+        return first.weight, second.weight, first.epilogue.bias, second.epilogue.bias
 
     @property
     def epilogue(self) -> Epilogue:
@@ -164,6 +174,7 @@ class Pool:
     kind: ClassVar[str] = "pool"
     name: ClassVar[str] = ""
     fused: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
 
     def macs(self, output: Numbers) -> int:
         return 0

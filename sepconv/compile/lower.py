@@ -1,17 +1,20 @@
-"""Which kernel computes each step of a program, and why no other does. No memory is bound and no weight packed here."""
+"""Which kernel computes each step of a program, and why no other does: asked of the list that the functions ask too.
+
+No memory is bound and no weight packed here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sepconv.compile.groups import Convolution, Pool, SeparableGroup
-from sepconv.compile.program import Copy, Form, Operation, Program, ProgramStep
+from sepconv.compile.groups import ComputedGroup, Convolution, Pool, SeparableGroup
+from sepconv.compile.program import Copy, Form, Operation, Program
 from sepconv.compile.slices import Slices
-from sepconv.kernels.halide.conv import depthwise, separable, stem
+from sepconv.compile.store import Constant
+from sepconv.kernels import backends, case
+from sepconv.kernels.backends import Backend, InTurn
+from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.jit import runtime
 
 SPLIT, TORCH = "split", "torch"
@@ -19,15 +22,27 @@ SPLIT, TORCH = "split", "torch"
 
 
 @dataclass(frozen=True)
+class KernelStep:
+    """A group, or half of a separable one, by a backend that has a binder for it."""
+
+    group: ComputedGroup
+    case: Case
+    backend: Backend
+
+
+@dataclass(frozen=True)
 class Lowered:
     """How a step is computed.
 
-    ``kernel`` is "halide", "torch" or "copy", ``reason`` says why not Halide, or why by two kernels (``split``).
+    Attributes:
+        kernel: the backend's name, "torch" or "copy".
+        reason: why none of the kernels before it in the list.
+        kernels: one for a group, two where depthwise and pointwise run in turn, none where PyTorch computes the step.
     """
 
     kernel: str
     reason: str = ""
-    split: bool = False
+    kernels: tuple[KernelStep, ...] = ()
 
 
 def lower(program: Program, slices: Slices, choices: Mapping[int, str] | None = None) -> tuple[Lowered, ...]:
@@ -41,61 +56,66 @@ def lower_step(program: Program, slices: Slices, i: int, choice: str = "") -> Lo
     if isinstance(step.work, Copy):
         return Lowered("copy")
     if isinstance(step.work, Operation):
-        return Lowered("torch", step.work.reason)
+        return Lowered(TORCH, step.work.reason)
     read = [place.form for place in step.inputs]
     if program.is_direct(i):
         read[0] = program.given[program.direct or 0]
-    out = step.outputs[0].form
-    if i < slices.steps:
-        read, out = [_one_image(form) for form in read], _one_image(out)
-    reason = _passed_over(step, read, out) or ("PyTorch was measured to be faster" if choice == TORCH else "")
-    if reason:
-        return Lowered("torch", reason)
-    if not isinstance(step.work, SeparableGroup):
-        return Lowered("halide")
-    if choice == SPLIT:
-        return Lowered("halide", "depthwise and pointwise in turn were measured to be faster", split=True)
-    apart = separable.slower(step.work.depthwise.kernel_size)
-    return Lowered("halide", apart, split=bool(apart))
+    outlines = [_outline(form, i < slices.steps) for form in (*read, step.outputs[0].form)]
+    return _lower_group(step.work, outlines[:-1], outlines[-1], choice)
 
 
-def _one_image(form: Form) -> Form:
-    return replace(form, shape=(1, *form.shape[1:]))
+def _outline(form: Form, one_image: bool) -> Outline:
+    return Outline((1, *form.shape[1:]) if one_image else form.shape, form.stride, form.number.storage)
 
 
-def _passed_over(step: ProgramStep, read: list[Form], out: Form) -> str:
-    """Why none of the kernels computes a group, in a sentence; "" if one does."""
-    tensors = [_outline(form) for form in (out, *read)]
-    return runtime.missing() or runtime.unsuitable(*tensors) or _unfit(step, tensors[1], out)
+def _lower_group(group: ComputedGroup, read: Sequence[Outline], out: Outline, choice: str) -> Lowered:
+    if choice == TORCH:
+        return Lowered(TORCH, "PyTorch was measured to be faster")
+    if isinstance(group, Convolution) and group.kind == "grouped":
+        return Lowered(TORCH, runtime.missing() or f"no kernel for grouped convolutions (groups={group.groups})")
+    known = case_of(group, read).into(out)
+    found = backends.choose(known)
+    kernels, reasons = _kernels(group, known, found.backend), list(found.reasons.values())
+    if choice == SPLIT and isinstance(group, SeparableGroup):
+        in_turn = _in_turn(group, known)
+        if in_turn:
+            return Lowered(
+                in_turn[0].backend.name, "depthwise and pointwise in turn were measured to be faster", in_turn
+            )
+    reason = reasons[-1] if reasons else ""
+    return Lowered(kernels[0].backend.name, reason, kernels) if kernels else Lowered(TORCH, reason)
 
 
-def _outline(form: Form) -> Tensor:
-    return torch.empty_strided(form.shape, form.stride, dtype=form.number.storage)
+def _kernels(group: ComputedGroup, known: Case, backend: Backend) -> tuple[KernelStep, ...]:
+    if isinstance(group, SeparableGroup) and backend.prepare is InTurn:
+        return _in_turn(group, known)
+    return () if backend.binder is None else (KernelStep(group, known, backend),)
 
 
-def _unfit(step: ProgramStep, x: Tensor, out: Form) -> str:
-    group = step.group
-    if out.elements == 0:
-        return "the result is empty"
+def _in_turn(group: SeparableGroup, known: Case) -> tuple[KernelStep, ...]:
+    """Depthwise and pointwise, each by its own choice; none where one of them cannot be bound."""
+    assert known.then is not None
+    parts = ((group.depthwise, known.first), (group.pointwise, known.then))
+    kernels = [KernelStep(part, half, backends.choose(half).backend) for part, half in parts]
+    return () if any(kernel.backend.binder is None for kernel in kernels) else tuple(kernels)
+
+
+def case_of(group: ComputedGroup, read: Sequence[Outline]) -> Case:
+    """A group as kernels know it; its weights need not be made again for that."""
+    x, residual = read[0], read[1] if len(read) > 1 else None
+    if isinstance(group, Pool):
+        return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype))
     if isinstance(group, SeparableGroup):
-        return _slower_depthwise(group.depthwise, x) if separable.slower(group.depthwise.kernel_size) else ""
-    if isinstance(group, Pool) or group is None:
-        return ""
+        first = case_of(group.depthwise, [x])
+        return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]]))
+    weight, end = _outline_of(group.weight), group.epilogue
+    bias = None if end.bias is None else _outline_of(end.bias)
     if group.kind == "depthwise":
-        return _slower_depthwise(group, x)
-    if group.kind == "grouped":
-        return f"no kernel for grouped convolutions (groups={group.groups})"
+        return case.depthwise(x, weight, bias, group.geometry, end.activation)
     if group.kind == "normal":
-        if group.epilogue.residual or group.groups > 1 or set(group.dilation) != {1}:
-            return "the kernel for normal convolutions has no dilation, groups and residual"
-        bias = None if group.epilogue.bias is None else group.epilogue.bias.tensor
-        activation = group.epilogue.activation
-        return stem.supports(x, group.weight.tensor, bias, activation, group.stride, group.padding)
-    if group.kind == "pointwise" and x.dim() == 4 and x.shape[1] == 1 and out.shape[1] > 1:
-        return "with one input channel both layouts look the same to the kernel"
-    return ""
+        return case.normal(x, weight, bias, residual, group.geometry, end.activation)
+    return case.pointwise(x, weight, bias, residual, end.activation)
 
 
-def _slower_depthwise(group: Convolution, x: Tensor) -> str:
-    geometry = (group.stride, group.padding, group.dilation)
-    return depthwise.slower("forward", x, group.weight.tensor, *geometry, group.epilogue.activation, bound=True)
+def _outline_of(constant: Constant) -> Outline:
+    return Outline.contiguous_of(constant.shape, constant.number.storage)

@@ -27,7 +27,7 @@ def choose(program: Program, slices: Slices, instance: Instance) -> dict[int, st
     choices = {}
     for i, step in enumerate(program.steps):
         usual = instance.calls[i]
-        others = alternatives(step) if usual.kernel == "halide" else ()
+        others = alternatives(step) if usual.kernel != TORCH else ()
         if others:
             lowered = {choice: lower_step(program, slices, i, choice) for choice in others}
             calls = {"": usual, **{choice: instance.bind(i, found) for choice, found in lowered.items()}}

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconv.compile.numbers import FLOAT32, NumberType
 from sepconv.kernels.torch import aten
+from sepconv.ops.schema import geometry_of
 
 # By the number type of a network's values, relative to the largest output. Rounding differs by far less; what the
 # capture cannot see (NumPy code on the values, a random number) changes results by more.
@@ -23,15 +24,9 @@ def agreement(numbers: Iterable[NumberType]) -> float:
     return max([AGREEMENT[FLOAT32.storage], *(AGREEMENT.get(number.storage, 0.0) for number in numbers)])
 
 
-def _pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(padding[::2], padding[1::2], strict=True))
-
-
 def _depthwise(given: Mapping[str, Any]) -> Tensor:
-    padding = _pairs(given["padding"])
-    return aten.depthwise_forward(
-        given["x"], given["weight"], given["bias"], given["stride"], padding, given["dilation"], given["activation"]
-    )
+    geometry = geometry_of(given["stride"], given["padding"], given["dilation"])
+    return aten.depthwise_forward(given["x"], given["weight"], given["bias"], geometry, given["activation"])
 
 
 def _pointwise(given: Mapping[str, Any]) -> Tensor:

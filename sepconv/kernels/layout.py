@@ -27,13 +27,19 @@ def is_channels_last(x: Tensor) -> bool:
     return True
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout of ``x`` in PyTorch's words; that of a result is the same."""
+    if not is_channels_last(x):
+        return torch.contiguous_format
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
 def new_output(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
     """An empty output of an operation on ``x``, in the same layout."""
-    shape = [x.shape[0], channels, *sizes]
-    if not is_channels_last(x):
+    shape, form = [x.shape[0], channels, *sizes], memory_format(x)
+    if form is torch.contiguous_format:
         return x.new_empty(shape)
-    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
 
 
 def array(tensor: Tensor) -> Any:

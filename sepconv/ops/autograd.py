@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import is_channels_last
 from sepconv.kernels.torch import aten
 from sepconv.ops import direct, dispatch, tracing
@@ -118,7 +119,7 @@ def _composed_depthwise(walk: Sequence[Any], x: Tensor, weight: Tensor, bias: Te
     """The operator made of PyTorch's own."""
     stride, padding, dilation = walk
     pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-    return aten.depthwise_forward(x, weight, bias, stride, pairs, dilation)
+    return aten.depthwise_forward(x, weight, bias, Geometry(stride, pairs, dilation))
 
 
 def _composed_grads(
@@ -163,7 +164,7 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if tracing.transformed(grad, grad_output, weight):
         stride, padding, dilation = geometry
         pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-        compose = aten.prepare_grad_input(ctx.size, stride, pairs, dilation)
+        compose = aten.prepare_grad_input(ctx.size, Geometry(stride, pairs, dilation))
         return *_composed_grads(compose, grad, (grad_output, weight), need[:2]), None, None, None, None
     of_output = DEPTHWISE(grad, weight, None, *geometry, "") if need[0] else None
     of_weight = GRAD_WEIGHT(grad_output, grad, weight.shape, *geometry) if need[1] else None
@@ -182,7 +183,7 @@ def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if tracing.transformed(grad, grad_output, x):
         stride, padding, dilation = geometry
         pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-        compose = aten.prepare_grad_weight(ctx.size, x.shape[1], stride, pairs, dilation)
+        compose = aten.prepare_grad_weight(ctx.size, x.shape[1], Geometry(stride, pairs, dilation))
         return *_composed_grads(compose, grad, (grad_output, x), need[:2]), None, None, None, None
     of_output = DEPTHWISE(x, grad, None, *geometry, "") if need[0] else None
     of_x = GRAD_INPUT(grad_output, grad, x.shape, *geometry) if need[1] else None

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.kernels import backends
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.torch import aten
 from sepconv.ops import direct, tracing
 from sepconv.ops.autograd import FROM_OUTPUT, depthwise_function, pointwise_function, separable_function
 from sepconv.ops.dispatch import as_output, depthwise_choice, pointwise_choice, separable_choice
 from sepconv.ops.explain import HALF, Explanation, note
 from sepconv.ops.geometry import (
-    Geometry,
     Padding,
     Size,
     as_tuple,
@@ -31,7 +32,7 @@ from sepconv.ops.geometry import (
     check_tensors,
     resolve,
 )
-from sepconv.ops.schema import DEPTHWISE, POINTWISE, SEPARABLE
+from sepconv.ops.schema import DEPTHWISE, POINTWISE, SEPARABLE, flat
 from sepconv.reference import ACTIVATIONS
 
 
@@ -128,10 +129,10 @@ def depthwise_conv(
         g = resolve(name, dims, kernel_size, stride, padding, dilation)
         check_output(name, x, kernel_size, g)
     if _by_pytorch("depthwise_conv", x, weight, bias):
-        return aten.conv(x, weight, bias, g.stride, g.padding, g.dilation, chosen, channels)
-    tensors, walk = (x, weight, bias), (g.stride, g.flat_padding, g.dilation)
+        return aten.conv(x, weight, bias, g, chosen, channels)
+    tensors, walk = (x, weight, bias), flat(g)
     if call is not None and not call[0]:
-        return direct.keep(call, depthwise_choice(*tensors, *walk, chosen).unrecorded())(*tensors)
+        return direct.keep(call, depthwise_choice(*tensors, *walk, chosen))(*tensors)
     split = _split_for_gradient(chosen, *tensors)
     options = (*walk, "" if split else chosen)
     if call is not None:
@@ -168,7 +169,7 @@ def pointwise_conv(
     with tracing.paused():
         check_pointwise(name, dims, x.shape[1], x, weight)
         check_bias(name, "bias", bias, weight.shape[0])
-        sizes = check_output(name, x, weight.shape[2:], Geometry(steps, ((0, 0),) * dims, (1,) * dims))
+        sizes = check_output(name, x, weight.shape[2:], Geometry.of_pixels(dims)._replace(stride=steps))
         check_residual(name, residual, (x.shape[0], weight.shape[0], *sizes))
     if _by_pytorch("pointwise_conv", x, weight, bias, residual):
         return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
@@ -181,7 +182,7 @@ def pointwise_conv(
     if any(step > 1 for step in steps):
         call = None
     if call is not None and not call[0]:
-        return direct.keep(call, pointwise_choice(*tensors, chosen).unrecorded())(*tensors)
+        return direct.keep(call, pointwise_choice(*tensors, chosen))(*tensors)
     split = _split_for_gradient(chosen, *tensors)
     options = ("" if split else chosen,)
     if call is not None:
@@ -237,17 +238,23 @@ def separable_conv(
         g = resolve(name, dims, dw.shape[2:], stride, padding, dilation)
         check_output(name, x, dw.shape[2:], g)
     if _by_pytorch("separable_conv", *tensors):
-        hidden = aten.conv(x, dw, dw_bias, g.stride, g.padding, g.dilation, between, channels)
+        hidden = aten.conv(x, dw, dw_bias, g, between, channels)
         return aten.pointwise_forward(hidden, pw, pw_bias, chosen)
     if _without_kernel("separable_conv", _half_reason(x), "depthwise, then pointwise"):
         hidden = depthwise_conv(dims, x, dw, dw_bias, stride, padding, dilation, depthwise_activation)
         return pointwise_conv(dims, hidden, pw, pw_bias, 1, activation, None)
-    walk = (g.stride, g.flat_padding, g.dilation)
+    walk = flat(g)
     if call is not None and not call[0]:
-        return direct.keep(call, separable_choice(*tensors, *walk, between, chosen).unrecorded())(*tensors)
+        return direct.keep(call, separable_choice(*tensors, *walk, between, chosen))(*tensors)
     split = _split_for_gradient(chosen, *tensors)
     options = (*walk, between, "" if split else chosen)
     if call is not None:
         return direct.keep(call, _differentiable(separable_function, options, chosen if split else ""))(*tensors)
     y: Tensor = SEPARABLE(x, dw, pw, dw_bias, pw_bias, None, *options)
     return ACTIVATIONS[chosen](y) if split else y
+
+
+def forget() -> None:
+    """Choose kernels and schedules anew for all calls."""
+    direct._calls.clear()
+    backends.forget()

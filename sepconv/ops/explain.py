@@ -7,17 +7,15 @@ see what really ran.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.backends import Choice
 
-MAX_CHOICES = 4096
 HALF = (torch.bfloat16, torch.float16)
 """Numbers of 16 bits."""
 NUMBERS = (torch.float32, *HALF)
@@ -70,84 +68,15 @@ def note(choice: Explanation) -> None:
         collected.append(choice)
 
 
-class Choice:
-    """The kernel for one operation on tensors of fixed sizes and strides; call it with those tensors."""
-
-    __slots__ = ("_describe", "_fast", "_slow", "op", "reason", "slow_name")
-
-    def __init__(
-        self,
-        op: str,
-        reason: str,
-        fast: Callable[[], Callable[..., Tensor]],
-        describe: Callable[[], dict[str, Any]],
-        slow: Callable[..., Tensor],
-        slow_name: str = "torch",
-    ) -> None:
-        """``fast()`` makes the fast kernel ready; a pipeline that cannot be built is a reason against it."""
-        self.op, self.reason, self._describe, self._slow, self.slow_name = op, reason, describe, slow, slow_name
-        self._fast: Callable[..., Tensor] | None = None
-        if not reason:
-            try:
-                self._fast = fast()
-            except runtime.BuildError as error:
-                self.reason = str(error)
-
-    def __call__(self, *tensors: Tensor | None) -> Tensor:
-        if self._fast is not None:
-            try:
-                y = self._fast(*tensors)
-            except runtime.BuildError as error:
-                self._fast, self.reason = None, str(error)
-            else:
-                if recording():
-                    note(Explanation(self.op, "halide", self._describe()))
-                return y
-        if recording():
-            note(Explanation(self.op, self.slow_name, reasons={"halide": self.reason}))
-        return self._slow(*tensors)
-
-    def unrecorded(self) -> Callable[..., Tensor]:
-        """The shortest way to the result, for calls that nobody records."""
-        return self if self._fast is not None else self._slow
-
-
-_choices: dict[Hashable, Choice] = {}
-
-
-def signature(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
-    """All that a choice depends on in tensors of 32 or 16 bits on the CPU; None where one is another kind of tensor."""
-    found: list[Any] = []
-    for t in tensors:
-        if t is None:
-            found.append(None)
-        elif t.is_cpu and t.dtype in NUMBERS and t.layout is torch.strided and not t.is_neg():
-            found.append((t.dtype, t.shape, t.stride()))
-        else:
-            return None
-    return tuple(found)
-
-
-def choose(consider: Callable[..., Choice], tensors: Sequence[Tensor | None], *others: Sequence[int] | str) -> Choice:
-    """``consider(*tensors, *others)``, remembered: to weigh the kernels takes longer than a small one runs."""
-    seen = signature(tensors)
-    if seen is None:
-        return consider(*tensors, *others)
-    key = (consider, seen, torch.get_num_threads(), *[o if isinstance(o, str) else tuple(o) for o in others])
-    choice = _choices.get(key)
-    if choice is None:
-        if len(_choices) >= MAX_CHOICES:
-            _choices.clear()
-        choice = _choices[key] = consider(*tensors, *others)
-    return choice
-
-
-def outline(tensor: Tensor | None) -> Callable[[], Any]:
-    """Makes a tensor of this size and strides without memory: a choice that is kept must not keep tensors."""
-    if tensor is None:
-        return lambda: None
-    shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
-    return lambda: torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+def note_choice(choice: Choice) -> None:
+    """Add what just ran, and the parts that it was made of."""
+    if not recording():
+        return
+    case = choice.case
+    op = f"{case.op}_conv" if case.which == "forward" else f"{case.op}_conv_{case.which}"
+    note(Explanation(op, choice.backend.name, choice.backend.describe(case), dict(choice.reasons)))
+    for part in choice.parts:
+        note_choice(part)
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:

@@ -7,28 +7,15 @@ kernels, layers and the cost model all ask this file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
+from sepconv.kernels.case import Geometry
+
 Size = int | Sequence[int]
 Padding = Size | str
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a filter walks over an image: one entry per spatial dimension, padding as (low, high) pairs."""
-
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-
-    @property
-    def flat_padding(self) -> list[int]:
-        """Padding as the operators' schema wants it: low, high, low, high, ..."""
-        return [amount for pair in self.padding for amount in pair]
 
 
 def positive(name: str, argument: str, value: Any) -> int:
@@ -74,15 +61,6 @@ def resolve(
     if any(s != 1 for s in strides):
         raise ValueError(f"{name}: padding='same' needs stride 1, got stride {stride!r}")
     return Geometry(strides, same_padding(kernel_size, dilations), dilations)
-
-
-def output_size(input_size: Sequence[int], kernel_size: Sequence[int], geometry: Geometry) -> list[int]:
-    """Ho = (H + low + high - dilation*(kH-1) - 1) // stride + 1, once per spatial dimension."""
-    g = geometry
-    return [
-        (size + low + high - d * (k - 1) - 1) // s + 1
-        for size, k, s, (low, high), d in zip(input_size, kernel_size, g.stride, g.padding, g.dilation, strict=True)
-    ]
 
 
 def check_tensors(name: str, dims: int, x: Tensor, **others: Tensor | None) -> None:
@@ -145,9 +123,9 @@ def check_residual(name: str, residual: Tensor | None, expected: tuple[int, ...]
         raise ValueError(f"{name}: residual must have shape {expected}, got {tuple(residual.shape)}")
 
 
-def check_output(name: str, x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> list[int]:
+def check_output(name: str, x: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
     """The output size, which must not be empty; the batch may be."""
-    sizes = output_size(x.shape[2:], kernel_size, geometry)
+    sizes = geometry.output_size(x.shape[2:], kernel_size)
     if any(size < 1 for size in sizes) or 0 in x.shape[2:]:
         raise ValueError(
             f"{name}: the filter ({'x'.join(map(str, kernel_size))}, dilation {geometry.dilation}) does not fit into "

@@ -13,12 +13,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import new_output
 from sepconv.ops import dispatch
-from sepconv.ops.geometry import Geometry, output_size
 
 LIBRARY = torch.library.Library("sepconv", "DEF")
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+
+
+Flat = tuple[tuple[int, ...], list[int], tuple[int, ...]]
+
+
+def flat(geometry: Geometry) -> Flat:
+    """Stride, padding and dilation as the operators take them."""
+    return geometry.stride, [amount for pair in geometry.padding for amount in pair], geometry.dilation
+
+
+def geometry_of(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Geometry:
+    """The other way round."""
+    return Geometry(tuple(stride), tuple(zip(padding[::2], padding[1::2], strict=True)), tuple(dilation))
 
 
 def _define(name: str, schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
@@ -36,8 +49,7 @@ def _define(name: str, schema: str, kernel: Callable[..., Tensor], fake: Callabl
 
 
 def _sizes(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> list[int]:
-    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-    return output_size(x.shape[2:], weight.shape[2:], Geometry(tuple(stride), pairs, tuple(dilation)))
+    return list(geometry_of(stride, padding, dilation).output_size(x.shape[2:], weight.shape[2:]))
 
 
 def _fake_depthwise(

@@ -67,9 +67,8 @@ def _absorb_pads(graph: fx.Graph) -> None:
             continue
         amounts = (*amounts, *[0] * (2 * conv.dims - len(amounts)))
         added = [(amounts[-2 * d - 2], amounts[-2 * d - 1]) for d in range(conv.dims)]
-        node.target = conv.padded(
-            tuple((low + a, high + b) for (low, high), (a, b) in zip(conv.padding, added, strict=True))
-        )
+        already = conv.geometry.padding
+        node.target = conv.padded([(low + a, high + b) for (low, high), (a, b) in zip(already, added, strict=True)])
         node.args = (given.node("self"), *node.args[1:])
 
 

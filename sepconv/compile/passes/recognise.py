@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from sepconv.compile.groups import Convolution, Epilogue, Pairs, Pool
+from sepconv.compile.groups import Convolution, Epilogue, Pool
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant
@@ -25,6 +25,8 @@ from sepconv.compile.passes.nodes import (
     value,
 )
 from sepconv.compile.store import Constant
+from sepconv.kernels.case import Geometry
+from sepconv.ops.schema import geometry_of
 
 _aten = torch.ops.aten
 
@@ -97,28 +99,23 @@ def _convolution(node: fx.Node) -> None:
         return
     dims = len(shape(node)) - 2
     stride, padding, dilation = (_per_dim(given.ints(name), dims) for name in ("stride", "padding", "dilation"))
-    pairs = tuple((amount, amount) for amount in padding)
-    epilogue = Epilogue(weights.bias)
-    swap(node, Convolution(weights.weight, epilogue, stride, pairs, dilation, int(given.float("groups"))), (x,))
+    geometry = Geometry(stride, tuple((amount, amount) for amount in padding), dilation)
+    swap(node, Convolution(weights.weight, Epilogue(weights.bias), geometry, int(given.float("groups"))), (x,))
 
 
 def _per_dim(given: tuple[int, ...], dims: int) -> tuple[int, ...]:
     return given * (dims if len(given) == 1 else 1)
 
 
-def _pairs(padding: tuple[int, ...]) -> Pairs:
-    return tuple(zip(padding[::2], padding[1::2], strict=True))
-
-
 def _depthwise_group(given: Arguments, weights: _Weights, activation: str) -> Convolution:
     epilogue, channels = Epilogue(weights.bias, activation=activation), shape(given.node("x"))[1]
-    padding = _pairs(given.ints("padding"))
-    return Convolution(weights.weight, epilogue, given.ints("stride"), padding, given.ints("dilation"), channels)
+    geometry = geometry_of(given.ints("stride"), given.ints("padding"), given.ints("dilation"))
+    return Convolution(weights.weight, epilogue, geometry, channels)
 
 
 def _pointwise_group(given: Arguments, weights: _Weights, dims: int) -> Convolution:
     epilogue = Epilogue(weights.bias, given["residual"] is not None, given.text("activation"))
-    return Convolution(weights.weight, epilogue, (1,) * dims, ((0, 0),) * dims, (1,) * dims)
+    return Convolution(weights.weight, epilogue, Geometry.of_pixels(dims))
 
 
 def _depthwise(node: fx.Node) -> None:
@@ -164,7 +161,7 @@ def _linear(node: fx.Node) -> None:
         return
     # Constant rows of another matrix keep their name through the key.
     turned = Constant(matrix.tensor.t(), ("t", matrix.key))
-    swap(node, Convolution(turned, Epilogue(offset), (), (), ()), (x,))
+    swap(node, Convolution(turned, Epilogue(offset), Geometry.of_pixels(0)), (x,))
 
 
 def _pool(node: fx.Node) -> None:

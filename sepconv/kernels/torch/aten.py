@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import is_channels_last, new_output
 from sepconv.reference import ACTIVATIONS
 
@@ -34,27 +35,19 @@ def conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
+    geometry: Geometry,
     activation: str = "",
     groups: int = 1,
 ) -> Tensor:
-    x, amounts = _symmetric(x, padding)
-    y: Tensor = CONV[len(stride)](x, weight, bias, stride, amounts, dilation, groups)
+    x, amounts = _symmetric(x, geometry.padding)
+    y: Tensor = CONV[len(amounts)](x, weight, bias, geometry.stride, amounts, geometry.dilation, groups)
     return ACTIVATIONS[activation](y)
 
 
 def depthwise_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    activation: str = "",
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str = ""
 ) -> Tensor:
-    return conv(x, weight, bias, stride, padding, dilation, activation, groups=x.shape[1])
+    return conv(x, weight, bias, geometry, activation, groups=x.shape[1])
 
 
 def depthwise_symbolic(
@@ -72,19 +65,15 @@ def pointwise_symbolic(
     return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
-def prepare_grad_input(
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-) -> Callable[[Tensor, Tensor], Tensor]:
+def prepare_grad_input(input_size: Sequence[int], geometry: Geometry) -> Callable[[Tensor, Tensor], Tensor]:
     """The gradient of a depthwise convolution's input, by grad_output and weight; all else is decided here."""
+    padding = geometry.padding
     symmetric = all(low == high for low, high in padding)
     size, amounts = list(input_size), [low for low, _ in padding]
     if not symmetric:
         size[2:] = [s + low + high for s, (low, high) in zip(size[2:], padding, strict=True)]
         amounts = [0] * len(padding)
-    options = _backward_options(stride, amounts, dilation, size[1], [True, False, False])
+    options = _backward_options(geometry, amounts, size[1], [True, False, False])
 
     def run(grad_output: Tensor, weight: Tensor) -> Tensor:
         # PyTorch chooses its kernel by the layout of x too, whose values it does not read; nor is the memory touched.
@@ -98,16 +87,13 @@ def prepare_grad_input(
 
 
 def prepare_grad_weight(
-    weight_size: Sequence[int],
-    channels: int,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
+    weight_size: Sequence[int], channels: int, geometry: Geometry
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The gradient of a depthwise convolution's filters, by grad_output and x; all else is decided here."""
+    padding = geometry.padding
     symmetric = all(low == high for low, high in padding)
     amounts = [low if symmetric else 0 for low, _ in padding]
-    options = _backward_options(stride, amounts, dilation, channels, [False, True, False])
+    options = _backward_options(geometry, amounts, channels, [False, True, False])
     size = tuple(weight_size)
 
     def run(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -121,11 +107,9 @@ def prepare_grad_weight(
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
 
-def _backward_options(
-    stride: Sequence[int], padding: list[int], dilation: Sequence[int], groups: int, mask: list[bool]
-) -> tuple[object, ...]:
+def _backward_options(geometry: Geometry, padding: list[int], groups: int, mask: list[bool]) -> tuple[object, ...]:
     """What follows grad_output, x and weight."""
-    return None, list(stride), padding, list(dilation), False, [0] * len(padding), groups, mask
+    return None, list(geometry.stride), padding, list(geometry.dilation), False, [0] * len(padding), groups, mask
 
 
 def pointwise_forward(
@@ -167,20 +151,3 @@ def pointwise_bf16(
     else:
         return pointwise_forward(x, weight, bias, activation, residual, stride)
     return ACTIVATIONS[activation](y if residual is None else y + residual)
-
-
-def separable_forward(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    depthwise_activation: str,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    residual: Tensor | None = None,
-) -> Tensor:
-    hidden = depthwise_forward(x, depthwise_weight, depthwise_bias, stride, padding, dilation, depthwise_activation)
-    return pointwise_forward(hidden, pointwise_weight, pointwise_bias, activation, residual)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from math import prod
 
-from sepconv.kernels.halide.conv.depthwise_plan import Problem, copied
+from sepconv.kernels.halide.conv.depthwise_plan import DepthwiseProblem, copied
 from sepconv.kernels.halide.schedule.machine import host
 
-PASSES = ("forward", "grad_input", "grad_weight")
 _FEW_BYTES = 5 * 512 * 1024
 _FEW_BYTES_CONTIGUOUS = 3 * 512 * 1024
 _SHORT_ROW = 24
@@ -29,7 +28,7 @@ _MOST_COPIED, _MOST_COPIED_OF_TAPS = 128, 4
 _NARROW_ROW, _TINY_PLANE, _MANY_CHANNELS = 2, 4, 128
 
 
-def slower(p: Problem, bound: bool = False) -> str:
+def slower(p: DepthwiseProblem, bound: bool = False) -> str:
     """Why PyTorch's kernel is the better choice, in a sentence; the empty string if ours is.
 
     ``bound``: the result goes to memory that is given, into which PyTorch's would have to be copied.
@@ -54,7 +53,7 @@ def slower(p: Problem, bound: bool = False) -> str:
     return _slower_short_rows(p) or _slower_contiguous(p, taps)
 
 
-def _slower_compiled(p: Problem) -> str:
+def _slower_compiled(p: DepthwiseProblem) -> str:
     phases = prod(p.stride)
     if p.which == "grad_input" and phases > _MOST_PHASES:
         return f"each of the {phases} remainders of the stride would be code of its own"
@@ -65,7 +64,7 @@ def _slower_compiled(p: Problem) -> str:
     return ""
 
 
-def _slower_copied(p: Problem, taps: int) -> str:
+def _slower_copied(p: DepthwiseProblem, taps: int) -> str:
     most = max(_MOST_COPIED, _MOST_COPIED_OF_TAPS * taps)
     alone = prod(d * (k - 1) + s for d, k, s in zip(p.dilation, p.kernel, p.stride, strict=True))
     if alone <= most or (spread := copied(p)) <= most:
@@ -73,7 +72,7 @@ def _slower_copied(p: Problem, taps: int) -> str:
     return f"the taps lie so far apart that {spread:.0f} numbers would be copied into the cache for each result"
 
 
-def _slower_short_rows(p: Problem) -> str:
+def _slower_short_rows(p: DepthwiseProblem) -> str:
     if p.multiplier > 1 or max(p.dilation) > 1:
         return ""
     width, columns = p.output[0], p.kernel[0]
@@ -85,7 +84,7 @@ def _slower_short_rows(p: Problem) -> str:
     return ""
 
 
-def _slower_forward_channels_last(p: Problem, taps: int, bound: bool) -> str:
+def _slower_forward_channels_last(p: DepthwiseProblem, taps: int, bound: bool) -> str:
     if p.bytes <= _FEW_BYTES or (bound and taps < 49):
         return ""
     if taps < 49:
@@ -95,7 +94,7 @@ def _slower_forward_channels_last(p: Problem, taps: int, bound: bool) -> str:
     return ""
 
 
-def _slower_forward_in_16_bits(p: Problem, taps: int) -> str:
+def _slower_forward_in_16_bits(p: DepthwiseProblem, taps: int) -> str:
     if p.bytes <= _FEW_BYTES or max(p.dilation) > 1:
         return ""
     if p.dims == 2 and taps >= _MANY_TAPS and prod(p.output) > _SMALL_PLANE:
@@ -103,13 +102,13 @@ def _slower_forward_in_16_bits(p: Problem, taps: int) -> str:
     return f"PyTorch's forward kernel is as fast with {taps} taps on channels_last tensors of {p.numbers}"
 
 
-def _slower_strided(p: Problem, taps: int) -> str:
+def _slower_strided(p: DepthwiseProblem, taps: int) -> str:
     if p.dims == 2 and taps <= 9 and max(p.stride) > 1 and max(p.dilation) == 1:
         return f"PyTorch's {p.which} kernel is faster with {taps} taps and stride {max(p.stride)}"
     return ""
 
 
-def _slower_wide_rows(p: Problem, taps: int) -> str:
+def _slower_wide_rows(p: DepthwiseProblem, taps: int) -> str:
     """Where multiply-adds cost least, PyTorch's kernel reads large images at memory's speed: it takes 0.7 to 0.9 of
     our time on Granite Rapids, and 1.1 to 1.6 times as long on Zen 4."""
     if p.which != "grad_weight" or p.dims != 2 or taps > 9 or max(p.dilation) > 1 or not host().whole_avx512:
@@ -121,7 +120,7 @@ def _slower_wide_rows(p: Problem, taps: int) -> str:
     return ""
 
 
-def _slower_contiguous(p: Problem, taps: int) -> str:
+def _slower_contiguous(p: DepthwiseProblem, taps: int) -> str:
     width = p.output[0]
     if width >= _SHORT_ROW or p.which == "grad_weight":
         return ""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from typing import Any
 
+from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import depthwise_gather, depthwise_weight_grad
 from sepconv.kernels.halide.conv.depthwise_gather import GatherSpec
 from sepconv.kernels.halide.conv.depthwise_taps import Phase, forward_taps, transposed_taps
 from sepconv.kernels.halide.conv.depthwise_weight_grad import WeightSpec
+from sepconv.kernels.halide.numbers import KINDS
 from sepconv.kernels.halide.schedule import depthwise as schedule
 from sepconv.kernels.halide.schedule import tuned
 from sepconv.kernels.halide.schedule.depthwise import Sizes
@@ -19,9 +21,12 @@ from sepconv.kernels.halide.schedule.machine import host
 
 Numbers = tuple[int, ...]
 
+# Below this many channels a vector of channels is mostly empty.
+_LEAST_CHANNELS = 4
+
 
 @dataclass(frozen=True)
-class Problem:
+class DepthwiseProblem:
     """One pass of a depthwise convolution. ``image`` is the size of x, ``output`` that of the convolution's result;
     ``numbers`` is the kind of both (see ``numbers``), filters and bias are float32.
 
@@ -51,13 +56,15 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DepthwisePlan:
     """``build`` makes the kernel for ``key``; ``arguments`` are its numbers; ``description()`` is for people."""
 
+    problem: DepthwiseProblem
     key: str
     build: Callable[[], tuple[Any, list[Any]]]
     arguments: Numbers
     description: Callable[[], dict[str, Any]]
+    variant = "in place"
 
 
 def _xyz(values: Sequence[int], missing: int) -> Sizes:
@@ -65,46 +72,42 @@ def _xyz(values: Sequence[int], missing: int) -> Sizes:
     return x, y, z
 
 
-@lru_cache(maxsize=4096)
-def problem(
-    which: str,
-    channels_last: bool,
-    image: Numbers,
-    output: Numbers,
-    weight: Numbers,
-    stride: Numbers,
-    low: Numbers,
-    dilation: Numbers,
-    bias: bool = False,
-    activation: str = "",
-    numbers: str = "float32",
-) -> Problem:
-    """The problem with tensors of these shapes; arguments are in PyTorch's order."""
-    return Problem(
-        which,
-        len(stride),
-        channels_last,
+def problem(case: Case) -> DepthwiseProblem:
+    """The problem with tensors of these sizes; a case is in PyTorch's order."""
+    image, g = case.x.shape, case.geometry
+    return DepthwiseProblem(
+        case.which,
+        case.x.dims,
+        _reads_channels_last(case),
         batch=image[0],
         channels=image[1],
-        multiplier=weight[0] // image[1],
+        multiplier=case.weight.shape[0] // image[1],
         image=_xyz(image[2:], 1),
-        output=_xyz(output[2:], 1),
-        kernel=_xyz(weight[2:], 1),
-        stride=_xyz(stride, 1),
-        low=_xyz(low, 0),
-        dilation=_xyz(dilation, 1),
-        bias=bias,
-        activation=activation,
-        numbers=numbers,
+        output=_xyz(case.y.shape[2:], 1),
+        kernel=_xyz(case.kernel_size, 1),
+        stride=_xyz(g.stride, 1),
+        low=_xyz([low for low, _ in g.padding], 0),
+        dilation=_xyz(g.dilation, 1),
+        bias=case.bias is not None,
+        activation=case.activation,
+        numbers=KINDS[case.x.dtype],
     )
 
 
-@lru_cache(maxsize=4096)
-def plan(p: Problem, threads: int) -> Plan:
-    return _weight_plan(p, threads) if p.which == "grad_weight" else _gather_plan(p, threads)
+def _reads_channels_last(case: Case) -> bool:
+    if case.bound:
+        return case.x.dims == 2 and not (case.x.contiguous and case.y.contiguous)
+    read = case.y if case.which == "grad_input" else case.x
+    return case.x.shape[1] >= _LEAST_CHANNELS and read.channels_last
 
 
-def _taps(p: Problem) -> list[tuple[Phase, ...]]:
+def plan(case: Case) -> DepthwisePlan:
+    """The kernel and its schedule for such tensors."""
+    p = problem(case)
+    return _weight_plan(p, case.threads) if p.which == "grad_weight" else _gather_plan(p, case)
+
+
+def _taps(p: DepthwiseProblem) -> list[tuple[Phase, ...]]:
     if p.which == "forward":
         return [forward_taps(p.kernel[d], p.dilation[d]) for d in range(3)]
     return [transposed_taps(p.kernel[d], p.stride[d], p.dilation[d], p.low[d]) for d in range(3)]
@@ -120,7 +123,7 @@ def _sizes(values: Sequence[int]) -> Sizes:
     return x, y, z
 
 
-def _gather_shape(p: Problem, taps: list[tuple[Phase, ...]]) -> schedule.GatherShape:
+def _gather_shape(p: DepthwiseProblem, taps: list[tuple[Phase, ...]]) -> schedule.GatherShape:
     forward = p.which == "forward"
     return schedule.GatherShape(
         channels=p.channels,
@@ -133,12 +136,12 @@ def _gather_shape(p: Problem, taps: list[tuple[Phase, ...]]) -> schedule.GatherS
     )
 
 
-def _weight_shape(p: Problem) -> schedule.WeightShape:
+def _weight_shape(p: DepthwiseProblem) -> schedule.WeightShape:
     reach = _sizes([p.dilation[d] * (p.kernel[d] - 1) for d in range(3)])
     return schedule.WeightShape(p.channels, p.batch, p.output, p.kernel, reach, p.stride, p.multiplier)
 
 
-def copied(p: Problem) -> float:
+def copied(p: DepthwiseProblem) -> float:
     """Numbers of the source that are copied into tiles for each position of the result (of grad_output, where its
     product with them is summed), by the usual schedule."""
     if p.which == "grad_weight":
@@ -159,15 +162,16 @@ def _spread(box: Sizes, image: Sizes, step: Sizes, phases: Sizes, reach: Sizes) 
     return prod(under) / prod(sizes)
 
 
-def _gather_plan(p: Problem, threads: int) -> Plan:
+def _gather_plan(p: DepthwiseProblem, case: Case) -> DepthwisePlan:
     taps, forward = _taps(p), p.which == "forward"
     base = [-p.low[d] if forward else p.low[d] // p.stride[d] for d in range(p.dims)]
     shape = _gather_shape(p, taps)
     tile = schedule.gather_tile(shape, p.channels_last, host())
     others = partial(schedule.gather_alternatives, shape, tile, p.channels_last, host())
     # The schedule does not depend on the kind of numbers: the tuner knows problems without it.
-    problem = [value for name, value in vars(p).items() if name != "numbers"]
-    tile = tuned.choose("depthwise", (*problem, threads), tile, others)
+    known = [value for name, value in vars(p).items() if name != "numbers"]
+    threads = case.threads
+    tile = tuned.choose("depthwise", (*known, threads), tile, others, case)
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
     blocks = schedule.ceil_div(p.channels, tile.block)
     items = schedule.items_per_task(blocks, p.batch * schedule.boxes_in(shape, tile, boxes), threads)
@@ -175,7 +179,8 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
     kind = (p.dims, p.channels_last, not forward)
     cut_rows = not p.channels_last and schedule.size_of(shape, tile, boxes)[0] < shape.image[0]
     spec = GatherSpec(*kind, tuple(taps), shape.step, p.multiplier, p.bias, p.activation, tile, p.numbers, cut_rows)
-    return Plan(
+    return DepthwisePlan(
+        p,
         key=repr(spec),
         build=partial(depthwise_gather.build, spec),
         arguments=(*base, *boxes[: p.dims], items, planes),
@@ -183,14 +188,15 @@ def _gather_plan(p: Problem, threads: int) -> Plan:
     )
 
 
-def _weight_plan(p: Problem, threads: int) -> Plan:
+def _weight_plan(p: DepthwiseProblem, threads: int) -> DepthwisePlan:
     shape = _weight_shape(p)
     tile = schedule.weight_tile(shape, p.channels_last, host())
     boxes = schedule.weight_boxes(shape, tile, p.channels_last, host())
     items = schedule.items_per_task(schedule.ceil_div(p.channels, tile.block), 1, threads)
     cut_rows = not p.channels_last and boxes.box_x < p.output[0]
     spec = WeightSpec(p.dims, p.channels_last, p.kernel, p.stride, p.dilation, p.multiplier, tile, p.numbers, cut_rows)
-    return Plan(
+    return DepthwisePlan(
+        p,
         key=repr(spec),
         build=partial(depthwise_weight_grad.build, spec),
         arguments=(*(-low for low in p.low[: p.dims]), *asdict(boxes).values(), items),

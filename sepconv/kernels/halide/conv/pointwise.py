@@ -7,7 +7,7 @@ The number of pixels is not compiled in: one kernel serves every image size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.activations import activate
 from sepconv.kernels.halide.conv.gemm import bias_param, in_streams, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, dense
-from sepconv.kernels.halide.jit.calls import Call, Layout, PackedCalls
+from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
+from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine, tuned
 from sepconv.kernels.halide.schedule.gemm import Tile, pointwise_alternatives, pointwise_schedule, streams
-from sepconv.kernels.layout import alike, is_channels_last, like
+from sepconv.kernels.layout import alike, like, memory_format
 
 # Measured on Zen 4: a call costs 6 us more than PyTorch's and gains 3 us in a million multiply-adds, half of that where
 # channels have to be gathered; and reading the weights once more, to see whether they changed, costs as much as is
@@ -31,10 +33,8 @@ from sepconv.kernels.layout import alike, is_channels_last, like
 _LEAST_MACS, _LEAST_MACS_CONTIGUOUS = 3_000_000, 6_000_000
 _LEAST_PIXELS = 40
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-
-class Spec(NamedTuple):
+class PointwiseSpec(NamedTuple):
     """All that the code of one kernel depends on."""
 
     channels_last: bool
@@ -48,12 +48,12 @@ class Spec(NamedTuple):
     streams: int = 1
 
 
-def build(spec: Spec) -> tuple[Any, list[Any]]:
+def build(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: chunk, share, x, packed weights, bias, [residual]."""
     return _build_channels_last(spec) if spec.channels_last else _build_contiguous(spec)
 
 
-def _result(spec: Spec, sums: Any, o: Any, index: list[Any]) -> tuple[Any, list[Any]]:
+def _result(spec: PointwiseSpec, sums: Any, o: Any, index: list[Any]) -> tuple[Any, list[Any]]:
     """Bias, residual and activation on top of the sums, and the parameters they need."""
     bias = bias_param("bias", spec.out_channels)
     if not spec.residual:
@@ -63,7 +63,7 @@ def _result(spec: Spec, sums: Any, o: Any, index: list[Any]) -> tuple[Any, list[
     return activate(sums + bias[o] + residual[tuple(index)], spec.activation), [bias, residual]
 
 
-def _strides(param: Any, spec: Spec, channels: int) -> None:
+def _strides(param: Any, spec: PointwiseSpec, channels: int) -> None:
     """Channel, pixel where channels_last, else pixel, channel, image."""
     for d in range(param.dimensions()):
         param.dim(d).set_min(0)
@@ -71,7 +71,7 @@ def _strides(param: Any, spec: Spec, channels: int) -> None:
     param.dim(0 if spec.channels_last else 1).set_extent(channels)
 
 
-def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
+def _build_channels_last(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     tile, chunk, share = spec.tile, hl.Param(hl.Int(32), "chunk"), hl.Param(hl.Int(32), "share")
     x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
     weight = packed_param("weight", *tile.panels, spec.channels, spec.out_channels)
@@ -103,7 +103,7 @@ def _build_channels_last(spec: Spec) -> tuple[Any, list[Any]]:
     return out, [chunk, share, x, weight, *extra]
 
 
-def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
+def _build_contiguous(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     tile, chunk, share = spec.tile, hl.Param(hl.Int(32), "chunk"), hl.Param(hl.Int(32), "share")
     x = hl.ImageParam(hl.Float(32), 3, "x")  # pixel, channel, image
     weight = packed_param("weight", tile.scalars, tile.scalars, spec.channels, spec.out_channels)
@@ -142,13 +142,13 @@ def _build_contiguous(spec: Spec) -> tuple[Any, list[Any]]:
     return out, [chunk, share, x, weight, *extra]
 
 
-class Plan(NamedTuple):
+class PointwisePlan(NamedTuple):
     """The kernel for one input: x is read as (pixel, channel) where channels_last, else as (image, channel, pixel).
 
     ``chunk``: register tiles of pixels in one group; ``share``: groups, or blocks of output channels, of one thread.
     """
 
-    spec: Spec
+    spec: PointwiseSpec
     chunk: int
     share: int
     x_view: tuple[tuple[int, ...], tuple[int, ...]]
@@ -159,6 +159,11 @@ class Plan(NamedTuple):
         """Output channels in one panel of packed weights, and in one block of panels."""
         tile = self.spec.tile
         return tile.panels if self.spec.channels_last else (tile.scalars, tile.scalars)
+
+    @property
+    def variant(self) -> tuple[int, int]:
+        """What packed weights depend on besides their numbers."""
+        return self.panels
 
 
 @lru_cache(maxsize=4096)
@@ -174,79 +179,77 @@ def _matrix(shape: tuple[int, ...], stride: tuple[int, ...], channels_last: bool
     return (tuple(view.shape), tuple(strides)) if strides[-1] == 1 else None
 
 
-@lru_cache(maxsize=4096)
-def plan_strided(
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    channels_last: bool,
-    out_channels: int,
-    activation: str,
-    residual: bool,
-    threads: int,
-) -> Plan | None:
-    """The kernel and its schedule for such an input; None where its pixels cannot be numbered."""
-    images, channels, *sizes = shape
-    channels_last = channels_last or (prod(sizes) == 1 and stride[1] == 1)
-    x_view = _matrix(shape, stride, channels_last)
+def _reads_channels_last(x: Outline) -> bool:
+    return x.channels_last or (prod(x.shape[2:]) == 1 and x.stride[1] == 1)
+
+
+def _view(x: Outline) -> Any:
+    return _matrix(x.shape, x.stride, _reads_channels_last(x))
+
+
+def plan(case: Case) -> PointwisePlan:
+    """The kernel and its schedule for such tensors."""
+    x, out_channels, threads = case.x, case.weight.shape[0], case.threads
+    channels_last, x_view = _reads_channels_last(x), _view(x)
     if x_view is None:
-        return None
-    images, pixels = (1, x_view[0][0]) if channels_last else (images, prod(sizes))
+        raise ValueError(f"pointwise.plan: the pixels of x do not lie evenly spaced in memory, strides {x.stride}")
+    channels = x.shape[1]
+    images, pixels = (1, x_view[0][0]) if channels_last else (x.shape[0], prod(x.shape[2:]))
     usual = pointwise_schedule(machine.host(), channels_last, channels, out_channels, pixels, images, threads)
+    residual = case.residual is not None
     schedule = tuned.choose(
         "pointwise",
-        (shape, stride, channels_last, out_channels, activation, residual, threads),
+        (x.shape, x.stride, x.channels_last, out_channels, case.activation, residual, threads),
         usual,
         lambda: pointwise_alternatives(machine.host(), channels_last, usual, pixels if channels_last else out_channels),
+        case,
     )
     tile = schedule.tile
     guard = not channels_last and pixels < tile.wide
     runs = streams(machine.host(), channels, out_channels) if channels_last else 1
-    spec = Spec(channels_last, channels, out_channels, tile, guard, schedule.parallel, activation, residual, runs)
+    spec = PointwiseSpec(
+        channels_last, channels, out_channels, tile, guard, schedule.parallel, case.activation, residual, runs
+    )
     size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
     groups = -(-pixels // (schedule.chunk * (tile.scalars if channels_last else tile.wide))) * images
     passes = -(-out_channels // tile.wide) if schedule.parallel == "channels" else groups
-    return Plan(spec, schedule.chunk, runtime.per_thread(passes, threads), x_view, size)
+    return PointwisePlan(spec, schedule.chunk, runtime.per_thread(passes, threads), x_view, size)
 
 
-def plan(x: Tensor, out_channels: int, activation: str = "", residual: bool = False) -> Plan:
-    """The kernel and its schedule for such an input."""
-    threads = torch.get_num_threads()
-    found = plan_strided(x.shape, x.stride(), is_channels_last(x), out_channels, activation, residual, threads)
-    if found is None:
-        raise ValueError(f"pointwise.plan: the pixels of x do not lie evenly spaced in memory, strides {x.stride()}")
-    return found
-
-
-def supports(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
-) -> str:
+def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
-    given = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
-    reason = runtime.missing() or runtime.unsuitable(*given)
-    reason = reason or runtime.too_large((x.shape[0], weight.shape[0], *x.shape[2:]))
-    if not reason and x.numel():
-        shape, stride = x.shape, x.stride()
-        if plan_strided(shape, stride, is_channels_last(x), weight.shape[0], "", False, 1) is None:
-            reason = f"the pixels of x do not lie evenly spaced in memory (strides {stride}); x.contiguous() would"
-    return reason
+    if case.bound and not case.result.elements:
+        return "the result is empty"
+    reason = runtime.missing() or runtime.unsuitable(*case.given) or runtime.too_large(case.result.shape)
+    if reason:
+        return reason
+    x = case.x
+    if case.bound and len(x.shape) == 4 and x.shape[1] == 1 and case.weight.shape[0] > 1:
+        return "with one input channel both layouts look the same to the kernel"
+    if x.elements and _view(x) is None:
+        return f"the pixels of x do not lie evenly spaced in memory (strides {x.stride}); x.contiguous() would"
+    return ""
 
 
-def slower(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None) -> str:
-    """Why PyTorch's kernel is the faster one here; the empty string if it is not."""
-    pixels = x.numel() // x.shape[1]
-    macs = pixels * weight.numel()
-    if macs < (_LEAST_MACS if is_channels_last(x) else _LEAST_MACS_CONTIGUOUS):
+def slower(case: Case) -> str:
+    """Why PyTorch's kernel is the faster one here; the empty string if it is not.
+
+    What a call costs, and the comparison of weights, do not count where both are bound to memory.
+    """
+    if case.bound:
+        return ""
+    pixels = case.x.elements // case.x.shape[1]
+    macs = pixels * case.weight.elements
+    if macs < (_LEAST_MACS if case.x.channels_last else _LEAST_MACS_CONTIGUOUS):
         return f"{macs:,} multiply-adds take less time than calling this kernel and comparing its packed weights"
     if pixels < _LEAST_PIXELS:
         return f"comparing the packed weights costs more than is gained on {pixels} pixels"
     return ""
 
 
-def describe(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
-) -> dict[str, Any]:
-    """The schedule that ``forward`` uses for these arguments."""
-    found = plan(x, weight.shape[0], activation, residual is not None)
+def describe(case: Case) -> dict[str, Any]:
+    """The schedule in words and numbers."""
+    found = plan(case)
     layout = "channels_last" if found.spec.channels_last else "contiguous"
     return {
         "layout": layout,
@@ -257,19 +260,20 @@ def describe(
     }
 
 
-def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
+def pack(found: PointwisePlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight and bias as the kernel of this plan takes them."""
+    weight, bias = weights
+    assert weight is not None
     tensors = (packing.pack(weight, *found.panels), packing.pack_bias(bias, weight))
     return [buffer(tensor) for tensor in tensors]
 
 
-def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out: Tensor) -> Callable[[], None]:
+def bind(found: PointwisePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``layout.new_output(x, O, sizes)``.
     """
-    layout = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
-    if not out.is_contiguous(memory_format=layout):
+    if not out.is_contiguous(memory_format=memory_format(x)):
         raise ValueError(f"pointwise.bind: out must have the layout of x without gaps, got strides {out.stride()}")
     kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
     if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
@@ -280,28 +284,28 @@ def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out
     return kernel.bind(found.chunk, found.share, source, *packed, *views)
 
 
-class Prepared:
+class PointwiseCall:
     """``activation(F.conv2d(x, weight, bias) + residual)`` for all tensors of these sizes and strides, weights 1x1."""
 
-    def __init__(self, x: Tensor, weight: Tensor, activation: str = "", residual: bool = False) -> None:
-        self.shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-        self.memory_format = _FORMATS[x.dim()] if is_channels_last(x) else torch.contiguous_format
+    def __init__(self, case: Case) -> None:
+        result = case.result
+        self.shape, self.dtype, self.memory_format = result.shape, result.dtype, case.x.memory_format
         self._calls = None
-        if 0 not in self.shape:
-            self.found = plan(x, weight.shape[0], activation, residual)
-            variant = ("pointwise", *self.found.panels, weight.shape)
+        if result.elements:
+            self.found = plan(case)
+            variant = ("pointwise", *self.found.panels, case.weight.shape)
             self._calls = PackedCalls(variant, partial(pack, self.found), self._prepare)
 
-    def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:
+    def _prepare(self, packed: list[Any]) -> list[tuple[KernelCall, int]]:
         found, spec = self.found, self.found.spec
         size = found.out_size
-        image = Layout(size, tuple([prod(size[d + 1 :]) for d in range(len(size))]))
+        image = Strided(size, tuple([prod(size[d + 1 :]) for d in range(len(size))]))
         images = [image] * (2 if spec.residual else 1)
-        given = (found.chunk, found.share, Layout(*found.x_view), *packed, *images)
-        return [(Call(("pointwise", spec), partial(build, spec), given), 0)]
+        given = (found.chunk, found.share, Strided(*found.x_view), *packed, *images)
+        return [(KernelCall(("pointwise", spec), partial(build, spec), given), 0)]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        out = torch.empty(self.shape, dtype=torch.float32, memory_format=self.memory_format)
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=self.memory_format)
         if self._calls is not None:
             if residual is None:
                 self._calls((weight, bias), x.data_ptr(), out.data_ptr())
@@ -309,3 +313,6 @@ class Prepared:
                 added = like(residual, out)
                 self._calls((weight, bias), x.data_ptr(), added.data_ptr(), out.data_ptr())
         return out
+
+
+prepare = PointwiseCall

@@ -6,13 +6,16 @@ number of pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
@@ -48,14 +51,60 @@ def build(lanes: int, vectors: int) -> tuple[Any, list[Any]]:
     return out, [x]
 
 
-def bind(x: Tensor, out: Tensor) -> Callable[[], None]:
+class PoolPlan(NamedTuple):
+    """How many channels are added up at once: ``vectors`` of ``lanes`` numbers."""
+
+    lanes: int
+    vectors: int
+    variant = "no weights"
+
+
+def plan(case: Case) -> PoolPlan:
+    """The kernel and its schedule for such tensors."""
+    channels = case.x.shape[1]
+    lanes = channel_lanes(machine.host(), channels)
+    return PoolPlan(lanes, min(_SUMS, channels // lanes))
+
+
+def supports(case: Case) -> str:
+    """Why this kernel cannot run, in a sentence; the empty string if it can."""
+    if case.bound and not case.result.elements:
+        return "the result is empty"
+    return runtime.missing() or runtime.unsuitable(case.x, case.y)
+
+
+def slower(case: Case) -> str:
+    """Never: where memory is given PyTorch's mean takes longer."""
+    return ""
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """The schedule in words and numbers."""
+    return plan(case)._asdict()
+
+
+def pack(found: PoolPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
+    """There are none."""
+    return []
+
+
+def bind(found: PoolPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` with the means of what is then in ``x``.
 
     Shape:
         x: (N, C, H, W), channels_last    ->    out: (N, C) or (N, C, 1, 1)
     """
-    channels = x.shape[1]
-    lanes = channel_lanes(machine.host(), channels)
-    vectors = min(_SUMS, channels // lanes)
-    kernel = runtime.compiled(("pool", lanes, vectors), lambda: build(lanes, vectors))
+    kernel = runtime.compiled(("pool", *found), lambda: build(*found))
     return kernel.bind(pixels(x), buffer(out, out.shape[:2]))
+
+
+def prepare(case: Case) -> Callable[[Tensor], Tensor]:
+    """The means of images of this size."""
+    found, shape = plan(case), case.result.shape
+
+    def run(x: Tensor) -> Tensor:
+        out = torch.empty(shape, dtype=x.dtype)
+        bind(found, x, [], None, out)()
+        return out
+
+    return run

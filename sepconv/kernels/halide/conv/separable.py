@@ -7,69 +7,71 @@ function for images of one size, with the packed weights remembered. How the ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS, Spec, build
+from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS, SeparableSpec, build
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
-from sepconv.kernels.halide.jit.calls import Call, Layout, PackedCalls
-from sepconv.kernels.halide.jit.machine_code import Chain
+from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
+from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.schedule import machine, tuned
 from sepconv.kernels.halide.schedule.gemm import separable_alternatives, separable_schedule, streams
-from sepconv.kernels.layout import alike, is_channels_last, like
+from sepconv.kernels.layout import alike, like
 
-Padding = Sequence[tuple[int, int]]
 Sizes = tuple[int, ...]
+T = TypeVar("T")
 
 
-class Plan(NamedTuple):
+class SeparablePlan(NamedTuple):
     """The kernel for one input, and what each call of it computes: (rows per tile, first row, number of tiles).
 
     ``share``: tiles, or blocks of output channels, of one thread in each of the calls.
     """
 
-    spec: Spec
+    spec: SeparableSpec
     size: tuple[int, int]
     before: tuple[int, int]
     calls: tuple[tuple[int, int, int], ...]
     share: tuple[int, ...]
 
+    @property
+    def variant(self) -> tuple[int, int, int]:
+        """What packed weights depend on besides their numbers."""
+        return self.spec.multiplier, *self.spec.tile.panels
 
-@lru_cache(maxsize=4096)
-def plan(
-    shape: tuple[int, ...],
-    depthwise_shape: tuple[int, ...],
-    out_channels: int,
-    stride: tuple[int, int],
-    padding: tuple[tuple[int, int], ...],
-    dilation: tuple[int, int],
-    activations: tuple[str, str],
-    residual: bool,
-    threads: int,
-) -> Plan:
-    """The kernel and its schedule for an input of such a shape; pairs are depthwise first, then pointwise."""
-    images, channels, height, width = shape
-    multiplier = depthwise_shape[0] // channels
-    kernel_size = (depthwise_shape[2], depthwise_shape[3])
-    ends = zip((height, width), padding, kernel_size, stride, dilation, strict=True)
-    out_height, out_width = ((size + sum(pads) - d * (k - 1) - 1) // s + 1 for size, pads, k, s, d in ends)
-    size = (out_height, out_width)
+
+def _pair(values: Sequence[T]) -> tuple[T, T]:
+    first, second = values
+    return first, second
+
+
+def plan(case: Case) -> SeparablePlan:
+    """The kernel and its schedule for such tensors."""
+    then = case.then
+    assert then is not None
+    images, channels, _, _ = case.x.shape
+    multiplier, out_channels = case.weight.shape[0] // channels, then.weight.shape[0]
+    stride, padding, dilation = (_pair(entries) for entries in case.geometry)
+    size, residual, threads = _pair(case.y.shape[2:]), then.residual is not None, case.threads
     usual = separable_schedule(
         machine.host(), channels, multiplier, out_channels, max(images, 1), size, stride[0] * stride[1], threads
     )
+    activations = (case.activation, then.activation)
     schedule = tuned.choose(
         "separable",
-        (shape, depthwise_shape, out_channels, stride, padding, dilation, activations, residual, threads),
+        (case.x.shape, case.weight.shape, out_channels, *case.geometry, activations, residual, threads),
         usual,
         lambda: separable_alternatives(machine.host(), usual, size),
+        case,
     )
-    spec = Spec(
-        channels, multiplier, out_channels, kernel_size, stride, dilation, schedule.tile, schedule.columns,
+    spec = SeparableSpec(
+        channels, multiplier, out_channels, _pair(case.kernel_size), stride, dilation, schedule.tile, schedule.columns,
         schedule.depthwise_lanes, schedule.parallel, *activations, residual,
         streams(machine.host(), channels, multiplier * out_channels),
     )  # fmt: skip
@@ -78,95 +80,41 @@ def plan(
     blocks = -(-out_channels // schedule.tile.wide)
     passes = [images * tiles if schedule.parallel == "rows" else blocks for _, _, tiles in calls]
     share = tuple(runtime.per_thread(count, threads) for count in passes)
-    return Plan(spec, size, (padding[0][0], padding[1][0]), tuple(calls), share)
+    return SeparablePlan(spec, size, (padding[0][0], padding[1][0]), tuple(calls), share)
 
 
-def plan_for(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_activation: str,
-    pointwise_weight: Tensor,
-    activation: str,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    residual: bool = False,
-) -> Plan:
-    """:func:`plan` for tensors."""
-    return plan(
-        x.shape,
-        depthwise_weight.shape,
-        pointwise_weight.shape[0],
-        (stride[0], stride[1]),
-        ((padding[0][0], padding[0][1]), (padding[1][0], padding[1][1])),
-        (dilation[0], dilation[1]),
-        (depthwise_activation, activation),
-        residual,
-        torch.get_num_threads(),
-    )
-
-
-def supports(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    depthwise_activation: str,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    residual: Tensor | None = None,
-) -> str:
+def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
-    given = (x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual)
-    reason = runtime.missing() or runtime.unsuitable(*[tensor for tensor in given if tensor is not None])
+    if case.bound and not case.result.elements:
+        return "the result is empty"
+    reason = runtime.missing() or runtime.unsuitable(*case.given)
     if reason:
         return reason
-    if x.dim() != 4:
-        return f"the fused kernel is for images (N, C, H, W), got {x.dim() - 2} spatial dimensions"
-    if not is_channels_last(x):
+    x = case.x
+    if x.dims != 2:
+        return f"the fused kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
+    if not case.bound and not x.channels_last:
         return "contiguous layout: the fused kernel reads channels_last images only"
-    if x.stride(1) != 1:
-        return f"the channels of a pixel must lie next to one another, got strides {x.stride()}"
-    size = plan_for(
-        x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation
-    ).size
-    return runtime.too_large((x.shape[0], pointwise_weight.shape[0], *size))
+    if x.stride[1] != 1:
+        return f"the channels of a pixel must lie next to one another, got strides {x.stride}"
+    return runtime.too_large(case.result.shape)
 
 
-def slower(kernel_size: Sequence[int]) -> str:
+def slower(case: Case) -> str:
     """Why two kernels, depthwise and pointwise, are faster with such filters; the empty string if they are not."""
-    columns = kernel_size[1]
+    columns = case.kernel_size[1]
     if columns > UNROLLED_TAPS:
         return f"filters wider than {UNROLLED_TAPS} columns are faster in the depthwise kernel, got {columns} columns"
     return ""
 
 
-def describe(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    depthwise_activation: str,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Padding,
-    dilation: Sequence[int],
-    residual: Tensor | None = None,
-) -> dict[str, Any]:
-    """The schedule that ``forward`` uses for these arguments."""
-    found = plan_for(
-        x, depthwise_weight, depthwise_activation, pointwise_weight, activation, stride, padding, dilation,
-        residual is not None,
-    )  # fmt: skip
+def describe(case: Case) -> dict[str, Any]:
+    """The schedule in words and numbers."""
+    found = plan(case)
     spec = found.spec
-    rows = [rows for rows, _, _ in found.calls]
     return {
         **spec.tile._asdict(),
-        "rows": rows,
+        "rows": [rows for rows, _, _ in found.calls],
         "columns": spec.columns,
         "depthwise_lanes": spec.depthwise_lanes,
         "streams": spec.streams,
@@ -174,15 +122,12 @@ def describe(
     }
 
 
-def pack(
-    found: Plan,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-) -> list[Any]:
+def pack(found: SeparablePlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of the weights as the kernel of this plan takes them."""
     multiplier = found.spec.multiplier
+    depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = weights
+    assert depthwise_weight is not None
+    assert pointwise_weight is not None
     tensors = (
         _pack_taps(depthwise_weight, multiplier),
         _pack_taps(packing.pack_bias(depthwise_bias, depthwise_weight), multiplier),
@@ -198,7 +143,7 @@ def _pack_taps(weight: Tensor, multiplier: int) -> Tensor:
     return filters.movedim((0, 1), (-1, -2)).clone(memory_format=torch.contiguous_format)
 
 
-def bind(found: Plan, x: Tensor, packed: list[Any], residual: Tensor | None, out: Tensor) -> Callable[[], None]:
+def bind(found: SeparablePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound | Chain:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``layout.new_output(x, O, found.size)``.
@@ -226,26 +171,26 @@ def _tiles(shape: Sizes, rows: int, first: int, tiles: int) -> tuple[Sizes, Size
     return (images, tiles, rows * width, channels), (height * row, rows * row, channels, 1), 4 * first * row
 
 
-class Prepared:
+class SeparableCall:
     """The operation for all tensors of these sizes and strides."""
 
-    def __init__(self, found: Plan, x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> None:
-        """``found`` comes from :func:`plan_for`."""
-        self.found = found
-        self.shape = (x.shape[0], pointwise_weight.shape[0], *found.size)
-        self.memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        image = pixels(x)
-        self._x = Layout(tuple(image.shape), tuple(image.strides))
-        variant = ("separable", *found.spec.tile.panels, depthwise_weight.shape, pointwise_weight.shape)
-        self._calls = PackedCalls(variant, partial(pack, found), self._prepare)
+    def __init__(self, case: Case) -> None:
+        result = case.result
+        self.shape, self.dtype, self.memory_format = result.shape, result.dtype, case.x.memory_format
+        self.found = plan(case)
+        self._x = _pixels(case.x)
+        assert case.then is not None
+        panels = self.found.spec.tile.panels
+        variant = ("separable", *panels, case.weight.shape, case.then.weight.shape)
+        self._calls = PackedCalls(variant, partial(pack, self.found), self._prepare) if result.elements else None
 
-    def _prepare(self, packed: list[Any]) -> list[tuple[Call, int]]:
+    def _prepare(self, packed: list[Any]) -> list[tuple[KernelCall, int]]:
         found, calls = self.found, []
         for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
             shape, strides, skipped = _tiles(self.shape, rows, first, tiles)
-            images = [Layout(shape, strides)] * (2 if found.spec.residual else 1)
+            images = [Strided(shape, strides)] * (2 if found.spec.residual else 1)
             given = (found.size[1], rows, first, share, *found.before, self._x, *packed, *images)
-            calls.append((Call(("separable", found.spec), partial(build, found.spec), given), skipped))
+            calls.append((KernelCall(("separable", found.spec), partial(build, found.spec), given), skipped))
         return calls
 
     def __call__(
@@ -257,12 +202,22 @@ class Prepared:
         pointwise_bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        out = torch.empty(self.shape, dtype=torch.float32, memory_format=self.memory_format)
-        if out.numel():
-            weights = (depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias)
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=self.memory_format)
+        if self._calls is not None:
+            weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
             if residual is None:
                 self._calls(weights, x.data_ptr(), out.data_ptr())
             else:
                 added = like(residual, out)
                 self._calls(weights, x.data_ptr(), added.data_ptr(), out.data_ptr())
         return out
+
+
+def _pixels(x: Outline) -> Strided:
+    """(N, C, H, W) as (N, H, W, C); the step of a single channel says nothing, and the kernel expects neighbours."""
+    n, c, h, w = x.shape
+    by_image, by_channel, by_row, by_column = x.stride
+    return Strided((n, h, w, c), (by_image, by_row, by_column, 1 if c == 1 else by_channel))
+
+
+prepare = SeparableCall

@@ -26,7 +26,7 @@ from sepconv.kernels.halide.schedule.gemm import Tile
 UNROLLED_TAPS = 7
 
 
-class Spec(NamedTuple):
+class SeparableSpec(NamedTuple):
     """All that the code of one kernel depends on. Pairs are (y, x)."""
 
     channels: int
@@ -48,7 +48,7 @@ class Spec(NamedTuple):
 class _Inputs:
     """The pipeline's parameters, in the order in which the compiled kernel takes them."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: SeparableSpec) -> None:
         height, width = spec.kernel_size
         depth = spec.channels * spec.multiplier
         names = ("width", "rows", "first_row", "share", "top", "left")
@@ -80,7 +80,7 @@ def _channels_innermost(param: Any, channels: int) -> None:
     param.dim(0).set_stride(1).set_extent(channels)
 
 
-def build(spec: Spec) -> tuple[Any, list[Any]]:
+def build(spec: SeparableSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments as listed in _Inputs. The output is channel, pixel in tile, tile, image."""
     inputs = _Inputs(spec)
     c, m, o, q, t, n = (hl.Var(name) for name in ("c", "m", "o", "q", "t", "n"))
@@ -118,7 +118,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     return out, inputs.arguments
 
 
-def _filter(spec: Spec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, n: Any) -> tuple[Any, Any]:
+def _filter(spec: SeparableSpec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, n: Any) -> tuple[Any, Any]:
     """The depthwise sums. Columns outside the image read as zero; rows outside it are left out of the sum."""
     unbounded = hl.Range(hl.Expr(), hl.Expr())
     columns = hl.Range(0, inputs.x.dim(1).extent())
@@ -136,7 +136,7 @@ def _filter(spec: Spec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, 
     return filtered, tap
 
 
-def _schedule_product(spec: Spec, share: Any, out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> Any:
+def _schedule_product(spec: SeparableSpec, share: Any, out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> Any:
     """Loops: image, tile, block of output channels, step of pixels; returns the loop that makes one tile."""
     tile, (o, q, t, n) = spec.tile, dims
     block, o_in, step, q_in, task = (hl.Var(name) for name in ("block", "o_in", "step", "q_in", "task"))
@@ -158,7 +158,7 @@ def _schedule_product(spec: Spec, share: Any, out: Any, sums: Any, dims: tuple[A
 
 
 def _schedule_filter(
-    spec: Spec, out: Any, hidden: Any, filtered: Any, dims: tuple[Any, ...], place: Any, tap: Any, task: Any
+    spec: SeparableSpec, out: Any, hidden: Any, filtered: Any, dims: tuple[Any, ...], place: Any, tap: Any, task: Any
 ) -> None:
     """A few neighbouring pixels at once, whose overlapping taps are loaded once; channels in vectors inside them."""
     c, m, column = dims

@@ -7,27 +7,26 @@ always channels_last, the layout that the layers behind it read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.activations import activate
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import Tile, stem_schedule
 
 MAX_CHANNELS = 4
 
-Padding = Sequence[tuple[int, int]]
 
-
-class Spec(NamedTuple):
+class StemSpec(NamedTuple):
     """All that the code of one kernel depends on. Pairs are (y, x)."""
 
     channels_last: bool
@@ -39,7 +38,7 @@ class Spec(NamedTuple):
     activation: str
 
 
-def build(spec: Spec) -> tuple[Any, list[Any]]:
+def build(spec: StemSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: rows per task, tasks per thread, top and left padding, columns with the padding that is
     read, x, packed weights, bias."""
     names = ("rows", "share", "top", "left", "wide")
@@ -71,7 +70,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
     return out, [rows, share, top, left, wide, x, weight, bias]
 
 
-def _padded(spec: Spec, x: Any, top: Any, left: Any, wide: Any, at: tuple[Any, ...]) -> Any:
+def _padded(spec: StemSpec, x: Any, top: Any, left: Any, wide: Any, at: tuple[Any, ...]) -> Any:
     """``padded[column, row, c, n] = x[c, column - left, row - top, n]``, zeros around the image, ``wide`` columns."""
     (column, row, c, n), (width, height) = at, (x.dim(1).extent(), x.dim(2).extent())
     padded = hl.Func("padded")
@@ -93,7 +92,7 @@ def _padded(spec: Spec, x: Any, top: Any, left: Any, wide: Any, at: tuple[Any, .
     return padded
 
 
-def _schedule_padded(spec: Spec, padded: Any) -> None:
+def _schedule_padded(spec: StemSpec, padded: Any) -> None:
     column, row, c, n = padded.args()
     if spec.channels_last:
         padded.vectorize(column, spec.tile.lanes, hl.TailStrategy.RoundUp)
@@ -109,7 +108,7 @@ def _schedule_padded(spec: Spec, padded: Any) -> None:
 
 
 def _schedule(
-    spec: Spec, numbers: tuple[Any, Any], out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any
+    spec: StemSpec, numbers: tuple[Any, Any], out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any
 ) -> None:
     rows, share = numbers
     tile, (o, column, row, n) = spec.tile, dims
@@ -130,99 +129,86 @@ def _schedule(
     _schedule_padded(spec, padded.compute_at(out, task))
 
 
-class Plan(NamedTuple):
+class StemPlan(NamedTuple):
     """The kernel for one input, its output size, and the numbers it is called with."""
 
-    spec: Spec
+    spec: StemSpec
     size: tuple[int, int]
     numbers: tuple[int, int, int, int, int]
 
+    @property
+    def variant(self) -> tuple[int, int]:
+        """What packed weights depend on besides their numbers."""
+        return self.spec.tile.panels
 
-@lru_cache(maxsize=4096)
-def plan(
-    shape: tuple[int, ...],
-    channels_last: bool,
-    weight_shape: tuple[int, ...],
-    activation: str,
-    stride: tuple[int, int],
-    padding: tuple[tuple[int, int], ...],
-    threads: int,
-) -> Plan:
-    """The kernel and its schedule for an input of such a shape."""
-    images, channels, height, width = shape
-    out_channels, _, *kernel_size = weight_shape
-    ends = zip((height, width), padding, kernel_size, stride, strict=True)
-    out_height, out_width = ((size + sum(pads) - k) // s + 1 for size, pads, k, s in ends)
-    size = (out_height, out_width)
+
+def _reads_channels_last(x: Outline) -> bool:
+    one_pixel = x.shape[2] * x.shape[3] == 1  # then both strides may be 1, but columns have none
+    return x.stride[1] == 1 and (one_pixel or x.stride[3] != 1)
+
+
+def plan(case: Case) -> StemPlan:
+    """The kernel and its schedule for such tensors."""
+    images, channels, _, _ = case.x.shape
+    out_channels, _, *kernel_size = case.weight.shape
+    out_height, out_width = size = (case.y.shape[2], case.y.shape[3])
+    stride, ((top, _), (left, _)) = case.geometry.stride, case.geometry.padding
     depth = channels * kernel_size[0] * kernel_size[1]
     row_bytes = 4 * channels * stride[0] * stride[1] * out_width
-    schedule = stem_schedule(machine.host(), depth, out_channels, max(images, 1), size, row_bytes, threads)
-    filters = (kernel_size[0], kernel_size[1])
-    spec = Spec(channels_last, channels, out_channels, filters, stride, schedule.tile, activation)
-    share = runtime.per_thread(images * -(-out_height // schedule.rows), threads)
+    schedule = stem_schedule(machine.host(), depth, out_channels, max(images, 1), size, row_bytes, case.threads)
+    spec = StemSpec(
+        _reads_channels_last(case.x), channels, out_channels, (kernel_size[0], kernel_size[1]), (stride[0], stride[1]),
+        schedule.tile, case.activation,
+    )  # fmt: skip
+    share = runtime.per_thread(images * -(-out_height // schedule.rows), case.threads)
     wide = (out_width - 1) * stride[1] + kernel_size[1]
-    return Plan(spec, size, (schedule.rows, share, padding[0][0], padding[1][0], wide))
+    return StemPlan(spec, size, (schedule.rows, share, top, left, wide))
 
 
-def plan_for(x: Tensor, weight: Tensor, activation: str, stride: Sequence[int], padding: Padding) -> Plan:
-    """:func:`plan` for tensors."""
-    pads = ((padding[0][0], padding[0][1]), (padding[1][0], padding[1][1]))
-    one_pixel = x.shape[2] * x.shape[3] == 1  # then both strides may be 1, but columns have none
-    channels_last = x.stride(1) == 1 and (one_pixel or x.stride(3) != 1)
-    strides, threads = (stride[0], stride[1]), torch.get_num_threads()
-    return plan(x.shape, channels_last, weight.shape, activation, strides, pads, threads)
-
-
-def supports(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
-) -> str:
+def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    reason = runtime.missing() or runtime.unsuitable(*given)
+    if case.bound and not case.result.elements:
+        return "the result is empty"
+    reason = runtime.missing() or runtime.unsuitable(*case.given)
     if reason:
         return reason
-    if x.dim() != 4:
-        return f"the kernel is for images (N, C, H, W), got {x.dim() - 2} spatial dimensions"
-    if x.shape[1] > MAX_CHANNELS or weight.shape[1] != x.shape[1]:
+    x = case.x
+    if x.dims != 2:
+        return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
+    if case.residual is not None or case.groups > 1 or set(case.geometry.dilation) != {1}:
+        return "the kernel for normal convolutions has no dilation, groups and residual"
+    if x.shape[1] > MAX_CHANNELS or case.weight.shape[1] != x.shape[1]:
         return f"the kernel is for images of at most {MAX_CHANNELS} channels and no groups, got {x.shape[1]} channels"
-    if 1 not in (x.stride(1), x.stride(3)):
-        return f"neither columns nor channels of x lie next to one another in memory (strides {x.stride()})"
-    size = plan_for(x, weight, activation, stride, padding).size
-    return runtime.too_large((x.shape[0], weight.shape[0], *size))
+    if 1 not in (x.stride[1], x.stride[3]):
+        return f"neither columns nor channels of x lie next to one another in memory (strides {x.stride})"
+    return runtime.too_large(case.result.shape)
 
 
-def slower(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
-) -> str:
-    """Why PyTorch's kernel is the faster one here; the empty string if it is not."""
+def slower(case: Case) -> str:
+    """Never: PyTorch has no kernel of its own for few channels."""
     return ""
 
 
-def describe(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
-) -> dict[str, Any]:
-    """The schedule that ``forward`` uses for these arguments."""
-    found = plan_for(x, weight, activation, stride, padding)
+def describe(case: Case) -> dict[str, Any]:
+    """The schedule in words and numbers."""
+    found = plan(case)
     return {**found.spec.tile._asdict(), "rows": found.numbers[0]}
 
 
-def new_output(x: Tensor, found: Plan) -> Tensor:
-    """An empty channels_last output."""
-    shape = (x.shape[0], found.spec.out_channels, *found.size)
-    return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-
-
-def pack(found: Plan, weight: Tensor, bias: Tensor | None) -> list[Any]:
+def pack(found: StemPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight and bias as the kernel of this plan takes them."""
+    weight, bias = weights
+    assert weight is not None
     rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
     tensors = (packing.pack(rows, *found.spec.tile.panels), packing.pack_bias(bias, weight))
     return [buffer(tensor) for tensor in tensors]
 
 
-def bind(found: Plan, x: Tensor, packed: list[Any], out: Tensor) -> Callable[[], None]:
-    """The call that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
+def bind(found: StemPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
+    """The call that fills ``out``, a channels_last image, from what is then in ``x``: for repeated use of the same
+    memory.
 
-    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` from :func:`new_output`.
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`.
     """
     if not out.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"conv.bind: out must be channels_last without gaps, got strides {out.stride()}")
@@ -230,18 +216,21 @@ def bind(found: Plan, x: Tensor, packed: list[Any], out: Tensor) -> Callable[[],
     return kernel.bind(*found.numbers, pixels(x), *packed, pixels(out))
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, stride: Sequence[int], padding: Padding
-) -> Tensor:
-    """``activation(F.conv2d(x, weight, bias, stride))`` after padding, for at most four input channels.
+class StemCall:
+    """``activation(F.conv2d(x, weight, bias, stride))`` after padding, for all tensors of these sizes and strides."""
 
-    Shape:
-        x: (N, C, H, W)    weight: (O, C, kH, kW)    ->    (N, O, Ho, Wo), channels_last
-    """
-    found = plan_for(x, weight, activation, stride, padding)
-    out = new_output(x, found)
-    if out.numel():
-        variant = ("conv", *found.spec.tile.panels, weight.shape)
-        packed = packing.remembered((weight, bias), variant, lambda: pack(found, weight, bias))
-        bind(found, x, packed, out)()
-    return out
+    def __init__(self, case: Case) -> None:
+        self.found, result = plan(case), case.result
+        self.shape, self.dtype = result.shape, result.dtype
+        self._variant = ("conv", *self.found.variant, case.weight.shape)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=torch.channels_last)
+        if out.numel():
+            weights = (weight, bias)
+            packed = packing.remembered(weights, self._variant, lambda: pack(self.found, weights))
+            bind(self.found, x, packed, None, out)()
+        return out
+
+
+prepare = StemCall

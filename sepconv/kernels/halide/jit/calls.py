@@ -18,7 +18,7 @@ from sepconv.kernels.halide.jit.buffers import FLOAT32, Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Kernel
 
 
-class Layout(NamedTuple):
+class Strided(NamedTuple):
     """Sizes and strides in which the kernel reads a tensor (dimensions reversed), and the code of its numbers."""
 
     shape: tuple[int, ...]
@@ -33,8 +33,8 @@ class Layout(NamedTuple):
 _UNBOUND: tuple[Any, list[Buffer]] = None, []
 
 
-class Call:
-    """A compiled kernel and its arguments, in which every :class:`Layout` stands for a tensor of that layout.
+class KernelCall:
+    """A compiled kernel and its arguments, in which every :class:`Strided` stands for a tensor of that layout.
 
     A call takes the addresses of those tensors, in order; who calls keeps the tensors alive meanwhile. Each thread has
     buffers of its own: several may call at once.
@@ -52,7 +52,7 @@ class Call:
         self._bind(runtime.compiled(key, build))
 
     def _bind(self, kernel: Kernel) -> tuple[Bound, list[Buffer]]:
-        given = [item.buffer() if isinstance(item, Layout) else item for item in self._arguments]
+        given = [item.buffer() if isinstance(item, Strided) else item for item in self._arguments]
         moved = [now for now, before in zip(given, self._arguments, strict=True) if now is not before]
         self._local.bound = made = kernel.bind(*given), moved
         return made
@@ -80,15 +80,15 @@ class PackedCalls:
     def __init__(
         self,
         variant: Hashable,
-        pack: Callable[..., list[Any]],
-        prepare: Callable[[list[Any]], list[tuple[Call, int]]],
+        pack: Callable[[Sequence[Tensor | None]], list[Any]],
+        prepare: Callable[[list[Any]], list[tuple[KernelCall, int]]],
     ) -> None:
-        """``prepare(pack(*weights))`` gives the calls, each with the bytes to skip in all images but the first."""
+        """``prepare(pack(weights))`` gives the calls, each with the bytes to skip in all images but the first."""
         self._variant, self._pack, self._prepare = variant, pack, prepare
         self._number = next(_numbers)
 
     def __call__(self, weights: tuple[Tensor | None, ...], first: int, *others: int) -> None:
-        packed = packing.remembered(weights, self._variant, lambda: self._pack(*weights))
+        packed = packing.remembered(weights, self._variant, lambda: self._pack(weights))
         calls = packed.calls.get(self._number)
         if calls is None:
             calls = self._prepare(packed)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.jit import code_cache, forks, llvm, machine_code, threads
 from sepconv.kernels.halide.jit.machine_code import Kernel
 
@@ -48,17 +49,17 @@ def missing() -> str:
 FLOAT32 = (torch.float32,)
 
 
-def unsuitable(*tensors: Tensor, dtypes: Sequence[torch.dtype] = FLOAT32) -> str:
+def unsuitable(*tensors: Tensor | Outline, numbers: Sequence[torch.dtype] = FLOAT32) -> str:
     """Why Halide cannot read these tensors in place, in a sentence; the empty string if it can."""
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            return f"the kernel runs on cpu tensors but got device {tensor.device}"
-        if tensor.dtype not in dtypes:
-            return f"the kernel computes in float32 but got {tensor.dtype}"
-        if tensor.layout != torch.strided or tensor.is_neg():
+    for outline in map(Outline.of, tensors):
+        if outline.device.type != "cpu":
+            return f"the kernel runs on cpu tensors but got device {outline.device}"
+        if outline.dtype not in numbers:
+            return f"the kernel computes in float32 but got {outline.dtype}"
+        if not outline.plain:
             return "the kernel reads plain strided tensors only"
-        if _span(tensor) > MAX_ELEMENTS:
-            return f"the kernel indexes with 32 bits but the tensor spans {_span(tensor)} elements"
+        if _span(outline) > MAX_ELEMENTS:
+            return f"the kernel indexes with 32 bits but the tensor spans {_span(outline)} elements"
     return ""
 
 
@@ -68,10 +69,9 @@ def too_large(shape: Sequence[int]) -> str:
     return f"the kernel indexes with 32 bits but the output has {elements} elements" if elements > MAX_ELEMENTS else ""
 
 
-def _span(tensor: Tensor) -> int:
+def _span(outline: Outline) -> int:
     """Elements between the first and the last one, or the number of elements where that is larger."""
-    stride = tensor.stride()
-    return max(1 + sum(map(mul, tensor.shape, stride)) - sum(stride), tensor.numel())
+    return max(1 + sum(map(mul, outline.shape, outline.stride)) - sum(outline.stride), outline.elements)
 
 
 class _Entry:

@@ -132,7 +132,7 @@ def streams(machine: Machine, channels: int, length: int) -> int:
     return next((count for count in (4, 2) if channels % count == 0 and channels // count >= _LEAST_RUN), 1)
 
 
-class Pointwise(NamedTuple):
+class PointwiseSchedule(NamedTuple):
     """``chunk``: register tiles of pixels that pass over one block of weights; ``parallel``: pixels or channels."""
 
     tile: Tile
@@ -143,7 +143,7 @@ class Pointwise(NamedTuple):
 @lru_cache(maxsize=4096)
 def pointwise_schedule(
     machine: Machine, channels_last: bool, channels: int, out_channels: int, pixels: int, images: int, threads: int
-) -> Pointwise:
+) -> PointwiseSchedule:
     """Pixels in memory order: (N * H * W) of them where channels_last, else H * W in each of ``images``."""
     if channels_last:
         tile = fit_scalars(gemm_tile(machine, out_channels, channels), pixels)
@@ -159,16 +159,18 @@ def pointwise_schedule(
     chunk = -(-steps // shares)
     by_channels = _SHARED_CHANNELS_COST * _rounds(blocks, threads)
     if channels_last and by_channels < _rounds(outer * -(-steps // chunk), threads):
-        return Pointwise(tile, min(fitting, steps), "channels")
-    return Pointwise(tile, chunk, "pixels")
+        return PointwiseSchedule(tile, min(fitting, steps), "channels")
+    return PointwiseSchedule(tile, chunk, "pixels")
 
 
-def pointwise_alternatives(machine: Machine, channels_last: bool, usual: Pointwise, count: int) -> Iterator[Pointwise]:
+def pointwise_alternatives(
+    machine: Machine, channels_last: bool, usual: PointwiseSchedule, count: int
+) -> Iterator[PointwiseSchedule]:
     """Schedules near the usual one, that the tuner tries. ``count``: pixels where channels_last, else channels."""
     for tile in _near(machine, usual.tile):
         if tile.scalars <= count:
             for chunk in dict.fromkeys((usual.chunk, max(1, usual.chunk // 2), usual.chunk * 2)):
-                yield Pointwise(tile, chunk, usual.parallel)
+                yield PointwiseSchedule(tile, chunk, usual.parallel)
 
 
 def _near(machine: Machine, usual: Tile) -> list[Tile]:
@@ -181,7 +183,7 @@ def _rounds(tasks: int, threads: int) -> float:
     return _round_up(tasks, threads) / tasks
 
 
-class Separable(NamedTuple):
+class SeparableSchedule(NamedTuple):
     """How the separable kernel walks over an image.
 
     ``rows`` output rows at a time are filtered and multiplied; ``columns`` neighbouring pixels share their loads in
@@ -224,7 +226,7 @@ def separable_schedule(
     size: tuple[int, int],
     step: int,
     threads: int,
-) -> Separable:
+) -> SeparableSchedule:
     """``size`` is the output's (Ho, Wo), for each pixel of which the image has ``step``.
 
     A tile of depthwise results, rows * Wo * C * M numbers, and the input under it take a small part of L2, in which the
@@ -264,10 +266,12 @@ def separable_schedule(
         )
         if shared < least:
             tile, rows, parallel = whole, height, "channels"
-    return Separable(tile, rows, _COLUMNS, channel_lanes(machine, channels), parallel)
+    return SeparableSchedule(tile, rows, _COLUMNS, channel_lanes(machine, channels), parallel)
 
 
-def separable_alternatives(machine: Machine, usual: Separable, size: tuple[int, int]) -> Iterator[Separable]:
+def separable_alternatives(
+    machine: Machine, usual: SeparableSchedule, size: tuple[int, int]
+) -> Iterator[SeparableSchedule]:
     """Schedules near the usual one, that the tuner tries; ``size`` is the output's."""
     height, width = size
     rows = dict.fromkeys((usual.rows, max(1, usual.rows // 2), min(height, usual.rows * 2)))
@@ -288,7 +292,7 @@ def _rows_cost(rows: int, height: int, width: int, images: int, threads: int, ti
     return busy / (images * height * width) * (_SECOND_CALL_COST if left else 1.0)
 
 
-class Stem(NamedTuple):
+class StemSchedule(NamedTuple):
     """``rows`` output rows at a time, for which the padded input rows are copied into the cache."""
 
     tile: Tile
@@ -304,7 +308,7 @@ def stem_schedule(
     size: tuple[int, int],
     row_bytes: int,
     threads: int,
-) -> Stem:
+) -> StemSchedule:
     """``depth`` terms in each sum; ``size`` is the output's (Ho, Wo); ``row_bytes`` of input for each output row."""
     height, width = size
     # Several terms in straight-line code need registers as well.
@@ -313,4 +317,4 @@ def stem_schedule(
     tasks = -(-height // most)
     if images * tasks < 4 * threads:
         tasks = min(height, -(-4 * threads // images))
-    return Stem(tile, -(-height // tasks))
+    return StemSchedule(tile, -(-height // tasks))

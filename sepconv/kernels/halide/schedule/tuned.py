@@ -11,9 +11,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit import code_cache
 from sepconv.kernels.halide.schedule import machine
 from sepconv.system.files import replacing
@@ -53,15 +55,19 @@ def key(kind: str, problem: Iterable[Any]) -> str:
     return json.dumps([kind, *problem])
 
 
-def choose(kind: str, problem: tuple[Any, ...], usual: Schedule, others: Callable[[], Iterable[Schedule]]) -> Schedule:
+def choose(
+    kind: str, problem: tuple[Any, ...], usual: Schedule, others: Callable[[], Iterable[Schedule]], case: Case
+) -> Schedule:
     """The schedule of the table, if it is one of ``others()``; else the usual one.
 
-    ``problem`` has to be all that the schedule depends on, in numbers and words.
+    ``problem`` has to be all of the case that the schedule depends on, in numbers and words.
     """
-    if _asked is not None:
-        _asked[key(kind, problem)] = Asked(kind, problem, usual, list(others()))
-    if _tried:
-        return _tried[0]
+    asked, tried = _asked.get(), _tried.get()
+    if asked is not None:
+        asked[key(kind, problem)] = Asked(kind, case, usual, list(others()))
+    if tried is not None and tried[0] == case:
+        schedule: Schedule = tried[1]
+        return schedule
     known = table()
     if not known or (found := known.get(key(kind, problem))) is None:
         return usual
@@ -69,37 +75,37 @@ def choose(kind: str, problem: tuple[Any, ...], usual: Schedule, others: Callabl
 
 
 class Asked(NamedTuple):
-    """A problem for which a schedule was chosen while :func:`asking`."""
+    """A case for which a schedule was chosen while :func:`asking`."""
 
     kind: str
-    problem: tuple[Any, ...]
+    case: Case
     usual: Any
     others: list[Any]
 
 
-_asked: dict[str, Asked] | None = None
-_tried: list[Any] = []
+_asked: ContextVar[dict[str, Asked] | None] = ContextVar("sepconv_asked", default=None)
+_tried: ContextVar[tuple[Case, Any] | None] = ContextVar("sepconv_tried", default=None)
 
 
 @contextmanager
 def asking() -> Iterator[dict[str, Asked]]:
-    """Collect the problems for which schedules are chosen, by their :func:`key`."""
-    global _asked
-    _asked = {}
+    """Collect what schedules are chosen for in this context, by their :func:`key`."""
+    found: dict[str, Asked] = {}
+    token = _asked.set(found)
     try:
-        yield _asked
+        yield found
     finally:
-        _asked = None
+        _asked.reset(token)
 
 
 @contextmanager
-def trying(schedule: Any) -> Iterator[None]:
-    """Choose this schedule, whatever the problem."""
-    _tried.append(schedule)
+def trying(case: Case, schedule: Any) -> Iterator[None]:
+    """Choose this schedule for this case, in this context; nowhere else."""
+    token = _tried.set((case, schedule))
     try:
         yield
     finally:
-        _tried.clear()
+        _tried.reset(token)
 
 
 def keep(found: Mapping[str, Schedule]) -> Path | None:

@@ -1,0 +1,188 @@
+"""Who computes a case: for each operation the kernels that may, in order, PyTorch's last; the first that can and wins.
+
+The functions and ``compile`` ask the same list, so that the two can never disagree. A kernel more is an entry more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.conv import depthwise, pointwise, pool, separable, stem
+from sepconv.kernels.halide.jit.buffers import Buffer
+from sepconv.kernels.halide.jit.machine_code import Bound, Chain
+from sepconv.kernels.halide.jit.runtime import BuildError
+from sepconv.kernels.torch import prepared
+
+Prepared = Callable[..., Tensor]
+"""A kernel made ready for a case: call it with the case's tensors, in the order that ``case`` lists."""
+
+
+@dataclass(frozen=True)
+class Binder:
+    """How a backend computes into given memory, call after call, from weights that it has brought into its order.
+
+    Attributes:
+        plan: all that is known before there is memory, as plain data. ``plan(case).variant`` is what packed weights
+            depend on besides their numbers.
+        pack: the weights and biases of a case, in the order in which a prepared kernel takes them, as that kernel
+            reads them.
+        bind: the call that fills ``out`` from what is then in ``x`` and ``residual``:
+            ``bind(plan, x, packed, residual, out)``.
+    """
+
+    plan: Callable[[Case], Any]
+    pack: Callable[[Any, Sequence[Tensor | None]], list[Buffer]]
+    bind: Callable[[Any, Tensor, list[Buffer], Tensor | None, Tensor], Bound | Chain]
+
+
+def _never(case: Case) -> str:
+    return ""
+
+
+def _nothing(case: Case) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One kernel, or one way to several.
+
+    Attributes:
+        supports: why it cannot compute a case, in a sentence; "" if it can.
+        slower: why what follows in the list is the better choice; "" if this is.
+        prepare: the kernel for a case; a BuildError is one reason more against it.
+        describe: its schedule in words and numbers.
+        binder: how ``compile`` uses it; None where it cannot.
+    """
+
+    name: str
+    prepare: Callable[[Case], Prepared]
+    supports: Callable[[Case], str] = _never
+    slower: Callable[[Case], str] = _never
+    describe: Callable[[Case], dict[str, Any]] = _nothing
+    binder: Binder | None = None
+
+
+class InTurn:
+    """A separable convolution as two kernels, each by a choice of its own."""
+
+    def __init__(self, case: Case) -> None:
+        assert case.then is not None
+        self.parts = choose(case.first), choose(case.then)
+
+    def __call__(
+        self,
+        x: Tensor,
+        depthwise_weight: Tensor,
+        pointwise_weight: Tensor,
+        depthwise_bias: Tensor | None,
+        pointwise_bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        first, second = self.parts
+        return second(first(x, depthwise_weight, depthwise_bias), pointwise_weight, pointwise_bias, residual)
+
+
+def _slower_in_turn(case: Case) -> str:
+    """Given memory is filled by both kernels or by neither."""
+    first = choose(case.first) if case.bound else None
+    return "" if first is None or first.backend.binder else "; ".join(first.reasons.values())
+
+
+def _halide(kernel: Any) -> Backend:
+    """A module of ``halide.conv``; those without ``prepare`` are for given memory alone."""
+    binder = Binder(kernel.plan, kernel.pack, kernel.bind)
+    return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder)
+
+
+BACKENDS: dict[str, list[Backend]] = {
+    "depthwise": [_halide(depthwise), Backend("torch", prepared.depthwise)],
+    "pointwise": [_halide(pointwise), Backend("torch", prepared.pointwise)],
+    "normal": [_halide(stem), Backend("torch", prepared.normal)],
+    "pool": [_halide(pool), Backend("torch", prepared.pool)],
+    "separable": [
+        _halide(separable),
+        Backend("depthwise, then pointwise", InTurn, slower=_slower_in_turn),
+        Backend("torch", prepared.separable),
+    ],
+}
+"""By operation; which devices and numbers a backend is for, it says itself."""
+
+
+def _unprepared(*tensors: Tensor | None) -> Tensor:
+    raise TypeError("a choice for given memory is bound to it by backend.binder, not called")
+
+
+class Choice:
+    """The backend for a case, and why it is none of those before it. Call it with the case's tensors.
+
+    A kernel that cannot be built gives way to the next, when it is prepared or when it is first called. For given
+    memory (``case.bound``) nothing is prepared; ``backend.binder`` ties it to the memory.
+    """
+
+    __slots__ = ("_others", "backend", "case", "reasons", "run")
+
+    def __init__(self, case: Case, backends: Sequence[Backend]) -> None:
+        self.case = case
+        self.reasons: dict[str, str] = {}
+        self._others = iter(backends)
+        self._take_next()
+
+    def _take_next(self) -> None:
+        for backend in self._others:
+            reason = backend.supports(self.case) or backend.slower(self.case)
+            if not reason:
+                try:
+                    self.run = _unprepared if self.case.bound else backend.prepare(self.case)
+                    self.backend = backend
+                    return
+                except BuildError as error:
+                    reason = str(error)
+            self.reasons[backend.name] = reason
+        raise LookupError(f"no backend for {self.case}: {self.reasons}")
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        try:
+            return self.run(*tensors)
+        except BuildError as error:
+            self.pass_over(str(error))
+            return self(*tensors)
+
+    def pass_over(self, reason: str) -> None:
+        """Go on to the next backend, for a reason that showed itself late."""
+        self.reasons[self.backend.name] = reason
+        self._take_next()
+
+    @property
+    def parts(self) -> tuple[Choice, ...]:
+        """The choices behind a backend that is several kernels."""
+        return self.run.parts if isinstance(self.run, InTurn) else ()
+
+
+MAX_CHOICES = 4096
+_choices: dict[Case, Choice] = {}
+
+
+def choose(case: Case) -> Choice:
+    """Who computes a case, remembered: to weigh the kernels takes longer than a small one runs.
+
+    What is remembered depends on nothing but the case, the list and the table of tuned schedules: :func:`forget` where
+    one of the latter changes. At ``MAX_CHOICES`` all is forgotten and weighed again.
+    """
+    choice = _choices.get(case)
+    if choice is None:
+        choice = Choice(case, BACKENDS[case.op])
+        if len(_choices) >= MAX_CHOICES:
+            _choices.clear()
+        _choices[case] = choice
+    return choice
+
+
+def forget() -> None:
+    """Weigh every case again, with schedules chosen anew."""
+    _choices.clear()

@@ -1,0 +1,245 @@
+"""One call of one operation, described: all that the choice and the making of a kernel may depend on.
+
+A case holds sizes, steps and kinds of numbers, never numbers themselves, so that it can be compared, kept and asked
+about before there is any memory. A kernel that was prepared for a case is called with tensors in this order:
+
+    depthwise, forward        x, weight, bias
+    depthwise, grad_input     grad_output, weight
+    depthwise, grad_weight    grad_output, x
+    pointwise                 x, weight, bias, residual
+    normal                    x, weight, bias, residual
+    separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
+    pool                      x
+
+Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.layout import memory_format
+
+Sizes = tuple[int, ...]
+PASSES = ("forward", "grad_input", "grad_weight")
+_CPU = torch.device("cpu")
+
+
+class Geometry(NamedTuple):
+    """How a filter walks over an image: one entry per spatial dimension, padding as (low, high) pairs."""
+
+    stride: Sizes
+    padding: tuple[tuple[int, int], ...]
+    dilation: Sizes
+
+    @classmethod
+    def of_pixels(cls, dims: int) -> Geometry:
+        """Pixel by pixel, as a pointwise convolution goes."""
+        return cls((1,) * dims, ((0, 0),) * dims, (1,) * dims)
+
+    def output_size(self, image: Sequence[int], kernel: Sequence[int]) -> Sizes:
+        """Ho = (H + low + high - dilation*(kH-1) - 1) // stride + 1, once per spatial dimension."""
+        return tuple(
+            [
+                (size + low + high - d * (k - 1) - 1) // s + 1
+                for size, k, s, (low, high), d in zip(
+                    image, kernel, self.stride, self.padding, self.dilation, strict=True
+                )
+            ]
+        )
+
+
+class Outline(NamedTuple):
+    """A tensor without its memory.
+
+    Attributes:
+        plain: a value for each place in memory: not sparse, no sign that is still to be changed.
+    """
+
+    shape: Sizes
+    stride: Sizes
+    dtype: torch.dtype = torch.float32
+    device: torch.device = _CPU
+    plain: bool = True
+
+    @classmethod
+    def of(cls, tensor: Tensor | Outline) -> Outline:
+        if isinstance(tensor, Outline):
+            return tensor
+        strided = tensor.layout is torch.strided
+        stride = tuple(tensor.stride()) if strided else ()
+        return cls(tuple(tensor.shape), stride, tensor.dtype, tensor.device, strided and not tensor.is_neg())
+
+    @classmethod
+    def contiguous_of(
+        cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = _CPU
+    ) -> Outline:
+        return cls(tuple(shape), tuple([prod(shape[d + 1 :]) for d in range(len(shape))]), dtype, device)
+
+    @classmethod
+    def dense(cls, shape: Sequence[int], like: Outline) -> Outline:
+        """Without gaps, pixel by pixel in memory where ``like`` is."""
+        stride = torch.empty(tuple(shape), memory_format=like.memory_format, device="meta").stride()
+        return cls(tuple(shape), stride, like.dtype, like.device)
+
+    def meta(self) -> Tensor:
+        """A tensor of this size without memory."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+    def to(self, dtype: torch.dtype) -> Outline:
+        """What ``tensor.to(dtype)`` gives."""
+        return self if dtype is self.dtype else Outline.of(self.meta().to(dtype))._replace(device=self.device)
+
+    def on(self, device: torch.device) -> Outline:
+        return self._replace(device=device)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return memory_format(self.meta())
+
+    @property
+    def channels_last(self) -> bool:
+        return self.memory_format is not torch.contiguous_format
+
+    @property
+    def contiguous(self) -> bool:
+        return self.meta().is_contiguous()
+
+    @property
+    def dims(self) -> int:
+        """Spatial dimensions."""
+        return len(self.shape) - 2
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+NO_WEIGHT = Outline((0,), (1,))
+"""Of an operation that has none."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operation.
+
+    Attributes:
+        op: "depthwise", "pointwise", "normal", "separable" or "pool".
+        y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
+            writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
+        which: the pass: "forward", "grad_input" or "grad_weight".
+        then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
+        bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
+    """
+
+    op: str
+    x: Outline
+    weight: Outline
+    y: Outline
+    geometry: Geometry
+    which: str = "forward"
+    bias: Outline | None = None
+    residual: Outline | None = None
+    activation: str = ""
+    then: Case | None = None
+    bound: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    @property
+    def result(self) -> Outline:
+        """The tensor that is written."""
+        if self.which == "forward":
+            return self.y if self.then is None else self.then.y
+        return self.x if self.which == "grad_input" else self.weight
+
+    @property
+    def given(self) -> tuple[Outline, ...]:
+        """The tensors that are read, those that there are."""
+        reads = {"forward": (self.x, self.weight), "grad_input": (self.y, self.weight), "grad_weight": (self.y, self.x)}
+        after = () if self.then is None else self.then.given[1:]
+        found = (*reads[self.which], self.bias, self.residual, *after)
+        return tuple(outline for outline in found if outline is not None and outline != NO_WEIGHT)
+
+    @property
+    def kernel_size(self) -> Sizes:
+        return self.weight.shape[2:]
+
+    @property
+    def groups(self) -> int:
+        return self.x.shape[1] // max(1, self.weight.shape[1])
+
+    @property
+    def first(self) -> Case:
+        """Of a separable convolution the depthwise one alone."""
+        return replace(self, op="depthwise", then=None)
+
+    def into(self, out: Tensor | Outline) -> Case:
+        """The same, with the result in given memory of this layout."""
+        outline = Outline.of(out)
+        if self.then is None:
+            return replace(self, y=outline, bound=True)
+        # What lies between, if it is kept at all, is an image of many channels.
+        form = torch.channels_last if self.x.dims == 2 else torch.contiguous_format
+        hidden = self.y._replace(stride=torch.empty(self.y.shape, memory_format=form, device="meta").stride())
+        return replace(self, y=hidden, then=replace(self.then, x=hidden).into(outline), bound=True)
+
+
+Given = Tensor | Outline
+
+
+def _or_none(tensor: Given | None) -> Outline | None:
+    return None if tensor is None else Outline.of(tensor)
+
+
+def depthwise(x: Given, weight: Given, bias: Given | None, geometry: Geometry, activation: str = "") -> Case:
+    return replace(normal(x, weight, bias, None, geometry, activation), op="depthwise")
+
+
+def depthwise_grad_input(grad_output: Given, weight: Given, size: Sequence[int], geometry: Geometry) -> Case:
+    """``size``: that of x, the result."""
+    grad, filters = Outline.of(grad_output), Outline.of(weight)
+    return Case("depthwise", Outline.dense(size, grad), filters, grad, geometry, "grad_input")
+
+
+def depthwise_grad_weight(grad_output: Given, x: Given, size: Sequence[int], geometry: Geometry) -> Case:
+    """``size``: that of the weight, the result, which is contiguous."""
+    grad, image = Outline.of(grad_output), Outline.of(x)
+    filters = Outline.contiguous_of(size, image.dtype, image.device)
+    return Case("depthwise", image, filters, grad, geometry, "grad_weight")
+
+
+def normal(
+    x: Given, weight: Given, bias: Given | None, residual: Given | None, geometry: Geometry, activation: str = ""
+) -> Case:
+    """Any convolution; how many groups of channels it has follows from the sizes."""
+    image, filters = Outline.of(x), Outline.of(weight)
+    size = geometry.output_size(image.shape[2:], filters.shape[2:])
+    y = Outline.dense((image.shape[0], filters.shape[0], *size), image)
+    return Case(
+        "normal", image, filters, y, geometry, bias=_or_none(bias), residual=_or_none(residual), activation=activation
+    )
+
+
+def pointwise(
+    x: Given, weight: Given, bias: Given | None = None, residual: Given | None = None, activation: str = ""
+) -> Case:
+    image = Outline.of(x)
+    found = normal(image, weight, bias, residual, Geometry.of_pixels(image.dims), activation)
+    return replace(found, op="pointwise")
+
+
+def separable(first: Case, second: Case) -> Case:
+    """A depthwise case and the pointwise one that reads its result."""
+    return replace(first, op="separable", then=second)
+
+
+def pool(x: Given, out: Given) -> Case:
+    """The mean over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
+    image = Outline.of(x)
+    return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims))

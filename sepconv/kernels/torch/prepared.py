@@ -1,0 +1,97 @@
+"""PyTorch's kernels made ready for a case: the last in every list of backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.case import Case
+from sepconv.kernels.torch import aten
+from sepconv.reference import ACTIVATIONS
+
+
+def depthwise(case: Case) -> Callable[..., Tensor]:
+    form = (case.y if case.which == "grad_input" else case.x).memory_format
+    if case.which == "grad_input":
+        grad_input = aten.prepare_grad_input(case.x.shape, case.geometry)
+        return lambda grad, weight: grad_input(grad, weight).contiguous(memory_format=form)
+    if case.which == "grad_weight":
+        grad_weight = aten.prepare_grad_weight(case.weight.shape, case.x.shape[1], case.geometry)
+        return lambda grad, x: grad_weight(grad, x).contiguous()
+    if case.activation or any(low != high for low, high in case.geometry.padding):
+        return _asymmetric(case, form)
+    return _plain(case, form)
+
+
+def _asymmetric(case: Case, form: torch.memory_format) -> Callable[..., Tensor]:
+    geometry, activation = case.geometry, case.activation
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return aten.depthwise_forward(x, weight, bias, geometry, activation).contiguous(memory_format=form)
+
+    return run
+
+
+def _plain(case: Case, form: torch.memory_format) -> Callable[..., Tensor]:
+    """One operation of PyTorch's, with all that sizes decide decided."""
+    stride, padding, dilation = case.geometry
+    conv: Callable[..., Tensor] = aten.CONV[len(stride)]
+    amounts, groups = [low for low, _ in padding], case.x.shape[1]
+    in_form: bool | None = None
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal in_form
+        y = conv(x, weight, bias, stride, amounts, dilation, groups)
+        if in_form is None:  # for these sizes and strides PyTorch's choice of a layout is always the same
+            in_form = y.is_contiguous(memory_format=form)
+        return y if in_form else y.contiguous(memory_format=form)
+
+    return run
+
+
+def pointwise(case: Case) -> Callable[..., Tensor]:
+    if case.x.dims == 0:
+        return normal(case)
+    form, activation = case.x.memory_format, case.activation
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return aten.pointwise_forward(x, weight, bias, activation, residual).contiguous(memory_format=form)
+
+    return run
+
+
+def normal(case: Case) -> Callable[..., Tensor]:
+    form, geometry, groups, activation = case.x.memory_format, case.geometry, case.groups, ACTIVATIONS[case.activation]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        if geometry.stride:
+            y = aten.conv(x, weight, bias, geometry, groups=groups)
+        else:
+            y = torch.nn.functional.linear(x, weight, bias)
+        return activation(y if residual is None else y + residual).contiguous(memory_format=form)
+
+    return run
+
+
+def separable(case: Case) -> Callable[..., Tensor]:
+    assert case.then is not None
+    first, second = depthwise(case.first), pointwise(case.then)
+
+    def run(
+        x: Tensor,
+        depthwise_weight: Tensor,
+        pointwise_weight: Tensor,
+        depthwise_bias: Tensor | None,
+        pointwise_bias: Tensor | None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return second(first(x, depthwise_weight, depthwise_bias), pointwise_weight, pointwise_bias, residual)
+
+    return run
+
+
+def pool(case: Case) -> Callable[..., Tensor]:
+    keepdim = len(case.y.shape) > 2
+    return lambda x: x.mean(list(range(2, x.dim())), keepdim=keepdim)

@@ -23,8 +23,8 @@ class Group:
         name: the modules it comes from, "" if it has no parameters.
         kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "copy", or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
-        kernel: "halide" or "torch".
-        reason: why not Halide.
+        kernel: "halide", "torch" or "copy".
+        reason: why not Halide, or why two kernels in turn.
         shape: of the result.
         macs: multiply-adds, batch included.
         time_us: measured time, None if not asked for.

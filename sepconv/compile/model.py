@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
 from sepconv.compile.copies import frozen_copy
 from sepconv.compile.explain import NetworkExplanation, explain_network
@@ -26,6 +27,7 @@ from sepconv.layers.borrowed import in_training, is_exported
 from sepconv.system.threads import MOST as MOST_THREADS
 
 MAX_SIZES = 16
+_Key = tuple[Hashable, ...]
 
 # The structure of the arguments of a call with one positional argument.
 _SINGLE = pytree.tree_structure(((0,), {}))
@@ -102,7 +104,7 @@ def _warn_of_hooks(model: nn.Module) -> None:
             return
 
 
-def _home(hook: Any) -> str:
+def _home(hook: object) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
@@ -143,11 +145,11 @@ class CompiledModel:
         self._reason = reason or _unsuitable([tensor for _, tensor in named])
         self._warned = False
         self._same_channels = same_channels
-        self._spec: Any = None
+        self._spec: TreeSpec | None = None
         self._single = False
         self._checked: list[tuple[torch.dtype, torch.device, tuple[int, ...]] | None] = []
-        self._networks: OrderedDict[Any, PreparedNetwork | str] = OrderedDict()
-        self._last: tuple[Any, ...] = ()
+        self._networks: OrderedDict[_Key, PreparedNetwork | str] = OrderedDict()
+        self._last: _Key = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._single and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
@@ -191,8 +193,8 @@ class CompiledModel:
             return NetworkExplanation((), network)
         return explain_network(network, measure)
 
-    def _key(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        parts: list[Any] = [torch.get_num_threads()]
+    def _key(self, leaves: Sequence[Any]) -> _Key:
+        parts: list[Hashable] = [torch.get_num_threads()]
         for leaf, checked in zip(leaves, self._checked, strict=True):
             if isinstance(leaf, Tensor):
                 _check(leaf, checked, self._same_channels)
@@ -205,15 +207,15 @@ class CompiledModel:
                 raise ValueError(f"CompiledModel: arguments must be tensors or constants, got {type(leaf).__name__}")
         return tuple(parts)
 
-    def _network(self, key: tuple[Any, ...], leaves: Sequence[Any]) -> PreparedNetwork | str:
+    def _network(self, key: _Key, leaves: Sequence[Any]) -> PreparedNetwork | str:
         network = self._networks.get(key)
         if network is not None:
             with suppress(KeyError):  # another thread may have dropped it meanwhile
                 self._networks.move_to_end(key)
         else:
-            network = self._networks[key] = self._reason or prepare(
-                self._frozen, leaves, self._spec, self._store, self._tune
-            )
+            assert self._spec is not None
+            network = self._reason or prepare(self._frozen, leaves, self._spec, self._store, self._tune)
+            self._networks[key] = network
             if isinstance(network, str):
                 self._warn(network)
             with suppress(KeyError):
@@ -229,6 +231,7 @@ class CompiledModel:
             warnings.warn(f"{self._what} runs through PyTorch: {reason}", stacklevel=2)
 
     def _eager(self, leaves: Sequence[Any]) -> Any:
+        assert self._spec is not None
         args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
         with torch.no_grad():
             return self._frozen(*args, **kwargs)
@@ -273,7 +276,8 @@ def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]]
         raise ValueError("CompiledModel: computes no gradients; call it under torch.no_grad() or detach the input")
 
 
-def _shown(spec: Any) -> str:
+def _shown(spec: TreeSpec | None) -> str:
+    assert spec is not None
     args, kwargs = spec.children()
     return f"({args.num_children} positional, keywords {list(kwargs.context)})"
 

@@ -82,7 +82,7 @@ class Store:
 
 
 def _literal(tensor: Tensor) -> tuple[Hashable, ...] | None:
-    """All that there is to know about a few numbers: bit by bit, and how they lie in memory, which plans rely on."""
+    """All that there is to know about a few numbers: bit by bit, and how they lie in memory, which programs rely on."""
     if tensor.numel() > _LITERAL or not tensor.is_cpu or tensor.layout != torch.strided or tensor.is_quantized:
         return None
     if tensor.is_conj() or tensor.is_neg():

@@ -1,4 +1,4 @@
-"""Does a plan compute what the model computes? Asked once for every plan, on the inputs it is made for."""
+"""Does a prepared network compute what the model does? Asked once of each, on the inputs that it is made for."""
 
 from __future__ import annotations
 

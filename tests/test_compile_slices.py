@@ -53,6 +53,8 @@ def test_images_in_turn_give_what_the_batch_gives(
         for _ in range(2):
             torch.testing.assert_close(fast(x), truth, rtol=1e-5, atol=1e-5)
     assert all(group.kernel == "halide" for group in fast.explain(measure=True).groups)
+    batches = [kernel.case.x.shape[0] for lowered in network.lowered for kernel in lowered.kernels]
+    assert batches == [1 if i < sliced else 5 for i in range(len(network.program.steps))]
     if most_bytes == 10**9:
         assert sliced == 0
     else:

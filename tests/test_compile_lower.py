@@ -11,6 +11,7 @@ import torch
 from networks import NETWORKS, SamePadded, randomise
 from torch import Tensor, nn
 
+from sepconv import depthwise_conv2d, explain, pointwise_conv2d
 from sepconv.compile import compile
 from sepconv.compile.groups import Convolution, Epilogue, SeparableGroup
 from sepconv.compile.lower import lower
@@ -116,6 +117,55 @@ def test_a_separable_group_is_computed_in_turn_where_that_is_faster(monkeypatch:
     assert (lowered.kernel, lowered.reason) == ("halide", "it is Tuesday")
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def conv(channels: int, multiplier: int, kernel_size: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        channels, channels * multiplier, kernel_size, padding=kernel_size // 2, groups=channels, bias=False
+    )
+
+
+@pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (conv(16, 1, 3), (1, 16, 9, 9), ""),
+        (conv(16, 9, 3), (1, 16, 9, 9), "each of the 9 filters of a channel would be code of its own"),
+        (conv(256, 1, 7), (48, 256, 8, 8), "PyTorch's forward kernel is faster on channels_last planes of 64 pixels"),
+        (nn.Conv2d(256, 256, 1, bias=False), (1, 256, 16, 16), ""),
+    ],
+)
+def test_compile_and_the_functions_agree(layer: nn.Conv2d, shape: tuple[int, ...], reason: str) -> None:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    [group] = [group for group in compile(layer.eval(), x).explain().groups if group.kind != "copy"]
+    function = depthwise_conv2d if layer.groups > 1 else pointwise_conv2d
+    options: dict[str, Any] = {"padding": layer.padding} if layer.groups > 1 else {}
+    with torch.no_grad():
+        [call] = explain(function, x, layer.weight, **options)
+    assert group.kernel == call.kernel == ("torch" if reason else "halide")
+    assert group.reason == call.reasons.get("halide", "")
+    assert group.reason.startswith(reason)
+
+
+@pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+@pytest.mark.parametrize(
+    ("layer", "shape", "cost"),
+    [
+        (conv(64, 1, 3), (2, 64, 96, 96), "as fast with 9 taps"),  # and its result would have to be copied
+        (nn.Conv2d(8, 8, 1, bias=False), (1, 8, 3, 3), "comparing its packed weights"),  # which a bound call does not
+    ],
+)
+def test_compile_does_not_pay_what_a_single_call_costs(layer: nn.Conv2d, shape: tuple[int, ...], cost: str) -> None:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    groups = compile(layer.eval(), x).explain().groups
+    assert [group.kernel for group in groups if group.kind != "copy"] == ["halide"]
+    with torch.no_grad():
+        [call] = (
+            explain(depthwise_conv2d, x, layer.weight, padding=1)
+            if layer.groups > 1
+            else explain(pointwise_conv2d, x, layer.weight)
+        )
+    assert cost in call.reasons["halide"]
 
 
 def _place(shape: tuple[int, ...], memory: int) -> Place:

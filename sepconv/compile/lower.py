@@ -74,27 +74,26 @@ def _lower_group(group: ComputedGroup, read: Sequence[Outline], out: Outline, ch
     if isinstance(group, Convolution) and group.kind == "grouped":
         return Lowered(TORCH, runtime.missing() or f"no kernel for grouped convolutions (groups={group.groups})")
     known = case_of(group, read).into(out)
-    found = backends.choose(known)
-    kernels, reasons = _kernels(group, known, found.backend), list(found.reasons.values())
-    if choice == SPLIT and isinstance(group, SeparableGroup):
-        in_turn = _in_turn(group, known)
+    if choice == SPLIT:
+        in_turn, reason = _in_turn(group, known), "depthwise and pointwise in turn were measured to be faster"
         if in_turn:
-            return Lowered(
-                in_turn[0].backend.name, "depthwise and pointwise in turn were measured to be faster", in_turn
-            )
-    reason = reasons[-1] if reasons else ""
-    return Lowered(kernels[0].backend.name, reason, kernels) if kernels else Lowered(TORCH, reason)
+            return Lowered(in_turn[0].backend.name, reason, in_turn)
+    found = backends.choose(known)
+    kernels, reason = _kernels(group, known, found.backend), "".join(list(found.reasons.values())[-1:])
+    return Lowered(kernels[0].backend.name if kernels else TORCH, reason, kernels)
 
 
 def _kernels(group: ComputedGroup, known: Case, backend: Backend) -> tuple[KernelStep, ...]:
-    if isinstance(group, SeparableGroup) and backend.prepare is InTurn:
+    """How a backend computes a group; none where it cannot be bound, as PyTorch."""
+    if backend.prepare is InTurn:
         return _in_turn(group, known)
     return () if backend.binder is None else (KernelStep(group, known, backend),)
 
 
-def _in_turn(group: SeparableGroup, known: Case) -> tuple[KernelStep, ...]:
+def _in_turn(group: ComputedGroup, known: Case) -> tuple[KernelStep, ...]:
     """Depthwise and pointwise, each by its own choice; none where one of them cannot be bound."""
-    assert known.then is not None
+    if not isinstance(group, SeparableGroup) or known.then is None:
+        return ()
     parts = ((group.depthwise, known.first), (group.pointwise, known.then))
     kernels = [KernelStep(part, half, backends.choose(half).backend) for part, half in parts]
     return () if any(kernel.backend.binder is None for kernel in kernels) else tuple(kernels)

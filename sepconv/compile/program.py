@@ -8,7 +8,7 @@ for every step, and ``bind`` alone makes calls of all that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch._ops import OpOverload
@@ -36,13 +36,9 @@ class Form:
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def bytes(self) -> int:
         """Of its numbers alone, without gaps between them."""
-        return self.elements * self.number.storage.itemsize
+        return math.prod(self.shape) * self.number.storage.itemsize
 
     def __str__(self) -> str:
         return f"{self.number}[{'x'.join(map(str, self.shape))}]"
@@ -58,11 +54,6 @@ class Place:
     form: Form
     memory: int | Constant
     offset: int = 0
-
-    @property
-    def one_image(self) -> Place:
-        """The first image of several."""
-        return replace(self, form=replace(self.form, shape=(1, *self.form.shape[1:])))
 
     def __str__(self) -> str:
         where = self.memory if isinstance(self.memory, Constant) else f"m{self.memory}"

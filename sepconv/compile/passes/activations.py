@@ -101,7 +101,8 @@ def _hardswish(node: fx.Node) -> tuple[Target, fx.Node] | None:
 
 def _gates(x: fx.Node, gate: object, divided: bool) -> bool:
     """Whether ``gate`` is ``relu6(x + 3)``, over 6 unless that is divided elsewhere."""
-    if not divided and is_call(gate, _aten.hardsigmoid.default) and isinstance(gate, fx.Node) and gate.args[0] is x:
+    hard = None if divided else called(gate, _aten.hardsigmoid.default)
+    if hard is not None and hard.args[0] is x:
         return True
     inner = gate if divided else _scaled(gate, 1 / 6)
     return isinstance(inner, fx.Node) and activation_of(inner) == "relu6" and _plus_three(inner.args[0], x)

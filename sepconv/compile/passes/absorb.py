@@ -12,7 +12,7 @@ from sepconv.compile.numbers import not_computed
 from sepconv.compile.passes.activations import activation_of
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import (
-    Arguments,
+    NodeArguments,
     as_node,
     called,
     first_result,
@@ -61,7 +61,7 @@ def _absorb_pads(graph: fx.Graph) -> None:
         pad = None if conv is None else called(node.args[0], _aten.constant_pad_nd.default)
         if conv is None or pad is None:
             continue
-        given = Arguments(pad)
+        given = NodeArguments(pad)
         amounts = given.ints("pad")
         if given["value"] != 0 or min(amounts) < 0 or len(amounts) > 2 * conv.dims:
             continue
@@ -96,7 +96,7 @@ class _Fold(NamedTuple):
 
 
 def _absorb_norm(node: fx.Node, store: Store) -> None:
-    given = Arguments(node)
+    given = NodeArguments(node)
     result, found = first_result(node), _linear_so_far(given["input"])
     training = node.target is _TRAINING_NORM and given["training"]
     if result is None or found is None or training or found.reshapes:

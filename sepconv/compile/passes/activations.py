@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from sepconv.compile.passes.constants import constant
-from sepconv.compile.passes.nodes import Arguments, Target, called, calls, is_call, operands, swap
+from sepconv.compile.passes.nodes import NodeArguments, Target, called, calls, is_call, operands, swap
 
 _aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def activation_of(node: object) -> str:
     if node.target in _PLAIN:
         return _PLAIN[node.target]
     if is_call(node, _aten.gelu.default):
-        return "gelu" if Arguments(node)["approximate"] == "none" else ""
+        return "gelu" if NodeArguments(node)["approximate"] == "none" else ""
     if is_call(node, _aten.threshold.default):
         return "relu" if node.args[1:] == (0, 0) else ""
     if is_call(node, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default):
@@ -37,7 +37,7 @@ def activation_of(node: object) -> str:
 
 
 def _limits(node: fx.Node) -> tuple[object, object]:
-    given = Arguments(node)
+    given = NodeArguments(node)
     if is_call(node, _aten.hardtanh.default):
         return given["min_val"], given["max_val"]
     return given["min"], given["max"] if is_call(node, _aten.clamp.default) else None

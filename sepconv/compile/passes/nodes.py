@@ -61,7 +61,7 @@ def refused(node: fx.Node) -> str:
     return str(node.meta.get(_REASON, ""))
 
 
-class Arguments:
+class NodeArguments:
     """The arguments of an operation's node, by the names of its schema; those not given have its defaults."""
 
     def __init__(self, node: fx.Node) -> None:

@@ -12,7 +12,7 @@ from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import (
-    Arguments,
+    NodeArguments,
     calls,
     insert,
     ints,
@@ -93,7 +93,7 @@ def _weights(node: fx.Node, weight: object, bias: object) -> _Weights | None:
 
 
 def _convolution(node: fx.Node) -> None:
-    given = Arguments(node)
+    given = NodeArguments(node)
     x, weights = given.node("input"), _weights(node, given["weight"], given["bias"])
     if weights is None or given["transposed"] or len(shape(x)) != len(weights.weight.shape):
         return
@@ -107,38 +107,38 @@ def _per_dim(given: tuple[int, ...], dims: int) -> tuple[int, ...]:
     return given * (dims if len(given) == 1 else 1)
 
 
-def _depthwise_group(given: Arguments, weights: _Weights, activation: str) -> Convolution:
+def _depthwise_group(given: NodeArguments, weights: _Weights, activation: str) -> Convolution:
     epilogue, channels = Epilogue(weights.bias, activation=activation), shape(given.node("x"))[1]
     geometry = geometry_of(given.ints("stride"), given.ints("padding"), given.ints("dilation"))
     return Convolution(weights.weight, epilogue, geometry, channels)
 
 
-def _pointwise_group(given: Arguments, weights: _Weights, dims: int) -> Convolution:
+def _pointwise_group(given: NodeArguments, weights: _Weights, dims: int) -> Convolution:
     epilogue = Epilogue(weights.bias, given["residual"] is not None, given.text("activation"))
     return Convolution(weights.weight, epilogue, Geometry.of_pixels(dims))
 
 
 def _depthwise(node: fx.Node) -> None:
-    given = Arguments(node)
+    given = NodeArguments(node)
     weights = _weights(node, given["weight"], given["bias"])
     if weights is not None:
         swap(node, _depthwise_group(given, weights, given.text("activation")), (given["x"],))
 
 
 def _pointwise(node: fx.Node) -> None:
-    given = Arguments(node)
+    given = NodeArguments(node)
     weights = _weights(node, given["weight"], given["bias"])
     if weights is not None:
         group = _pointwise_group(given, weights, len(shape(node)) - 2)
         swap(node, group, (given["x"], *_residual(given)))
 
 
-def _residual(given: Arguments) -> tuple[object, ...]:
+def _residual(given: NodeArguments) -> tuple[object, ...]:
     return () if given["residual"] is None else (given["residual"],)
 
 
 def _separable(node: fx.Node) -> None:
-    given = Arguments(node)
+    given = NodeArguments(node)
     first = _weights(node, given["depthwise_weight"], given["depthwise_bias"])
     second = _weights(node, given["pointwise_weight"], given["pointwise_bias"])
     if first is None or second is None:
@@ -150,7 +150,7 @@ def _separable(node: fx.Node) -> None:
 
 
 def _linear(node: fx.Node) -> None:
-    given = Arguments(node)
+    given = NodeArguments(node)
     added = node.target is _aten.addmm.default
     bias, x = (given["self"], given.node("mat1")) if added else (None, given.node("self"))
     weights = _weights(node, given["mat2"], bias)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sepconv.compile.constants import Store
+from sepconv.compile.store import Store
 
 
 @pytest.mark.parametrize(

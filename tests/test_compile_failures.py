@@ -15,8 +15,9 @@ from sepconv.kernels.halide.jit import runtime
 
 @pytest.fixture(
     params=[
-        "prepare.capture", "prepare.match", "prepare.disagreement", "plan.lay_out", "plan.lower", "layout.slice_batch",
-        "lower._bind", "match.fold_constants", "plan.in_chains", "prepare.trial_copy",
+        "prepare.capture", "prepare.rewrite", "prepare.disagreement", "prepare.trial_copy", "passes.fold_constants",
+        "network.write_program", "network.lay_out", "network.lower", "layout.slice_batch", "instance.bind_step",
+        "bind._bind_kernels", "instance.in_chains",
     ]
 )  # fmt: skip
 def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -32,7 +33,7 @@ def stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def test_compile_runs_the_model_whatever_fails_inside(stage: str) -> None:
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
-    if stage == "lower._bind":  # the group alone
+    if stage == "bind._bind_kernels":  # the group alone
         if runtime.missing():
             pytest.skip(runtime.missing())
         with pytest.warns(UserWarning, match="compile: a group runs through PyTorch: IndexError: injected"):
@@ -53,7 +54,7 @@ def test_backend_runs_the_graph_whatever_fails_inside(monkeypatch: pytest.Monkey
     def broken(*args: Any) -> Any:
         raise IndexError("injected")
 
-    monkeypatch.setattr(importlib.import_module("sepconv.compile.plan"), "lay_out", broken)
+    monkeypatch.setattr(importlib.import_module("sepconv.compile.network"), "lay_out", broken)
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     torch.compiler.reset()
     fast = torch.compile(model, backend="sepconv")
@@ -66,7 +67,7 @@ def test_compile_keeps_the_usual_kernels_where_tuning_fails(monkeypatch: pytest.
     def broken(*args: Any) -> Any:
         raise IndexError("injected")
 
-    monkeypatch.setattr(importlib.import_module("sepconv.compile.plan"), "fastest", broken)
+    monkeypatch.setattr(importlib.import_module("sepconv.compile.tune"), "fastest", broken)
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     if runtime.missing():
         pytest.skip(runtime.missing())

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 from sepconv import depthwise_conv2d, explain
 from sepconv.compile import CompiledModel, compile
-from sepconv.compile.lower import _WRITE_ANY_STRIDES, _operation
+from sepconv.compile.operations import _WRITE_ANY_STRIDES, operation_call
+from sepconv.compile.program import Operation
 from sepconv.compile.verify import disagreement
 from sepconv.kernels.halide.jit import runtime
 from sepconv.layers.borrowed import is_exported
@@ -350,7 +351,7 @@ def test_outputs_of_any_strides_are_written_right() -> None:
         expected = op(*args)
         strides = torch.empty(expected.shape[::-1]).permute(*range(expected.dim())[::-1]).stride()
         out = torch.empty_strided(expected.shape, strides).fill_(torch.nan)
-        _operation(op, args, {}, [out])()
+        operation_call(Operation(op, args), [], [out])()
         torch.testing.assert_close(out, expected, msg=str(op))
 
 

@@ -10,17 +10,17 @@ from networks import NETWORKS, ConvNeXtBlock, randomise
 from torch import Tensor, nn
 
 from sepconv.compile import CompiledModel, compile
-from sepconv.compile.layout import Layout, Root
-from sepconv.compile.plan import Plan
+from sepconv.compile.layout import Region
+from sepconv.compile.network import PreparedNetwork
 
 
-def plan_of(compiled: CompiledModel) -> Plan:
-    plan = next(iter(compiled._plans.values()))
-    assert isinstance(plan, Plan)
-    return plan
+def network_of(compiled: CompiledModel) -> PreparedNetwork:
+    network = next(iter(compiled._networks.values()))
+    assert isinstance(network, PreparedNetwork)
+    return network
 
 
-def overlaps(a: Root, b: Root) -> bool:
+def overlaps(a: Region, b: Region) -> bool:
     in_time = a.first <= b.last and b.first <= a.last
     return in_time and a.offset < b.offset + b.bytes and b.offset < a.offset + a.bytes
 
@@ -28,27 +28,28 @@ def overlaps(a: Root, b: Root) -> bool:
 @pytest.mark.parametrize("name", ["mobilenet_v2", "strided", "several", "reused"])
 def test_layout_gives_living_values_memory_of_their_own(name: str) -> None:
     make, inputs = NETWORKS[name]
-    layout: Layout = plan_of(compile(randomise(make()), inputs())).layout
-    roots = [root for root in layout.roots if root.bytes]
-    assert not any(overlaps(a, b) for a, b in itertools.combinations(roots, 2))
-    for i, step in enumerate(layout.steps):
+    network = network_of(compile(randomise(make()), inputs()))
+    arena = network.arena
+    regions = [region for region in arena.regions if region.bytes]
+    assert not any(overlaps(a, b) for a, b in itertools.combinations(regions, 2))
+    for i, step in enumerate(network.program.steps):
         for place in step.outputs:
-            assert isinstance(place.root, Root)
-            assert place.root.first == i
-    assert max(root.offset + root.bytes for root in roots) == layout.bytes
-    assert all(root.offset % 64 == 0 for root in roots)
+            assert isinstance(place.memory, int)
+            assert arena.regions[place.memory].first == i
+    assert max(region.offset + region.bytes for region in regions) == arena.bytes
+    assert all(region.offset % 64 == 0 for region in regions)
 
 
 def test_layout_reuses_memory() -> None:
     chain = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(6)))
-    layout = plan_of(compile(chain.eval(), torch.randn(1, 8, 16, 16))).layout
-    assert layout.bytes == 2 * 4 * 8 * 16 * 16
+    arena = network_of(compile(chain.eval(), torch.randn(1, 8, 16, 16))).arena
+    assert arena.bytes == 2 * 4 * 8 * 16 * 16
 
 
 def test_layout_makes_no_copies_between_layouts() -> None:
     make = randomise(ConvNeXtBlock())
-    steps = plan_of(compile(make, torch.randn(2, 8, 9, 7))).layout.steps
-    assert [getattr(step.target, "kind", str(step.target)) for step in steps] == [
+    steps = network_of(compile(make, torch.randn(2, 8, 9, 7))).program.steps
+    assert [step.kind for step in steps] == [
         "depthwise",
         "aten.native_layer_norm.default",
         "linear",
@@ -58,19 +59,19 @@ def test_layout_makes_no_copies_between_layouts() -> None:
 
 def test_layout_reads_the_callers_image_in_place() -> None:
     """The first convolution takes it in either layout; other inputs are copied once."""
-    stem = plan_of(compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8))).layout
-    assert (stem.direct, stem.copied) == (0, [])
-    pointwise = plan_of(compile(nn.Conv2d(8, 8, 1).eval(), torch.randn(1, 8, 8, 8))).layout
-    assert (pointwise.direct, pointwise.copied) == (None, [0])
+    stem = network_of(compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8)))
+    assert (stem.program.direct, stem.arena.copied) == (0, ())
+    pointwise = network_of(compile(nn.Conv2d(8, 8, 1).eval(), torch.randn(1, 8, 8, 8)))
+    assert (pointwise.program.direct, pointwise.arena.copied) == (None, (0,))
 
 
-def test_plan_lends_an_instance_to_one_call_at_a_time() -> None:
-    plan = plan_of(compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8)))
-    first, second = plan.take(), plan.take()
+def test_network_lends_an_instance_to_one_call_at_a_time() -> None:
+    network = network_of(compile(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8)))
+    first, second = network.take(), network.take()
     assert first is not second
-    plan.give_back(first)
-    assert plan.take() is first
-    third = plan.take()
+    network.give_back(first)
+    assert network.take() is first
+    third = network.take()
     assert third not in (first, second)
 
 

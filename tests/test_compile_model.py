@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ import torch
 from networks import SamePadded, Several, SqueezeExcite, randomise
 from torch import Tensor, nn
 
-from sepconv.compile import CompiledModel, compile
-from sepconv.compile import lower as lowering
-from sepconv.compile import plan as planning
-from sepconv.compile.constants import Constant
+from sepconv.compile import CompiledModel, bind, compile, tune
 from sepconv.compile.groups import Convolution
-from sepconv.compile.model import MAX_PLANS
-from sepconv.kernels.halide.conv import separable
+from sepconv.compile.model import MAX_SIZES
+from sepconv.compile.store import Constant
+from sepconv.kernels import backends
 from sepconv.kernels.halide.jit import runtime, threads
 from sepconv.kernels.halide.jit.runtime import BuildError
 
@@ -188,11 +187,28 @@ def test_compile_other_dtypes_and_devices_run_through_pytorch() -> None:
     assert meta(torch.empty(1, 3, 17, 22, device="meta")).shape == (1, 16, 5, 6)
 
 
+@pytest.fixture
+def _asked_anew() -> Iterator[None]:
+    """Kernels are chosen for this test alone."""
+    backends.forget()
+    yield
+    backends.forget()
+
+
+def _replace_first(monkeypatch: pytest.MonkeyPatch, op: str, **changes: Any) -> None:
+    """Another backend in the place of the one that is asked first."""
+    first, *others = backends.BACKENDS[op]
+    monkeypatch.setitem(backends.BACKENDS, op, [replace(first, **changes), *others])
+
+
+@pytest.mark.usefixtures("_asked_anew")
 def test_compile_falls_back_where_a_kernel_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:
         raise BuildError("Halide cannot build this one")
 
-    monkeypatch.setattr(separable, "bind", broken)
+    binder = backends.BACKENDS["separable"][0].binder
+    assert binder is not None
+    _replace_first(monkeypatch, "separable", binder=replace(binder, bind=broken))
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     with pytest.warns(UserWarning, match="compile: a group runs through PyTorch: Halide cannot build this one"):
         fast = compile(model, x)
@@ -202,6 +218,7 @@ def test_compile_falls_back_where_a_kernel_cannot_be_built(monkeypatch: pytest.M
     close(fast(x), model(x))
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_compile_without_halide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "missing", lambda: "no Halide here")
     model, x = randomise(SqueezeExcite()), torch.randn(2, 8, 13, 11)
@@ -214,7 +231,7 @@ def test_compiled_model_does_not_run_pytorch_where_a_kernel_can(monkeypatch: pyt
     """What explain says is what happens: PyTorch's path of a group is never entered."""
     model, x = randomise(SqueezeExcite()), torch.randn(2, 8, 13, 11)
     fast = compile(model, x)
-    monkeypatch.setattr(lowering, "_through_torch", None)
+    monkeypatch.setattr(bind, "_through_torch", None)
     close(fast(x), model(x))
     assert {g.kernel for g in fast.explain().groups if not g.kind.startswith("aten")} == {"halide"}
 
@@ -238,7 +255,7 @@ def test_compile_tune_keeps_what_is_fastest(choice: str, monkeypatch: pytest.Mon
             call.run(*arguments)
         return choice if choice in calls else ""
 
-    monkeypatch.setattr(planning, "fastest", fastest)
+    monkeypatch.setattr(tune, "fastest", fastest)
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     fast = compile(model, x, tune=True)
     assert "measured to be faster" in fast.explain().groups[-1].reason
@@ -264,7 +281,7 @@ def test_compiled_model_follows_torch_threads(model: nn.Module) -> None:
         assert threads._threads.value == 2
         assert torch.get_num_threads() == count
     assert seen == [1, 2, 1]
-    assert len(fast._plans) == 2
+    assert len(fast._networks) == 2
 
 
 def test_compiled_model_in_several_python_threads(model: nn.Module) -> None:
@@ -316,11 +333,11 @@ def test_compiled_model_copies_but_cannot_be_pickled(model: nn.Module, compiled:
 
 def test_compiled_model_keeps_a_bounded_number_of_sizes(model: nn.Module) -> None:
     fast = compile(model, torch.randn(1, 3, 8, 8))
-    for size in range(3, MAX_PLANS + 10):
+    for size in range(3, MAX_SIZES + 10):
         fast(torch.randn(1, 3, size, 8))
-    assert len(fast._plans) == MAX_PLANS
+    assert len(fast._networks) == MAX_SIZES
     kept = len(fast._store._known)
-    for size in range(MAX_PLANS + 10, MAX_PLANS + 20):
+    for size in range(MAX_SIZES + 10, MAX_SIZES + 20):
         fast(torch.randn(1, 3, size, 8))
     assert len(fast._store._known) <= kept
     x = torch.randn(1, 3, 3, 8)
@@ -339,12 +356,13 @@ def test_compiled_model_memory_stays_bounded_over_a_thousand_sizes(model: nn.Mod
 
 
 def _folded(compiled: CompiledModel) -> list[Constant]:
-    [plan] = [plan for plan in compiled._plans.values() if not isinstance(plan, str)]
-    groups = [part for step in plan.layout.steps for part in (getattr(step.target, "pointwise", None), step.target)]
+    [network] = [network for network in compiled._networks.values() if not isinstance(network, str)]
+    groups = [part for step in network.program.steps for part in (getattr(step.group, "pointwise", None), step.group)]
     weights = [group.weight for group in groups if isinstance(group, Convolution)]
     return [weight for weight in weights if weight._again is not None]
 
 
+@pytest.mark.usefixtures("_asked_anew")
 def test_folded_weights_are_kept_only_where_pytorch_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     norm = nn.BatchNorm2d(8)
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU())).eval()
@@ -353,7 +371,9 @@ def test_folded_weights_are_kept_only_where_pytorch_reads_them(monkeypatch: pyte
     model.float()
     packed = compile(model, x)
     assert [weight._seen() for weight in _folded(packed)] == [None]
-    monkeypatch.setattr(lowering, "_unfit", lambda target, args, out: "it is Tuesday")
+    _replace_first(monkeypatch, "normal", supports=lambda case: "it is Tuesday")
+    _replace_first(monkeypatch, "pointwise", supports=lambda case: "it is Tuesday")
+    backends.forget()
     through_pytorch = compile(model, x)
     assert [weight._seen() is None for weight in _folded(through_pytorch)] == [False]
     for compiled in (packed, through_pytorch):

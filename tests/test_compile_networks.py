@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sepconv.compile import CompiledModel, compile
-from sepconv.compile.groups import Convolution, Separable
+from sepconv.compile.groups import Convolution, SeparableGroup
 from sepconv.kernels.halide.jit.machine_code import Chain
 from sepconv.kernels.torch import aten
 from sepconv.models import MobileNetV1, MobileNetV2
@@ -146,19 +146,20 @@ def test_compile_groups_round_like_single_layers(name: str, assert_rounding: Any
     """Every group against its own inputs: errors of one layer cannot hide behind the others."""
     make, inputs = NETWORKS[name]
     compiled = compile(randomise(make()), inputs())
-    plan = next(iter(compiled._plans.values()))
-    instance, given = plan.take(), [x for x in inputs() if isinstance(x, Tensor)]
+    network = next(iter(compiled._networks.values()))
+    assert not isinstance(network, str)
+    instance, given = network.take(), [x for x in inputs() if isinstance(x, Tensor)]
     instance.run(given)
     checked = 0
-    for i, step in enumerate(plan.layout.steps):
-        if not isinstance(step.target, Convolution | Separable) or (i == 0 and plan.layout.direct is not None):
+    for i, step in enumerate(network.program.steps):
+        if not isinstance(step.group, Convolution | SeparableGroup) or network.program.is_direct(i):
             continue
-        for place in step.args:
-            instance._tensor(place).normal_()
-        args = [instance._tensor(place).clone() for place in step.args]
-        out = instance._tensor(step.outputs[0]).fill_(float("nan"))
+        for place in step.inputs:
+            instance.tensor(place).normal_()
+        args = [instance.tensor(place).clone() for place in step.inputs]
+        out = instance.tensor(step.outputs[0]).fill_(float("nan"))
         instance.calls[i].run()
-        truth, magnitude = in_double(step.target, args, torch.Tensor.double), in_double(step.target, args, absolute)
+        truth, magnitude = in_double(step.group, args, torch.Tensor.double), in_double(step.group, args, absolute)
         assert_rounding(out, truth, magnitude + truth.abs(), terms=64)
         checked += 1
     assert checked >= 2
@@ -170,15 +171,16 @@ def absolute(x: Tensor) -> Tensor:
 
 def in_double(group: Any, args: list[Tensor], of: Any) -> Tensor:
     """A group in float64, of the values themselves (with activations) or of their magnitudes (without)."""
-    if isinstance(group, Separable):
+    if isinstance(group, SeparableGroup):
         return in_double(group.pointwise, [in_double(group.depthwise, args[:1], of), *args[1:]], of)
-    weight, bias = of(group.weight.tensor), None if group.bias is None else of(group.bias.tensor)
-    activation = group.activation if of is torch.Tensor.double else ""
-    x, residual = of(args[0]), of(args[1]) if group.residual else 0.0
+    end = group.epilogue
+    weight, bias = of(group.weight.tensor), None if end.bias is None else of(end.bias.tensor)
+    activation = end.activation if of is torch.Tensor.double else ""
+    x, residual = of(args[0]), of(args[1]) if end.residual else 0.0
     if group.dims == 0:
         y = nn.functional.linear(x, weight, bias)
     else:
-        y = aten.conv(x, weight, bias, group.stride, group.padding, group.dilation, groups=group.groups)
+        y = aten.conv(x, weight, bias, group.geometry, groups=group.groups)
     return aten.ACTIVATIONS[activation](y + residual)
 
 
@@ -236,7 +238,7 @@ def test_compile_random_separable_networks(blocks: Any, height: int, width: int,
 def test_kernels_of_a_network_run_without_a_return_to_python() -> None:
     x = torch.randn(1, 3, 32, 32)
     fast = compile(MobileNetV1(0.25, 10).eval(), x)
-    instance = next(iter(fast._plans.values())).take()  # type: ignore[union-attr]
+    instance = next(iter(fast._networks.values())).take()  # type: ignore[union-attr]
     # The stem reads the caller's own image; the thirteen blocks, pooling and classifier follow in one call.
     (_, direct), (rest, _) = instance._chains
     assert direct

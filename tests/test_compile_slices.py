@@ -45,17 +45,21 @@ def test_images_in_turn_give_what_the_batch_gives(
     torch.manual_seed(0)
     model, x = Deep().eval(), torch.randn(5, 3, 19, 23).contiguous(memory_format=memory_format)
     fast = compile(model, x)
-    layout = next(iter(fast._plans.values())).layout  # type: ignore[union-attr]
+    network = next(iter(fast._networks.values()))
+    assert not isinstance(network, str)
+    images, sliced = network.arena.slices
     with torch.no_grad():
         truth = model(x)
         for _ in range(2):
             torch.testing.assert_close(fast(x), truth, rtol=1e-5, atol=1e-5)
     assert all(group.kernel == "halide" for group in fast.explain(measure=True).groups)
+    batches = [kernel.case.x.shape[0] for lowered in network.lowered for kernel in lowered.kernels]
+    assert batches == [1 if i < sliced else 5 for i in range(len(network.program.steps))]
     if most_bytes == 10**9:
-        assert layout.sliced == 0
+        assert sliced == 0
     else:
-        assert 1 < layout.sliced <= len(layout.steps)
-        assert layout.images == 5
-        assert any(root.images == 5 for root in layout.roots)
+        assert 1 < sliced <= len(network.program.steps)
+        assert images == 5
+        assert any(region.images == 5 for region in network.arena.regions)
     if most_bytes == 100_000:
-        assert layout.sliced < len(layout.steps)
+        assert sliced < len(network.program.steps)

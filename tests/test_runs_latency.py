@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sepconv.compile import CompiledModel, compile
-from sepconv.compile.explain import Explanation, Group
+from sepconv.compile.explain import Group, NetworkExplanation
 from sepconv.layers import SeparableConv2d
 from sepconv.ops import explain
 from sepconv.runs import latency as bench
@@ -115,9 +115,9 @@ def test_layer_times_are_those_of_the_compiled_steps(monkeypatch: pytest.MonkeyP
     # The median of the rounds counts: with one unusual round, the usual time.
     times = iter([1000.0, 9000.0, 1000.0])
 
-    def explain(*, measure: bool) -> Explanation:
+    def explain(*, measure: bool) -> NetworkExplanation:
         assert measure
-        return Explanation((Group("0", "normal", (), "halide", "", (1,), 1, next(times)),))
+        return NetworkExplanation((Group("0", "normal", (), "halide", "", (1,), 1, next(times)),))
 
     monkeypatch.setattr(network, "explain", explain)
     assert bench.layer_ms({"n": network}, ["0"], threads=1) == {"n": {"0": 1.0, "": 0.0}}

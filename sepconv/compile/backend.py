@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sepconv.compile.explain import Explanation
+from sepconv.compile.explain import NetworkExplanation
 from sepconv.compile.model import CompiledModel
 
 _graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
@@ -31,7 +31,7 @@ def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[.
     return graph
 
 
-def explain_graphs(*, measure: bool = False) -> list[Explanation]:
+def explain_graphs(*, measure: bool = False) -> list[NetworkExplanation]:
     """How the graphs compiled so far are computed, as ``CompiledModel.explain`` says it."""
     return [graph.compiled.explain(measure=measure) for graph in _graphs if graph.compiled is not None]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,7 +57,7 @@ class _Recorder(TorchDispatchMode):
         self._nodes[id(tensor)] = node
         node.meta["val"] = tensor
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if op._schema.is_mutable:
             raise CaptureError(f"it changes a parameter, a buffer or another tensor that it keeps ({op})")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from sepconv.compile.plan import Plan
+from sepconv.compile.bind import BoundStep
+from sepconv.compile.instance import filled
+from sepconv.compile.network import PreparedNetwork
+from sepconv.compile.program import ProgramStep
 from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 
 _REPEATS = 20
@@ -21,8 +23,8 @@ class Group:
         name: the modules it comes from, "" if it has no parameters.
         kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "copy", or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
-        kernel: "halide" or "torch".
-        reason: why not Halide.
+        kernel: "halide", "torch" or "copy".
+        reason: why not Halide, or why two kernels in turn.
         shape: of the result.
         macs: multiply-adds, batch included.
         time_us: measured time, None if not asked for.
@@ -41,7 +43,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class NetworkExplanation:
     """The steps in order. ``reason`` says why the model runs through PyTorch as a whole, "" if it does not."""
 
     groups: tuple[Group, ...]
@@ -76,30 +78,24 @@ def _percent(share: float | None) -> str:
     return "" if not share else f"{share:.0%}"
 
 
-def explain_plan(plan: Plan, measure: bool) -> Explanation:
-    """The steps of a plan; measured on random inputs if asked for."""
-    instance = plan.take()
+def explain_network(network: PreparedNetwork, measure: bool) -> NetworkExplanation:
+    """The steps of a prepared network; measured on random inputs if asked for."""
+    instance = network.take()
     try:
-        inputs = [_random(given) for given in plan.layout.given]
+        inputs = [filled(given) for given in network.program.given]
         times = instance.measure(inputs, _REPEATS) if measure else [None] * len(instance.calls)
         calls = list(instance.calls)
     finally:
-        plan.give_back(instance)
+        network.give_back(instance)
     peak = fma_peak_gflops(torch.get_num_threads()) * 1e9 if measure else 0.0
-    groups = []
-    for step, call, seconds in zip(plan.layout.steps, calls, times, strict=True):
-        target = step.target
-        shape = tuple(step.outputs[0].meta.shape) if step.outputs else ()
-        macs = target.macs(shape) if hasattr(target, "macs") else 0
-        kind = "copy" if target is None else getattr(target, "kind", str(target))
-        name, fused = getattr(target, "name", ""), getattr(target, "fused", ())
-        time_us = None if seconds is None else seconds * 1e6
-        share = 2 * macs / seconds / peak if seconds and peak else None
-        name = name if isinstance(name, str) else ""
-        groups.append(Group(name, kind, fused, call.kernel, call.reason, shape, macs, time_us, share))
-    return Explanation(tuple(groups))
+    steps = zip(network.program.steps, calls, times, strict=True)
+    return NetworkExplanation(tuple(_explained(step, call, seconds, peak) for step, call, seconds in steps))
 
 
-def _random(like: Tensor) -> Tensor:
-    x = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-    return x.normal_(generator=torch.Generator().manual_seed(0)) if x.is_floating_point() else x.zero_()
+def _explained(step: ProgramStep, call: BoundStep, seconds: float | None, peak: float) -> Group:
+    shape, group = step.outputs[0].form.shape if step.outputs else (), step.group
+    macs = 0 if group is None else group.macs(shape)
+    name, fused = ("", ()) if group is None else (group.name, group.fused)
+    time_us = None if seconds is None else seconds * 1e6
+    share = 2 * macs / seconds / peak if seconds and peak else None
+    return Group(name, step.kind, fused, call.kernel, call.reason, shape, macs, time_us, share)

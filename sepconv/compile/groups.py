@@ -7,41 +7,62 @@ cannot be built still runs, and a rewritten graph can be checked with no kernel 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconv.compile.constants import Constant, name_of
+from sepconv.compile.store import Constant, name_of
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.torch import aten
 from sepconv.reference import ACTIVATIONS
 
-Pairs = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the sums of a group before they are written: ``activation(sums + bias + residual)``.
+
+    ``residual``: whether a second input is added.
+    """
+
+    bias: Constant | None = None
+    residual: bool = False
+    activation: str = ""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a factor or a sum behind it can still be folded into weights and bias."""
+        return not self.activation and not self.residual
+
+    def __call__(self, biased: Tensor, residual: Tensor | None) -> Tensor:
+        """By PyTorch, whose convolutions have added the bias already."""
+        return ACTIVATIONS[self.activation](biased if residual is None else biased + residual)
 
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """``activation(convolution(x) + bias + residual)``; a matrix product of rows (R, C) where there is no space.
+    """A convolution of images; a matrix product of rows (R, C) where there is no space.
 
     Attributes:
         weight: (O, C / groups, ...), batch norms and factors folded into it.
-        padding: (low, high) per spatial dimension.
-        residual: whether a second input is added.
         fused: what became part of it, in order: "norm", "scale", "pad", "add" and names of activations.
     """
 
     weight: Constant
-    bias: Constant | None
-    stride: Numbers
-    padding: Pairs
-    dilation: Numbers
+    epilogue: Epilogue
+    geometry: Geometry
     groups: int = 1
-    activation: str = ""
-    residual: bool = False
     fused: tuple[str, ...] = ()
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        """Weights and biases in the order in which kernels take them."""
+        return self.weight, self.epilogue.bias
 
     @property
     def dims(self) -> int:
@@ -68,7 +89,8 @@ class Convolution:
             return "depthwise"
         if self.groups > 1:
             return "grouped"
-        plain = all(low == high == 0 for low, high in self.padding) and set(self.stride) <= {1}
+        padding, stride = self.geometry.padding, self.geometry.stride
+        plain = all(low == high == 0 for low, high in padding) and set(stride) <= {1}
         return "pointwise" if math.prod(self.kernel_size) == 1 and plain else "normal"
 
     @property
@@ -80,22 +102,33 @@ class Convolution:
         """Multiply-adds for an output of that shape, batch included."""
         return math.prod(output) * math.prod(self.weight.shape[1:])
 
-    def then(self, what: str, **changes: object) -> Convolution:
-        """The same with something more fused into it."""
-        return replace(self, fused=(*self.fused, what), **changes)  # type: ignore[arg-type]
+    def padded(self, padding: Sequence[tuple[int, int]]) -> Convolution:
+        """The same with other padding, which was an operation of its own."""
+        return replace(self, geometry=self.geometry._replace(padding=tuple(padding)), fused=(*self.fused, "pad"))
+
+    def then(self, what: str, weight: Constant, bias: Constant | None) -> Convolution:
+        """The same with something folded into its weights."""
+        folded = replace(self.epilogue, bias=bias)
+        return replace(self, weight=weight, epilogue=folded, fused=(*self.fused, what))
+
+    def activated(self, activation: str) -> Convolution:
+        ended = replace(self.epilogue, activation=activation)
+        return replace(self, epilogue=ended, fused=(*self.fused, activation))
+
+    def with_residual(self) -> Convolution:
+        return replace(self, epilogue=replace(self.epilogue, residual=True), fused=(*self.fused, "add"))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bias = None if self.bias is None else self.bias.tensor
+        bias = None if self.epilogue.bias is None else self.epilogue.bias.tensor
         if self.dims == 0:
             y = F.linear(x, self.weight.tensor, bias)
         else:
-            geometry = Geometry(self.stride, self.padding, self.dilation)
-            y = aten.conv(x, self.weight.tensor, bias, geometry, groups=self.groups)
-        return ACTIVATIONS[self.activation](y if residual is None else y + residual)
+            y = aten.conv(x, self.weight.tensor, bias, self.geometry, groups=self.groups)
+        return self.epilogue(y, residual)
 
 
 @dataclass(frozen=True, eq=False)
-class Separable:
+class SeparableGroup:
     """A depthwise convolution and the pointwise one that reads it, and nothing else does."""
 
     depthwise: Convolution
@@ -106,8 +139,14 @@ class Separable:
         return "separable"
 
     @property
-    def residual(self) -> bool:
-        return self.pointwise.residual
+    def constants(self) -> tuple[Constant | None, ...]:
+        """Weights and biases in the order in which kernels take them."""
+        first, second = self.depthwise, self.pointwise
+        return first.weight, second.weight, first.epilogue.bias, second.epilogue.bias
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return self.pointwise.epilogue
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -132,9 +171,10 @@ class Pool:
 
     keepdim: bool
 
-    kind = "pool"
-    name = ""
-    fused: tuple[str, ...] = ()
+    kind: ClassVar[str] = "pool"
+    name: ClassVar[str] = ""
+    fused: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
 
     def macs(self, output: Numbers) -> int:
         return 0
@@ -143,4 +183,4 @@ class Pool:
         return torch.mean(x, [2, 3], keepdim=self.keepdim)
 
 
-Group = Convolution | Separable | Pool
+ComputedGroup = Convolution | SeparableGroup | Pool

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
-from sepconv.compile.constants import Store
 from sepconv.compile.copies import frozen_copy
-from sepconv.compile.explain import Explanation, explain_plan
-from sepconv.compile.places import is_channels_last
-from sepconv.compile.plan import Plan
+from sepconv.compile.explain import NetworkExplanation, explain_network
+from sepconv.compile.network import PreparedNetwork
+from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.prepare import EMPTY, as_captured, prepare
+from sepconv.compile.steps import is_channels_last
+from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.threads import alone
 from sepconv.layers.borrowed import in_training, is_exported
 from sepconv.system.threads import MOST as MOST_THREADS
 
-MAX_PLANS = 16
+MAX_SIZES = 16
+_Key = tuple[Hashable, ...]
 
 # The structure of the arguments of a call with one positional argument.
 _SINGLE = pytree.tree_structure(((0,), {}))
@@ -101,7 +104,7 @@ def _warn_of_hooks(model: nn.Module) -> None:
             return
 
 
-def _home(hook: Any) -> str:
+def _home(hook: object) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
@@ -142,11 +145,11 @@ class CompiledModel:
         self._reason = reason or _unsuitable([tensor for _, tensor in named])
         self._warned = False
         self._same_channels = same_channels
-        self._spec: Any = None
+        self._spec: TreeSpec | None = None
         self._single = False
         self._checked: list[tuple[torch.dtype, torch.device, tuple[int, ...]] | None] = []
-        self._plans: OrderedDict[Any, Plan | str] = OrderedDict()
-        self._last: tuple[Any, ...] = ()
+        self._networks: OrderedDict[_Key, PreparedNetwork | str] = OrderedDict()
+        self._last: _Key = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._single and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
@@ -162,11 +165,11 @@ class CompiledModel:
             return self._run(leaves)
 
     def _run(self, leaves: Sequence[Any]) -> Any:
-        plan = self._plan(self._key(leaves), leaves)
-        if isinstance(plan, str):
+        network = self._network(self._key(leaves), leaves)
+        if isinstance(network, str):
             return self._eager(leaves)
         tensors = [as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        return plan.restore(plan.run(tensors))
+        return network.restore(network.run(tensors))
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Get ready for arguments of these sizes, as the first call with them would."""
@@ -177,21 +180,21 @@ class CompiledModel:
                 (leaf.dtype, leaf.device, tuple(leaf.shape)) if isinstance(leaf, Tensor) else None for leaf in leaves
             ]
         with _num_threads(self._threads):
-            self._plan(self._key(leaves), leaves)
+            self._network(self._key(leaves), leaves)
 
-    def explain(self, *, measure: bool = False) -> Explanation:
+    def explain(self, *, measure: bool = False) -> NetworkExplanation:
         """What is computed how for the size used last: groups, kernels, multiply-adds and reasons of fallbacks.
 
         Args:
             measure: time every group as well (about 20 runs on random numbers).
         """
-        plan = self._plans[self._last]
-        if isinstance(plan, str):
-            return Explanation((), plan)
-        return explain_plan(plan, measure)
+        network = self._networks[self._last]
+        if isinstance(network, str):
+            return NetworkExplanation((), network)
+        return explain_network(network, measure)
 
-    def _key(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
-        parts: list[Any] = [torch.get_num_threads()]
+    def _key(self, leaves: Sequence[Any]) -> _Key:
+        parts: list[Hashable] = [torch.get_num_threads()]
         for leaf, checked in zip(leaves, self._checked, strict=True):
             if isinstance(leaf, Tensor):
                 _check(leaf, checked, self._same_channels)
@@ -204,20 +207,22 @@ class CompiledModel:
                 raise ValueError(f"CompiledModel: arguments must be tensors or constants, got {type(leaf).__name__}")
         return tuple(parts)
 
-    def _plan(self, key: tuple[Any, ...], leaves: Sequence[Any]) -> Plan | str:
-        plan = self._plans.get(key)
-        if plan is not None:
+    def _network(self, key: _Key, leaves: Sequence[Any]) -> PreparedNetwork | str:
+        network = self._networks.get(key)
+        if network is not None:
             with suppress(KeyError):  # another thread may have dropped it meanwhile
-                self._plans.move_to_end(key)
+                self._networks.move_to_end(key)
         else:
-            plan = self._plans[key] = self._reason or prepare(self._frozen, leaves, self._spec, self._store, self._tune)
-            if isinstance(plan, str):
-                self._warn(plan)
+            assert self._spec is not None
+            network = self._reason or prepare(self._frozen, leaves, self._spec, self._store, self._tune)
+            self._networks[key] = network
+            if isinstance(network, str):
+                self._warn(network)
             with suppress(KeyError):
-                while len(self._plans) > MAX_PLANS:
-                    self._plans.popitem(last=False)
+                while len(self._networks) > MAX_SIZES:
+                    self._networks.popitem(last=False)
         self._last = key
-        return plan
+        return network
 
     def _warn(self, reason: str) -> None:
         """Once; nothing is lost where there is nothing to compute."""
@@ -226,6 +231,7 @@ class CompiledModel:
             warnings.warn(f"{self._what} runs through PyTorch: {reason}", stacklevel=2)
 
     def _eager(self, leaves: Sequence[Any]) -> Any:
+        assert self._spec is not None
         args, kwargs = pytree.tree_unflatten(list(leaves), self._spec)
         with torch.no_grad():
             return self._frozen(*args, **kwargs)
@@ -236,7 +242,7 @@ class CompiledModel:
     def __copy__(self) -> CompiledModel:
         other = CompiledModel.__new__(CompiledModel)
         other.__dict__.update(self.__dict__)
-        other._plans = OrderedDict(self._plans)
+        other._networks = OrderedDict(self._networks)
         return other
 
     def __reduce__(self) -> Any:
@@ -248,9 +254,8 @@ def _unsuitable(tensors: Sequence[Tensor]) -> str:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"the kernels run on CPUs and the model is on {tensor.device}"
-        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
-            return f"the kernels compute in float32 and the model has parameters of {tensor.dtype}"
-    return ""
+    numbers = [NumberType(tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+    return not_computed(numbers, "the model has parameters of")
 
 
 def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]] | None, same_channels: bool) -> None:
@@ -271,7 +276,8 @@ def _check(x: Tensor, checked: tuple[torch.dtype, torch.device, tuple[int, ...]]
         raise ValueError("CompiledModel: computes no gradients; call it under torch.no_grad() or detach the input")
 
 
-def _shown(spec: Any) -> str:
+def _shown(spec: TreeSpec | None) -> str:
+    assert spec is not None
     args, kwargs = spec.children()
     return f"({args.num_children} positional, keywords {list(kwargs.context)})"
 

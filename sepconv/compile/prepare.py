@@ -1,4 +1,4 @@
-"""From a model and its inputs to a plan: captured, rewritten, laid out, bound and compared with the model.
+"""From a model and its inputs to a prepared network: captured, rewritten, laid out, bound and compared with the model.
 
 Nothing that goes wrong on the way is the caller's, but for the model's own complaint about its input: the model runs
 through PyTorch, and the reason is kept.
@@ -13,25 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
 from sepconv.compile.capture import CaptureError, capture, first_line
-from sepconv.compile.constants import Store
 from sepconv.compile.copies import trial_copy
-from sepconv.compile.match import match
-from sepconv.compile.places import is_channels_last
-from sepconv.compile.plan import Plan
-from sepconv.compile.verify import ThroughPyTorch, disagreement, shaken
+from sepconv.compile.network import PreparedNetwork
+from sepconv.compile.passes import rewrite
+from sepconv.compile.steps import is_channels_last
+from sepconv.compile.store import Store
+from sepconv.compile.verify import ThroughPyTorch, agreement, disagreement, shaken
 
 EMPTY = "the batch is empty"
 
 
-def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: Any, store: Store, tune: bool) -> Plan | str:
-    """A plan for inputs of these sizes, or why the model runs through PyTorch as a whole.
+def prepare(
+    frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Store, tune: bool
+) -> PreparedNetwork | str:
+    """A network for inputs of these sizes, or why the model runs through PyTorch as a whole.
 
     Args:
         frozen: the model, whose weights do not change any more.
         leaves: the arguments of a call, flat. spec: their structure.
-        store: the constants of all plans of this model.
+        store: the constants of all sizes of this model.
         tune: measure alternatives for each group.
 
     Raises:
@@ -53,12 +56,12 @@ def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: Any, store: Store, t
         except Exception as error:
             return f"capturing it failed ({first_line(error)})"
         try:
-            match(graph, store)
-            plan = Plan(graph, store, expected, result_spec, tune)
+            rewrite(graph, store)
+            network = PreparedNetwork(graph, store, expected, result_spec, tune)
             # The second call has other numbers: zeros would hide most defects, and a model may count its calls.
             others = [shaken(leaf) for leaf in leaves]
             pairs = ((leaves, expected), (others, _expected(model, others, spec)))
-            return next(filter(None, (_disagreement(plan, *pair) for pair in pairs)), plan)
+            return next(filter(None, (_disagreement(network, *pair) for pair in pairs)), network)
         except Exception as error:
             return f"preparing it failed ({first_line(error)})"
 
@@ -69,9 +72,9 @@ def as_captured(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
-def _captured(frozen: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[fx.Graph, Any]:
+def _captured(frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> tuple[fx.Graph, TreeSpec]:
     """The operations, and the structure of the result."""
-    model, result = trial_copy(frozen), None
+    model, result = trial_copy(frozen), spec
 
     def flat(*values: Any) -> list[Any]:
         nonlocal result
@@ -79,10 +82,11 @@ def _captured(frozen: nn.Module, leaves: Sequence[Any], spec: Any) -> tuple[fx.G
         outputs, result = pytree.tree_flatten(model(*args, **kwargs))
         return outputs
 
-    return capture(flat, [as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]), result
+    graph = capture(flat, [as_captured(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    return graph, result
 
 
-def _expected(model: nn.Module, leaves: Sequence[Any], spec: Any) -> list[Any]:
+def _expected(model: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> list[Any]:
     """The leaves of the model's own result, or its own complaint about the input."""
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
     try:
@@ -94,9 +98,10 @@ def _expected(model: nn.Module, leaves: Sequence[Any], spec: Any) -> list[Any]:
         raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
 
 
-def _disagreement(plan: Plan, leaves: Sequence[Any], expected: Sequence[Any]) -> str:
-    got = plan.run([as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-    return disagreement(plan.leaves(got), expected)
+def _disagreement(network: PreparedNetwork, leaves: Sequence[Any], expected: Sequence[Any]) -> str:
+    got = network.run([as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
+    numbers = {place.form.number for place in network.program.places}
+    return disagreement(network.leaves(got), expected, agreement(numbers))
 
 
 def _copied(leaf: Any) -> Any:

@@ -8,11 +8,10 @@ the opposite and take the whole batch, for the sake of their weights.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-from torch import Tensor
-
-from sepconv.compile.groups import Convolution, Separable
-from sepconv.compile.places import Layout, Place, Root, is_channels_last
+from sepconv.compile.groups import Convolution, SeparableGroup
+from sepconv.compile.program import Form, Place, Program
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.schedule import machine
 
@@ -20,41 +19,42 @@ from sepconv.kernels.halide.schedule import machine
 _MANY_CACHES = 8
 
 
-def slice_batch(layout: Layout) -> None:
-    """Choose how many steps run image by image, and let values that only they see take the memory of one image."""
-    images = layout.given[0].shape[0] if layout.given and layout.given[0].dim() == 4 else 1
+class Slices(NamedTuple):
+    """The first ``steps`` steps run for each of ``images`` in turn, the others for all of them at once."""
+
+    images: int = 1
+    steps: int = 0
+
+
+def slice_batch(program: Program) -> Slices:
+    """Choose how many steps run image by image."""
+    images = program.given[0].shape[0] if program.given and len(program.given[0].shape) == 4 else 1
     if images < 2 or runtime.missing():
-        return
+        return Slices()
     large = 0
-    for i, step in enumerate(layout.steps):
-        places = [*step.args, *step.outputs] if isinstance(step.target, (Convolution, Separable)) else []
+    for i, step in enumerate(program.steps):
+        places = (*step.inputs, *step.outputs) if isinstance(step.work, (Convolution, SeparableGroup)) else ()
         if not places or not all(_by_image(place, images) for place in places):
             break
-        if sum(_bytes(place.meta) for place in places) > _MANY_CACHES * machine.host().l2_bytes:
+        if sum(place.form.bytes for place in places) > _MANY_CACHES * machine.host().l2_bytes:
             large = i + 1
-    if large > 1:
-        layout.images, layout.sliced = images, large
-        _share_memory(layout)
+    return Slices(images, large) if large > 1 else Slices()
 
 
 def _by_image(place: Place, images: int) -> bool:
-    meta = place.meta
-    dense = is_channels_last(meta) or meta.is_contiguous()
-    return isinstance(place.root, Root) and meta.dim() == 4 and meta.shape[0] == images and dense
+    form = place.form
+    return isinstance(place.memory, int) and len(form.shape) == 4 and form.shape[0] == images and _is_dense(form)
 
 
-def _bytes(meta: Tensor) -> int:
-    return math.prod(meta.shape) * meta.element_size()
+def _is_dense(form: Form) -> bool:
+    """Whether the images lie one after the other without gaps, contiguous or channels_last."""
+    orders = ((0, 1, 2, 3), (0, 2, 3, 1))
+    return any(_without_gaps(form, order) for order in orders)
 
 
-def _share_memory(layout: Layout) -> None:
-    kept = {id(place.root) for place, _ in layout.outputs} | {id(place.root) for place in layout.inputs}
-    for root in layout.roots:
-        if root.first >= layout.sliced:
-            continue
-        if root.last < layout.sliced and id(root) not in kept:
-            root.images = layout.images
-            root.bytes //= layout.images
-        else:
-            # The first image's share is written, or still read, when the last image begins.
-            root.first, root.last = min(root.first, 0), max(root.last, layout.sliced - 1)
+def _without_gaps(form: Form, order: tuple[int, ...]) -> bool:
+    sizes = [form.shape[d] for d in order]
+    steps = [form.stride[d] for d in order]
+    return all(
+        size == 1 or step == math.prod(sizes[i + 1 :]) for i, (size, step) in enumerate(zip(sizes, steps, strict=True))
+    )

@@ -1,40 +1,47 @@
-"""Does a plan compute what the model computes? Asked once for every plan, on the inputs it is made for."""
+"""Does a prepared network compute what the model does? Asked once of each, on the inputs that it is made for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconv.kernels.case import Geometry
+from sepconv.compile.numbers import FLOAT32, NumberType
 from sepconv.kernels.torch import aten
+from sepconv.ops.schema import geometry_of
 
-# Relative to the largest output. Rounding differs by far less; what the capture cannot see (NumPy code on the values, a
-# random number) changes results by more.
-AGREEMENT = 1e-2
-
-
-def _depthwise(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str) -> Tensor:
-    geometry = Geometry(stride, tuple(zip(padding[::2], padding[1::2], strict=True)), dilation)
-    return aten.depthwise_forward(x, weight, bias, geometry, activation)
+# By the number type of a network's values, relative to the largest output. Rounding differs by far less; what the
+# capture cannot see (NumPy code on the values, a random number) changes results by more.
+AGREEMENT = {FLOAT32.storage: 1e-2}
 
 
-def _pointwise(x: Any, weight: Any, bias: Any, residual: Any, activation: str) -> Tensor:
-    return aten.pointwise_forward(x, weight, bias, activation, residual)
+def agreement(numbers: Iterable[NumberType]) -> float:
+    """How far the results of a network with values of these types may be from the model's."""
+    return max([AGREEMENT[FLOAT32.storage], *(AGREEMENT.get(number.storage, 0.0) for number in numbers)])
 
 
-def _separable(
-    x: Any, dw: Any, pw: Any, dw_bias: Any, pw_bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any,
-    between: str, activation: str,
-) -> Tensor:  # fmt: skip
-    hidden = _depthwise(x, dw, dw_bias, stride, padding, dilation, between)
-    return aten.pointwise_forward(hidden, pw, pw_bias, activation, residual)
+def _depthwise(given: Mapping[str, Any]) -> Tensor:
+    geometry = geometry_of(given["stride"], given["padding"], given["dilation"])
+    return aten.depthwise_forward(given["x"], given["weight"], given["bias"], geometry, given["activation"])
 
 
-_PLAIN: dict[str, Callable[..., Tensor]] = {
+def _pointwise(given: Mapping[str, Any]) -> Tensor:
+    return aten.pointwise_forward(given["x"], given["weight"], given["bias"], given["activation"], given["residual"])
+
+
+def _separable(given: Mapping[str, Any]) -> Tensor:
+    first = {"weight": given["depthwise_weight"], "bias": given["depthwise_bias"]}
+    second = {"weight": given["pointwise_weight"], "bias": given["pointwise_bias"]}
+    hidden = _depthwise({**given, **first, "activation": given["depthwise_activation"]})
+    return _pointwise({**given, **second, "x": hidden})
+
+
+# By the arguments' names in the schema.
+_PLAIN: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {
     "sepconv::depthwise_conv": _depthwise,
     "sepconv::pointwise_conv": _pointwise,
     "sepconv::separable_conv": _separable,
@@ -44,12 +51,16 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {
 class ThroughPyTorch(TorchDispatchMode):
     """Our own operations by PyTorch's kernels: nothing of ours to compile, and nothing shared with what is checked."""
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _PLAIN.get(op._schema.name, op)(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = _PLAIN.get(op._schema.name)
+        if plain is None:
+            return op(*args, **(kwargs or {}))
+        names = [argument.name for argument in op._schema.arguments]
+        return plain({**dict(zip(names, args, strict=False)), **(kwargs or {})})
 
 
-def disagreement(got: Sequence[Any], expected: Sequence[Any]) -> str:
-    """In a sentence, how results differ from the model's by more than rounding; "" if they do not."""
+def disagreement(got: Sequence[Any], expected: Sequence[Any], allowed: float = AGREEMENT[FLOAT32.storage]) -> str:
+    """In a sentence, how results differ from the model's by more than is ``allowed``; "" if they do not."""
     for ours, models in zip(got, expected, strict=True):
         if not isinstance(models, Tensor):
             continue
@@ -62,7 +73,7 @@ def disagreement(got: Sequence[Any], expected: Sequence[Any]) -> str:
             return "the captured operations give numbers where the model gives NaN or infinity, or the other way round"
         difference = (ours - models).abs()[finite].max().item() if finite.any() else 0.0
         scale = max(models[finite].abs().max().item() if finite.any() else 0.0, 1e-30)
-        if difference > AGREEMENT * scale:
+        if difference > allowed * scale:
             return f"the captured operations give other results than the model (by {difference / scale:.2g})"
     return ""
 

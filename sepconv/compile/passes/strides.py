@@ -1,20 +1,21 @@
 """Operations that read memory by strides, which must find it as they may expect.
 
-``layout`` gives values other strides than the model did, and ``recognise`` drops copies that only change them. What
-PyTorch offers to its users computes the same with any. Its internal operations (``mkldnn_rnn_layer``), custom ones and
-``as_strided`` may not: their arguments pass through :func:`as_captured`. Others are called by functions that bring
-their arguments into order first (``native_group_norm``): :func:`without_gaps`. No rewriting looks through either.
+A program (see ``steps``) gives values other strides than the model did, and ``recognise`` drops copies that only change
+them. What PyTorch offers to its users computes the same with any. Its internal operations (``mkldnn_rnn_layer``),
+custom ones and ``as_strided`` may not: their arguments pass through :func:`as_captured`. Others are called by functions
+that bring their arguments into order first (``native_group_norm``): :func:`without_gaps`. No rewriting looks through
+either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from sepconv.compile.rewrite import insert
+from sepconv.compile.passes.nodes import insert, value
 
 _aten = torch.ops.aten
 
@@ -33,14 +34,16 @@ def keep_strides(graph: fx.Graph) -> None:
     """Put one of the two in front of every operation that may depend on strides."""
     for node in list(graph.nodes):
         needed = _needed(node.target) if node.op == "call_function" else None
-        for source in node.all_input_nodes if needed else ():
+        if needed is None:
+            continue
+        for source in node.all_input_nodes:
             if isinstance(source.meta.get("val"), Tensor) and source.op != "get_attr":
-                kept = insert(graph, node, needed, (source,), source.meta["val"])  # type: ignore[arg-type]
+                kept = insert(graph, node, needed, (source,), value(source))
                 node.replace_input_with(source, kept)
 
 
-def _needed(target: Any) -> Callable[[Tensor], Tensor] | None:
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "sepconv":
+def _needed(target: object) -> Callable[[Tensor], Tensor] | None:
+    if not isinstance(target, OpOverload) or target.namespace == "sepconv":
         return None
     if target is _aten.as_strided.default or target.namespace != "aten":
         return as_captured

@@ -13,11 +13,10 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-# A constant operation whose result is larger than its inputs by this many numbers is left to run each time.
-_MOST_GROWTH = 1 << 20
+from sepconv.compile.numbers import NumberType
+
 _LITERAL = 16
 
 T = TypeVar("T")
@@ -31,9 +30,12 @@ class Constant:
     """
 
     def __init__(self, tensor: Tensor, key: Hashable, again: Callable[[], Tensor] | None = None) -> None:
-        self.key, self.shape = key, tensor.shape
+        self.key, self.shape, self.number = key, tensor.shape, NumberType(tensor.dtype)
         self._again, self._tensor = again, tensor if again is None else None
         self._seen = weakref.ref(tensor)
+
+    def __repr__(self) -> str:
+        return f"Constant({name_of(self.key) or self.key!r}, {tuple(self.shape)})"
 
     @property
     def tensor(self) -> Tensor:
@@ -80,7 +82,7 @@ class Store:
 
 
 def _literal(tensor: Tensor) -> tuple[Hashable, ...] | None:
-    """All that there is to know about a few numbers: bit by bit, and how they lie in memory, which plans rely on."""
+    """All that there is to know about a few numbers: bit by bit, and how they lie in memory, which programs rely on."""
     if tensor.numel() > _LITERAL or not tensor.is_cpu or tensor.layout != torch.strided or tensor.is_quantized:
         return None
     if tensor.is_conj() or tensor.is_neg():
@@ -97,50 +99,3 @@ def name_of(key: Hashable) -> str:
     if len(key) == 2 and key[0] == "parameter":
         return str(key[1])
     return next((name for part in key if (name := name_of(part))), "")
-
-
-def fold_constants(graph: fx.Graph, store: Store) -> None:
-    """Evaluate what depends on constants alone; ``node.meta["constant"]`` becomes a :class:`Constant`."""
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            node.meta["constant"] = store.frozen(node.meta["constant"])
-        elif node.op == "call_function" and _foldable(node):
-            node.meta["constant"] = store.get(_key(node), lambda node=node: _evaluate(node))
-
-
-def _foldable(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not node.all_input_nodes:
-        return False
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return False
-    sources = [source.meta.get("constant") for source in node.all_input_nodes]
-    if not all(isinstance(source, Constant) for source in sources):
-        return False
-    return value.numel() <= _MOST_GROWTH + max(source.tensor.numel() for source in sources)
-
-
-def _key(node: fx.Node) -> Hashable:
-    args, spec = pytree.tree_flatten((node.args, node.kwargs))
-    leaves = (arg.meta["constant"].key if isinstance(arg, fx.Node) else _hashable(arg) for arg in args)
-    return (str(node.target), str(spec), *leaves)
-
-
-def _hashable(value: Any) -> Hashable:
-    return ("value", repr(value))
-
-
-def _evaluate(node: fx.Node) -> Tensor:
-    def real(value: Any) -> Any:
-        return value.meta["constant"].tensor if isinstance(value, fx.Node) else value
-
-    with torch.no_grad():
-        target: Any = node.target
-        result: Tensor = target(*fx.node.map_arg(node.args, real), **fx.node.map_arg(node.kwargs, real))
-    return result
-
-
-def constant(node: Any) -> Constant | None:
-    """The constant behind a graph's node; None if it is none."""
-    found = node.meta.get("constant") if isinstance(node, fx.Node) else None
-    return found if isinstance(found, Constant) else None

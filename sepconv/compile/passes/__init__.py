@@ -1,0 +1,21 @@
+"""A captured graph rewritten in place: constants folded, groups recognised, their surroundings absorbed."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sepconv.compile.passes.absorb import absorb
+from sepconv.compile.passes.constants import fold_constants
+from sepconv.compile.passes.recognise import recognise
+from sepconv.compile.passes.strides import keep_strides
+from sepconv.compile.store import Store
+
+
+def rewrite(graph: fx.Graph, store: Store) -> None:
+    """Rewrite a captured graph into groups and what is left for PyTorch, in place."""
+    graph.eliminate_dead_code()
+    keep_strides(graph)
+    fold_constants(graph, store)
+    recognise(graph)
+    absorb(graph, store)
+    graph.eliminate_dead_code()

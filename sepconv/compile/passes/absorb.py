@@ -1,0 +1,217 @@
+"""Which neighbouring operations a kernel computes in one pass: what a convolution takes into itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from sepconv.compile.groups import Convolution, SeparableGroup
+from sepconv.compile.numbers import not_computed
+from sepconv.compile.passes.activations import activation_of
+from sepconv.compile.passes.constants import constant
+from sepconv.compile.passes.nodes import (
+    NodeArguments,
+    as_node,
+    called,
+    first_result,
+    group_of,
+    is_call,
+    number_of,
+    operands,
+    producer,
+    refuse,
+    replace,
+    shape,
+    swap,
+    undo,
+    undo_on_tensor,
+)
+from sepconv.compile.store import Constant, Store
+
+_aten = torch.ops.aten
+_TRAINING_NORM = _aten.native_batch_norm.default
+_NORMS = (_TRAINING_NORM, _aten._native_batch_norm_legit_no_training.default)
+_SCALES = (_aten.mul.Tensor, _aten.div.Tensor)
+_SHIFTS = (_aten.add.Tensor, _aten.sub.Tensor)
+_WITH_RESIDUAL = ("pointwise", "linear")
+
+
+def absorb(graph: fx.Graph, store: Store) -> None:
+    """Let the convolutions of a graph take in what surrounds them, in place."""
+    _absorb_pads(graph)
+    for node in list(graph.nodes):
+        if node._erased or node.op != "call_function":
+            continue
+        if node.target in _NORMS:
+            _absorb_norm(node, store)
+        elif node.target in (*_SCALES, *_SHIFTS):
+            if not _absorb_vector(node, store):
+                _absorb_residual(node)
+        elif activation_of(node):
+            _absorb_activation(node)
+    _pair(graph)
+
+
+def _absorb_pads(graph: fx.Graph) -> None:
+    """Zero padding in front of a convolution, as TensorFlow's "same" needs it."""
+    for node in list(graph.nodes):
+        conv = group_of(node, Convolution)
+        pad = None if conv is None else called(node.args[0], _aten.constant_pad_nd.default)
+        if conv is None or pad is None:
+            continue
+        given = NodeArguments(pad)
+        amounts = given.ints("pad")
+        if given["value"] != 0 or min(amounts) < 0 or len(amounts) > 2 * conv.dims:
+            continue
+        amounts = (*amounts, *[0] * (2 * conv.dims - len(amounts)))
+        added = [(amounts[-2 * d - 2], amounts[-2 * d - 1]) for d in range(conv.dims)]
+        already = conv.geometry.padding
+        node.target = conv.padded([(low + a, high + b) for (low, high), (a, b) in zip(already, added, strict=True)])
+        node.args = (given.node("self"), *node.args[1:])
+
+
+class _Source(NamedTuple):
+    """A convolution that a value comes from, through reshapes."""
+
+    node: fx.Node
+    reshapes: list[fx.Node]
+    group: Convolution
+
+
+def _linear_so_far(node: object) -> _Source | None:
+    """The convolution that a value comes from, if factors and sums can still be folded into its weights."""
+    found = producer(node, Convolution)
+    return _Source(*found) if found is not None and found[2].epilogue.is_linear else None
+
+
+class _Fold(NamedTuple):
+    """``convolution * factor + shift``: vectors over the output channels, in float64."""
+
+    factor: Tensor | None
+    shift: Tensor | None
+    key: tuple[object, ...]
+    what: str
+
+
+def _absorb_norm(node: fx.Node, store: Store) -> None:
+    given = NodeArguments(node)
+    result, found = first_result(node), _linear_so_far(given["input"])
+    training = node.target is _TRAINING_NORM and given["training"]
+    if result is None or found is None or training or found.reshapes:
+        return
+    names = ("weight", "bias", "running_mean", "running_var")
+    gamma, beta, mean, variance = (constant(given[name]) for name in names)
+    unknown = any(given[name] is not None and constant(given[name]) is None for name in names)
+    if mean is None or variance is None or unknown:
+        return
+    eps = given.float("eps")
+    factor = (variance.tensor.double() + eps).rsqrt() * (1.0 if gamma is None else gamma.tensor.double())
+    shift = (0.0 if beta is None else beta.tensor.double()) - mean.tensor.double() * factor
+    key = ("norm", *(None if c is None else c.key for c in (gamma, beta, mean, variance)), eps)
+    found.node.target = _folded(found.group, _Fold(factor, shift, key, "norm"), store)
+    replace(result, found.node)
+    node.graph.erase_node(node)
+
+
+def _folded(conv: Convolution, fold: _Fold, store: Store) -> Convolution:
+    """The convolution with new weights, computed in float64 and kept as numbers of the old ones' type."""
+    weight, bias, dtype = conv.weight, conv.epilogue.bias, conv.weight.number.storage
+    factor = fold.factor
+    if factor is not None:
+        column = factor.view(-1, *[1] * (len(weight.shape) - 1))
+        scaled = ("scaled", weight.key, fold.key)
+        weight = store.derived(scaled, lambda: (conv.weight.tensor.double() * column).to(dtype))
+    start = None if bias is None else bias.tensor.double() * (1.0 if factor is None else factor)
+    if fold.shift is not None:
+        start = fold.shift if start is None else start + fold.shift
+    if start is not None:
+        total = start
+        key = ("bias", None if bias is None else bias.key, conv.weight.key, fold.key)
+        bias = store.get(key, lambda: total.to(dtype).contiguous())
+    return conv.then(fold.what, weight, bias)
+
+
+def _absorb_vector(node: fx.Node, store: Store) -> bool:
+    """A constant per output channel, multiplied or added: layer scale, the bias of a linear layer, a norm by hand."""
+    if node.kwargs:
+        return False
+    reverse = node.target in (_aten.mul.Tensor, _aten.add.Tensor)
+    for value, other in operands(node)[: 2 if reverse else 1]:
+        found = _linear_so_far(value)
+        if found is None or shape(node) != shape(as_node(value)):
+            continue
+        vector = _per_channel(other, node, found)
+        if vector is None:
+            continue
+        found.node.target = _folded(found.group, _fold(node, vector), store)
+        replace(node, as_node(value))
+        return True
+    return False
+
+
+def _fold(node: fx.Node, vector: Tensor) -> _Fold:
+    scale = node.target in _SCALES
+    if node.target in (_aten.div.Tensor, _aten.sub.Tensor):
+        vector = 1.0 / vector if scale else -vector
+    key = (str(node.target), vector.numpy().tobytes())
+    return _Fold(vector, None, key, "scale") if scale else _Fold(None, vector, key, "bias")
+
+
+def _per_channel(other: object, node: fx.Node, found: _Source) -> Tensor | None:
+    """The number that each output channel is combined with, in float64; None if it is not one per channel."""
+    channels = found.group.out_channels
+    if isinstance(other, (int, float)):
+        return torch.full((channels,), float(other), dtype=torch.float64)
+    known: Constant | None = constant(other)
+    if known is None or not known.tensor.is_floating_point() or known.tensor.numel() not in (1, channels):
+        return None
+    spread = undo_on_tensor(found.reshapes, known.tensor.double().expand(shape(node)))
+    columns = spread.movedim(1, 0).reshape(channels, -1)
+    return columns[:, 0].clone() if bool((columns == columns[:, :1]).all()) else None
+
+
+def _absorb_activation(node: fx.Node) -> None:
+    found = producer(node.args[0], Convolution)
+    if found is None:
+        return
+    source, _, conv = found
+    if not conv.epilogue.activation:
+        source.target = conv.activated(activation_of(node))
+        replace(node, as_node(node.args[0]))
+
+
+def _absorb_residual(node: fx.Node) -> None:
+    """``convolution(x) + other``. The convolution moves behind whatever computes the other."""
+    if not is_call(node, _aten.add.Tensor) or node.kwargs:
+        return
+    for value, other in operands(node):
+        if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or value is other:
+            continue
+        found = _linear_so_far(value) if shape(value) == shape(node) == shape(other) else None
+        if found is None or found.group.kind not in _WITH_RESIDUAL:
+            continue
+        reason = not_computed([number_of(other)], "what is added is")
+        if reason:
+            refuse(node, reason)
+            continue
+        for moved in (found.node, *found.reshapes):
+            node.prepend(moved)
+        found.node.args = (found.node.args[0], undo(found.reshapes, other, found.node))
+        found.node.target = found.group.with_residual()
+        replace(node, value)
+        return
+
+
+def _pair(graph: fx.Graph) -> None:
+    """Depthwise convolutions of images and the pointwise ones behind them."""
+    for node in list(graph.nodes):
+        pointwise = group_of(node, Convolution)
+        if pointwise is None or pointwise.kind != "pointwise":
+            continue
+        source = as_node(node.args[0])
+        depthwise = group_of(source, Convolution)
+        if depthwise is None or depthwise.kind != "depthwise" or depthwise.dims != 2 or len(source.users) > 1:
+            continue
+        swap(node, SeparableGroup(depthwise, pointwise), (source.args[0], *node.args[1:]))

@@ -1,0 +1,66 @@
+"""Constants of a graph: what depends on nothing but weights is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sepconv.compile.store import Constant, Store
+
+# A constant operation whose result is larger than its inputs by this many numbers is left to run each time.
+_MOST_GROWTH = 1 << 20
+
+
+def constant(node: object) -> Constant | None:
+    """The constant behind a graph's node; None if it is none."""
+    found = node.meta.get("constant") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, Constant) else None
+
+
+def fold_constants(graph: fx.Graph, store: Store) -> None:
+    """Evaluate what depends on constants alone; ``node.meta["constant"]`` becomes a :class:`Constant`."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.meta["constant"] = store.frozen(node.meta["constant"])
+        elif node.op == "call_function" and _foldable(node):
+            node.meta["constant"] = store.get(_key(node), partial(_evaluate, node))
+
+
+def _foldable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not node.all_input_nodes:
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    sources = [constant(source) for source in node.all_input_nodes]
+    known = [source for source in sources if source is not None]
+    if len(known) < len(sources):
+        return False
+    return value.numel() <= _MOST_GROWTH + max(source.tensor.numel() for source in known)
+
+
+def _constant(node: fx.Node) -> Constant:
+    found = constant(node)
+    if found is None:
+        raise TypeError(f"{node} is no constant")
+    return found
+
+
+def _key(node: fx.Node) -> Hashable:
+    args, spec = pytree.tree_flatten((node.args, node.kwargs))
+    leaves = (_constant(arg).key if isinstance(arg, fx.Node) else ("value", repr(arg)) for arg in args)
+    return (str(node.target), str(spec), *leaves)
+
+
+def _evaluate(node: fx.Node) -> Tensor:
+    if isinstance(node.target, str):
+        raise TypeError(f"{node} calls no function but {node.target}")
+    args = fx.node.map_arg(node.args, lambda source: _constant(source).tensor)
+    kwargs = fx.node.map_arg(node.kwargs, lambda source: _constant(source).tensor)
+    with torch.no_grad():
+        result: Tensor = node.target(*args, **kwargs)
+    return result

@@ -1,0 +1,163 @@
+"""A network for inputs of one size, rewritten and put in order: what is computed from what, in which numbers.
+
+Plain data: values lie in numbered pieces of memory that have a size and no address yet, and weights are constants known
+by their keys. ``steps`` writes a program, ``layout`` gives its memory places in one arena, ``lower`` chooses a kernel
+for every step, and ``bind`` alone makes calls of all that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._ops import OpOverload
+
+from sepconv.compile.groups import ComputedGroup, Convolution, Numbers, Pool, SeparableGroup
+from sepconv.compile.numbers import NumberType
+from sepconv.compile.store import Constant
+
+NO_KERNEL = "no kernel for this operation"
+
+
+@dataclass(frozen=True)
+class Form:
+    """Size, steps in memory and number type of a value, wherever it lies."""
+
+    shape: Numbers
+    stride: Numbers
+    number: NumberType
+
+    @property
+    def span(self) -> int:
+        """Numbers from the first to the last, those in between included."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """Of its numbers alone, without gaps between them."""
+        return math.prod(self.shape) * self.number.storage.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.number}[{'x'.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value, and so an edge of the network: its form, and the memory (by number) or the constant that it lies in.
+
+    ``offset``: numbers before it there.
+    """
+
+    form: Form
+    memory: int | Constant
+    offset: int = 0
+
+    def __str__(self) -> str:
+        where = self.memory if isinstance(self.memory, Constant) else f"m{self.memory}"
+        return f"{where}{f'+{self.offset}' if self.offset else ''}:{self.form}"
+
+
+@dataclass(frozen=True)
+class Input:
+    """In the arguments of an operation: the step's input of that number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation that PyTorch computes.
+
+    Attributes:
+        target: what is called.
+        args: its arguments, with :class:`Input` where a value belongs.
+        results: which of several results are used; None where there is one.
+        reason: why no kernel of ours does it.
+    """
+
+    target: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    results: tuple[int, ...] | None = None
+    reason: str = NO_KERNEL
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same numbers with other steps in memory."""
+
+
+Work = ComputedGroup | Operation | Copy
+
+
+@dataclass(frozen=True)
+class ProgramStep:
+    """Something to compute from values into others."""
+
+    work: Work
+    inputs: tuple[Place, ...]
+    outputs: tuple[Place, ...]
+
+    @property
+    def group(self) -> ComputedGroup | None:
+        return self.work if isinstance(self.work, (Convolution, SeparableGroup, Pool)) else None
+
+    @property
+    def kind(self) -> str:
+        """The group's kind, "copy", or the name of the operation."""
+        if isinstance(self.work, Copy):
+            return "copy"
+        return str(self.work.target) if isinstance(self.work, Operation) else self.work.kind
+
+    def __str__(self) -> str:
+        name = "" if self.group is None or not self.group.name else f" {self.group.name}"
+        return f"{_listed(self.outputs)} = {self.kind}{name}({_listed(self.inputs)})"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A value that is returned, and the form in which the caller gets it."""
+
+    place: Place
+    form: Form
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps in order, and what goes in and out.
+
+    Attributes:
+        steps: what is computed.
+        inputs: where the network's inputs lie once they are copied there.
+        given: the forms in which the caller holds them.
+        outputs: what is returned.
+        memories: bytes of each piece of memory; a step or an input writes it once.
+        direct: the input that the first step reads where the caller holds it, if it does.
+    """
+
+    steps: tuple[ProgramStep, ...]
+    inputs: tuple[Place, ...]
+    given: tuple[Form, ...]
+    outputs: tuple[Output, ...]
+    memories: tuple[int, ...]
+    direct: int | None = None
+
+    def is_direct(self, step: int) -> bool:
+        return step == 0 and self.direct is not None
+
+    @property
+    def places(self) -> list[Place]:
+        """The values of all edges."""
+        inside = [place for step in self.steps for place in (*step.inputs, *step.outputs)]
+        return [*self.inputs, *inside, *(output.place for output in self.outputs)]
+
+    def __str__(self) -> str:
+        returned = _listed([output.place for output in self.outputs])
+        return "\n".join([f"inputs {_listed(self.inputs)}", *map(str, self.steps), f"outputs {returned}"])
+
+
+def _listed(places: tuple[Place, ...] | list[Place]) -> str:
+    return ", ".join(map(str, places))

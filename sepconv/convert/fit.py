@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from sepconv.convert import share
 from sepconv.convert.calibrate import Problem
 from sepconv.convert.forms import Form, relative_error
+from sepconv.convert.frontier import Course, Frontier
 from sepconv.convert.graph import Site, norm_scale
-from sepconv.convert.passes import Images, calls, in_words
+from sepconv.convert.passes import Images, in_words
 from sepconv.convert.replace import replace
 from sepconv.convert.sensitivity import output_metrics
-from sepconv.convert.statistics import Moments, pixels_per_image
+from sepconv.convert.statistics import Moments, gather, pixels_per_image
 
 SENSITIVITY_IMAGES = 256
 """Images whose gradients say how much each output channel matters."""
@@ -48,7 +49,8 @@ class Fit:
     """One conversion under way.
 
     ``old`` and ``new`` are copies of the model; layers of ``new`` become separable as :meth:`run` goes. ``metrics``
-    holds, by site, what an error at its output costs. ``on_step`` is called after each fit, tried or kept.
+    holds, by site, what an error at its output costs; without a ``course`` the networks run from their beginning for
+    each layer. ``on_step`` is called after each fit, tried or kept.
     """
 
     old: nn.Module
@@ -59,6 +61,7 @@ class Fit:
     method: str
     sweeps: int
     ridge: float
+    course: Course | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     on_step: Callable[[], object] = lambda: None
 
@@ -100,22 +103,46 @@ class Fit:
     def run(self, ranks: dict[str, int]) -> dict[str, Errors]:
         """Make every layer with a rank separable in ``new``."""
         errors: dict[str, Errors] = {}
-        for site in self.sites:
-            if ranks.get(site.name):
-                with naming(site):
-                    errors[site.name] = self._convert(site, ranks[site.name], first=not errors)
-                self.on_step()
+        sites = [site for site in self.sites if ranks.get(site.name)]
+        for site, moments in zip(sites, self._moments(sites), strict=True):
+            with naming(site):
+                errors[site.name] = self._convert(site, ranks[site.name], moments)
+            self.on_step()
         return errors
 
-    def _convert(self, site: Site, rank: int, first: bool) -> Errors:
+    def _moments(self, sites: list[Site]) -> Iterator[Moments | None]:
+        """What the images say about each layer, while those before it become separable; None without images."""
+        if self.images is None or self.method == "svd":
+            yield from [None] * len(sites)
+        elif self.method == "least_squares":
+            yield from gather([site.conv for site in sites], self.old, self.images, one_draw=False)
+        else:
+            yield from self._sequential(sites)
+
+    def _sequential(self, sites: list[Site]) -> Iterator[Moments]:
+        """From the second layer on, moments of the converted network's inputs and the original's outputs."""
+        assert self.images is not None
+        wanted = Frontier(self.old, self.course, fixed=True)
+        given = Frontier(self.new, self.course, fixed=False)
+        for site in sites:
+            moments = Moments(site.conv)
+            pixels = pixels_per_image(moments, self.images.count)
+            for number, (x, generator) in enumerate(share.mine(self.images.batches())):
+                targets = wanted.calls(number, x, site)
+                calls = targets if site is sites[0] else given.calls(number, x, site)
+                for call, target in zip(calls, targets, strict=False):
+                    moments.add(*call, None if site is sites[0] else target.output, pixels, generator)
+            moments.add_up()
+            yield moments
+
+    def _convert(self, site: Site, rank: int, moments: Moments | None) -> Errors:
         conv: Any = self.new.get_submodule(site.name)
         weight = conv.weight.detach().double()
         start = self.form.start(weight, rank, self.scale(site))
-        if self.images is None or self.method == "svd":
+        if moments is None:
             share.agree(*start)
             replace(self.new, site.names, self.form.layer(conv, start))
             return Errors(relative_error(weight, self.form.compose(start), self.scale(site)))
-        moments = self.moments(site, self.method == "sequential" and not first)
         problem = self.problem(site, moments)
         fitted = self.form.fit(problem, weight, start, self.sweeps)
         shift = moments.bias(self.form.compose(fitted))
@@ -123,17 +150,3 @@ class Fit:
         replace(self.new, site.names, self.form.layer(conv, fitted, shift))
         errors = (problem.relative_error(self.form.compose(factors)) for factors in (start, fitted))
         return Errors(*errors)
-
-    def moments(self, site: Site, asymmetric: bool) -> Moments:
-        """Second moments of one site on the converted network's inputs (asymmetric) or on the original's."""
-        assert self.images is not None
-        conv: Any = self.new.get_submodule(site.name)
-        moments = Moments(conv)
-        pixels = pixels_per_image(moments, self.images.count)
-        for x, generator in share.mine(self.images.batches()):
-            wanted = calls(self.old, site.conv, x, site.calls)
-            given = calls(self.new, conv, x, site.calls) if asymmetric else wanted
-            for (inputs, outputs), (_, target) in zip(given, wanted, strict=False):
-                moments.add(inputs, outputs, target if asymmetric else None, pixels, generator)
-        moments.add_up()
-        return moments

@@ -22,6 +22,7 @@ from sepconv.convert.accept import (
 )
 from sepconv.convert.fit import METHODS, Errors, Fit
 from sepconv.convert.forms import FORMS, Form
+from sepconv.convert.frontier import Course, follow
 from sepconv.convert.graph import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.options import METRICS, costs, macs, weights
 from sepconv.convert.passes import Images
@@ -103,6 +104,9 @@ def convert(
         priced = {site.name: costs(site, kind, metric) for site in sites}
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         fit = Fit(old, new, sites, images, kind, method, sweeps, ridge)
+        if images is not None and method != "svd":
+            fit.course, said = _course(fit, example)
+            notes += said
         if on_progress is not None:
             trials = 0 if depth_multiplier else sum(len(cost) - 1 for cost in priced.values())
             fit.on_step = _counter(trials + len(fit.candidates), on_progress)
@@ -212,6 +216,15 @@ def _sites(model: nn.Module, skip: Skip, example: Any, halves: Any) -> tuple[lis
     if not failure:
         return sites, []
     return sites, [f"batch norms were not used to weigh errors: without images the model must be traceable ({failure})"]
+
+
+def _course(fit: Fit, example: Tensor | None) -> tuple[Course | None, list[str]]:
+    """The course of the network past all that may be converted, or a note for the plan why there is none."""
+    assert example is not None
+    course = follow(fit.old, fit.candidates, example)
+    if isinstance(course, Course):
+        return course, []
+    return None, [f"slower: each layer's fit ran the model from its beginning, as it cannot be followed ({course})"]
 
 
 def _leave_large(sites: list[Site]) -> None:

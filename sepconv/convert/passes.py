@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Hooks(contextlib.ExitStack):
         """``hook(module, x, output)``; what it returns, unless None, takes the output's place."""
 
         def call(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return hook(module, _input(args, kwargs), output)
+            return hook(module, first_input(args, kwargs), output)
 
         self.callback(module.register_forward_hook(call, with_kwargs=True).remove)
 
@@ -27,12 +27,12 @@ class Hooks(contextlib.ExitStack):
         """``hook(module, x)``."""
 
         def call(module: nn.Module, args: Any, kwargs: Any) -> None:
-            hook(module, _input(args, kwargs))
+            hook(module, first_input(args, kwargs))
 
         self.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next(iter((*args, *kwargs.values())), None)
 
 
@@ -125,14 +125,24 @@ class _Stop(BaseException):
     """Ends a forward pass early; not an Exception, so that no model's own handler swallows it."""
 
 
-def calls(model: nn.Module, module: nn.Module, x: Any, times: int) -> list[tuple[Tensor, Tensor]]:
+class Call(NamedTuple):
+    """Input and output of one call of a layer."""
+
+    input: Tensor
+    output: Tensor
+
+    def kept(self) -> Call:
+        """As it is now, whatever is changed in place before the pass ends."""
+        return Call(self.input.clone(), self.output.clone())
+
+
+def calls(model: nn.Module, module: nn.Module, x: Tensor, times: int) -> list[Call]:
     """Input and output of the first ``times`` calls of a module on a batch; the network runs no further than that."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Call] = []
 
     def keep(_: nn.Module, x: Tensor, output: Tensor) -> None:
-        # Clones where an activation may be applied in place before the pass ends.
         last = len(seen) + 1 == times
-        seen.append((x, output) if last else (x.clone(), output.clone()))
+        seen.append(Call(x, output) if last else Call(x, output).kept())
         if last:
             raise _Stop
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 
 from sepconv.convert import share
 from sepconv.convert.budget import Option, choose, smallest
 from sepconv.convert.fit import Fit, naming
 from sepconv.convert.graph import Site, reasons
-from sepconv.convert.passes import Hooks, run
 from sepconv.convert.probe import Probe
-from sepconv.convert.statistics import Moments, pixels_per_image
-
-GROUP_BYTES = 1 << 31
-"""Second moments held at once while errors are measured; more layers than fit need another pass over the images."""
+from sepconv.convert.statistics import Moments, gather
 
 UNITS = {"conv_params": "the convolutions' weights", "macs": "the convolutions' MACs", "latency": "the measured time"}
 
@@ -64,11 +58,11 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
             ranks, weight = candidates[site.name], site.conv.weight.detach().double()
             errors[site.name] |= dict(zip(ranks, fit.form.dropped(weight, ranks, fit.scale(site)), strict=True))
         return errors
-    probe = Probe(fit.old, fit.images)
-    for group in _groups(sites):
-        for site, moments in zip(group, _moments(fit, group), strict=True):
-            with naming(site):
-                errors[site.name] |= _tried(fit, site, moments, probe, candidates[site.name])
+    probe = Probe(fit.old, fit.images, fit.course)
+    found = gather([site.conv for site in sites], fit.old, fit.images, one_draw=True)
+    for site, moments in zip(sites, found, strict=True):
+        with naming(site):
+            errors[site.name] |= _tried(fit, site, moments, probe, candidates[site.name])
     return errors
 
 
@@ -86,41 +80,3 @@ def _tried(fit: Fit, site: Site, moments: Moments, probe: Probe, ranks: list[int
             errors[m] = problem.relative_error(fitted)
         fit.on_step()
     return errors
-
-
-def _groups(sites: list[Site]) -> Iterator[list[Site]]:
-    """Consecutive sites whose second moments fit into memory together."""
-    group: list[Site] = []
-    size = 0
-    for site in sites:
-        bytes_needed = 8 * site.conv.weight[0].numel() ** 2
-        if group and size + bytes_needed > GROUP_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(site)
-        size += bytes_needed
-    if group:
-        yield group
-
-
-def _moments(fit: Fit, sites: list[Site]) -> list[Moments]:
-    """Second moments of several sites from one pass over the images."""
-    assert fit.images is not None
-    found = [Moments(site.conv) for site in sites]
-    generator = torch.Generator()
-
-    def add(moments: Moments, pixels: int) -> Callable[..., None]:
-        def hook(_: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
-            moments.add(x, output, None, pixels, generator)
-
-        return hook
-
-    with Hooks() as hooks, torch.no_grad():
-        for site, moments in zip(sites, found, strict=True):
-            hooks.after(site.conv, add(moments, pixels_per_image(moments, fit.images.count)))
-        for x, batch_generator in share.mine(fit.images.batches()):
-            generator.set_state(batch_generator.get_state())
-            run(fit.old, x)
-    for moments in found:
-        moments.add_up()
-    return found

@@ -9,7 +9,7 @@ import torch
 from convertible import conv, convert, images, plain, trained
 from torch import Tensor, nn
 
-from sepconv.convert import fit, network
+from sepconv.convert import conversion, fit
 
 
 class Bad(nn.Module):
@@ -71,7 +71,7 @@ def test_each_convolution_that_stays_has_its_reason() -> None:
 
 
 def test_a_layer_too_large_to_calibrate_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "LARGEST", 90)
+    monkeypatch.setattr(conversion, "LARGEST", 90)
     _, plan = convert(trained(plain), images(), depth_multiplier=1)
     assert [row.rank for row in plan.layers] == [1, 1, 0]
     assert plan.layers[2].reason == "too large to calibrate: 108 values in a patch, at most 90"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sepconv.convert.passes import Hooks, Images, run
+from sepconv.convert.images import CalibrationImages
+from sepconv.convert.passes import Hooks, run
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ class _Change:
         return (self.var + (self.var + self.eps) * (ratio - 1)).clamp_min(0)
 
 
-def reestimate(old: nn.Module, new: nn.Module, images: Images) -> int:
+def reestimate(old: nn.Module, new: nn.Module, images: CalibrationImages) -> int:
     """Change running means and variances of ``new`` by as much as its activations differ from those of ``old``.
 
     Comparing the two networks on the same images, instead of taking the images' own statistics, keeps what the

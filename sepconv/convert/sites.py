@@ -205,7 +205,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-class _Tracer(fx.Tracer):
+class _NormTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, _ConvNd | _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
@@ -213,7 +213,7 @@ class _Tracer(fx.Tracer):
 def trace_norms(model: nn.Module, sites: list[Site]) -> str:
     """Fill in followers without any input, by symbolic tracing. Returns "" or why it was not possible."""
     try:
-        graph = _Tracer().trace(model)
+        graph = _NormTracer().trace(model)
     except Exception as error:  # any code of the model may fail on a symbolic value, in any way
         return f"{type(error).__name__}: {error}".splitlines()[0]
     modules = dict(model.named_modules(remove_duplicate=False))

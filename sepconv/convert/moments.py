@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from sepconv.convert import share
-from sepconv.convert.calibrate import Problem
-from sepconv.convert.passes import Hooks, Images, run
+from sepconv.convert.images import CalibrationImages
+from sepconv.convert.passes import Hooks, run
+from sepconv.convert.problem import LeastSquares
 
 CHUNK = 1 << 24
 """Values in one chunk of patches (64 MB in float32)."""
@@ -130,7 +131,7 @@ class Moments:
         share.add_up(self.xx, self.rx, self.rr, self.x, self.r, count)
         self.count = int(count)
 
-    def problem(self, metric: Tensor, ridge: float) -> Problem:
+    def problem(self, metric: Tensor, ridge: float) -> LeastSquares:
         """The centred problem; ``ridge`` (relative to the mean variance of a patch value) holds it to the weight.
 
         The ridge is what a handful of white-noise patches would add whose target is the original layer's answer. It
@@ -146,7 +147,7 @@ class Moments:
         xx.diagonal().add_(ridge * level)
         wr = w @ rx.T
         yy = w @ xx @ w.T + wr + wr.T + rr
-        return Problem(xx, w @ xx + rx, yy, metric, self.conv.in_channels)
+        return LeastSquares(xx, w @ xx + rx, yy, metric, self.conv.in_channels)
 
     def bias(self, weight: Tensor) -> Tensor:
         """What to add to the original bias so that the mean output is right: (O,)."""
@@ -159,7 +160,7 @@ def pixels_per_image(moments: Moments, images: int) -> int:
     return max(LEAST_PIXELS, math.ceil(SAMPLES * moments.xx.shape[0] / images))
 
 
-def gather(convs: Sequence[_ConvNd], model: nn.Module, images: Images, one_draw: bool) -> Iterator[Moments]:
+def gather(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, one_draw: bool) -> Iterator[Moments]:
     """Second moments of layers on their inputs in one network, many layers from one pass over the images.
 
     Args:
@@ -185,7 +186,7 @@ def _groups(convs: Sequence[_ConvNd]) -> Iterator[list[_ConvNd]]:
         yield group
 
 
-def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: Images, one_draw: bool) -> list[Moments]:
+def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, one_draw: bool) -> list[Moments]:
     found = [Moments(conv) for conv in convs]
     generators = [torch.Generator()] * len(found) if one_draw else [torch.Generator() for _ in found]
 

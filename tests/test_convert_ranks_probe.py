@@ -4,16 +4,20 @@ import pytest
 import torch
 from convertible import before_and_after
 
+from sepconv.convert.course import Courses
 from sepconv.convert.ranks.probe import Probe
-from sepconv.convert.sites import find_sites
+from sepconv.convert.sites import find_sites, record
 
 
-def test_a_probe_is_the_network_with_that_layer_changed() -> None:
+@pytest.mark.parametrize("reason", ["", "as asked"])
+def test_a_probe_is_the_network_with_that_layer_changed(reason: str) -> None:
     old, new, images = before_and_after()
     old.requires_grad_(False)
-    probe = Probe(old, images)
+    sites = record(old, find_sites(old), next(images.batches(2)))
+    courses = Courses(old, sites, reason)
+    probe = Probe(old, images, courses)
     assert probe.sees_outputs
-    (first, _) = find_sites(old)
+    first = sites[0]
     before = first.conv.weight.clone()
     weight, shift = torch.randn(4, 3, 9, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     with torch.no_grad():
@@ -24,3 +28,4 @@ def test_a_probe_is_the_network_with_that_layer_changed() -> None:
     assert torch.equal(first.conv.weight, before)
     assert probe.error(first, before.flatten(2), torch.zeros(4)) == 0
     assert not first.conv._forward_hooks
+    assert courses.reason == reason

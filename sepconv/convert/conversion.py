@@ -20,7 +20,6 @@ from sepconv.convert.accept import (
     undisturbed,
     widen,
 )
-from sepconv.convert.course import Courses
 from sepconv.convert.fit import METHODS, Errors, Fit, Manner
 from sepconv.convert.forms import FORMS, AnyForm
 from sepconv.convert.frontier import follow
@@ -105,6 +104,8 @@ def convert(
         )
         errors = fit.run(ranks)
         stages = finish(fit, ranks, reestimate_bn)
+    if fit.courses.reason:
+        notes.append(f"slower: the model ran from its beginning for each layer; not followed: {fit.courses.reason}")
     _finish_layers(old, new, sites, halves)
     rows = [_row(site, manner.form, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
     share = None if depth_multiplier else budget
@@ -172,17 +173,12 @@ def _prepare(fit: Fit, example: Tensor | None) -> list[str]:
     """How the network is passed through and what errors cost, where images are used. Returns notes for the plan."""
     if fit.calibration is None or example is None:
         return []
-    notes = []
-    found = follow(fit.old, fit.candidates, example)
-    if isinstance(found, Courses):
-        fit.courses = found
-    else:
-        notes.append(f"slower: each layer's fit ran the model from its beginning, as it cannot be followed ({found})")
+    fit.courses = follow(fit.old, fit.candidates, example)
     fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(IMAGES))
-    if any(site.name not in fit.metrics for site in fit.candidates):
-        fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
-        notes.append("the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs")
-    return notes
+    if all(site.name in fit.metrics for site in fit.candidates):
+        return []
+    fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
+    return ["the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
 
 
 def _finish_layers(old: nn.Module, new: nn.Module, sites: list[Site], halves: dict[str, torch.dtype]) -> None:

@@ -7,6 +7,7 @@ at values (``if x.sum() > 0``) has no course, nor has one that uses tensors of u
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import LayerCall, first_input
@@ -134,15 +136,20 @@ def write_down(model: nn.Module, sites: Sequence[Site], x: Tensor) -> Course:
     """
     x = x.clone()
     recorder = _Recorder(model, x)
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in _outermost(model, {site.conv for site in sites}):
-            stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(recorder.leave(name)).remove)
-        with recorder:
-            outputs = model(x)
+    try:
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in _outermost(model, {site.conv for site in sites}):
+                stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True).remove)
+                stack.callback(module.register_forward_hook(recorder.leave(name)).remove)
+            with recorder:
+                outputs = model(x)
+    except Exception as error:  # what runs without a recorder may not with one
+        raise Unfollowed(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     steps = recorder.steps
     returned = [recorder.number(t) for t in tensors(outputs)]
-    calls = {site.name: [i for i, step in enumerate(steps) if step.called in site.names] for site in sites}
+    calls = {site.name: [i for i, step in enumerate(steps) if step.called == site.name] for site in sites}
+    if any(len(calls[site.name]) != site.calls for site in sites):
+        raise Unfollowed("it calls its layers in another way on other images")
     return Course(steps, calls, returned, _unused(steps, returned))
 
 
@@ -175,9 +182,8 @@ class _Recorder(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._numbers = {id(self.x): 0}
+        self._numbers = WeakTensorKeyDictionary({self.x: 0})
         self._count = 1
-        self._kept: list[Any] = [self.x]  # so that no other tensor gets the identity of one that is gone
         self._inside: list[tuple[Any, Any]] = []
         own = [leaf for module in self.model.modules() for leaf in tree_leaves(vars(module))]
         self._own = {id(leaf) for leaf in own if isinstance(leaf, Tensor)}
@@ -210,9 +216,10 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._numbers:
+        number: int | None = self._numbers.get(tensor)
+        if number is None:
             raise Unfollowed("it uses a tensor of unknown origin")
-        return self._numbers[id(tensor)]
+        return number
 
     def _references(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments with numbers in the place of what the steps have given; tensors of the model are what they are."""
@@ -220,7 +227,7 @@ class _Recorder(TorchFunctionMode):
 
     def _reference(self, part: Any) -> Any:
         if isinstance(part, Tensor):
-            own = id(part) in self._own and id(part) not in self._numbers
+            own = id(part) in self._own and part not in self._numbers
             return part if own else Value(self.number(part))
         inner = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
         for value in inner:
@@ -231,29 +238,35 @@ class _Recorder(TorchFunctionMode):
     def _write(self, called: str | Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
         found = results(output)
         self.steps.append(Step(called, args, kwargs, self._count, [kind(t) for t in found]))
-        self._numbers |= {id(t): self._count + i for i, t in enumerate(found)}
+        self._numbers.update(dict(zip(found, itertools.count(self._count), strict=False)))
         self._count += len(found)
-        self._kept += found
 
 
 class Courses:
-    """The courses of one network, for every shape of a batch."""
+    """The courses of one network, for every shape of a batch.
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    ``reason`` says why there are none, or not for all batches; "" if there are.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], reason: str = "") -> None:
         self._model = model
         self._sites = sites
         self._found: dict[Kind, Course | None] = {}
+        self.reason = reason
 
     def of(self, x: Tensor) -> Course | None:
         """For batches like this one; None where a network must run from its beginning."""
-        if kind(x) not in self._found:
+        if self.reason or kind(x) in self._found:
+            return self._found.get(kind(x))
+        try:
             if len(self._found) == MOST_COURSES:
-                return None
-            try:
-                self._found[kind(x)] = write_down(self._model, self._sites, x)
-            except Unfollowed:
-                self.give_up(x)
-        return self._found[kind(x)]
+                raise Unfollowed(f"on batches of more than {MOST_COURSES} shapes")
+            self._found[kind(x)] = write_down(self._model, self._sites, x)
+        except Unfollowed as error:
+            self.give_up(str(error))
+        return self._found.get(kind(x))
 
-    def give_up(self, x: Tensor) -> None:
-        self._found[kind(x)] = None
+    def give_up(self, reason: str) -> None:
+        """From now on networks run from their beginning."""
+        self.reason = reason
+        self._found.clear()

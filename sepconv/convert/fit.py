@@ -58,8 +58,8 @@ class Fit:
     """One conversion under way.
 
     ``old`` and ``new`` are copies of the model; layers of ``new`` become separable as :meth:`run` goes. ``metrics``
-    holds, by site, what an error at its output costs; without ``courses`` the networks run from their beginning for
-    each layer. ``on_step`` is called after each fit, tried or kept.
+    holds, by site, what an error at its output costs, ``courses`` the ways through the network. ``on_step`` is called
+    after each fit, tried or kept.
     """
 
     old: nn.Module
@@ -67,9 +67,11 @@ class Fit:
     sites: list[Site]
     images: CalibrationImages | None
     manner: Manner
-    courses: Courses | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
     on_step: Callable[[], object] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.courses = Courses(self.old, [])
 
     @property
     def form(self) -> AnyForm:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sepconv.convert.course import Course, Courses, Unfollowed, write_down
+from sepconv.convert.course import Course, Courses, Unfollowed
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import Hooks, LayerCall, calls, run
 from sepconv.convert.sites import Site
@@ -29,6 +29,7 @@ ROUNDING = 64
 """Units in the last place by which a network may differ from itself."""
 
 Values = dict[int, Tensor]
+Taken = TypeVar("Taken")
 
 
 @dataclass
@@ -40,14 +41,14 @@ class _Progress:
 
 
 class Frontier:
-    """One network on its way, on every batch of images. Without courses it starts anew for each layer.
+    """One network on its way, on every batch of images.
 
     Args:
         fixed: its layers stay what they are; if not, a layer is replaced after its calls were looked at, and the
             frontier waits in front of it.
     """
 
-    def __init__(self, network: nn.Module, courses: Courses | None, fixed: bool) -> None:
+    def __init__(self, network: nn.Module, courses: Courses, fixed: bool) -> None:
         self._network = network
         self._courses = courses
         self._fixed = fixed
@@ -56,25 +57,26 @@ class Frontier:
 
     def calls(self, number: int, x: Tensor, site: Site) -> list[LayerCall]:
         """Input and output of every call of a site on batch ``number``, whose images are ``x``."""
-        course = self._courses.of(x) if self._courses else None
-        if self._courses and course:
-            try:
-                with torch.no_grad():
-                    return self._calls(course, number, x, course.calls[site.name])
-            except Unfollowed:
-                self._courses.give_up(x)
-        return calls(self._network, self._network.get_submodule(site.name), x, site.calls)
+        found = self._followed(x, lambda course: self._calls(course, number, x, course.calls[site.name]))
+        return found or calls(self._network, self._network.get_submodule(site.name), x, site.calls)
 
     def outputs(self, number: int, x: Tensor, site: Site) -> list[Tensor]:
         """The floating point outputs on batch ``number``, whose images are ``x``, run from the site on."""
-        course = self._courses.of(x) if self._courses else None
-        if self._courses and course:
-            try:
-                with torch.no_grad():
-                    return self._outputs(course, number, x, course.calls[site.name][0])
-            except Unfollowed:
-                self._courses.give_up(x)
-        return tensors(run(self._network, x))
+        found = self._followed(x, lambda course: self._outputs(course, number, x, course.calls[site.name][0]))
+        return found or tensors(run(self._network, x))
+
+    def _followed(self, x: Tensor, take: Callable[[Course], list[Taken]]) -> list[Taken]:
+        """What is taken along the course of a batch; nothing if it has none."""
+        course = self._courses.of(x)
+        if course is None:
+            return []
+        try:
+            with torch.no_grad():
+                return take(course)
+        except Unfollowed as error:
+            self._courses.give_up(str(error))
+            self._held.clear()
+            return []
 
     def _calls(self, course: Course, number: int, x: Tensor, places: Sequence[int]) -> list[LayerCall]:
         first, last = places[0], places[-1]
@@ -135,18 +137,16 @@ class Frontier:
             values.pop(unused, None)
 
 
-def follow(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Courses | str:
-    """The courses of a network past these sites, or why there are none.
+def follow(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Courses:
+    """The courses of a network past these sites, tried on an example.
 
     Args:
         model: in evaluation mode; left as it is.
     """
-    try:
-        write_down(model, sites, example)
-        courses = Courses(model, sites)
-        return courses if _is_right(model, courses, sites, example) else "it is not the same in every pass"
-    except Unfollowed as error:
-        return str(error)
+    courses = Courses(model, sites)
+    if courses.of(example) and not _is_right(model, courses, sites, example):
+        courses.give_up(courses.reason or "it is not the same in every pass")
+    return courses
 
 
 def _is_right(model: nn.Module, courses: Courses, sites: Sequence[Site], example: Tensor) -> bool:
@@ -161,7 +161,7 @@ def _is_right(model: nn.Module, courses: Courses, sites: Sequence[Site], example
         return False
     # Compared at once, as the steps behind may change in place what these gave.
     right = all(_same(_flat(real[site.name]), _flat(frontier.calls(0, example, site))) for site in sites)
-    return right and courses.of(example) is not None
+    return right and not courses.reason
 
 
 def _keeping(seen: list[LayerCall]) -> Callable[[nn.Module, Any, Any], None]:

@@ -25,7 +25,7 @@ class Probe:
     are best asked about in the order in which they run: what lies before a site is not run again.
     """
 
-    def __init__(self, model: nn.Module, images: CalibrationImages, courses: Courses | None = None) -> None:
+    def __init__(self, model: nn.Module, images: CalibrationImages, courses: Courses) -> None:
         self._frontier = Frontier(model, courses, fixed=True)
         size = next(images.batches(1))[0].numel()
         self._batches = list(images.batches(min(256, max(32, VALUES // max(1, size)))))

@@ -170,7 +170,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
 def test_refused_before_the_work(make: Callable[[], nn.Module], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    monkeypatch.setattr(conversion, "Fit", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(conversion, "_prepare", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=f"^convert: .*{reason}"):
         convert(model)
 

@@ -86,7 +86,7 @@ def convert(
     _check_arguments(calibration, budget, metric, form, method, depth_multiplier, example_input)
     _check_numbers(sweeps, ridge)
     old, new, halves = _copies(model)
-    images = None if calibration is None else _images(old, calibration)
+    images = None if calibration is None else CalibrationImages.of(old, calibration)
     example = _example(old, example_input) if images is None else next(images.batches(2))
     manner = Manner(FORMS[form], method, sweeps, ridge)
     with undisturbed(old), evaluating(old, new):
@@ -220,13 +220,10 @@ def _check_numbers(sweeps: int, ridge: float) -> None:
         raise ValueError(f"convert: ridge must be at least 0 and finite, got {ridge!r}")
 
 
-def _images(model: nn.Module, source: Any, argument: str = "calibration") -> CalibrationImages:
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return CalibrationImages(source, first.device, first.dtype, argument)
-
-
 def _example(model: nn.Module, example_input: Any) -> Tensor | None:
-    return None if example_input is None else next(_images(model, [example_input], "example_input").batches(2))
+    if example_input is None:
+        return None
+    return next(CalibrationImages.of(model, [example_input], "convert: example_input").batches(2))
 
 
 def _sites(

@@ -94,7 +94,7 @@ def judged(net: Network, x: Tensor) -> list[Tensor]:
 
 
 def of_sizes(net: Network, x: Tensor) -> Tensor:
-    x = net.a(x)[..., : x.shape[-1] // 2]
+    x = net.a(x).mT[..., : x.shape[-1] // 2]
     return net.c(net.b(x).reshape(x.shape[0], 6, -1, 1) + torch.arange(6.0)[:, None, None])
 
 

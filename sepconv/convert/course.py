@@ -186,7 +186,7 @@ class _Recorder(TorchFunctionMode):
         self._count = 1
         self._inside: list[tuple[Any, Any]] = []
         own = [leaf for module in self.model.modules() for leaf in tree_leaves(vars(module))]
-        self._own = {id(leaf) for leaf in own if isinstance(leaf, Tensor)}
+        self._own = {id(leaf): leaf for leaf in own if isinstance(leaf, Tensor)}
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside.append(([], []) if self._inside else self._references(args, kwargs))
@@ -251,7 +251,7 @@ class Courses:
     def __init__(self, model: nn.Module, sites: Sequence[Site], reason: str = "") -> None:
         self._model = model
         self._sites = sites
-        self._found: dict[Kind, Course | None] = {}
+        self._found: dict[Kind, Course] = {}
         self.reason = reason
 
     def of(self, x: Tensor) -> Course | None:

@@ -1,4 +1,4 @@
-"""Small networks to convert, and images for them."""
+"""Small networks and single layers to convert, and images for them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
+from sepconv.convert.images import CalibrationImages
+from sepconv.convert.moments import Moments
 
 convert = partial(sepconv.convert, form="separable")
 
@@ -102,3 +104,38 @@ def trained(make: Callable[[], nn.Module]) -> nn.Module:
     for _ in range(20):
         model(images())
     return model.eval()
+
+
+def smooth_images(channels: int, seed: int = 0, count: int = 12, size: int = 11) -> Tensor:
+    """Images whose pixels and channels are correlated, as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, channels, size, size, dtype=torch.float64, generator=generator)
+    x = nn.functional.avg_pool2d(x, 3, 1, 1)
+    mix = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
+    return torch.einsum("dc,nchw->ndhw", mix, x) + 0.5
+
+
+def make_conv(seed: int = 0, **arguments: Any) -> nn.Conv2d:
+    torch.manual_seed(seed)
+    return nn.Conv2d(5, 7, 3, padding=1, **arguments).double().requires_grad_(False)
+
+
+def gather(conv: nn.Module, x: Tensor, target: Tensor | None = None, pixels: int = 10**6) -> Moments:
+    moments = Moments(conv)
+    moments.add(x, conv(x), target, pixels, torch.Generator().manual_seed(0))
+    return moments
+
+
+def before_and_after() -> tuple[nn.Module, nn.Module, CalibrationImages]:
+    """Two networks that are the same, and images that they have seen."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+
+    old, new = make().double(), make().double()
+    images = CalibrationImages(torch.randn(300, 3, 9, 9) * 2 + 1, torch.device("cpu"), torch.float64)
+    for x in images.batches():
+        old(x[:64])
+    new.load_state_dict(old.state_dict())
+    return old.eval(), new.eval(), images

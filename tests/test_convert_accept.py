@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import sepconv
-from sepconv.convert import Plan, closed_form, network
+from sepconv.convert import Plan, closed_form, conversion
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -170,7 +170,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
 def test_refused_before_the_work(make: Callable[[], nn.Module], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    monkeypatch.setattr(network, "Fit", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(conversion, "_prepare", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(ValueError, match=f"^convert: .*{reason}"):
         convert(model)
 

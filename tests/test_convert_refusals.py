@@ -9,7 +9,7 @@ import torch
 from convertible import conv, convert, images, plain, trained
 from torch import Tensor, nn
 
-from sepconv.convert import fit, network
+from sepconv.convert import conversion, fit
 
 
 class Bad(nn.Module):
@@ -71,7 +71,7 @@ def test_each_convolution_that_stays_has_its_reason() -> None:
 
 
 def test_a_layer_too_large_to_calibrate_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "LARGEST", 90)
+    monkeypatch.setattr(conversion, "LARGEST", 90)
     _, plan = convert(trained(plain), images(), depth_multiplier=1)
     assert [row.rank for row in plan.layers] == [1, 1, 0]
     assert plan.layers[2].reason == "too large to calibrate: 108 values in a patch, at most 90"
@@ -166,7 +166,7 @@ def test_the_layers_that_the_model_reads_stay_and_the_others_do_not(form: str, m
     found = convert(model, images(), depth_multiplier=1, form=form, sweeps=1)[1]
     assert [row.rank > 0 for row in found.layers] == [True, False, False, True]
     assert all(type(model.get_submodule(row.name)) is nn.Conv2d for row in found.layers)
-    monkeypatch.setattr(fit.Fit, "moments", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(fit.Fit, "_moments", lambda *_: pytest.fail("fitted"))
     with pytest.raises(
         ValueError, match=r"cannot be reached; .* of it stays as it is: 1\.conv: the model needs a normal c"
     ):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.convert.calibrate import Problem
-from sepconv.convert.factor import balance, truncated_svd
-from sepconv.convert.passes import Images, calls
-from sepconv.convert.statistics import Moments, pixels_per_image
+from sepconv.convert.forms.separable import balance, truncated_svd
+from sepconv.convert.images import CalibrationImages
+from sepconv.convert.moments import Moments, pixels_per_image
+from sepconv.convert.passes import calls
+from sepconv.convert.problem import LeastSquares
 
 SWEEPS = 60
 """Alternating least squares of CP and Tucker, which start from singular vectors."""
@@ -79,7 +80,7 @@ def pointwise_first_svd(conv: nn.Conv2d, multiplier: int) -> nn.Module:
     return pointwise_first(conv, filters, vh[:, :multiplier] * root.transpose(1, 2))
 
 
-def pointwise_first_fitted(conv: nn.Conv2d, problem: Problem, multiplier: int, sweeps: int) -> Fitted:
+def pointwise_first_fitted(conv: nn.Conv2d, problem: LeastSquares, multiplier: int, sweeps: int) -> Fitted:
     """Alternating least squares on the patches, each output channel on its own."""
     channels, taps = problem.channels, problem.taps
     xx = problem.xx.view(channels, taps, channels, taps)
@@ -107,7 +108,7 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
 def pointwise_first_sequential(model: nn.Module, calibration: Tensor, multiplier: int, sweeps: int = 2) -> nn.Module:
     """Every layer fitted to the original's output on the converted network's input, as `sepconv.convert` does."""
     old, new = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-    images = Images(calibration, calibration.device, calibration.dtype)
+    images = CalibrationImages(calibration, calibration.device, calibration.dtype)
     generator = torch.Generator().manual_seed(0)
     for name, conv in convolutions(model):
         mine: Any = new.get_submodule(name)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from sepconv.convert.forms import Form
-from sepconv.convert.graph import Site
+from sepconv.convert.forms import AnyForm
 from sepconv.convert.outputs import difference, tensors
 from sepconv.convert.passes import Hooks, in_words, run, telling_where
 from sepconv.convert.replace import replace
+from sepconv.convert.sites import Site
 from sepconv.layers.borrowed import copied, is_exported
 
 HALF = (torch.bfloat16, torch.float16)
@@ -125,7 +125,7 @@ def check_outputs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> N
     difference(wanted, given, "a layer")
 
 
-def leave_those_read(model: nn.Module, sites: Sequence[Site], form: Form, example: Tensor) -> None:
+def leave_those_read(model: nn.Module, sites: Sequence[Site], form: AnyForm, example: Tensor) -> None:
     """Give sites their reason to stay whose place a new layer cannot take, because of how the model uses them.
 
     Tried with layers that are like the new ones from outside and compute what the convolution does: all together, and
@@ -137,7 +137,7 @@ def leave_those_read(model: nn.Module, sites: Sequence[Site], form: Form, exampl
             site.reason = _refusal(model, [site], form, example)
 
 
-def _refusal(model: nn.Module, sites: Sequence[Site], form: Form, example: Tensor) -> str:
+def _refusal(model: nn.Module, sites: Sequence[Site], form: AnyForm, example: Tensor) -> str:
     called: set[nn.Module] = set()
     originals: list[tuple[Site, Any]] = [(site, model.get_submodule(site.name)) for site in sites]
     try:

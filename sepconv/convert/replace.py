@@ -1,4 +1,4 @@
-"""Putting a separable layer in a normal convolution's place."""
+"""Putting layers in a normal convolution's place: what every form of them has in common."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from sepconv.convert.bottleneck import Factors
-from sepconv.convert.factor import balance
 from sepconv.layers import (
     PointwiseConv1d,
     PointwiseConv2d,
@@ -20,63 +18,45 @@ from sepconv.layers import (
     SeparableConv3d,
 )
 
-_POINTWISE: dict[int, Any] = {1: PointwiseConv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
-_SEPARABLE: dict[int, Any] = {1: SeparableConv1d, 2: SeparableConv2d, 3: SeparableConv3d}
+Pointwise = PointwiseConv1d | PointwiseConv2d | PointwiseConv3d
+SeparableLayer = SeparableConv1d | SeparableConv2d | SeparableConv3d
+
+_POINTWISE: dict[int, type[Pointwise]] = {1: PointwiseConv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
+_SEPARABLE: dict[int, type[SeparableLayer]] = {1: SeparableConv1d, 2: SeparableConv2d, 3: SeparableConv3d}
 
 
-def empty_separable(conv: _ConvNd, in_channels: int, depth_multiplier: int, bias: bool) -> nn.Module:
-    """A separable layer with the arguments, dtype, device and mode of ``conv``; its weights are yet to be set."""
-    layer: nn.Module = _SEPARABLE[len(conv.kernel_size)](
+def empty_pointwise(conv: _ConvNd, out_channels: int) -> Pointwise:
+    """A pointwise layer without bias on the input of ``conv``; its weight is yet to be set."""
+    layer = _POINTWISE[len(conv.kernel_size)](
+        conv.in_channels, out_channels, bias=False, device=conv.weight.device, dtype=conv.weight.dtype
+    )
+    return layer.train(conv.training)
+
+
+def empty_separable(conv: _ConvNd, in_channels: int, depth_multiplier: int, has_bias: bool = False) -> SeparableLayer:
+    """A separable layer with the arguments, dtype, device and mode of ``conv``; its weights are yet to be set.
+
+    Args:
+        has_bias: it has one even where ``conv`` has none.
+    """
+    return _SEPARABLE[len(conv.kernel_size)](
         in_channels,
         conv.out_channels,
         conv.kernel_size,
         conv.stride,
         conv.padding,
         conv.dilation,
-        bias,
+        has_bias or conv.bias is not None,
         conv.padding_mode,
         conv.weight.device,
         conv.weight.dtype,
         depth_multiplier=depth_multiplier,
         depthwise_bias=False,
-    )
-    return layer.train(conv.training)
+    ).train(conv.training)
 
 
-def empty_bottleneck(conv: _ConvNd, channels: int, bias: bool) -> nn.Module:
-    """A pointwise layer to ``channels``, then a separable one; the weights are yet to be set.
-
-    The first has no bias, so that a padding of zeros stays one.
-    """
-    factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    reduce = _POINTWISE[len(conv.kernel_size)](conv.in_channels, channels, bias=False, **factory)
-    return nn.Sequential(reduce, empty_separable(conv, channels, 1, bias)).train(conv.training)
-
-
-def separable(conv: _ConvNd, filters: Tensor, columns: Tensor, shift: Tensor | None = None) -> nn.Module:
-    """The separable layer of given factors; ``shift`` is added to the bias.
-
-    Shape:
-        filters: (C, M, k), columns: (O, C, M), shift: (O,)
-    """
-    filters, columns = balance(filters, columns)
-    layer = empty_separable(conv, conv.in_channels, filters.shape[1], conv.bias is not None or shift is not None)
-    _set(layer, filters, columns, conv, shift)
-    return _as(conv, layer)
-
-
-def bottleneck(conv: _ConvNd, factors: Factors, shift: Tensor | None = None) -> nn.Module:
-    """The bottleneck of given factors; ``shift`` (O,) is added to the bias."""
-    expand, reduce, filters = factors
-    layer: Any = empty_bottleneck(conv, len(filters), conv.bias is not None or shift is not None)
-    with torch.no_grad():
-        layer[0].weight.copy_(reduce.T.reshape(layer[0].weight.shape))
-    _set(layer[1], filters, expand, conv, shift)
-    return _as(conv, layer)
-
-
-def _set(layer: Any, filters: Tensor, columns: Tensor, conv: _ConvNd, shift: Tensor | None) -> None:
-    """Fill in the weights of a separable layer in the place of ``conv``."""
+def fill(layer: SeparableLayer, filters: Tensor, columns: Tensor, conv: _ConvNd, shift: Tensor | None) -> None:
+    """Set the weights of a separable layer in the place of ``conv``; ``shift`` (O,) is added to the bias."""
     bias = columns.new_zeros(len(columns)) if conv.bias is None else conv.bias.detach().double()
     with torch.no_grad():
         layer.depthwise.weight.copy_(filters.reshape(layer.depthwise.weight.shape))
@@ -85,9 +65,9 @@ def _set(layer: Any, filters: Tensor, columns: Tensor, conv: _ConvNd, shift: Ten
             layer.pointwise.bias.copy_(bias if shift is None else bias + shift)
 
 
-def _as(conv: _ConvNd, layer: Any) -> nn.Module:
-    """The layer in the memory format of ``conv``, trainable where that is."""
-    layer.requires_grad_(conv.weight.requires_grad)
+def like(conv: _ConvNd, layer: Any) -> nn.Module:
+    """The layer in the mode and memory format of ``conv``, trainable where that is."""
+    layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
     if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
         layer.to(memory_format=torch.channels_last)
     done: nn.Module = layer

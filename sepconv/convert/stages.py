@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from sepconv.convert.batch_norm import reestimate
-from sepconv.convert.fit import Fit
+from sepconv.convert.fit import Fit, Manner
+from sepconv.convert.images import CalibrationImages
 from sepconv.convert.outputs import OutputError, tensors
-from sepconv.convert.passes import Images, run
+from sepconv.convert.passes import run
 
 
-def output_error(old: nn.Module, new: nn.Module, images: Images) -> float | None:
+def output_error(old: nn.Module, new: nn.Module, images: CalibrationImages) -> float | None:
     """Squared error of the outputs, relative to their variance over the images; None without any to compare."""
     found = OutputError()
     with torch.no_grad():
@@ -27,11 +28,11 @@ def finish(fit: Fit, ranks: dict[str, int], reestimate_bn: bool) -> list[dict[st
     """Re-estimate batch norms if asked, and report the closed form with the same ranks, the method, and that."""
     if fit.images is None:
         return []
-    closed_form = Fit(fit.old, copy.deepcopy(fit.old), fit.sites, None, fit.form, "svd", 0, 0.0)
+    closed_form = Fit(fit.old, copy.deepcopy(fit.old), fit.sites, None, Manner(fit.form))
     closed_form.run(ranks)
     stages = [("closed form", output_error(fit.old, closed_form.new, fit.images))]
-    if fit.method != "svd":
-        stages.append((fit.method.replace("_", " "), output_error(fit.old, fit.new, fit.images)))
+    if fit.manner.method != "svd":
+        stages.append((fit.manner.method.replace("_", " "), output_error(fit.old, fit.new, fit.images)))
     if reestimate_bn and reestimate(fit.old, fit.new, fit.images):
         stages.append(("batch norm statistics", output_error(fit.old, fit.new, fit.images)))
     return [{"name": name, "output_error": error} for name, error in stages if error is not None]

@@ -10,31 +10,27 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from sepconv.convert.forms import Form
-from sepconv.convert.graph import Site
+from sepconv.convert.forms import AnyForm
+from sepconv.convert.sites import Site
 from sepconv.system.timing import in_turn
 
-METRICS = ("conv_params", "macs", "latency")
+METRICS = {"conv_params": "the convolutions' weights", "macs": "the convolutions' MACs", "latency": "the measured time"}
+"""What a budget is a part of, with its name in words."""
+
 _ROUNDS = 9
 
 
-def weights(site: Site, form: Form, rank: int) -> int:
+def weights(site: Site, form: AnyForm, rank: int) -> int:
     """Weights of a convolution (rank 0), or of what it becomes."""
     return form.weights(site.conv, rank) if rank else site.conv.weight.numel()
 
 
-def macs(site: Site, form: Form, rank: int) -> int:
-    """Multiply-adds for one image over all calls.
-
-    Depthwise and last pointwise layer work at output resolution, the first pointwise layer of a bottleneck at that of
-    the input.
-    """
-    if isinstance(site.conv, _ConvTransposeNd):
-        return site.conv.weight.numel() * site.input_pixels
-    total = weights(site, form, rank) * site.pixels
-    if rank and form.name == "bottleneck":
-        total += rank * site.conv.in_channels * (site.input_pixels - site.pixels)
-    return total
+def macs(site: Site, form: AnyForm, rank: int) -> int:
+    """Multiply-adds of a convolution (rank 0), or of what it becomes, for one image over all calls."""
+    if rank:
+        return form.macs(site.conv, rank, site.input_pixels, site.pixels)
+    transposed = isinstance(site.conv, _ConvTransposeNd)
+    return site.conv.weight.numel() * (site.input_pixels if transposed else site.pixels)
 
 
 def _median_time(modules: dict[int, nn.Module], x: torch.Tensor) -> dict[int, float]:
@@ -50,7 +46,7 @@ def _median_time(modules: dict[int, nn.Module], x: torch.Tensor) -> dict[int, fl
     return {key: statistics.median(values[2:]) for key, values in times.items()}
 
 
-def latencies(site: Site, form: Form, ranks: list[int]) -> dict[int, float]:
+def latencies(site: Site, form: AnyForm, ranks: list[int]) -> dict[int, float]:
     """Measured seconds for one image over all calls, for rank 0 (normal) and every rank."""
     modules: dict[int, nn.Module] = {0: site.conv, **{rank: form.empty(site.conv, rank) for rank in ranks}}
     total = dict.fromkeys(modules, 0.0)
@@ -63,9 +59,9 @@ def latencies(site: Site, form: Form, ranks: list[int]) -> dict[int, float]:
     return total
 
 
-def costs(site: Site, form: Form, metric: str) -> dict[int, float]:
+def costs(site: Site, form: AnyForm, metric: str) -> dict[int, float]:
     """Cost of rank 0 (normal) and of every rank that is cheaper than that; of a site that must stay, rank 0 alone."""
-    cost: Callable[[Site, Form, int], float] = macs if metric == "macs" else weights
+    cost: Callable[[Site, AnyForm, int], float] = macs if metric == "macs" else weights
     ranks = [] if site.reason else form.ranks(site.conv)
     if metric == "latency":
         fewer = [rank for rank in ranks if macs(site, form, rank) < macs(site, form, 0)]

@@ -12,11 +12,11 @@ from convertible import NETWORKS, conv, images, plain, resnet, trained
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.convert import bottleneck, closed_form, convert
-from sepconv.convert.bottleneck import Factors
-from sepconv.convert.calibrate import Problem
-from sepconv.convert.forms import FORMS
-from sepconv.convert.statistics import Moments
+from sepconv.convert import closed_form, convert
+from sepconv.convert.forms import FORMS, bottleneck
+from sepconv.convert.forms.bottleneck import BottleneckFactors
+from sepconv.convert.moments import Moments
+from sepconv.convert.problem import LeastSquares
 from sepconv.cost import count
 from sepconv.runs.model_file import Card, open_model, write
 from sepconv.runs.structure import differences
@@ -28,7 +28,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def problem(channels: int = 5, outputs: int = 7, taps: int = 9, metric: Tensor | None = None) -> tuple[Problem, Tensor]:
+def problem(
+    channels: int = 5, outputs: int = 7, taps: int = 9, metric: Tensor | None = None
+) -> tuple[LeastSquares, Tensor]:
     """Patches whose values hang together, the targets of a weight plus noise; and that weight (O, C, k)."""
     mixing = random(channels * taps, channels * taps, seed=1)
     patches = random(400, channels * taps, seed=2) @ mixing
@@ -36,11 +38,11 @@ def problem(channels: int = 5, outputs: int = 7, taps: int = 9, metric: Tensor |
     y = patches @ weight.flatten(1).T + random(400, outputs, seed=4)
     metric = torch.eye(outputs, dtype=torch.float64) if metric is None else metric
     n = len(patches)
-    return Problem(patches.T @ patches / n, y.T @ patches / n, y.T @ y / n, metric, channels), weight
+    return LeastSquares(patches.T @ patches / n, y.T @ patches / n, y.T @ y / n, metric, channels), weight
 
 
 def test_compose_is_the_three_layers_one_after_the_other() -> None:
-    factors = Factors(random(7, 4), random(5, 4, seed=1), random(4, 9, seed=2))
+    factors = BottleneckFactors(random(7, 4), random(5, 4, seed=1), random(4, 9, seed=2))
     weight = bottleneck.compose(factors)
     assert weight.shape == (7, 5, 9)
     written = torch.einsum("or,cr,rk->ock", *factors)
@@ -49,7 +51,7 @@ def test_compose_is_the_three_layers_one_after_the_other() -> None:
 
 
 def test_a_weight_that_is_a_bottleneck_is_found_again() -> None:
-    weight = bottleneck.compose(Factors(random(7, 2), random(5, 2, seed=1), random(2, 9, seed=2)))
+    weight = bottleneck.compose(BottleneckFactors(random(7, 2), random(5, 2, seed=1), random(2, 9, seed=2)))
     found = bottleneck.compose(bottleneck.decompose(weight, 3))
     assert float((found - weight).norm() / weight.norm()) < 1e-3
 
@@ -116,7 +118,7 @@ def test_sweeps_end_where_they_would_take_minutes() -> None:
 def test_layers_compute_what_their_factors_say(dims: int, arguments: dict[str, Any]) -> None:
     kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     layer = kind(4, 6, 3, padding=1, **arguments).double()
-    factors = Factors(random(6, 3), random(4, 3, seed=1), random(3, 3**dims, seed=2))
+    factors = BottleneckFactors(random(6, 3), random(4, 3, seed=1), random(3, 3**dims, seed=2))
     shift = random(6, seed=3)
     new = FORM.layer(layer, factors, shift)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -151,44 +151,58 @@ def record(model: nn.Module, sites: list[Site], example: Tensor, hint: str = "")
     Raises:
         ValueError: the model fails, or a convolution's output is not finite; the message names the layer.
     """
-    order: list[Site] = []
-    results: list[tuple[Site, Tensor, int]] = []
-
-    def ran(site: Site) -> Callable[..., None]:
-        def hook(conv: nn.Module, x: Tensor, output: Tensor) -> None:
-            if not site.outputs:
-                order.append(site)
-            if output.dim() != len(site.conv.kernel_size) + 2:
-                site.reason = site.reason or "called without a batch dimension"
-            site.inputs.append(tuple(x.shape[1:]))
-            site.outputs.append(tuple(output.shape[1:]))
-            results.append((site, output, output._version))
-
-        return hook
-
-    def norm_ran(name: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, x: Any) -> None:
-            for site, output, version in results:
-                if x is output and output._version == version:
-                    site.norm = name
-
-        return hook
-
+    record = _Record()
     with Hooks() as hooks, telling_where(model, example.shape, hint), torch.no_grad():
         for site in sites:
-            hooks.after(site.conv, ran(site))
+            hooks.after(site.conv, record.conv_ran(site))
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
-                hooks.before(module, norm_ran(name))
+                hooks.before(module, record.norm_runs(name))
         run(model, example)
-    for site, output, _ in results:
-        if not output.isfinite().all():
-            layer = in_words(site.name, site.conv)
+    for result in record.results:
+        if not result.output.isfinite().all():
+            layer = in_words(result.site.name, result.site.conv)
             raise ValueError(f"convert: the output of {layer} holds NaN or infinity on calibration images")
     idle = [site for site in sites if not site.outputs]
     for site in idle:
         site.reason = site.reason or "its forward never ran on the images"
-    return order + idle
+    return record.order + idle
+
+
+class _Result(NamedTuple):
+    """What a convolution returned; the version tells whether it was changed in place since."""
+
+    site: Site
+    output: Tensor
+    version: int
+
+
+class _Record:
+    """What convolutions and batch norms did, in one pass."""
+
+    def __init__(self) -> None:
+        self.order: list[Site] = []
+        self.results: list[_Result] = []
+
+    def conv_ran(self, site: Site) -> Callable[[nn.Module, Tensor, Tensor], None]:
+        def hook(conv: nn.Module, x: Tensor, output: Tensor) -> None:
+            if not site.outputs:
+                self.order.append(site)
+            if output.dim() != len(site.conv.kernel_size) + 2:
+                site.reason = site.reason or "called without a batch dimension"
+            site.inputs.append(tuple(x.shape[1:]))
+            site.outputs.append(tuple(output.shape[1:]))
+            self.results.append(_Result(site, output, output._version))
+
+        return hook
+
+    def norm_runs(self, name: str) -> Callable[[nn.Module, Tensor], None]:
+        def hook(norm: nn.Module, x: Tensor) -> None:
+            for result in self.results:
+                if x is result.output and result.output._version == result.version:
+                    result.site.norm = name
+
+        return hook
 
 
 def reasons(sites: Sequence[Site]) -> str:
@@ -205,7 +219,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-class _Tracer(fx.Tracer):
+class _NormTracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, _ConvNd | _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
@@ -213,7 +227,7 @@ class _Tracer(fx.Tracer):
 def trace_norms(model: nn.Module, sites: list[Site]) -> str:
     """Fill in followers without any input, by symbolic tracing. Returns "" or why it was not possible."""
     try:
-        graph = _Tracer().trace(model)
+        graph = _NormTracer().trace(model)
     except Exception as error:  # any code of the model may fail on a symbolic value, in any way
         return f"{type(error).__name__}: {error}".splitlines()[0]
     modules = dict(model.named_modules(remove_duplicate=False))

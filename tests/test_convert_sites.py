@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sepconv.convert.graph import find_sites, norm_scale, record, trace_norms
+from sepconv.convert.sites import find_sites, norm_scale, record, trace_norms
 
 
 class Norms(nn.Module):

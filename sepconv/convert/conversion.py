@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,17 @@ from sepconv.convert.accept import (
     undisturbed,
     widen,
 )
-from sepconv.convert.fit import METHODS, Errors, Fit
-from sepconv.convert.forms import FORMS, Form
-from sepconv.convert.graph import Site, Skip, find_sites, reasons, record, trace_norms
-from sepconv.convert.options import METRICS, costs, macs, weights
-from sepconv.convert.passes import Images
+from sepconv.convert.fit import METHODS, Errors, Fit, Manner
+from sepconv.convert.forms import FORMS, AnyForm
+from sepconv.convert.frontier import follow
+from sepconv.convert.images import CalibrationImages
+from sepconv.convert.moments import LARGEST
 from sepconv.convert.plan import LayerPlan, Plan
-from sepconv.convert.ranks import ranks_for_budget
+from sepconv.convert.ranks.budget import Costs, ranks_for_budget
+from sepconv.convert.ranks.cost import METRICS, costs, macs, weights
+from sepconv.convert.ranks.sensitivity import IMAGES, norm_metric, output_metrics
+from sepconv.convert.sites import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.stages import finish
-from sepconv.convert.statistics import LARGEST
 from sepconv.layers.borrowed import evaluating
 
 
@@ -81,8 +83,59 @@ def convert(
         ValueError: an argument is out of range, the model cannot be run, changed or copied (the message names the
             layer), the budget cannot be reached (what can, and what stays and why), or no convolution can be converted.
     """
-    _check_arguments(model, calibration, budget, metric, form, method, depth_multiplier, example_input)
+    _check_arguments(calibration, budget, metric, form, method, depth_multiplier, example_input)
     _check_numbers(sweeps, ridge)
+    old, new, halves = _copies(model)
+    images = None if calibration is None else CalibrationImages.of(old, calibration)
+    example = _example(old, example_input) if images is None else next(images.batches(2))
+    manner = Manner(FORMS[form], method, sweeps, ridge)
+    with undisturbed(old), evaluating(old, new):
+        sites, notes = _sites(old, skip, example, halves)
+        fit = Fit(old, new, sites, images, manner)
+        priced = _prices(fit, metric, example)
+        _require_some(model, sites, priced, fixed=depth_multiplier is not None)
+        if on_progress is not None:
+            fit.on_step = _counter(fit, {} if depth_multiplier else priced, on_progress)
+        notes += _prepare(fit, example)
+        ranks = (
+            {site.name: manner.form.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
+            if depth_multiplier
+            else ranks_for_budget(fit, priced, budget, metric)
+        )
+        errors = fit.run(ranks)
+        stages = finish(fit, ranks, reestimate_bn)
+    if fit.courses.reason:
+        notes.append(f"slower: the model ran from its beginning for each layer; not followed: {fit.courses.reason}")
+    _finish_layers(old, new, sites, halves)
+    rows = [_row(site, manner.form, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
+    share = None if depth_multiplier else budget
+    return new, Plan(rows, form, method, metric, share, images.count if images else 0, stages, notes)
+
+
+def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.Module:
+    """The conversion of `plan` as the weights alone give it: the same ranks, no images. What calibration improves on.
+
+    Args:
+        model: the one that the plan was made for; it is left as it was.
+        example_input: a batch of one or more images, with which batch norms are found in any model.
+    """
+    old, new, halves = _copies(model)
+    with undisturbed(old), evaluating(old, new):
+        sites, _ = _sites(old, (), _example(old, example_input), halves)
+        Fit(old, new, sites, None, Manner(FORMS[plan.form])).run({row.name: row.rank for row in plan.converted})
+    _finish_layers(old, new, sites, halves)
+    return new
+
+
+class _Copies(NamedTuple):
+    """Of a model: one that stays, one whose layers are replaced, and the types of what was half precision."""
+
+    old: nn.Module
+    new: nn.Module
+    halves: dict[str, torch.dtype]
+
+
+def _copies(model: nn.Module) -> _Copies:
     check_kind(model)
     with undisturbed(model):
         old = own_copy(model)
@@ -90,38 +143,22 @@ def convert(
         halves = widen(old)
         new = copy.deepcopy(old)
         old.requires_grad_(False)
-    images = None if calibration is None else _images(old, calibration)
-    example = _example(old, example_input) if images is None else next(images.batches(2))
-    kind = FORMS[form]
-    with undisturbed(old), evaluating(old, new):
-        sites, notes = _sites(old, skip, example, halves)
-        if images is not None and method != "svd":
-            _leave_large(sites)
-        if example is not None:
-            leave_those_read(new, sites, kind, example)
-            check_outputs(old, sites, example)
-        priced = {site.name: costs(site, kind, metric) for site in sites}
-        _require_some(model, sites, priced, fixed=depth_multiplier is not None)
-        fit = Fit(old, new, sites, images, kind, method, sweeps, ridge)
-        if on_progress is not None:
-            trials = 0 if depth_multiplier else sum(len(cost) - 1 for cost in priced.values())
-            fit.on_step = _counter(trials + len(fit.candidates), on_progress)
-        if images is not None and method != "svd":
-            notes += fit.measure_sensitivity()
-        if depth_multiplier is None:
-            ranks = ranks_for_budget(fit, priced, budget, metric)
-        else:
-            ranks = {site.name: kind.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
-        errors = fit.run(ranks)
-        stages = finish(fit, ranks, reestimate_bn)
-    _finish_layers(old, new, sites, halves)
-    rows = [_row(site, kind, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
-    share = budget if depth_multiplier is None else None
-    return new, Plan(rows, form, method, metric, share, images.count if images else 0, stages, notes)
+    return _Copies(old, new, halves)
 
 
-def _counter(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
+def _prices(fit: Fit, metric: str, example: Tensor | None) -> Costs:
+    """What each rank of each site costs, after all sites that must stay have got their reason."""
+    if fit.calibration is not None:
+        _leave_large(fit.sites)
+    if example is not None:
+        leave_those_read(fit.new, fit.sites, fit.form, example)
+        check_outputs(fit.old, fit.sites, example)
+    return {site.name: costs(site, fit.form, metric) for site in fit.sites}
+
+
+def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
     """Counts its calls; a layer that stays normal after all is not fitted, so the end may come early."""
+    total = len(fit.candidates) + sum(len(prices) - 1 for prices in trials.values())
     done = 0
 
     def step() -> None:
@@ -132,25 +169,16 @@ def _counter(total: int, on_progress: Callable[[int, int], None]) -> Callable[[]
     return step
 
 
-def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.Module:
-    """The conversion of `plan` as the weights alone give it: the same ranks, no images. What calibration improves on.
-
-    Args:
-        model: the one that the plan was made for; it is left as it was.
-        example_input: a batch of one or more images, with which batch norms are found in any model.
-    """
-    check_kind(model)
-    with undisturbed(model):
-        old = own_copy(model)
-        halves = widen(old)
-        new = copy.deepcopy(old)
-        old.requires_grad_(False)
-        with evaluating(old, new):
-            sites, _ = _sites(old, (), _example(old, example_input), halves)
-            fit = Fit(old, new, sites, None, FORMS[plan.form], "svd", 0, 0.0)
-            fit.run({row.name: row.rank for row in plan.converted})
-    _finish_layers(old, new, sites, halves)
-    return new
+def _prepare(fit: Fit, example: Tensor | None) -> list[str]:
+    """How the network is passed through and what errors cost, where images are used. Returns notes for the plan."""
+    if fit.calibration is None or example is None:
+        return []
+    fit.courses = follow(fit.old, fit.candidates, example)
+    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(IMAGES))
+    if all(site.name in fit.metrics for site in fit.candidates):
+        return []
+    fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
+    return ["the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
 
 
 def _finish_layers(old: nn.Module, new: nn.Module, sites: list[Site], halves: dict[str, torch.dtype]) -> None:
@@ -161,14 +189,13 @@ def _finish_layers(old: nn.Module, new: nn.Module, sites: list[Site], halves: di
 
 
 def _check_arguments(
-    model: nn.Module,
-    calibration: Any,
+    calibration: object,
     budget: float,
     metric: str,
     form: str,
     method: str,
     depth_multiplier: int | None,
-    example_input: Any,
+    example_input: object,
 ) -> None:
     if not 0 < budget <= 1:
         raise ValueError(f"convert: budget must be over 0 and at most 1, got {budget!r}")
@@ -193,16 +220,15 @@ def _check_numbers(sweeps: int, ridge: float) -> None:
         raise ValueError(f"convert: ridge must be at least 0 and finite, got {ridge!r}")
 
 
-def _images(model: nn.Module, source: Any, argument: str = "calibration") -> Images:
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return Images(source, first.device, first.dtype, argument)
-
-
 def _example(model: nn.Module, example_input: Any) -> Tensor | None:
-    return None if example_input is None else next(_images(model, [example_input], "example_input").batches(2))
+    if example_input is None:
+        return None
+    return next(CalibrationImages.of(model, [example_input], "convert: example_input").batches(2))
 
 
-def _sites(model: nn.Module, skip: Skip, example: Any, halves: Any) -> tuple[list[Site], list[str]]:
+def _sites(
+    model: nn.Module, skip: Skip, example: Tensor | None, halves: dict[str, torch.dtype]
+) -> tuple[list[Site], list[str]]:
     """The convolutions, recorded on an example if there is one, else traced; with what could not be found out."""
     sites = find_sites(model, skip)
     if example is not None:
@@ -221,7 +247,7 @@ def _leave_large(sites: list[Site]) -> None:
             site.reason = site.reason or f"too large to calibrate: {values} values in a patch, at most {LARGEST}"
 
 
-def _require_some(model: nn.Module, sites: list[Site], priced: dict[str, dict[int, float]], fixed: bool) -> None:
+def _require_some(model: nn.Module, sites: list[Site], priced: Costs, fixed: bool) -> None:
     """Give sites that no rank makes cheaper their reason; at least one site must be left."""
     for site in sites:
         if not site.reason and not fixed and len(priced[site.name]) == 1:
@@ -234,20 +260,20 @@ def _require_some(model: nn.Module, sites: list[Site], priced: dict[str, dict[in
     raise ValueError(f"convert: {type(model).__name__} has no convolution to convert ({why})")
 
 
-def _row(site: Site, form: Form, rank: int, errors: Errors | None) -> LayerPlan:
+def _row(site: Site, form: AnyForm, rank: int, errors: Errors | None) -> LayerPlan:
     conv = site.conv
     known = bool(site.outputs)
     return LayerPlan(
-        site.name,
-        conv.in_channels,
-        conv.out_channels,
-        tuple(conv.kernel_size),
-        rank,
-        weights(site, form, 0),
-        weights(site, form, rank),
-        macs(site, form, 0) if known else None,
-        macs(site, form, rank) if known else None,
-        errors.closed_form if errors else None,
-        errors.fitted if errors else None,
-        "" if rank else site.reason or "the budget is better spent on other layers",
+        name=site.name,
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=tuple(conv.kernel_size),
+        rank=rank,
+        weights_before=weights(site, form, 0),
+        weights_after=weights(site, form, rank),
+        macs_before=macs(site, form, 0) if known else None,
+        macs_after=macs(site, form, rank) if known else None,
+        error_closed_form=errors.closed_form if errors else None,
+        error=errors.fitted if errors else None,
+        reason="" if rank else site.reason or "the budget is better spent on other layers",
     )

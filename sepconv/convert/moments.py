@@ -9,15 +9,17 @@ seeded random choice of them is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from sepconv.convert import share
-from sepconv.convert.calibrate import Problem
+from sepconv.convert.images import CalibrationImages
+from sepconv.convert.passes import Hooks, run
+from sepconv.convert.problem import LeastSquares
 
 CHUNK = 1 << 24
 """Values in one chunk of patches (64 MB in float32)."""
@@ -33,6 +35,9 @@ CONSTANT = 1e-9
 
 LARGEST = 1 << 14
 """Values of a patch, C*k, that a layer may have: its second moments then take 2 GB."""
+
+GROUP_BYTES = 1 << 31
+"""Second moments held at once; more layers than fit need another pass over the images."""
 
 
 def patches(conv: _ConvNd, x: Tensor, sizes: Sequence[int], positions: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ class Moments:
         share.add_up(self.xx, self.rx, self.rr, self.x, self.r, count)
         self.count = int(count)
 
-    def problem(self, metric: Tensor, ridge: float) -> Problem:
+    def problem(self, metric: Tensor, ridge: float) -> LeastSquares:
         """The centred problem; ``ridge`` (relative to the mean variance of a patch value) holds it to the weight.
 
         The ridge is what a handful of white-noise patches would add whose target is the original layer's answer. It
@@ -142,7 +147,7 @@ class Moments:
         xx.diagonal().add_(ridge * level)
         wr = w @ rx.T
         yy = w @ xx @ w.T + wr + wr.T + rr
-        return Problem(xx, w @ xx + rx, yy, metric, self.conv.in_channels)
+        return LeastSquares(xx, w @ xx + rx, yy, metric, self.conv.in_channels)
 
     def bias(self, weight: Tensor) -> Tensor:
         """What to add to the original bias so that the mean output is right: (O,)."""
@@ -153,3 +158,53 @@ class Moments:
 def pixels_per_image(moments: Moments, images: int) -> int:
     """Pixels to take of every image so that there are about ``SAMPLES`` patches for every value of a patch."""
     return max(LEAST_PIXELS, math.ceil(SAMPLES * moments.xx.shape[0] / images))
+
+
+def gather(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, one_draw: bool) -> Iterator[Moments]:
+    """Second moments of layers on their inputs in one network, many layers from one pass over the images.
+
+    Args:
+        one_draw: the layers of a pass draw their pixels one after the other from one random generator; if not, each
+            from its own.
+    """
+    for group in _groups(convs):
+        yield from _of_group(group, model, images, one_draw)
+
+
+def _groups(convs: Sequence[_ConvNd]) -> Iterator[list[_ConvNd]]:
+    """Consecutive layers whose second moments fit into memory together."""
+    group: list[_ConvNd] = []
+    size = 0
+    for conv in convs:
+        bytes_needed = 8 * conv.weight[0].numel() ** 2
+        if group and size + bytes_needed > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(conv)
+        size += bytes_needed
+    if group:
+        yield group
+
+
+def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, one_draw: bool) -> list[Moments]:
+    found = [Moments(conv) for conv in convs]
+    generators = [torch.Generator()] * len(found) if one_draw else [torch.Generator() for _ in found]
+
+    def add(moments: Moments, generator: torch.Generator) -> Callable[..., None]:
+        pixels = pixels_per_image(moments, images.count)
+
+        def hook(_: nn.Module, x: Tensor, output: Tensor) -> None:
+            moments.add(x, output, None, pixels, generator)
+
+        return hook
+
+    with Hooks() as hooks, torch.no_grad():
+        for moments, generator in zip(found, generators, strict=True):
+            hooks.after(moments.conv, add(moments, generator))
+        for x, drawn in share.mine(images.batches()):
+            for generator in generators:
+                generator.set_state(drawn.get_state())
+            run(model, x)
+    for moments in found:
+        moments.add_up()
+    return found

@@ -9,10 +9,11 @@ from convertible import NETWORKS, Shared, conv, convert, images, plain, resnet, 
 from torch import Tensor, nn
 
 from sepconv import SeparableConv1d, SeparableConv2d, SeparableConv3d
-from sepconv.convert import Plan, closed_form, options
+from sepconv.convert import Plan, closed_form
 from sepconv.convert.forms import FORMS
-from sepconv.convert.graph import find_sites, record
-from sepconv.convert.options import latencies
+from sepconv.convert.ranks import cost
+from sepconv.convert.ranks.cost import latencies
+from sepconv.convert.sites import find_sites, record
 
 STAYED = "the budget is better spent on other layers"
 
@@ -125,7 +126,7 @@ def test_latency_as_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(module(x).shape == modules[0](x).shape for module in modules.values())
         return {m: 0.2 + 0.1 * m if m else float(modules[0].kernel_size[0]) for m in modules}
 
-    monkeypatch.setattr(options, "_median_time", pretend)
+    monkeypatch.setattr(cost, "_median_time", pretend)
     model = nn.Sequential(conv(4, 8, 3), nn.ReLU(), conv(8, 8, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     _, plan = convert(model.double(), images()[:, [0, 1, 2, 0]], (3 + 0.7) / 8, metric="latency")
     paid = [0.2 + 0.1 * row.rank if row.rank else row.kernel_size[0] for row in plan.layers]

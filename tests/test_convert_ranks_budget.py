@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sepconv.convert import budget
-from sepconv.convert.budget import Option, choose, smallest
+from sepconv.convert.ranks import budget
+from sepconv.convert.ranks.budget import Option, choose, smallest
 
 LAYERS = st.lists(
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=4), min_size=1, max_size=5

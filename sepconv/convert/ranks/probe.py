@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.convert.graph import Site
+from sepconv.convert.course import Courses
+from sepconv.convert.frontier import Frontier
+from sepconv.convert.images import CalibrationImages
 from sepconv.convert.outputs import difference, tensors
-from sepconv.convert.passes import Hooks, Images, run
+from sepconv.convert.passes import Hooks, run
+from sepconv.convert.sites import Site
 
 VALUES = 1 << 20
 """Input values to probe with, by which large images are fewer; 32 to 256 images."""
@@ -18,11 +21,12 @@ VALUES = 1 << 20
 class Probe:
     """Output errors of a network with one layer changed, on some of the images.
 
-    ``model`` must be in evaluation mode. Its weights are exchanged while it runs, and put back.
+    ``model`` must be in evaluation mode. Its weights are exchanged while it runs, and put back. With its courses, sites
+    are best asked about in the order in which they run: what lies before a site is not run again.
     """
 
-    def __init__(self, model: nn.Module, images: Images) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, images: CalibrationImages, courses: Courses) -> None:
+        self._frontier = Frontier(model, courses, fixed=True)
         size = next(images.batches(1))[0].numel()
         self._batches = list(images.batches(min(256, max(32, VALUES // max(1, size)))))
         with torch.no_grad():
@@ -51,8 +55,8 @@ class Probe:
             conv.weight.data = weight.view_as(original).to(original, memory_format=torch.preserve_format)
             with Hooks() as hooks, torch.no_grad():
                 hooks.after(conv, add)
-                for x, wanted in zip(self._batches, self._wanted, strict=True):
-                    error += difference(wanted, tensors(run(self._model, x)), site.name)
+                for number, (x, wanted) in enumerate(zip(self._batches, self._wanted, strict=True)):
+                    error += difference(wanted, self._frontier.outputs(number, x, site), site.name)
         finally:
             conv.weight.data = original
         return error

@@ -10,21 +10,26 @@ The Kronecker form, E[g g^T] apart from E[p p^T], is that of K-FAC (Martens and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sepconv.convert.graph import Site
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import Hooks, run
+from sepconv.convert.sites import Site, norm_scale
+
+IMAGES = 256
+"""Images whose gradients say how much each output channel matters."""
 
 FLOOR = 1e-2
 """Part of the mean sensitivity that every direction gets, so that none is free because few images were seen."""
 
 
-def output_metrics(model: nn.Module, sites: list[Site], batches: Iterable[Tensor], draws: int = 2) -> dict[str, Tensor]:
+def output_metrics(
+    model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor], draws: int = 2
+) -> dict[str, Tensor]:
     """J^T J of every site, by site name, summed over its pixels: (O, O) each.
 
     ``model`` must be in eval mode with frozen parameters. A site that the gradient does not reach is missing.
@@ -64,3 +69,10 @@ def _floored(metric: Tensor) -> Tensor:
     # Where nothing that the layer does reaches the output, all its channels matter alike.
     level = float(metric.diagonal().mean()) or 1.0
     return metric + FLOOR * level * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+
+
+def norm_metric(model: nn.Module, site: Site) -> Tensor:
+    """What takes the place of J^T J where there is no gradient: the batch norm's scale, which errors go through."""
+    scale = norm_scale(model, site)
+    weight = site.conv.weight.detach().double()
+    return torch.diag(weight.new_ones(len(weight)) if scale is None else scale.square())

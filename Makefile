@@ -2,7 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= demo
 
-.PHONY: demo test lint browser docs clean
+NEWEST := build/newest
+
+.PHONY: demo test test-newest lint browser docs clean
 .DELETE_ON_ERROR:
 
 # The stamp is made last, so that an interrupted installation is done again.
@@ -26,6 +28,21 @@ docs: .venv/.installed
 
 test: lint browser
 	$(BIN)/python -m pytest
+
+# The wheel in an environment of its own beside the newest releases of what it uses, whatever constraints.txt says: takes
+# minutes, and some gigabytes where PyTorch comes with CUDA. Warnings that something will be removed are shown there.
+NEWEST_TESTS := layers_conv layers_changes ops_functions ops_tracing ops_transforms ops_autocast compile_model \
+	compile_backend convert_network cost_counter train_trainer runs_onnx_file
+SHOWN := $(foreach kind,Deprecation PendingDeprecation Future,-W default::$(kind)Warning)
+
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(NEWEST) .
+	for wheel in $(NEWEST)/*.whl; do $(NEWEST)/bin/python -m pip install --quiet "$$wheel[test]" torchvision timm; done
+	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|torchvision|timm|halide|numpy|onnx) '
+	$(NEWEST)/bin/pytest $(SHOWN) -m 'slow or not slow' tests/test_newest.py
+	$(NEWEST)/bin/pytest $(SHOWN) $(foreach name,$(NEWEST_TESTS),tests/test_$(name).py)
 
 # A browser for the tests of the report. Without one they are skipped, and say so.
 browser:

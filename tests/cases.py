@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import pytest
 
 from sepconv.kernels.case import Geometry
 from sepconv.ops.geometry import resolve
@@ -62,3 +66,27 @@ CASES = [
     Case("volume", 5, (3, 5, 7), (3, 3, 3), padding=1),
     Case("volume_stride_2", 9, (5, 7, 5), (3, 3, 3), stride=2, padding=1),
 ]
+
+# Each layout is a kernel of its own to compile. Of the cases of a kind (strides, dilations, sizes of filters,
+# multipliers, volumes) some are in this layout by default and some in that; the long tests have all in both.
+_CONTIGUOUS_IS_LONG = (
+    "image_smaller_than_kernel", "stride_skips_last_column", "stride_3_above_kernel", "dilation_2", "kernel_7x1",
+    "kernel_1x1", "kernel_5x5", "multiplier_3_stride_2", "volume",
+)  # fmt: skip
+_CHANNELS_LAST_IS_LONG = (
+    "padding_larger_than_image", "stride_2", "stride_1_2", "dilation_4_stride_2", "kernel_1x7", "even_kernel_same",
+    "kernel_7x7", "multiplier_2", "volume_stride_2",
+)  # fmt: skip
+
+
+def arranged(cases: Sequence[Case], layouts: Mapping[str, Any]) -> list[Any]:
+    """Parameters of a test: every case with the value of every layout, and what is long marked as slow."""
+    return [
+        pytest.param(case, value, marks=[pytest.mark.slow] * _is_long(case, layout), id=f"{case.name}-{layout}")
+        for layout, value in layouts.items()
+        for case in cases
+    ]
+
+
+def _is_long(case: Case, layout: str) -> bool:
+    return case.name in (_CHANNELS_LAST_IS_LONG if layout == "channels_last" else _CONTIGUOUS_IS_LONG)

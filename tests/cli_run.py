@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import shared
 
 from sepconv import cli
 
@@ -43,23 +42,21 @@ def sepconv(*arguments: object) -> Ran:
 @cache
 def trained_folder() -> Path:
     """A small network trained on the digits for three epochs, by the command line; made once for all tests."""
-    folder = _temporary()
+    return shared.once("trained", _train)
+
+
+def _train(folder: Path) -> None:
     ran = sepconv("train", *SMALL, "--epochs", 3, "--lr", 0.05, "--out", folder, "--json", folder / "copy.json")
     assert ran.code == 0, ran.err
-    return folder
 
 
 @cache
 def converted_folder() -> Path:
     """That network after the main job, by the command line; made once for all tests."""
-    folder = _temporary()
+    return shared.once("converted", _convert)
+
+
+def _convert(folder: Path) -> None:
     options = ("--data", "digits", "--budget", "1/4", "--epochs", 1, "--batch-size", 64, "--batch", 2)
     ran = sepconv("convert", trained_folder(), *options, "--out", folder)
     assert ran.code == 0, ran.err
-    return folder
-
-
-def _temporary() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="sepconv-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

@@ -10,32 +10,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from torch import Tensor
+import shared
 
+# The process that only hands out the tests need not wait for PyTorch.
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from sepconv.data import Data
 
-# Two test processes share two cores; tests of several threads ask for them.
-torch.set_num_threads(1)
+    Run = tuple[Path, torch.nn.Module, torch.nn.Module, Tensor]
 
-# One folder for the kernels of all test processes, which inherit the variable; nothing of the user's is touched.
-_KERNELS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+# One folder for the kernels and for the shared work of all test processes, which inherit the variables; nothing of the
+# user's is touched.
+_FOLDER = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
-        config.stash[_KERNELS] = tempfile.TemporaryDirectory(prefix="sepconv-kernels-")
-        os.environ["SEPCONV_CACHE_DIR"] = config.stash[_KERNELS].name
+        config.stash[_FOLDER] = tempfile.TemporaryDirectory(prefix="sepconv-tests-")
+        os.environ["SEPCONV_CACHE_DIR"] = os.environ[shared.VARIABLE] = config.stash[_FOLDER].name
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _KERNELS in config.stash:
-        config.stash[_KERNELS].cleanup()
+    if _FOLDER in config.stash:
+        config.stash[_FOLDER].cleanup()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Two test processes share two cores; tests of several threads ask for more than one."""
+    if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", 0):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -46,6 +59,7 @@ def assert_rounding() -> Callable[..., None]:
     ``magnitude`` is the reference applied to absolute values. The classical bound of a sum of ``terms`` products is
     ``terms * eps * magnitude``; a missing or doubled tap is far outside it.
     """
+    import torch
 
     def check(y: Tensor, truth: Tensor, magnitude: Tensor, terms: int = 8) -> None:
         assert y.shape == truth.shape
@@ -58,6 +72,8 @@ def assert_rounding() -> Callable[..., None]:
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -72,39 +88,44 @@ def data() -> Data:
     return random_data()
 
 
-Run = tuple[Path, torch.nn.Module, torch.nn.Module, Tensor]
+def _run_of(name: str, write: Callable[[Path], tuple[torch.nn.Module, torch.nn.Module, Tensor]]) -> Run:
+    """What ``write`` leaves in the folder, with the page, and what it returns."""
+    import torch
+
+    from sepconv.report import write_report
+
+    def make(folder: Path) -> None:
+        torch.save(write(folder), folder / "returned.pt")
+        write_report(folder)
+
+    folder = shared.once(name, make)
+    return folder, *torch.load(folder / "returned.pt", weights_only=False)
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def digits_run() -> Run:
     """The folder of a small run on the digits; the normal network, the separable one, and the image explained."""
     import sample_run
 
-    folder = tmp_path_factory.mktemp("digits")
-    return folder, *sample_run.write_digits_run(folder)
+    return _run_of("digits", sample_run.write_digits_run)
 
 
 @pytest.fixture(scope="session")
-def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def mobilenet_run() -> Run:
     """The same for MobileNet v1 at full size, untrained."""
     import sample_run
 
-    folder = tmp_path_factory.mktemp("mobilenet")
-    return folder, *sample_run.write_mobilenet_run(folder)
+    return _run_of("mobilenet", sample_run.write_mobilenet_run)
 
 
 @pytest.fixture(scope="session")
 def digits_page(digits_run: Run) -> Path:
-    from sepconv.report import write_report
-
-    return write_report(digits_run[0])
+    return digits_run[0] / "report.html"
 
 
 @pytest.fixture(scope="session")
 def mobilenet_page(mobilenet_run: Run) -> Path:
-    from sepconv.report import write_report
-
-    return write_report(mobilenet_run[0])
+    return mobilenet_run[0] / "report.html"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 check = pytest.importorskip("check", reason="the folder website is not here")
+
+
+WRITTEN = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
+
+
+@pytest.mark.parametrize("document", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_are_there(document: Path) -> None:
+    """Python files by their names, folders of the package by their paths."""
+    ours, text = ("sepconv", "tests", "benchmarks", "website"), document.read_text()
+    files = {path.name for folder in ours for path in (ROOT / folder).rglob("*.py")}
+    named = re.findall(r"`(?:\w+/)*([a-z0-9_]+\.py)`", text)
+    folders = re.findall(r"`(sepconv/[\w/]*/)`", text)
+    assert [name for name in named if name not in files] == []
+    assert [name for name in folders if not (ROOT / name).is_dir()] == []
 
 
 @pytest.fixture(scope="module")

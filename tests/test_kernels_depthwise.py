@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, arranged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_checks import depthwise_case, depthwise_forward, depthwise_grad_input, depthwise_grad_weight
@@ -62,8 +62,7 @@ def _gradients(x: Tensor, weight: Tensor, grad: Tensor, walk: tuple[Any, Any, An
     return x_grad, weight_grad
 
 
-@pytest.mark.parametrize("how", _LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "how"), arranged(CASES, {how: how for how in _LAYOUTS}))
 def test_forward_is_the_reference(case: Case, how: str, assert_rounding: Check) -> None:
     x, weight, bias = _tensors(case)
     walk = _walk(case)
@@ -74,8 +73,7 @@ def test_forward_is_the_reference(case: Case, how: str, assert_rounding: Check) 
     assert layout.is_channels_last(y) == layout.is_channels_last(_arrange(x, how)) or y.is_contiguous()
 
 
-@pytest.mark.parametrize("how", _LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "how"), arranged(CASES, {how: how for how in _LAYOUTS}))
 def test_gradients_are_the_reference(case: Case, how: str, assert_rounding: Check) -> None:
     x, weight, _ = _tensors(case)
     walk = _walk(case)
@@ -109,7 +107,7 @@ def test_any_shape(case: Case, how: str, assert_rounding: Check) -> None:
     test_gradients_are_the_reference(case, how, assert_rounding)
 
 
-@pytest.mark.parametrize("size", [15, 31, 63])
+@pytest.mark.parametrize("size", [31, *(pytest.param(size, marks=pytest.mark.slow) for size in (15, 63))])
 def test_long_filters(size: int, assert_rounding: Check) -> None:
     case = Case("long", 5, (size // 2, 19), (size, 3), padding=(size // 2, 1))
     test_forward_is_the_reference(case, "channels_last", assert_rounding)
@@ -332,9 +330,18 @@ def test_transposed_taps_invert_the_forward_rule(size: int, stride: int, dilatio
 _TARGETS = {"avx2": ("ymm", 8, 16), "avx512": ("zmm", 16, 32), "neon": (".4s", 4, 32)}
 
 
-@pytest.mark.parametrize("name", _TARGETS)
 @pytest.mark.parametrize("numbers", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("which", ["forward", "grad_weight"])
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("forward", "avx512"),
+        ("forward", "neon"),
+        ("grad_weight", "avx2"),
+        ("grad_weight", "neon"),
+        pytest.param("forward", "avx2", marks=pytest.mark.slow),
+        pytest.param("grad_weight", "avx512", marks=pytest.mark.slow),
+    ],
+)
 def test_other_processors_get_wide_multiply_adds(name: str, which: str, numbers: str, tmp_path: Any) -> None:
     import halide as hl
 

@@ -46,7 +46,13 @@ _DEPTHWISE = [
 ]
 
 
-_LAYOUTS = [(case, last) for case in _DEPTHWISE for last in (False, True) if len(case[1]) > 1 or not last]
+# By default each in one of its layouts, in turn.
+_LAYOUTS = [
+    pytest.param(case, last, marks=[pytest.mark.slow] * (last == i % 2))
+    for i, case in enumerate(_DEPTHWISE)
+    for last in (False, True)
+    if len(case[1]) > 1 or not last
+]
 
 
 @pytest.mark.parametrize(("case", "channels_last"), _LAYOUTS, ids=str)

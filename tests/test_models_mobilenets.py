@@ -49,7 +49,14 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
 small = pytest.mark.parametrize("build", SMALL.values(), ids=SMALL)
 
 
-@small
+@pytest.mark.parametrize(
+    "build",
+    [
+        # Their kernels are those of v1 for other channels and paddings.
+        pytest.param(build, id=name, marks=[pytest.mark.slow] * (name in ("v1-small-grey", "v1-tf")))
+        for name, build in SMALL.items()
+    ],
+)
 def test_every_parameter_gets_a_finite_gradient_and_a_batch_is_learnt(build: Callable[[], nn.Module]) -> None:
     model = build()
     x, target = images_for(model), torch.tensor([0, 1, 2])

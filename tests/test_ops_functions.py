@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, arranged
 from torch import Tensor
 
 import sepconv
@@ -23,7 +23,7 @@ _SEPARABLE = {1: sepconv.separable_conv1d, 2: sepconv.separable_conv2d, 3: sepco
 _names = ("channels_above_tile", "one_pixel", "padding_larger_than_image", "stride_skips_last_column", "batch_0")
 _names += ("dilation_4_stride_2", "even_kernel_same", "multiplier_3_stride_2", "signal_k4", "volume")
 _cases = [case for case in CASES if case.name in _names]
-_ids = [case.name for case in _cases]
+_LAYOUTS = {"contiguous": False, "channels_last": True}
 _small = [
     case for case in CASES if case.name in ("stride_1_2", "even_kernel_same", "multiplier_2", "signal_k4", "volume")
 ]
@@ -52,8 +52,7 @@ def _geometry(case: Case) -> tuple[Any, ...]:
     return g.stride, g.padding, g.dilation
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", _cases, ids=_ids)
+@pytest.mark.parametrize(("case", "channels_last"), arranged(_cases, _LAYOUTS))
 def test_depthwise_conv(case: Case, channels_last: bool, assert_rounding: Callable[..., None]) -> None:
     x, w, b, _, _ = _tensors(case, channels_last=channels_last)
     y = _DEPTHWISE[case.dims](x, w, b, case.stride, case.padding, case.dilation)
@@ -62,8 +61,7 @@ def test_depthwise_conv(case: Case, channels_last: bool, assert_rounding: Callab
     assert_rounding(y, truth, magnitude, w[0].numel() + 1)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", _cases, ids=_ids)
+@pytest.mark.parametrize(("case", "channels_last"), arranged(_cases, _LAYOUTS))
 def test_separable_conv(case: Case, channels_last: bool, assert_rounding: Callable[..., None]) -> None:
     x, dw, db, pw, pb = _tensors(case, channels_last=channels_last)
     y = _SEPARABLE[case.dims](x, dw, pw, db, pb, case.stride, case.padding, case.dilation)
@@ -73,8 +71,7 @@ def test_separable_conv(case: Case, channels_last: bool, assert_rounding: Callab
     assert_rounding(y, truth, magnitude, dw[0].numel() + pw.shape[1] + 2)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", _cases, ids=_ids)
+@pytest.mark.parametrize(("case", "channels_last"), arranged(_cases, _LAYOUTS))
 def test_depthwise_gradients(case: Case, channels_last: bool, assert_rounding: Callable[..., None]) -> None:
     x, w, b, _, _ = _tensors(case, channels_last=channels_last)
     leaves = [t.clone().requires_grad_() for t in (x, w, b)]
@@ -147,7 +144,7 @@ def test_operators_differentiate_every_activation() -> None:
 @pytest.mark.parametrize(
     ("case", "channels_last"),
     [
-        pytest.param(case, last, marks=() if case is _small[0] else pytest.mark.slow)
+        pytest.param(case, last, marks=() if case is _small[0] and not last else pytest.mark.slow)
         for case in _small
         for last in (False, True)
         if not last or case.dims == 2

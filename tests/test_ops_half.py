@@ -38,6 +38,10 @@ ALL_OURS = [
     ((2, 3, 3), 1, 1, 1, False),
     ((2, 3, 3), 2, 1, 2, True),
 ]
+# Strides, dilations, multipliers, signals, volumes and both layouts are among the others, too.
+MORE = (ALL_OURS[3], ALL_OURS[5], ALL_OURS[6], ALL_OURS[7], ALL_OURS[9])
+MOST = ALL_OURS[1:3]
+LONG: tuple[Any, Any] = ((), pytest.mark.slow)
 KERNEL_OF_PASSES = {
     # forward, grad_input and grad_weight
     **dict.fromkeys(ALL_OURS, (HALIDE, HALIDE, HALIDE)),
@@ -73,8 +77,8 @@ def run(
 @pytest.mark.parametrize(
     ("case", "kernels", "dtype"),
     [
-        *((*item, torch.bfloat16) for item in KERNEL_OF_PASSES.items()),
-        *((case, KERNEL_OF_PASSES[case], torch.float16) for case in ALL_OURS[1:3]),
+        *(pytest.param(*item, torch.bfloat16, marks=LONG[item[0] in MORE]) for item in KERNEL_OF_PASSES.items()),
+        *(pytest.param(case, KERNEL_OF_PASSES[case], torch.float16, marks=LONG[i]) for i, case in enumerate(MOST)),
     ],
     ids=str,
 )

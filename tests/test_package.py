@@ -99,24 +99,28 @@ def test_kernels_know_nothing_of_autograd_and_modules() -> None:
         ), path
 
 
-def test_import_is_lean() -> None:
-    """Importing the library starts no thread pool, no device and none of the libraries that only some commands need."""
+def test_import_is_lean_and_modules_are_there_after_it() -> None:
+    """Importing the library starts no thread pool, no device and none of the libraries that only some commands need.
+
+    Its modules are there as the guides and docstrings write them.
+    """
     code = (
         "import sys, sepconv, torch\n"
         "heavy = {'datasets', 'sklearn', 'accelerate', 'onnx', 'onnxruntime', 'typer', 'triton'}\n"
-        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
+        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())\n"
+        "sepconv.models.MobileNetV1, sepconv.reference.depthwise_conv, sepconv.train.Recipe, sepconv.data.Augment\n"
+        "print(hasattr(sepconv, 'nothing_like_it'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] False"
+    assert done.stdout.split("\n") == ["[] False", "False", ""]
 
 
-def test_modules_are_there_after_one_import() -> None:
-    """As the guides and docstrings write them."""
-    names = ("models.MobileNetV1", "reference.depthwise_conv", "train.Recipe", "data.Augment")
-    used = "; ".join(f"sepconv.{name}" for name in names)
-    code = f"import sepconv; {used}; print(hasattr(sepconv, 'nothing_like_it'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_test_files_are_named_after_what_they_test() -> None:
+    """`test_FOLDER_SUBJECT.py`, or the name of something beside the folders of the package."""
+    beside = {"package", "names", "docs", "reference", "benchmarks", "newest"}
+    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    subjects = {path.stem.split("_")[1]: path.name for path in Path(__file__).parent.glob("test_*.py")}
+    assert [name for subject, name in subjects.items() if subject not in folders | beside] == []
 
 
 def test_version_and_changelog_agree() -> None:

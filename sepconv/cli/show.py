@@ -25,6 +25,15 @@ def notes(screen: Screen, data: Data) -> None:
         screen.say(f"Broken images left out: {len(data.skipped)} ({', '.join(data.skipped[:5])})")
 
 
+def preparation(screen: Screen, data: Data) -> None:
+    """How the network's images are prepared, and who says so."""
+    if data.prepared_for:
+        screen.say(f"Images as {data.prepared_for} has them: {data.preprocessing}")
+    else:
+        screen.say(f"Images by the statistics of {data.name}: {data.preprocessing}")
+        screen.say("A network that was trained on others needs the --mean and --std of those.")
+
+
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     """The main table: the network as it was, as it is, and what changed."""
     before, after = record["normal"], record["separable"]

@@ -128,6 +128,24 @@ def test_files_that_are_no_weights(
     assert not Path("trapped").exists()
 
 
+@pytest.mark.parametrize("nested", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_of_pytorch(nested: str | None, prefix: str, zipped: bool, tmp_path: Path) -> None:
+    model, copied, path = nn.Linear(3, 2), nn.Linear(3, 2), tmp_path / "weights.pth"
+    tensors: Any = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    whole = tensors if nested is None else {"epoch": 3, "best": 0.5, nested: tensors}
+    torch.save(whole, path, _use_new_zipfile_serialization=zipped)
+    load_weights(copied, path)
+    assert torch.equal(copied.weight, model.weight)
+
+
+def test_checkpoint_without_weights(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt holds no state_dict, alone or under one of state_dict_ema, "):
+        load_weights(nn.Linear(3, 2), tmp_path / "weights.pt")
+
+
 def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
     path, model = tmp_path / "weights.safetensors", nn.Linear(3, 2)
     for length in range(256):

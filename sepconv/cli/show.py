@@ -28,10 +28,11 @@ def notes(screen: Screen, data: Data) -> None:
 def preparation(screen: Screen, data: Data) -> None:
     """How the network's images are prepared, and who says so."""
     if data.prepared_for:
-        screen.say(f"Images as {data.prepared_for} has them: {data.preprocessing}")
+        screen.say(f"Images as {data.prepared_for} has them:")
     else:
-        screen.say(f"Images by the statistics of {data.name}: {data.preprocessing}")
-        screen.say("A network that was trained on others needs the --mean and --std of those.")
+        screen.say(f"Images by the statistics of {data.name}; for others give --mean and --std:")
+    for part in data.preprocessing.sentences():
+        screen.say(f"  {part}")
 
 
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:

@@ -118,13 +118,13 @@ class Preprocessing:
         fit = None if self.fit is None else asdict(self.fit)
         return {"fit": fit, "mean": list(self.mean), "std": list(self.std), "bgr": self.bgr, "source": self.source}
 
-    def __str__(self) -> str:
+    def sentences(self) -> list[str]:
+        """What is done, for people."""
         parts = [str(self.fit)] if self.fit else []
         if self.mean:
             mean, std = (" ".join(f"{number:.4g}" for number in numbers) for numbers in (self.mean, self.std))
             parts.append(f"mean {mean}, deviation {std}")
-        parts += ["blue, green, red"] * self.bgr
-        return "; ".join(parts)
+        return parts + ["channels blue, green, red"] * self.bgr
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, bgr: bool = False) -> Tensor:

@@ -107,9 +107,9 @@ def _pickled(save: Callable[[Any, Any], None]) -> bytes:
     ("content", "message"),
     [
         (None, "cannot read .*weights: No such file"),
-        (_pickled(torch.save), "is a pickle .* never read because reading runs the code in it; save the weights with"),
-        (_pickled(lambda x, f: torch.save(x, f, _use_new_zipfile_serialization=False)), "is a pickle"),
-        (_pickled(pickle.dump), "is a pickle"),
+        (_pickled(torch.save), "is damaged or needs more than tensors .* would run code; save the weights alone"),
+        (_pickled(lambda x, f: torch.save(x, f, _use_new_zipfile_serialization=False)), "would run code"),
+        (_pickled(pickle.dump), "would run code"),
         (_pickled(lambda x, f: pickle.dump(x, f, protocol=0)), "is truncated or no safetensors file"),
         (b"", "is truncated or no safetensors file"),
         (b"<html>not found</html>", "is truncated or no safetensors file"),
@@ -126,6 +126,24 @@ def test_files_that_are_no_weights(
         load_weights(VGGSmall(0.25), path)
     assert "\n" not in str(error.value)
     assert not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("nested", [None, "state_dict", "model", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_of_pytorch(nested: str | None, prefix: str, zipped: bool, tmp_path: Path) -> None:
+    model, copied, path = nn.Linear(3, 2), nn.Linear(3, 2), tmp_path / "weights.pth"
+    tensors: Any = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    whole = tensors if nested is None else {"epoch": 3, "best": 0.5, nested: tensors}
+    torch.save(whole, path, _use_new_zipfile_serialization=zipped)
+    load_weights(copied, path)
+    assert torch.equal(copied.weight, model.weight)
+
+
+def test_checkpoint_without_weights(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt holds no state_dict, alone or under one of state_dict_ema, "):
+        load_weights(nn.Linear(3, 2), tmp_path / "weights.pt")
 
 
 def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sepconv.data import Fit, Preprocessing
 from sepconv.runs.card import LARGEST_INPUT, MOST_DIMENSIONS, Card, is_input_shape
 from sepconv.runs.model_file import model_path
 from sepconv.system.files import check_output, refuse_inputs
@@ -32,6 +34,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -83,6 +87,63 @@ def shape_of(text: str | None, card: Card) -> tuple[int, ...]:
     if not card.input_shape:
         raise ValueError("the weights do not say which input the network takes: give --input, such as 3x224x224")
     return card.input_shape
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """One number for each channel.
+
+    Example:
+        >>> parse_numbers("--mean", "0.485,0.456,0.406")
+        (0.485, 0.456, 0.406)
+    """
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{option} needs 1 or 3 numbers with commas between them, such as 0.5, but got {text!r}")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What was typed about the preparation of images; None for what was not."""
+
+    image_size: int | None = None
+    crop: float | None = None
+    interpolation: str | None = None
+    mean: str | None = None
+    std: str | None = None
+    bgr: bool = False
+
+    def over(self, known: Preprocessing | None) -> Preprocessing | None:
+        """What the network is known to want, with what was typed instead.
+
+        Raises:
+            ValueError: an option says nothing without another, or has no such value.
+        """
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("--mean and --std go together: give both")
+        if self == Typed():
+            return known
+        base = known or Preprocessing()
+        mean, std = parse_numbers("--mean", self.mean), parse_numbers("--std", self.std)
+        source = "what was typed" if mean else base.source
+        return base.changed(fit=self._fit(base.fit), mean=mean, std=std, bgr=self.bgr or None, source=source)
+
+    def _fit(self, known: Fit | None) -> Fit | None:
+        if self.image_size is None and self.crop is None and self.interpolation is None:
+            return None
+        size = self.image_size or (known and known.size)
+        if not size:
+            raise ValueError("--crop and --interpolation need --image-size: the network does not say its size")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ValueError(f"--crop must be above 0 and at most 1, such as 0.875, but got {self.crop:g}")
+        share = self.crop or (known.size / known.resize if known else 1.0)
+        interpolation = self.interpolation or (known.interpolation if known else "bilinear")
+        return Fit(size, math.floor(size / share + 1e-9), interpolation, known is not None and known.squash)
 
 
 def inputs(model: str, weights: Path | None = None, data: str | None = None) -> list[Path]:

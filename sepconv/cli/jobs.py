@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,10 @@ from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded, resumable
-from sepconv.data import Data, load
-from sepconv.runs.model_file import open_model
+from sepconv.data import Data, Preprocessing, load
+from sepconv.runs.classes import names_of, read_classes
+from sepconv.runs.model_file import model_path, open_model
+from sepconv.runs.preprocessing import preprocessing_of
 from sepconv.runs.run_folder import CHECKPOINTS, FILES, claim
 from sepconv.runs.workflow import DISTILLATION_LR, Job, convert_model, demo, train_model
 from sepconv.system.allocator import keep_freed_memory
@@ -93,6 +96,12 @@ def convert_command(
         typer.Option("--alpha", callback=options.finite, help="Weight of the original against the labels, 0 to 1."),
     ] = 0.9,
     image_size: options.ImageSize = None,
+    crop: options.CropShare = None,
+    interpolation: options.Interpolation = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bgr: options.Bgr = False,
+    classes: options.Classes = None,
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
     batch: options.Batch = 1,
@@ -132,10 +141,16 @@ def convert_command(
         seed=seed,
         command=context.obj,
     )
+    given = arguments.parse_settings(settings or ())
+    typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
     _claim(out, "convert", arguments.inputs(model, weights, data), json_file)
-    images = _load(screen, data, image_size, skip_broken)
-    network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images)
+    wanted = typed.over(preprocessing_of(model, weights))
+    images = _load(screen, data, wanted, skip_broken)
+    show.preparation(screen, images)
+    network, card = open_model(model, weights, given, data=images)
+    names = read_classes(classes) if classes else card.classes or names_of(model, images.classes)
+    card = replace(card, classes=list(names))
     keep_freed_memory()
     with threads_set_to(threads), resumable(out / CHECKPOINTS, context.obj), screen.progress() as on_progress:
         record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)
@@ -169,6 +184,11 @@ def train_command(
     average: options.Average = 0.0,
     whiten: options.Whiten = False,
     image_size: options.ImageSize = None,
+    crop: options.CropShare = None,
+    interpolation: options.Interpolation = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bgr: options.Bgr = False,
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
     seed: options.Seed = 0,
@@ -196,10 +216,14 @@ def train_command(
         whiten=whiten,
         seed=seed,
     )
+    given = arguments.parse_settings(settings or ())
+    typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
     _claim(out, "train", arguments.inputs(model, weights, data), json_file)
-    images = _load(screen, data, image_size, skip_broken)
-    network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images, seed=seed)
+    # Of a network that begins with random weights nobody else has a say.
+    known = preprocessing_of(model, weights) if weights or model_path(model) or given.get("pretrained") else None
+    images = _load(screen, data, typed.over(known), skip_broken)
+    network, card = open_model(model, weights, given, data=images, seed=seed)
     keep_freed_memory()
     with threads_set_to(threads), resumable(out, context.obj), screen.progress() as on_progress:
         record = train_model(
@@ -216,10 +240,10 @@ def _claim(out: Path, kind: str, read: list[Path], json_file: Path | None) -> No
     arguments.check_outputs(read, taken=[out / name for name in FILES], json=json_file)
 
 
-def _load(screen: Screen, source: str, image_size: int | None, skip_broken: bool) -> Data:
+def _load(screen: Screen, source: str, wanted: Preprocessing | None, skip_broken: bool) -> Data:
     folder = Path(source)
     doing = f"Looking for images below {folder.resolve()}" if folder.is_dir() else f"Reading {source}"
     with screen.says_if_slow(doing):
-        found = load(source, image_size=image_size, skip_broken=skip_broken)
+        found = load(source, preprocessing=wanted, skip_broken=skip_broken)
     show.notes(screen, found)
     return found

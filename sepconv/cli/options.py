@@ -44,7 +44,7 @@ Model = Annotated[
     typer.Argument(
         parser=filled,
         metavar="MODEL",
-        help="A built-in name, timm/NAME, package.module:function, or a folder that train or convert wrote.",
+        help="A built-in name, timm/NAME, torchvision/NAME, package.module:function, or a folder of train or convert.",
         show_default=False,
         autocompletion=_models,
     ),
@@ -55,7 +55,13 @@ Settings = Annotated[
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option("--weights", parser=path, metavar="FILE", help="Weights, a safetensors file.", show_default=False),
+    typer.Option(
+        "--weights",
+        parser=path,
+        metavar="FILE",
+        help="A safetensors file, or a state_dict in .pt or .pth.",
+        show_default=False,
+    ),
 ]
 InputShape = Annotated[
     str | None,
@@ -80,6 +86,46 @@ ImageSize = Annotated[
     int | None,
     typer.Option(
         "--image-size", min=1, max=LARGEST_SIDE, help="Resize and crop images to this side.", show_default=False
+    ),
+]
+CropShare = Annotated[
+    float | None,
+    typer.Option(
+        "--crop",
+        metavar="SHARE",
+        callback=finite,
+        help="Share of the resized short side that is cropped, such as 0.875.",
+        show_default=False,
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option("--interpolation", help="Of resized images: nearest, bilinear or bicubic.", show_default=False),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean",
+        metavar="R,G,B",
+        help="Brightness from 0 to 1 that is subtracted, such as 0.485,0.456,0.406.",
+        show_default=False,
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(
+        "--std", metavar="R,G,B", help="What is then divided by, such as 0.229,0.224,0.225.", show_default=False
+    ),
+]
+Bgr = Annotated[bool, typer.Option("--bgr", help="The network's channels are blue, green, red; so are --mean, --std.")]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes",
+        parser=path,
+        metavar="FILE",
+        help="Names of the network's outputs, one a line: the data's classes are found by name.",
+        show_default=False,
     ),
 ]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out and count them.")]

@@ -25,6 +25,16 @@ def notes(screen: Screen, data: Data) -> None:
         screen.say(f"Broken images left out: {len(data.skipped)} ({', '.join(data.skipped[:5])})")
 
 
+def preparation(screen: Screen, data: Data) -> None:
+    """How the network's images are prepared, and who says so."""
+    if data.prepared_for:
+        screen.say(f"Images as {data.prepared_for} has them:")
+    else:
+        screen.say(f"Images by the statistics of {data.name}; for others give --mean and --std:")
+    for part in data.preprocessing.sentences():
+        screen.say(f"  {part}")
+
+
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     """The main table: the network as it was, as it is, and what changed."""
     before, after = record["normal"], record["separable"]

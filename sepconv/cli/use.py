@@ -17,6 +17,7 @@ from sepconv.data.listing import Ignored, image_files
 from sepconv.runs.model_file import open_model
 from sepconv.runs.onnx_file import export_onnx
 from sepconv.runs.predict import predict
+from sepconv.runs.preprocessing import preprocessing_of
 
 
 @app.command("export", epilog="Example: sepconv export small --onnx small.onnx")
@@ -75,7 +76,8 @@ def predict_command(
     arguments.check_outputs([*arguments.inputs(model, weights, data), *images], json=json_file)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
     if data is not None:
-        classes = load(data, image_size=image_size)
+        wanted = arguments.Typed(image_size).over(preprocessing_of(model, weights))
+        classes = load(data, preprocessing=wanted)
         show.notes(screen, classes)
         card = card.with_data(classes)
     files = image_files(images, ignored := Ignored())

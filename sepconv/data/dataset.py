@@ -13,6 +13,7 @@ from torch import Tensor
 from sepconv.data.augment import Augment, generator
 from sepconv.data.images import Images, TensorImages, one_ahead, read_images
 from sepconv.data.parts import Part
+from sepconv.data.preprocessing import Fit, Preprocessing, normalise
 from sepconv.data.sources import read_source
 from sepconv.data.uniform import uniform
 
@@ -28,12 +29,14 @@ class Split:
         images: uint8 (N, C, H, W), in memory or decoded when taken.
         labels: int64 (N,).
         mean, std: per channel, in units of the full brightness 255.
+        bgr: whether the network takes blue, green, red; mean and std are in its order.
     """
 
     images: Images
     labels: Tensor
     mean: Tensor
     std: Tensor
+    bgr: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,10 +95,8 @@ class Split:
         return made if isinstance(self.images, TensorImages) else one_ahead(made)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 with mean 0 and deviation 1 over the training split."""
-        scale = 1 / (255 * self.std)
-        shift = self.mean / self.std
-        return images.float().mul_(scale[:, None, None]).sub_(shift[:, None, None])
+        """uint8 (N, C, H, W) -> float32 as the network takes it."""
+        return normalise(images, self.mean, self.std, self.bgr)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Data:
         skipped: names of the broken images that were left out.
         notes: what else was left out and which split of the source serves for what, one line each.
         val: images that the source sets apart from both splits, if it does: for choices made after the training.
+        fit: how the images became squares; None where they were.
+        prepared_for: the network whose preprocessing this is; "" where the training images' own statistics normalise.
     """
 
     name: str
@@ -117,6 +120,8 @@ class Data:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     val: Split | None = None
+    fit: Fit | None = None
+    prepared_for: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -136,6 +141,12 @@ class Data:
         return self.channels, self.image_size, self.image_size
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """How the images become what the network is given."""
+        numbers = (tuple(self.mean.tolist()), tuple(self.std.tolist()))
+        return Preprocessing(self.fit, *numbers, self.train.bgr, self.prepared_for)
+
+    @property
     def mean(self) -> Tensor:
         return self.train.mean
 
@@ -152,13 +163,15 @@ class Data:
 
     def read_images(self, paths: Sequence[str | Path]) -> Tensor:
         """Image files brought to the shape and normalisation of this data set: float32 (N, C, H, W)."""
-        return self.train.normalise(read_images(paths, self.channels, self.image_size))
+        fit = self.fit or Fit(self.image_size, self.image_size)
+        return self.train.normalise(read_images(paths, self.channels, fit))
 
 
 def load(
     source: str | Path,
     *,
     image_size: int | None = None,
+    preprocessing: Preprocessing | None = None,
     skip_broken: bool = False,
     test_fraction: float = 0.2,
     seed: int = 0,
@@ -172,6 +185,9 @@ def load(
             Where there are all three splits, `val/` is kept apart from both as `Data.val`. Images are what Pillow
             opens; what else is in an image folder is counted in `Data.notes`.
         image_size: bring all images to squares of this side (short side resized, centre cropped).
+        preprocessing: what a network that was trained elsewhere wants of images; what it leaves open, and everything
+            without it, is as the data set has it: square images as they are, normalised by the training images' mean
+            and deviation.
         skip_broken: leave broken images out and list them in `Data.skipped`, instead of an error.
         test_fraction: share of each class that becomes the test split where the source has none.
         seed: of that choice.
@@ -190,11 +206,14 @@ def load(
         raise ValueError(f"load: image_size must be at least 1 pixel but is {image_size}")
     if not 0 < test_fraction < 1:
         raise ValueError(f"load: test_fraction must lie between 0 and 1 but is {test_fraction}")
+    wanted = preprocessing or Preprocessing()
+    if image_size is not None:
+        wanted = replace(wanted, fit=Fit(image_size, image_size))
     found = read_source(source)
     if len(found.classes) < 2:
         raise ValueError(f"load: {source} has only one class ({', '.join(found.classes)}); two are the least")
     parts = [part for part in (found.train, found.test, found.val) if part is not None]
-    parts, skipped = uniform(parts, image_size, skip_broken, str(source))
+    parts, skipped = uniform(parts, wanted, skip_broken, str(source))
     empty = [name for i, name in enumerate(found.classes) if not (parts[0].labels == i).any()]
     if empty:
         raise ValueError(f"load: {source} has no training image of the class {empty[0]}")
@@ -203,9 +222,19 @@ def load(
     if missing:
         names = ", ".join(missing[:5])
         warnings.warn(f"load: no test image of {len(missing)} classes: {names}", stacklevel=2)
-    mean, std = _statistics(train.images)
-    trains, tests, *rest = (Split(part.images, part.labels, mean, std) for part in (train, test, *val))
-    return Data(found.name, trains, tests, found.classes, skipped, found.notes, rest[0] if rest else None)
+    numbers = _numbers(wanted, train.images)
+    trains, tests, *rest = (Split(part.images, part.labels, *numbers, wanted.bgr) for part in (train, test, *val))
+    held = rest[0] if rest else None
+    source = wanted.source if wanted.mean else ""
+    return Data(found.name, trains, tests, found.classes, skipped, found.notes, held, wanted.fit, source)
+
+
+def _numbers(wanted: Preprocessing, images: Images) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, of the network's own images where it says so, else of the training images."""
+    if wanted.mean:
+        return torch.tensor(wanted.mean), torch.tensor(wanted.std)
+    mean, std = _statistics(images)
+    return (mean.flip(0), std.flip(0)) if wanted.bgr else (mean, std)
 
 
 def _divide(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from sepconv.data.preprocessing import Fit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,14 +72,14 @@ class EncodedImages:
         names: one name an image, for messages.
         channels: 1 or 3; every image is converted to it.
         side: of the square that all images are; 0 while it is not known.
-        resize: whether `side` is reached by resizing and cropping.
+        fit: how they become squares; None where they are.
     """
 
     read: Callable[[int], bytes]
     names: Sequence[str]
     channels: int = 3
     side: int = 0
-    resize: bool = False
+    fit: Fit | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,7 +93,7 @@ class EncodedImages:
 
     def decode(self, index: int) -> Tensor:
         """Image `index` as uint8 (C, H, W); a BrokenImage names the image that cannot be decoded."""
-        return decode(self.open(index), self.names[index], self.channels, self.side if self.resize else None)
+        return decode(self.open(index), self.names[index], self.channels, self.fit)
 
     def open(self, index: int) -> Image:
         """Image `index` behind its header."""
@@ -147,7 +148,7 @@ def _formats() -> list[str]:
     return [name for name, reader in readers.items() if not (isinstance(reader, type) and issubclass(reader, stub))]
 
 
-def decode(image: Image, name: str, channels: int, size: int | None) -> Tensor:
+def decode(image: Image, name: str, channels: int, fit: Fit | None) -> Tensor:
     """The pixels of an opened image as uint8 (channels, H, W), upright as the camera's orientation tag says.
 
     Of several frames the first counts, of transparent pixels the colour beneath. Grey values of 16 bits keep their
@@ -161,27 +162,10 @@ def decode(image: Image, name: str, channels: int, size: int | None) -> Tensor:
     except Exception as error:
         raise BrokenImage(name, _reason(error)) from error
     tensor = torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
-    return tensor if size is None else fit(tensor, size)
+    return tensor if fit is None else fit(tensor)
 
 
-def fit(images: Tensor, size: int) -> Tensor:
-    """Resize the short side to `size`, antialiased, and crop the centre.
-
-    Shape: uint8 (..., C, H, W) -> uint8 (..., C, size, size)
-    """
-    height, width = images.shape[-2:]
-    if (height, width) == (size, size):
-        return images
-    short = min(height, width)
-    target = [max(size, round(side * size / short)) for side in (height, width)]
-    batch = images.reshape(-1, *images.shape[-3:]).float()
-    resized = F.interpolate(batch, target, mode="bilinear", antialias=True, align_corners=False)
-    top, left = ((side - size) // 2 for side in target)
-    cropped = resized[..., top : top + size, left : left + size]
-    return cropped.round().clamp(0, 255).to(torch.uint8).view(*images.shape[:-2], size, size)
-
-
-def read_images(paths: Iterable[str | Path], channels: int, size: int) -> Tensor:
+def read_images(paths: Iterable[str | Path], channels: int, fit: Fit) -> Tensor:
     """Image files for prediction: uint8 (N, channels, size, size)."""
     require_pillow()
     found = [Path(path) for path in paths]
@@ -189,7 +173,7 @@ def read_images(paths: Iterable[str | Path], channels: int, size: int) -> Tensor
         if not path.is_file():
             raise FileNotFoundError(f"read_images: no such file: {path}")
     opened = [(open_image(path.read_bytes(), str(path)), str(path)) for path in found]
-    return torch.stack([decode(image, name, channels, size) for image, name in opened])
+    return torch.stack([decode(image, name, channels, fit) for image, name in opened])
 
 
 def require_pillow() -> None:

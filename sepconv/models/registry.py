@@ -33,9 +33,10 @@ def create(name: str, /, **settings: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
-        name: one of ``BUILT_IN``, ``timm/NAME`` (the package timm must be installed), or ``package.module:function``
-            for any function or class that returns a module.
-        settings: its arguments, such as ``width_mult=0.5``.
+        name: one of ``BUILT_IN``, ``timm/NAME`` or ``torchvision/NAME`` (these packages must be installed), or
+            ``package.module:function`` for any function or class that returns a module.
+        settings: its arguments, such as ``width_mult=0.5``; ``pretrained=True`` has timm and torchvision load the
+            weights that they recommend.
 
     Raises:
         ValueError: unknown name (the nearest ones are named), unknown or unfit setting (the known ones are named), a
@@ -50,12 +51,14 @@ def create(name: str, /, **settings: Any) -> nn.Module:
         return _build(name, BUILT_IN[name], settings)
     if name.startswith("timm/"):
         return _create_timm(name, settings)
+    if name.startswith("torchvision/"):
+        return _create_torchvision(name, settings)
     if ":" in name:
         return _build(name, _find(name), settings)
     nearest = _nearest(name, BUILT_IN)
     raise ValueError(
-        f"create: unknown model {name!r}{nearest}; known are {', '.join(BUILT_IN)}, and the forms timm/NAME and "
-        "package.module:function"
+        f"create: unknown model {name!r}{nearest}; known are {', '.join(BUILT_IN)}, and the forms timm/NAME, "
+        "torchvision/NAME and package.module:function"
     )
 
 
@@ -106,11 +109,21 @@ def _find(name: str) -> Callable[..., Any]:
     return function
 
 
-def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
+def library_of(name: str) -> Any:
+    """The package that ``timm/NAME`` or ``torchvision/NAME`` is of.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    package = name.partition("/")[0]
     try:
-        timm: Any = importlib.import_module("timm")
+        return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"create: {name} needs the package timm (pip install timm): {error}") from error
+        raise ValueError(f"create: {name} needs the package {package} (pip install {package}): {error}") from error
+
+
+def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
+    timm = library_of(name)
     short = name.removeprefix("timm/")
     architecture = short.partition(".")[0]
     known = timm.list_models()
@@ -120,3 +133,16 @@ def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
         return timm.create_model(short, **settings)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"create: timm cannot build {short} with {settings}: {error}") from error
+
+
+def _create_torchvision(name: str, settings: dict[str, Any]) -> nn.Module:
+    models = library_of(name).models
+    short, known = name.removeprefix("torchvision/"), models.list_models()
+    if short not in known:
+        raise ValueError(f"create: torchvision has no model {short!r}{_nearest(short, known)}")
+    given = dict(settings)
+    weights = "DEFAULT" if given.pop("pretrained", False) else None
+    try:
+        return models.get_model(short, weights=weights, **given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"create: torchvision cannot build {short} with {settings}: {error}") from error

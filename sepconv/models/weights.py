@@ -1,4 +1,4 @@
-"""Weights from files: safetensors only, in our names, torchvision's or Hugging Face's."""
+"""Weights from files: safetensors, or tensors in .pt and .pth; in our names, torchvision's or Hugging Face's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from sepconv.models.mobilenet_v1 import MobileNetV1
 from sepconv.system.files import name_for_libraries
 
-# How files of torch.save and pickle.dump begin: a zip archive, or the pickle opcode PROTO.
+# How files of torch.save begin: a zip archive, or the pickle opcode PROTO.
 _PICKLES = (b"PK\x03\x04", b"\x80")
+# Where checkpoints keep the state_dict; the average of the weights is what their authors evaluate.
+_NESTED = ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model", "net", "params")
+_WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN = 3
 
 Value = TypeVar("Value")
@@ -29,15 +32,18 @@ _HUGGINGFACE_PARTS = {"convolution": "", "normalization": "_norm"}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Read a safetensors file into ``model``, all of it or nothing.
+    """Read a safetensors file, or a state_dict that ``torch.save`` wrote, into ``model``: all of it or nothing.
+
+    Of a checkpoint with more in it the state_dict is taken (under "state_dict", "model", ...), without the prefixes of
+    ``DataParallel`` and ``torch.compile``. It is read by ``torch.load(weights_only=True)``, which runs no code.
 
     Names may be ours, torchvision's for :class:`MobileNetV2` (the same) and those of Hugging Face's
     ``MobileNetV1Model`` and ``MobileNetV1ForImageClassification`` for :class:`MobileNetV1`, which is then best built
     with ``tf_padding=True``.
 
     Raises:
-        ValueError: the file is missing, damaged, a pickle (never read, since reading one runs the code in it), or holds
-            weights of another architecture; the message names the first keys that differ. ``model`` is unchanged.
+        ValueError: the file is missing, damaged, needs code to be run, or holds weights of another architecture; the
+            message names the first keys that differ. ``model`` is unchanged.
 
     Example:
         >>> import tempfile, safetensors.torch
@@ -109,11 +115,31 @@ def _read(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         # Only now: one safetensors file in 32 begins with the byte of a pickle, as the length of its header.
         if start.startswith(_PICKLES):
-            raise ValueError(
-                f"load_weights: {path} is a pickle (torch.save), which is never read because reading runs the code in "
-                "it; save the weights with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
-            ) from None
+            return _read_checkpoint(path)
         raise ValueError(f"load_weights: {path} is truncated or no safetensors file ({error})") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, whatever the bytes are
+        raise ValueError(
+            f"load_weights: {path} is damaged or needs more than tensors and plain values, whose reading would run "
+            "code; save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
+        ) from error
+    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+        name = next((name for name in _NESTED if isinstance(found.get(name), Mapping)), None)
+        if name is None:
+            break
+        found = found[name]
+    tensors = found if isinstance(found, Mapping) else {}
+    tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"load_weights: {path} holds no state_dict, alone or under one of {', '.join(_NESTED)}")
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def from_huggingface(state_dict: Mapping[str, Value]) -> dict[str, Value]:

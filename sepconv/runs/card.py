@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sepconv import models
 from sepconv.data import Data
+from sepconv.data.preprocessing import INTERPOLATIONS, LARGEST_SIDE, Fit, Preprocessing, normalise
 from sepconv.runs import structure
 
 LARGEST_INPUT = 2**28
@@ -37,6 +38,8 @@ class Card:
         input_shape: of one image, (C, H, W).
         classes: names of the classes.
         mean, std: per channel, that images are normalised with.
+        resize, interpolation, squash: how images become squares of that shape (see ``data.Fit``); resize 0 is the side.
+        bgr: whether its channels are blue, green, red.
         data: name of the data set it was trained on.
     """
 
@@ -48,6 +51,10 @@ class Card:
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     data: str = ""
+    resize: int = 0
+    interpolation: str = "bilinear"
+    squash: bool = False
+    bgr: bool = False
 
     def with_data(self, data: Data) -> Card:
         """The same network, trained on `data`."""
@@ -58,6 +65,8 @@ class Card:
             mean=data.mean.tolist(),
             std=data.std.tolist(),
             data=data.name,
+            bgr=data.train.bgr,
+            **({} if data.fit is None else _fit_entries(data.fit)),
         )
 
     def changed_to(self, model: nn.Module) -> Card:
@@ -68,10 +77,18 @@ class Card:
         """The network, with random weights."""
         return structure.apply(models.create(self.model, **self.settings), self.changes)
 
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images are prepared for the network; None where the card does not say it."""
+        if not self.mean or len(self.input_shape) != 3:
+            return None
+        side = self.input_shape[-1]
+        fit = Fit(side, max(self.resize, side), self.interpolation, self.squash)
+        return Preprocessing(fit, tuple(self.mean), tuple(self.std), self.bgr, self.model)
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 as the network was trained on."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
+        return normalise(images, torch.tensor(self.mean), torch.tensor(self.std), self.bgr)
 
     def check(self) -> None:
         """ValueError where something is not what a file may hold."""
@@ -123,6 +140,10 @@ def from_text(text: str) -> Card:
     return replace(card, input_shape=tuple(card.input_shape))
 
 
+def _fit_entries(fit: Fit) -> dict[str, Any]:
+    return {"resize": fit.resize, "interpolation": fit.interpolation, "squash": fit.squash}
+
+
 def _refuse_constant(word: str) -> float:
     raise ValueError(f"{word} is no finite number")
 
@@ -172,4 +193,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of finite numbers above 0",
     ),
     "data": (_is_word, "a name"),
+    "resize": (lambda value: _is_integer(value) and 0 <= value <= LARGEST_SIDE, f"pixels, {LARGEST_SIDE} at most"),
+    "interpolation": (
+        lambda value: isinstance(value, str) and value in INTERPOLATIONS,
+        f"one of {', '.join(INTERPOLATIONS)}",
+    ),
+    "squash": (lambda value: isinstance(value, bool), "true or false"),
+    "bgr": (lambda value: isinstance(value, bool), "true or false"),
 }

@@ -87,7 +87,8 @@ def open_model(
 
     Args:
         name: as for ``models.create``, or a folder with ``model.safetensors``, or such a file.
-        weights: a safetensors file. If it says that it is of the model `name`, it also gives settings and structure.
+        weights: a file as for ``models.load_weights``. If it says that it is of the model `name`, it also gives
+            settings and structure.
         settings: of the model; those given here overrule those of the file.
         data: gives the settings for channels and classes, where neither `settings` nor the file does.
         seed: of the weights where there is no file.
@@ -101,13 +102,11 @@ def open_model(
     if path is not None and (weights is not None or settings):
         raise ValueError(f"{name} is a trained network already: --weights and --set do not go with it")
     weights = weights if path is None else path
-    if weights is not None:
-        weight_files.check_file("open_model", weights)
-    found = None if weights is None or not _may_have_card(weights) else read_card(weights)
-    if path is not None and found is None:
-        raise ValueError(f"{path} does not say which network it is of: give the model's name and --weights {path}")
-    if found is None or (path is None and found.model != name):
-        card = Card(name, {**_settings_from(name, data), **(settings or {})})
+    found = card_of(name, weights)
+    if found is None:
+        given = settings or {}
+        # Trained weights that the library brings have classes of their own.
+        card = Card(name, given if given.get("pretrained") else {**_settings_from(name, data), **given})
         if name in models.BUILT_IN:
             _check_room(_without_data(card))
         return _build(card, weights, seed).eval(), card
@@ -123,6 +122,28 @@ def open_model(
     except ValueError as error:
         raise ValueError(f"open_model: {weights} does not hold the network that it describes: {error}") from error
     return _build(card, weights, seed).eval(), card
+
+
+def card_of(name: str, weights: Path | None = None) -> Card | None:
+    """What our own file says of the network that it holds; None where it is no such file, or of another model.
+
+    Args:
+        name, weights: as for :func:`open_model`.
+
+    Raises:
+        ValueError: the file cannot be read, or `name` is a folder or file that does not say which network it is of.
+    """
+    path = model_path(name)
+    file = weights if path is None else path
+    if file is None:
+        return None
+    weight_files.check_file("open_model", file)
+    found = read_card(file) if _may_have_card(file) else None
+    if path is None:
+        return found if found is not None and found.model == name else None
+    if found is None:
+        raise ValueError(f"{path} does not say which network it is of: give the model's name and --weights {path}")
+    return found
 
 
 def _build(card: Card, weights: Path | None, seed: int) -> nn.Module:
@@ -181,19 +202,22 @@ def _check_room(planned: nn.Module) -> None:
 
 def _settings_of(card: Card) -> dict[str, Any]:
     """Those of the file; timm must not load other weights for it."""
-    if not card.model.startswith("timm/"):
+    if not card.model.startswith(("timm/", "torchvision/")):
         return card.settings
     if loading := sorted(card.settings.keys() & _TIMM_LOADS):
-        raise ValueError(f"open_model: a file must not have timm read others: its setting {loading[0]!r} is refused")
+        raise ValueError(f"open_model: a file must not have other files read: its setting {loading[0]!r} is refused")
     return {name: value for name, value in card.settings.items() if name != "pretrained"}
 
 
 def _settings_from(name: str, data: Data | None) -> dict[str, Any]:
     """Channels and classes as the data has them; the user's own functions get what the user says and no more."""
-    if data is None or not (name in models.BUILT_IN or name.startswith("timm/")):
+    if data is None:
         return {}
-    channels = "in_chans" if name.startswith("timm/") else "in_channels"
-    return {channels: data.channels, "num_classes": data.num_classes}
+    if name.startswith("torchvision/"):
+        return {"num_classes": data.num_classes}
+    if name.startswith("timm/"):
+        return {"in_chans": data.channels, "num_classes": data.num_classes}
+    return {"in_channels": data.channels, "num_classes": data.num_classes} if name in models.BUILT_IN else {}
 
 
 def model_path(name: str) -> Path | None:

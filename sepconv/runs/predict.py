@@ -46,9 +46,9 @@ def predict(
         ValueError: the card says nothing about images, a file is no image or a folder has none (it is named).
         FileNotFoundError: no such file or folder.
     """
-    if not card.mean or len(card.input_shape) != 3:
+    prepared = card.preprocessing
+    if prepared is None or prepared.fit is None:
         raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
-    channels, size = card.input_shape[0], card.input_shape[-1]
     files = image_files(paths)
     scores_of: Callable[[Tensor], Tensor] = partial(_scores, model)
     if compiled:
@@ -57,7 +57,7 @@ def predict(
     found: list[Prediction] = []
     for start in range(0, len(files), BATCH):
         chunk = files[start : start + BATCH]
-        scores = scores_of(card.normalise(read_images(chunk, channels, size)))
+        scores = scores_of(card.normalise(read_images(chunk, card.input_shape[0], prepared.fit)))
         names = class_names(card, scores.shape[1])
         best = scores.softmax(1).topk(min(top, scores.shape[1]))
         for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import nn
 
 from sepconv.convert import Plan, closed_form, convert
 from sepconv.cost import count
-from sepconv.data import Data, load
+from sepconv.data import Data, Split, load
 from sepconv.layers.borrowed import copied, evaluating
 from sepconv.report import write_report
 from sepconv.runs import compare, layer_data, model_file
+from sepconv.runs.classes import matched
 from sepconv.runs.model_file import Card
 from sepconv.runs.run_folder import (
     CHECKPOINTS,
@@ -38,6 +40,9 @@ from sepconv.train.processes import processes
 
 DISTILLATION_LR = {"bottleneck": 0.02, "separable": 0.05}
 """Highest learning rate by form, unless told: a bottleneck starts nearer to the original and has more to lose."""
+
+NEAR_CHANCE = 0.1
+"""Share of the way from naming the most frequent class to no error, below which a network is suspect."""
 
 DEMO_MODEL = "vgg_small"
 DEMO_SETTINGS: dict[str, Any] = {}
@@ -163,12 +168,14 @@ def convert_model(
         The record that is written as ``result.json``.
     """
     model = copied(model, "convert").to(_device())
-    _check_fits(model, data)
+    data = matched(data, card.classes, _check_fits(model, data))
     card.with_data(data).check()
     prepare(out, job.kind, model)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data))
     outcome.finished("original", model, 0.0)
+    if note := _near_chance(outcome.stages[-1]["accuracy"], outcome.choices.data.test):
+        warnings.warn(note, stacklevel=2)
     return _run(outcome, data, job, out, resume, on_progress, started)
 
 
@@ -215,8 +222,8 @@ def train_model(
     return record
 
 
-def _check_fits(model: nn.Module, data: Data) -> None:
-    """ValueError unless the model takes the data's images and has an output for each class."""
+def _check_fits(model: nn.Module, data: Data) -> int:
+    """How many outputs the model has; ValueError unless it takes the data's images and has one for each class."""
     parameter = next(model.parameters(), torch.empty(0))
     if parameter.dtype != torch.float32:
         raise ValueError(f"convert: the images are float32 but the model is {parameter.dtype}: convert model.float()")
@@ -227,6 +234,18 @@ def _check_fits(model: nn.Module, data: Data) -> None:
         reason = str(error).splitlines()[0]
         raise ValueError(f"convert: the model does not take images of shape {data.input_shape}: {reason}") from error
     check_outputs(scores, data.num_classes)
+    return int(scores.shape[1])
+
+
+def _near_chance(accuracy: float, split: Split) -> str:
+    """A sentence where the network to convert knows hardly more than the most frequent class."""
+    chance = int(split.labels.bincount().max()) / len(split)
+    if accuracy >= chance + NEAR_CHANCE * (1 - chance):
+        return ""
+    return (
+        f"the original is right on {accuracy:.1%} of the held-out images, where naming one class always gives "
+        f"{chance:.1%}: are its weights, its classes and the preparation of its images right?"
+    )
 
 
 def _run(
@@ -257,6 +276,7 @@ def _write(
         **about(card.model, data, job.kind, job.command, time.perf_counter() - started),
         "budget": job.budget,
         "metric": job.metric,
+        "preprocessing": data.preprocessing.as_dict(),
         "form": job.form,
         **measured,
         "stages": outcome.stages,

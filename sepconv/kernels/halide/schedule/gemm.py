@@ -67,7 +67,7 @@ class Tile(NamedTuple):
         return self.lanes, self.wide
 
 
-def _round_up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
@@ -83,7 +83,7 @@ def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
     vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes else _L2_LOAD_COST
     loads = vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors
     halves = machine.half_vector_cost if tile.lanes < machine.lanes else 1.0
-    return _round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
+    return round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
 
 
 def _tiles(machine: Machine) -> list[Tile]:
@@ -115,7 +115,7 @@ def fit_scalars(tile: Tile, count: int) -> Tile:
     if count <= tile.scalars:
         return tile._replace(scalars=max(count, 1))
     return min(
-        (tile, _shallower(tile)), key=lambda fit: _round_up(count, fit.scalars) * (1 + _L1_LOAD_COST / fit.scalars)
+        (tile, _shallower(tile)), key=lambda fit: round_up(count, fit.scalars) * (1 + _L1_LOAD_COST / fit.scalars)
     )
 
 
@@ -155,10 +155,10 @@ def pointwise_schedule(
     fitting = max(1, machine.l2_bytes // 4 // (4 * channels * step))
     shares = -(-steps // fitting)
     if outer % threads:
-        shares = min(steps, _round_up(shares, threads))
+        shares = min(steps, round_up(shares, threads))
     chunk = -(-steps // shares)
-    by_channels = _SHARED_CHANNELS_COST * _rounds(blocks, threads)
-    if channels_last and by_channels < _rounds(outer * -(-steps // chunk), threads):
+    by_channels = _SHARED_CHANNELS_COST * rounds(blocks, threads)
+    if channels_last and by_channels < rounds(outer * -(-steps // chunk), threads):
         return PointwiseSchedule(tile, min(fitting, steps), "channels")
     return PointwiseSchedule(tile, chunk, "pixels")
 
@@ -178,9 +178,9 @@ def _near(machine: Machine, usual: Tile) -> list[Tile]:
     return list(dict.fromkeys([usual, *(fit for tile in _tiles(machine) for fit in (tile, _shallower(tile)))]))
 
 
-def _rounds(tasks: int, threads: int) -> float:
+def rounds(tasks: int, threads: int) -> float:
     """Time of equal tasks on so many threads, over the time if they could be shared out evenly."""
-    return _round_up(tasks, threads) / tasks
+    return round_up(tasks, threads) / tasks
 
 
 class SeparableSchedule(NamedTuple):
@@ -200,7 +200,7 @@ class SeparableSchedule(NamedTuple):
 def channel_lanes(machine: Machine, channels: int) -> int:
     """Lanes of a vector along the channels: shorter ones where fewer of them are wasted on the last vector."""
     lengths = [n for n in (32, 16, 8, 4, 2, 1) if n <= min(machine.lanes, channels)]
-    return min(lengths, key=lambda n: _round_up(channels, n) * machine.half_vector_cost ** lengths.index(n))
+    return min(lengths, key=lambda n: round_up(channels, n) * machine.half_vector_cost ** lengths.index(n))
 
 
 def _price(tile: Tile, usual: Tile, machine: Machine, wide: int, depth: int) -> float:
@@ -262,7 +262,7 @@ def separable_schedule(
         whole = fit_scalars(usual, height * width)
         price = _price(whole, usual, machine, out_channels, depth)
         shared = (
-            cost(price, whole, height, 1, 1) * _SHARED_CHANNELS_COST * _rounds(-(-out_channels // whole.wide), threads)
+            cost(price, whole, height, 1, 1) * _SHARED_CHANNELS_COST * rounds(-(-out_channels // whole.wide), threads)
         )
         if shared < least:
             tile, rows, parallel = whole, height, "channels"
@@ -287,8 +287,8 @@ def separable_alternatives(
 def _rows_cost(rows: int, height: int, width: int, images: int, threads: int, tile: Tile) -> float:
     """Relative time with tiles of so many rows; the rows left over make one more, smaller tile of each image."""
     tiles, left = divmod(height, rows)
-    busy = _round_up(images * tiles, threads) * _round_up(rows * width, tile.scalars)
-    busy += _round_up(images, threads) * _round_up(left * width, tile.scalars)
+    busy = round_up(images * tiles, threads) * round_up(rows * width, tile.scalars)
+    busy += round_up(images, threads) * round_up(left * width, tile.scalars)
     return busy / (images * height * width) * (_SECOND_CALL_COST if left else 1.0)
 
 

@@ -1,0 +1,275 @@
+"""Normal convolution of channels_last images, in groups or not: bias, residual and activation in the same pass.
+
+Each task copies the padded input rows under a few output rows into the cache. The sums over taps and channels are then
+the matrix product of the pointwise kernel, of a tile of output channels by neighbouring columns. Where nothing is
+padded the image is read in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.activations import activate
+from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
+from sepconv.kernels.halide.jit import packing, runtime
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.machine_code import Bound
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.gemm import Tile
+from sepconv.kernels.halide.schedule.normal import NormalSchedule, NormalShape, normal_schedule
+from sepconv.kernels.layout import alike, like
+
+_MOST_UNROLLED = 16
+
+
+class NormalSpec(NamedTuple):
+    """All that the code of one kernel depends on. Channels are those of one group; pairs are (y, x).
+
+    ``step``: numbers between two columns of an image that is read in place, 0 where it is copied.
+    """
+
+    channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    tile: Tile
+    activation: str
+    residual: bool
+    step: int
+
+
+def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
+    """The pipeline; arguments: rows per task, blocks per task, tasks per thread, top and left padding, x, packed
+    weights, bias, [residual]."""
+    numbers = tuple(hl.Param(hl.Int(32), name) for name in ("rows", "blocks", "share", "top", "left"))
+    x = _image("x", spec.channels * spec.groups)
+    if spec.step:
+        x.dim(1).set_stride(spec.step)
+    (height, width), tile = spec.kernel_size, spec.tile
+    depth = spec.channels * height * width
+    weight = packed_param("weight", *tile.panels, depth, spec.groups * _whole(spec))
+    o, g, column, row, n = (hl.Var(name) for name in ("o", "g", "column", "row", "n"))
+    source = x if spec.step else _padded(x, numbers[3], numbers[4])
+
+    k = hl.RDom([hl.Range(0, extent) for extent in (spec.channels, width, height)], "k")
+    sums, out = hl.Func("sums"), hl.Func("normal")
+    channel = o + g * _whole(spec)
+    sums[o, g, column, row, n] = hl.f32(0.0)
+    sums[o, g, column, row, n] += (
+        packed(weight, tile.lanes, channel, k.x + spec.channels * (k.y + width * k.z))
+        * source[
+            k.x + spec.channels * g,
+            column * spec.stride[1] + k.y * spec.dilation[1],
+            row * spec.stride[0] + k.z * spec.dilation[0],
+            n,
+        ]
+    )
+    bias = bias_param("bias", spec.out_channels * spec.groups)
+    value, extra = sums[o, g, column, row, n] + bias[o + g * spec.out_channels], [bias]
+    if spec.residual:
+        residual = _grouped("residual", spec)
+        value, extra = value + residual[o, g, column, row, n], [bias, residual]
+    out[o, g, column, row, n] = activate(value, spec.activation)
+
+    _fix(out.output_buffer(), spec)
+    _schedule(spec, numbers[:3], out, sums, (o, g, column, row, n), k)
+    if not spec.step:
+        _schedule_padded(spec, source, out)
+    return out, [*numbers, x, weight, *extra]
+
+
+def _whole(spec: NormalSpec) -> int:
+    """Output channels of a group in whole blocks, as the weights are packed."""
+    return -(-spec.out_channels // spec.tile.wide) * spec.tile.wide
+
+
+def _image(name: str, channels: int) -> Any:
+    """Channel, column, row, image; the channels of a pixel side by side."""
+    x = hl.ImageParam(hl.Float(32), 4, name)
+    x.dim(0).set_extent(channels).set_stride(1)
+    for d in range(4):
+        x.dim(d).set_min(0)
+    return x
+
+
+def _grouped(name: str, spec: NormalSpec) -> Any:
+    image = hl.ImageParam(hl.Float(32), 5, name)
+    _fix(image, spec)
+    return image
+
+
+def _fix(image: Any, spec: NormalSpec) -> None:
+    """Channel, group, column, row, image."""
+    image.dim(0).set_extent(spec.out_channels).set_stride(1)
+    image.dim(1).set_extent(spec.groups).set_stride(spec.out_channels)
+    for d in range(5):
+        image.dim(d).set_min(0)
+
+
+def _padded(x: Any, top: Any, left: Any) -> Any:
+    """``padded[c, column, row, n] = x[c, column - left, row - top, n]``, zeros around the image."""
+    c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
+    unbounded = hl.Range(hl.Expr(), hl.Expr())
+    image = [hl.Range(0, x.dim(1).extent()), hl.Range(0, x.dim(2).extent())]
+    outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
+    padded = hl.Func("padded")
+    padded[c, column, row, n] = outside[c, column - left, row - top, n]
+    return padded
+
+
+def _schedule_padded(spec: NormalSpec, padded: Any, out: Any) -> None:
+    lanes = machine.host().lanes
+    padded.compute_at(out, hl.Var("task"))
+    channels = spec.channels * spec.groups
+    if channels >= lanes:
+        whole = channels % lanes == 0
+        padded.vectorize(padded.args()[0], lanes, hl.TailStrategy.RoundUp if whole else hl.TailStrategy.GuardWithIf)
+
+
+def _schedule(spec: NormalSpec, numbers: tuple[Any, ...], out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> None:
+    rows, blocks, share = numbers
+    tile, (o, g, column, row, n) = spec.tile, dims
+    names = ("block", "o_in", "part", "step", "column_in", "group", "task")
+    block, o_in, part, step, column_in, group, task = (hl.Var(name) for name in names)
+    ragged = spec.out_channels % tile.wide
+    out.bound(o, 0, spec.out_channels).bound(g, 0, spec.groups)
+    out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    out.split(column, step, column_in, tile.scalars, hl.TailStrategy.ShiftInwards)
+    out.split(row, group, row, rows, hl.TailStrategy.GuardWithIf)
+    out.reorder(o_in, column_in, step, row, block, g, group, n).fuse(block, g, block)
+    out.split(block, part, block, blocks, hl.TailStrategy.GuardWithIf)
+    out.fuse(part, group, task).fuse(task, n, task)
+    runtime.share(out, task, share)
+    out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(column_in)
+    out.never_partition([step, row, block, task])
+
+    sums.compute_at(out, step)
+    keep_in_registers(sums, o, column, [k.x, k.y, k.z], tile)
+    sums.update().unroll(k.x, next(count for count in range(_MOST_UNROLLED, 0, -1) if spec.channels % count == 0))
+
+
+class NormalPlan(NamedTuple):
+    """The kernel for one input, and the numbers it is called with."""
+
+    spec: NormalSpec
+    numbers: tuple[int, int, int, int, int]
+
+    @property
+    def variant(self) -> tuple[int, int, int]:
+        """What packed weights depend on besides their numbers."""
+        return (*self.spec.tile.panels, self.spec.groups)
+
+
+def _padding(case: Case) -> tuple[int, ...]:
+    return tuple(amount for pair in case.geometry.padding for amount in pair)
+
+
+def plan(case: Case) -> NormalPlan:
+    """The kernel and its schedule for such tensors."""
+    (stride, ((top, _), (left, _)), dilation), groups = case.geometry, case.groups
+    channels, (height, width) = case.weight.shape[1], case.kernel_size
+    images, _, rows, columns = case.y.shape
+    shape = NormalShape(
+        channels, case.weight.shape[0] // groups, groups, height * width, max(images, 1), rows, columns,
+        row_bytes=4 * channels * groups * stride[0] * ((columns - 1) * stride[1] + dilation[1] * (width - 1) + 1),
+    )  # fmt: skip
+    found: NormalSchedule = normal_schedule(machine.host(), shape, case.threads)
+    spec = NormalSpec(
+        channels, shape.out_channels, groups, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]),
+        found.tile, case.activation, case.residual is not None, 0 if any(_padding(case)) else case.x.stride[3],
+    )  # fmt: skip
+    blocks = -(-(groups * -(-shape.out_channels // found.tile.wide)) // found.parts)
+    tasks = shape.images * -(-rows // found.rows) * found.parts
+    return NormalPlan(spec, (found.rows, blocks, runtime.per_thread(tasks, case.threads), top, left))
+
+
+def supports(case: Case) -> str:
+    """Why this kernel cannot run, in a sentence; the empty string if it can."""
+    if case.bound and not case.result.elements:
+        return "the result is empty"
+    reason = runtime.missing() or runtime.unsuitable(*case.given)
+    if reason:
+        return reason
+    x = case.x
+    if x.dims != 2:
+        return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
+    if x.stride[1] != 1 or (x.shape[1] > 1 and x.stride[3] == 1 and x.shape[3] > 1):
+        return f"the kernel reads channels_last images only (strides {x.stride})"
+    if not case.result.channels_last and case.result.elements > case.result.shape[0] * case.result.shape[1]:
+        return f"the kernel writes channels_last images only (strides {case.result.stride})"
+    return runtime.too_large(case.result.shape)
+
+
+def slower(case: Case) -> str:
+    """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is."""
+    lanes, outputs = machine.host().lanes, case.weight.shape[0] // case.groups
+    # One vector of sums is read for each column; oneDNN's kernels for blocks of 8 and 16 channels take 0.7 of the time.
+    if case.groups > 1 and outputs <= lanes <= case.weight.shape[1]:
+        return f"groups of at most {lanes} output channels are faster in PyTorch's kernel, got {outputs}"
+    return ""
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """The schedule in words and numbers."""
+    found = plan(case)
+    return {**found.spec.tile._asdict(), "rows": found.numbers[0], "blocks": found.numbers[1]}
+
+
+def pack(found: NormalPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
+    """Copies of weight and bias as the kernel of this plan takes them."""
+    weight, bias = weights
+    assert weight is not None
+    spec = found.spec
+    rows = weight.detach().permute(0, 2, 3, 1).reshape(spec.groups, spec.out_channels, -1)
+    panels = torch.cat([packing.pack(group, *spec.tile.panels) for group in rows])
+    return [buffer(panels), buffer(packing.pack_bias(bias, weight))]
+
+
+def _in_groups(image: Tensor, spec: NormalSpec) -> Buffer:
+    """(N, C, H, W) as (N, H, W, groups, channels)."""
+    n, _, h, w = image.shape
+    by_image, _, by_row, by_column = image.stride()
+    strides = (by_image, by_row, by_column, spec.out_channels, 1)
+    return Buffer((n, h, w, spec.groups, spec.out_channels), strides, image.data_ptr(), holds=image)
+
+
+def bind(found: NormalPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
+    """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
+
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`; ``out`` is channels_last.
+    """
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"normal.bind: out must be channels_last without gaps, got strides {out.stride()}")
+    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
+        raise ValueError(f"normal.bind: residual must lie in memory like out, got strides {residual.stride()}")
+    kernel = runtime.compiled(("normal", found.spec), lambda: build(found.spec))
+    images = [out] if residual is None else [residual, out]
+    return kernel.bind(*found.numbers, pixels(x), *packed, *[_in_groups(image, found.spec) for image in images])
+
+
+class NormalCall:
+    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides."""
+
+    def __init__(self, case: Case) -> None:
+        self.found, result = plan(case), case.result
+        self.shape, self.dtype = result.shape, result.dtype
+        self._variant = ("normal", *self.found.variant, case.weight.shape)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=torch.channels_last)
+        if out.numel():
+            weights = (weight, bias)
+            packed = packing.remembered(weights, self._variant, lambda: pack(self.found, weights))
+            bind(self.found, x, packed, None if residual is None else like(residual, out), out)()
+        return out
+
+
+prepare = NormalCall

@@ -1,0 +1,89 @@
+"""Loop sizes of the kernel for normal convolutions of many channels.
+
+Its inner loop is the one of the matrix products (``gemm``): a tile of ``vectors`` registers of output channels by
+``scalars`` neighbouring columns of a row. All scalars are read at fixed distances from one address, so that registers
+alone limit their number; columns that are left over at the end of a row are computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from sepconv.kernels.halide.schedule.gemm import Tile, round_up, rounds
+from sepconv.kernels.halide.schedule.machine import Machine
+
+# Two multiply-add units of four cycles latency want so many sums that do not wait for one another.
+_LEAST_SUMS = 10
+_MOST_SCALARS = 14
+_MOST_VECTORS = 4
+# Time of a load over that of a multiply-add, as far as it shows, by where the weights of one block lie.
+_L1_LOAD_COST, _L2_LOAD_COST, _FAR_LOAD_COST = 0.2, 0.5, 1.5
+# Share of L2 for the rows of input under one task; the weights of a block lie there too.
+_INPUT_SHARE = 6
+# Time where threads share out output channels over that where they share out rows: all of them copy all of the input.
+_SHARED_CHANNELS_COST = 1.1
+_MOST_ROWS = 32
+# Time of a block whose last lanes must not be written, over that of a whole one.
+_RAGGED_COST = 1.05
+
+
+class NormalShape(NamedTuple):
+    """What the loop sizes follow from: channels in and out of one group, taps of a filter, output rows and columns,
+    bytes of input under one output row."""
+
+    channels: int
+    out_channels: int
+    groups: int
+    taps: int
+    images: int
+    rows: int
+    columns: int
+    row_bytes: int
+
+
+class NormalSchedule(NamedTuple):
+    """``rows`` output rows in a task, and the blocks of output channels of all groups in ``parts``, one a task."""
+
+    tile: Tile
+    rows: int
+    parts: int
+
+
+def _tiles(machine: Machine, shape: NormalShape) -> Iterator[Tile]:
+    for lanes in (machine.lanes, machine.lanes // 2, machine.lanes // 4):
+        for vectors in range(1, _MOST_VECTORS + 1):
+            most = min(_MOST_SCALARS, shape.columns, (machine.registers - vectors - 1) // vectors)
+            if lanes >= 4 or lanes == machine.lanes:
+                yield from (Tile(lanes, vectors, scalars) for scalars in range(1, most + 1))
+
+
+def _tile_cost(tile: Tile, machine: Machine, shape: NormalShape) -> float:
+    """Relative time per useful multiply-add."""
+    block = 4 * tile.wide * shape.channels * shape.taps
+    far = _L2_LOAD_COST if block <= machine.l2_bytes // 2 else _FAR_LOAD_COST
+    vector_load = _L1_LOAD_COST if block <= machine.l1_bytes // 2 else far
+    wasted = round_up(shape.out_channels, tile.wide) / shape.out_channels
+    wasted *= _RAGGED_COST if shape.out_channels % tile.wide else 1.0
+    wasted *= round_up(shape.columns, tile.scalars) / shape.columns
+    waiting = max(1.0, _LEAST_SUMS / (tile.vectors * tile.scalars))
+    shorter = machine.half_vector_cost ** (machine.lanes // tile.lanes).bit_length() / machine.half_vector_cost
+    return wasted * waiting * shorter * (1.0 + vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors)
+
+
+@lru_cache(maxsize=4096)
+def normal_schedule(machine: Machine, shape: NormalShape, threads: int) -> NormalSchedule:
+    """The tile with the least waste, and tasks that keep all threads equally busy."""
+    tile = min(_tiles(machine, shape), key=lambda tile: _tile_cost(tile, machine, shape))
+    most = max(1, min(shape.rows, _MOST_ROWS, machine.l2_bytes // _INPUT_SHARE // shape.row_bytes))
+    blocks = shape.groups * -(-shape.out_channels // tile.wide)
+
+    def cost(rows: int, parts: int) -> float:
+        tasks = shape.images * parts
+        uneven = rounds(tasks * -(-shape.rows // rows), threads) * round_up(shape.rows, rows) / shape.rows
+        return uneven * round_up(blocks, parts) / blocks * (_SHARED_CHANNELS_COST if parts > 1 else 1.0)
+
+    choices = [(rows, parts) for rows in range(most, 0, -1) for parts in {1, min(threads, blocks)}]
+    rows, parts = min(choices, key=lambda choice: (cost(*choice), choice[1], -choice[0]))
+    return NormalSchedule(tile, rows, parts)

@@ -1,0 +1,176 @@
+"""The kernel for normal convolutions of many channels against the definition in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from kernel_checks import double, image, magnitude, poisoned
+from torch import Tensor
+
+from sepconv import reference
+from sepconv.kernels import case as cases
+from sepconv.kernels.case import Case, Geometry
+from sepconv.kernels.halide.conv import normal
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule.machine import Machine, host, named
+from sepconv.kernels.halide.schedule.normal import NormalShape, normal_schedule
+
+pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+
+
+PADDED = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    shape: tuple[int, int, int, int]
+    out_channels: int
+    kernel: tuple[int, int] = (3, 3)
+    geometry: Geometry = PADDED
+    groups: int = 1
+    activation: str = "relu"
+    residual: bool = False
+    bias: bool = True
+
+
+def walk(stride: int = 1, padding: int = 1, dilation: int = 1) -> Geometry:
+    return Geometry((stride,) * 2, ((padding, padding),) * 2, (dilation,) * 2)
+
+
+LAYERS = [
+    Layer("whole_tiles", (1, 16, 9, 28), 64),
+    Layer("a_tile_and_one_column", (1, 16, 3, 15), 33, residual=True),
+    Layer("primes", (2, 7, 13, 17), 5, (3, 5), Geometry((2, 1), ((1, 0), (2, 3)), (1, 1)), activation="silu"),
+    Layer("one_block_and_one_channel", (1, 33, 7, 7), 65, residual=True, activation="gelu"),
+    Layer("dilated", (3, 12, 11, 9), 24, geometry=walk(1, 2, 2), activation=""),
+    Layer("in_place", (1, 19, 8, 11), 96, (1, 1), walk(2, 0), activation="hardswish"),
+    Layer("in_place_windows", (2, 8, 6, 5), 8, (2, 3), walk(1, 0), residual=True, activation="relu6"),
+    Layer("column_of_pixels", (1, 20, 5, 1), 10, (5, 1), Geometry((1, 1), ((2, 2), (0, 0)), (1, 1)), activation=""),
+    Layer("one_pixel", (1, 5, 1, 1), 3, activation="sigmoid"),
+    Layer("groups_of_four", (2, 32, 9, 7), 32, groups=8, residual=True),
+    Layer("groups_of_few_to_many", (1, 6, 7, 9), 40, groups=2, bias=False),
+    Layer("groups_of_many_to_one", (1, 34, 5, 6), 2, groups=2, geometry=walk(2), activation=""),
+    Layer("many_rows", (1, 16, 97, 5), 17, (7, 1), Geometry((3, 1), ((3, 3), (0, 0)), (1, 1)), bias=False),
+]
+
+
+def tensors(layer: Layer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x = image(layer.shape, True)
+    weight = torch.randn(layer.out_channels, layer.shape[1] // layer.groups, *layer.kernel)
+    size = layer.geometry.output_size(layer.shape[2:], layer.kernel)
+    residual = image((layer.shape[0], layer.out_channels, *size), True).contiguous(memory_format=torch.channels_last)
+    return x, weight, torch.randn(layer.out_channels) if layer.bias else None, residual if layer.residual else None
+
+
+def described(layer: Layer, given: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> Case:
+    return cases.normal(*given, layer.geometry, layer.activation)
+
+
+def truth(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Each group of channels by itself."""
+    biases = [None] * layer.groups if bias is None else bias.chunk(layer.groups)
+    parts = zip(x.chunk(layer.groups, 1), weight.chunk(layer.groups), biases, strict=True)
+    y = torch.cat([reference.conv(*part, *layer.geometry) for part in parts], 1)
+    return y if residual is None else y + residual
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=[layer.name for layer in LAYERS])
+def test_normal_matches_definition(layer: Layer, assert_rounding: Callable[..., None]) -> None:
+    given = x, weight, bias, residual = tensors(layer)
+    case = described(layer, given)
+    assert normal.supports(case) == ""
+    y = normal.prepare(case)(*given)
+    expected = reference.ACTIVATIONS[layer.activation](truth(layer, *double(*given)))
+    sizes = truth(layer, *magnitude(*given)) + expected.abs()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_rounding(y, expected, sizes, weight[0].numel() + 2)
+
+    found = normal.plan(case)
+    out, margins_untouched = poisoned(y)
+    normal.bind(found, x, normal.pack(found, (weight, bias)), residual, out)()
+    assert torch.equal(out, y)
+    margins_untouched()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=[layer.name for layer in LAYERS])
+def test_normal_is_the_same_with_two_threads(layer: Layer, threads: int) -> None:
+    given = tensors(layer)
+    results = [normal.prepare(described(layer, given))(*given) for _ in range(2)]
+    torch.set_num_threads(1)
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], normal.prepare(described(layer, given))(*given), rtol=1e-4, atol=1e-4)
+
+
+def test_changed_weights_are_packed_anew() -> None:
+    layer = LAYERS[0]
+    given = _, weight, bias, _ = tensors(layer)
+    run = normal.prepare(described(layer, given))
+    before = run(*given)
+    weight.data.mul_(2)
+    assert bias is not None
+    bias.data.mul_(2)
+    torch.testing.assert_close(run(*given), 2 * before)
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.randn(1, 8, 6, 6), "reads channels_last images only"),
+        (torch.randn(1, 8, 6, 6, dtype=torch.float64), "float32"),
+        (torch.randn(1, 8, 6), "got 1 spatial dimensions"),
+        (torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)[:, ::2], "channels_last images only"),
+    ],
+)
+def test_normal_says_what_it_does_not_support(x: Tensor, reason: str) -> None:
+    weight = torch.randn(4, 8, *[3] * (x.dim() - 2), dtype=x.dtype)
+    assert reason in normal.supports(cases.normal(x, weight, None, None, Geometry.of_pixels(x.dim() - 2)))
+
+
+def test_small_groups_are_left_to_pytorch() -> None:
+    lanes = host().lanes
+    x = image((1, 4 * lanes, 6, 6), True)
+    for outputs, reason in ((lanes, f"groups of at most {lanes} output channels"), (2 * lanes, "")):
+        case = cases.normal(x, torch.randn(4 * outputs, lanes, 3, 3), None, None, walk())
+        assert case.groups == 4
+        assert normal.slower(case).startswith(reason)
+        assert bool(normal.slower(case)) == bool(reason)
+
+
+def test_normal_bind_refuses_memory_in_another_layout() -> None:
+    layer = LAYERS[1]
+    given = x, weight, bias, residual = tensors(layer)
+    found = normal.plan(described(layer, given))
+    packed = normal.pack(found, (weight, bias))
+    out = torch.empty(1, 33, 3, 15)
+    with pytest.raises(ValueError, match=r"normal\.bind: out must be channels_last"):
+        normal.bind(found, x, packed, residual, out)
+    assert residual is not None
+    with pytest.raises(ValueError, match=r"normal\.bind: residual must lie in memory like out"):
+        normal.bind(found, x, packed, residual.contiguous(), out.contiguous(memory_format=torch.channels_last))
+
+
+SHAPES = [
+    NormalShape(64, 64, 1, 9, 1, 56, 56, 4 * 64 * 58),
+    NormalShape(512, 512, 1, 9, 1, 7, 7, 4 * 512 * 9),
+    NormalShape(8, 8, 32, 9, 1, 28, 28, 4 * 256 * 30),
+    NormalShape(3, 5, 1, 1, 2, 1, 1, 12),
+    NormalShape(2048, 2048, 1, 49, 1, 200, 200, 4 * 2048 * 206),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("machine", [host(), *map(named, ("sse41", "avx2", "avx512", "neon"))])
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_tiles_fit_into_registers_and_tasks_are_shared_out(machine: Machine, shape: NormalShape, threads: int) -> None:
+    tile, rows, parts = normal_schedule(machine, shape, threads)
+    assert tile.vectors * tile.scalars + tile.vectors + 1 <= machine.registers
+    assert 1 <= tile.scalars <= shape.columns
+    assert 1 <= rows <= shape.rows
+    blocks = shape.groups * -(-shape.out_channels // tile.wide)
+    assert 1 <= parts <= min(blocks, threads)
+    tasks = shape.images * -(-shape.rows // rows) * parts
+    assert tasks >= min(threads, shape.images * shape.rows * blocks) // 2

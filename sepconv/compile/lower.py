@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup
 from sepconv.compile.program import Copy, Form, Operation, Program
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
 from sepconv.kernels import backends, case
 from sepconv.kernels.backends import Backend, InTurn
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.halide.jit import runtime
 
 SPLIT, TORCH = "split", "torch"
 """Choices that differ from the usual one: a separable group by two kernels in turn, a group by PyTorch."""
@@ -71,8 +70,6 @@ def _outline(form: Form, one_image: bool) -> Outline:
 def _lower_group(group: ComputedGroup, read: Sequence[Outline], out: Outline, choice: str) -> Lowered:
     if choice == TORCH:
         return Lowered(TORCH, "PyTorch was measured to be faster")
-    if isinstance(group, Convolution) and group.kind == "grouped":
-        return Lowered(TORCH, runtime.missing() or f"no kernel for grouped convolutions (groups={group.groups})")
     known = case_of(group, read).into(out)
     if choice == SPLIT:
         in_turn, reason = _in_turn(group, known), "depthwise and pointwise in turn were measured to be faster"
@@ -111,7 +108,7 @@ def case_of(group: ComputedGroup, read: Sequence[Outline]) -> Case:
     bias = None if end.bias is None else _outline_of(end.bias)
     if group.kind == "depthwise":
         return case.depthwise(x, weight, bias, group.geometry, end.activation)
-    if group.kind == "normal":
+    if group.kind in ("normal", "grouped"):
         return case.normal(x, weight, bias, residual, group.geometry, end.activation)
     return case.pointwise(x, weight, bias, residual, end.activation)
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sepconv.kernels.case import Case
-from sepconv.kernels.halide.conv import depthwise, pointwise, pool, separable, stem
+from sepconv.kernels.halide.conv import depthwise, normal, pointwise, pool, separable, stem
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
@@ -104,7 +104,7 @@ def _halide(kernel: ModuleType) -> Backend:
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [_halide(depthwise), Backend("torch", prepared.depthwise)],
     "pointwise": [_halide(pointwise), Backend("torch", prepared.pointwise)],
-    "normal": [_halide(stem), Backend("torch", prepared.normal)],
+    "normal": [_halide(stem), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "separable": [
         _halide(separable),
@@ -141,6 +141,7 @@ class Choice:
                 try:
                     self.run = _unprepared if self.case.bound else backend.prepare(self.case)
                     self.backend = backend
+                    self.reasons.pop(backend.name, None)  # of another kernel of the same backend
                     return
                 except BuildError as error:
                     reason = str(error)

@@ -35,7 +35,7 @@ _TRAINING_NORM = _aten.native_batch_norm.default
 _NORMS = (_TRAINING_NORM, _aten._native_batch_norm_legit_no_training.default)
 _SCALES = (_aten.mul.Tensor, _aten.div.Tensor)
 _SHIFTS = (_aten.add.Tensor, _aten.sub.Tensor)
-_WITH_RESIDUAL = ("pointwise", "linear")
+_WITH_RESIDUAL = ("pointwise", "linear", "normal", "grouped")
 
 
 def absorb(graph: fx.Graph, store: Store) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from sepconv.compile.groups import Convolution, SeparableGroup
+from sepconv.compile.groups import Convolution, Epilogue, SeparableGroup
 from sepconv.compile.numbers import not_computed
 from sepconv.compile.passes.activations import activation_of
 from sepconv.compile.passes.constants import constant
@@ -29,6 +29,7 @@ from sepconv.compile.passes.nodes import (
     undo_on_tensor,
 )
 from sepconv.compile.store import Constant, Store
+from sepconv.kernels.case import Geometry
 
 _aten = torch.ops.aten
 _TRAINING_NORM = _aten.native_batch_norm.default
@@ -99,7 +100,7 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     given = NodeArguments(node)
     result, found = first_result(node), _linear_so_far(given["input"])
     training = node.target is _TRAINING_NORM and given["training"]
-    if result is None or found is None or training or found.reshapes:
+    if result is None or training:
         return
     names = ("weight", "bias", "running_mean", "running_var")
     gamma, beta, mean, variance = (constant(given[name]) for name in names)
@@ -110,9 +111,30 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     factor = (variance.tensor.double() + eps).rsqrt() * (1.0 if gamma is None else gamma.tensor.double())
     shift = (0.0 if beta is None else beta.tensor.double()) - mean.tensor.double() * factor
     key = ("norm", *(None if c is None else c.key for c in (gamma, beta, mean, variance)), eps)
-    found.node.target = _folded(found.group, _Fold(factor, shift, key, "norm"), store)
-    replace(result, found.node)
-    node.graph.erase_node(node)
+    fold = _Fold(factor, shift, key, "norm")
+    if found is not None and not found.reshapes:
+        found.node.target = _folded(found.group, fold, store)
+        replace(result, found.node)
+        node.graph.erase_node(node)
+    elif _is_image(given["input"]):
+        swap(result, _filter_of_one_pixel(fold, store), (given["input"],))
+        node.graph.erase_node(node)
+
+
+def _is_image(node: object) -> bool:
+    """Whether kernels of depthwise convolutions read it: several channels of pixels, in float32."""
+    size = shape(as_node(node))
+    return len(size) == 4 and size[1] > 1 and not not_computed([number_of(as_node(node))], "the image is")
+
+
+def _filter_of_one_pixel(fold: _Fold, store: Store) -> Convolution:
+    """A norm with no convolution before it as a depthwise one of its own, which takes in what follows."""
+    factor, shift = fold.factor, fold.shift
+    assert factor is not None
+    assert shift is not None
+    weight = store.get(("factor", fold.key), lambda: factor.float().view(-1, 1, 1, 1).contiguous())
+    bias = store.get(("shift", fold.key), lambda: shift.float().contiguous())
+    return Convolution(weight, Epilogue(bias), Geometry.of_pixels(2), len(factor), ("norm",))
 
 
 def _folded(conv: Convolution, fold: _Fold, store: Store) -> Convolution:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.groups import Convolution, Separable
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.jit.machine_code import Chain
 from sepconv.kernels.torch import aten
 from sepconv.models import MobileNetV1, MobileNetV2
@@ -178,7 +179,7 @@ def in_double(group: Any, args: list[Tensor], of: Any) -> Tensor:
     if group.dims == 0:
         y = nn.functional.linear(x, weight, bias)
     else:
-        y = aten.conv(x, weight, bias, group.stride, group.padding, group.dilation, groups=group.groups)
+        y = aten.conv(x, weight, bias, Geometry(group.stride, group.padding, group.dilation), groups=group.groups)
     return aten.ACTIVATIONS[activation](y + residual)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.kernels.halide.conv import depthwise, pointwise, separable
+from sepconv.kernels import case
+from sepconv.kernels.case import Case, Geometry
+from sepconv.kernels.halide.conv import depthwise, pointwise
 
 MARGIN = 64
 
@@ -42,35 +44,43 @@ def magnitude(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.double().abs() for tensor in tensors]
 
 
+def depthwise_case(which: str, first: Tensor, second: Tensor, *walk: Any, size: Any = None, bias: Any = None) -> Case:
+    """``walk``: stride, padding, dilation and in a forward pass the activation; ``size`` of the gradient."""
+    geometry, activation = Geometry(*walk[:3]), walk[3:]
+    if which == "forward":
+        return case.depthwise(first, second, bias, geometry, *activation)
+    make = case.depthwise_grad_input if which == "grad_input" else case.depthwise_grad_weight
+    return make(first, second, size, geometry)
+
+
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *walk: Any) -> Tensor:
-    return depthwise.prepare_forward(x, weight, bias, *walk)(x, weight, bias)
+    return depthwise.prepare(depthwise_case("forward", x, weight, *walk, bias=bias))(x, weight, bias)
 
 
-def depthwise_grad_input(grad: Tensor, weight: Tensor, *size_and_walk: Any) -> Tensor:
-    return depthwise.prepare_grad_input(grad, weight, *size_and_walk)(grad, weight)
+def depthwise_grad_input(grad: Tensor, weight: Tensor, size: Any, *walk: Any) -> Tensor:
+    return depthwise.prepare(depthwise_case("grad_input", grad, weight, *walk, size=size))(grad, weight)
 
 
-def depthwise_grad_weight(grad: Tensor, x: Tensor, *size_and_walk: Any) -> Tensor:
-    return depthwise.prepare_grad_weight(grad, x, *size_and_walk)(grad, x)
+def depthwise_grad_weight(grad: Tensor, x: Tensor, size: Any, *walk: Any) -> Tensor:
+    return depthwise.prepare(depthwise_case("grad_weight", grad, x, *walk, size=size))(grad, x)
+
+
+def pointwise_case(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "", residual: Tensor | None = None
+) -> Case:
+    return case.pointwise(x, weight, bias, residual, activation)
 
 
 def pointwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", residual: Tensor | None = None
 ) -> Tensor:
-    return pointwise.Prepared(x, weight, activation, residual is not None)(x, weight, bias, residual)
+    prepared = pointwise.prepare(pointwise_case(x, weight, bias, activation, residual))
+    return prepared(x, weight, bias, residual)
 
 
-def separable_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    between: str,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    activation: str,
-    *walk: Any,
-    residual: Tensor | None = None,
-) -> Tensor:
-    found = separable.plan_for(x, weight, between, pointwise_weight, activation, *walk, residual is not None)
-    ready = separable.Prepared(found, x, weight, pointwise_weight)
-    return ready(x, weight, pointwise_weight, bias, pointwise_bias, residual)
+def separable_case(
+    x: Tensor, first: tuple[Any, Any, str], second: tuple[Any, Any, str], walk: Any, residual: Tensor | None = None
+) -> Case:
+    """``first`` and ``second``: weight, bias and activation of the depthwise and of the pointwise convolution."""
+    filtered = case.depthwise(x, *first[:2], Geometry(*walk), first[2])
+    return case.separable(filtered, case.pointwise(filtered.y, *second[:2], residual, second[2]))

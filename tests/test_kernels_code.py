@@ -15,7 +15,7 @@ import torch
 import sepconv
 from sepconv.kernels.halide.jit import code_cache, machine_code, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
-from sepconv.ops import explain
+from sepconv.ops import call
 
 if runtime.missing():
     pytest.skip(runtime.missing(), allow_module_level=True)
@@ -162,7 +162,7 @@ def test_the_name_follows_from_all_that_the_code_depends_on(folder: Path, monkey
 
 _CASE = """
 import torch, sepconv
-from sepconv.kernels import code_cache
+from sepconv.kernels.halide.jit import code_cache
 x, w = torch.ones(8, 64, 31, 31), torch.ones(64, 1, 7, 7)
 print(float(sepconv.depthwise_conv2d(x, w, None, 1, 3).sum()), sorted(p.name for p in code_cache.folder().iterdir()))
 """
@@ -204,14 +204,14 @@ def test_a_full_disk_leaves_the_work_to_pytorch(folder: Path, monkeypatch: pytes
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(explain, "_choices", {})
+    call.forget()
     monkeypatch.setattr(machine_code.tempfile, "TemporaryDirectory", full)
     x, weight = torch.randn(8, 32, 61, 61), torch.randn(32, 1, 7, 7)
     [choice] = sepconv.explain(sepconv.depthwise_conv2d, x, weight, None, 1, 3)
     assert choice.kernel == "torch"
     assert "No space left on device" in choice.reasons["halide"]
     monkeypatch.undo()
-    monkeypatch.setattr(explain, "_choices", {})
+    call.forget()
     [choice] = sepconv.explain(sepconv.depthwise_conv2d, x, weight, None, 1, 3)
     assert choice.kernel == "halide"
 

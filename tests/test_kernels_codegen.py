@@ -71,7 +71,7 @@ def assert_in_registers(loop: list[str], processor: machine.Machine, tile: gemm.
 def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) -> None:
     processor = machine.named(name)
     plan = gemm.pointwise_schedule(processor, channels_last, 128, 128, 56 * 56, 1, 1)
-    spec = pointwise.Spec(channels_last, 128, 128, plan.tile, False, plan.parallel, "relu6", False)
+    spec = pointwise.PointwiseSpec(channels_last, 128, 128, plan.tile, False, plan.parallel, "relu6", False)
     loop = product_loop(pointwise.build(spec), processor, tmp_path)
     assert_in_registers(loop, processor, plan.tile, 1)
 
@@ -82,7 +82,7 @@ def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_p
     processor = machine.named(name)
     plan = gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1, 1)
     streams = gemm.streams(processor, channels, out_channels)
-    spec = separable.Spec(
+    spec = separable.SeparableSpec(
         channels, 1, out_channels, (3, 3), (1, 1), (1, 1), plan.tile, plan.columns, plan.depthwise_lanes,
         plan.parallel, "relu6", "relu6", False, streams,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_p
 def test_stem_inner_loop(name: str, tmp_path: Path) -> None:
     processor = machine.named(name)
     plan = gemm.stem_schedule(processor, 27, 32, 1, (112, 112), 5376, 1)
-    spec = stem.Spec(False, 3, 32, (3, 3), (2, 2), plan.tile, "relu6")
+    spec = stem.StemSpec(False, 3, 32, (3, 3), (2, 2), plan.tile, "relu6")
     loop = product_loop(stem.build(spec), processor, tmp_path)
     assert_in_registers(loop, processor, plan.tile, spec.channels)
 

@@ -12,6 +12,7 @@ from kernel_checks import double, image, magnitude, poisoned
 from torch import Tensor
 
 from sepconv import reference
+from sepconv.kernels.case import Geometry, normal
 from sepconv.kernels.halide.conv import stem
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.schedule import peak
@@ -53,27 +54,28 @@ def test_conv_matches_definition(case: Case, channels_last: bool, assert_roundin
     x = image(case.shape, channels_last)
     weight = torch.randn(case.out_channels, case.shape[1], *case.kernel)
     bias = torch.randn(case.out_channels) if case.bias else None
-    rest = (case.activation, case.stride, case.padding)
-    assert stem.supports(x, weight, bias, *rest) == ""
-    y = stem.forward(x, weight, bias, *rest)
+    known = normal(x, weight, bias, None, Geometry(case.stride, case.padding, (1, 1)), case.activation)
+    assert stem.supports(known) == ""
+    y = stem.prepare(known)(x, weight, bias)
     assert y.is_contiguous(memory_format=torch.channels_last)
     expected = truth(double(x, weight, bias), case, case.activation)
     sizes = truth(magnitude(x, weight, bias), case, "") + expected.abs()
     assert_rounding(y, expected, sizes, weight[0].numel())
 
-    found = stem.plan_for(x, weight, *rest)
+    found = stem.plan(known)
     out, margins_untouched = poisoned(y)
-    stem.bind(found, x, stem.pack(found, weight, bias), out)()
+    stem.bind(found, x, stem.pack(found, (weight, bias)), None, out)()
     assert torch.equal(out, y)
     margins_untouched()
 
 
 def test_conv_is_the_same_with_two_threads(threads: int) -> None:
     x, weight = image((1, 3, 61, 37), False), torch.randn(16, 3, 3, 3)
-    rest = ("relu", (2, 2), ((1, 1), (1, 1)))
-    results = [stem.forward(x, weight, None, *rest) for _ in range(3)]
+    geometry = Geometry((2, 2), ((1, 1), (1, 1)), (1, 1))
+    run = stem.prepare(normal(x, weight, None, None, geometry, "relu"))
+    results = [run(x, weight) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
-    expected = reference.ACTIVATIONS["relu"](reference.conv(x, weight, None, (2, 2), rest[2], (1, 1)))
+    expected = reference.ACTIVATIONS["relu"](reference.conv(x, weight, None, *geometry))
     torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -81,7 +83,7 @@ def test_conv_is_the_same_with_two_threads(threads: int) -> None:
     ("x", "channels", "reason"),
     [
         (torch.randn(1, 5, 6, 6), 5, "at most 4 channels"),
-        (torch.randn(1, 4, 6, 6), 2, "no groups"),
+        (torch.randn(1, 4, 6, 6), 2, "groups"),
         (torch.randn(1, 3, 6), 3, "spatial dimensions"),
         (torch.randn(1, 3, 6, 6, dtype=torch.float64), 3, "float32"),
         (torch.randn(1, 3, 6, 12)[..., ::2], 3, "next to one another"),
@@ -89,14 +91,16 @@ def test_conv_is_the_same_with_two_threads(threads: int) -> None:
 )
 def test_conv_says_what_it_does_not_support(x: Tensor, channels: int, reason: str) -> None:
     weight = torch.randn(4, channels, *[3] * (x.dim() - 2), dtype=x.dtype)
-    assert reason in stem.supports(x, weight, None, "", (1, 1), ((1, 1), (1, 1)))
+    dims = x.dim() - 2
+    geometry = Geometry((1,) * dims, ((1, 1),) * dims, (1,) * dims)
+    assert reason in stem.supports(normal(x, weight, None, None, geometry))
 
 
 def test_conv_bind_refuses_an_output_in_another_layout() -> None:
     x, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
-    found = stem.plan_for(x, weight, "", (2, 2), ((1, 1), (1, 1)))
+    found = stem.plan(normal(x, weight, None, None, Geometry((2, 2), ((1, 1), (1, 1)), (1, 1))))
     with pytest.raises(ValueError, match="out must be channels_last"):
-        stem.bind(found, x, stem.pack(found, weight, None), torch.empty(1, 4, 4, 4))
+        stem.bind(found, x, stem.pack(found, (weight, None)), None, torch.empty(1, 4, 4, 4))
 
 
 def test_fma_peak_is_positive_and_checks_its_arguments() -> None:

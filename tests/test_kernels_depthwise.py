@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from cases import CASES, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import depthwise_forward, depthwise_grad_input, depthwise_grad_weight
+from kernel_checks import depthwise_case, depthwise_forward, depthwise_grad_input, depthwise_grad_weight
 from torch import Tensor
 
 from sepconv import reference
 from sepconv.kernels import layout
-from sepconv.kernels.halide.conv import depthwise, depthwise_choice, depthwise_plan, depthwise_taps
+from sepconv.kernels.case import Geometry
+from sepconv.kernels.halide.conv import depthwise, depthwise_choice, depthwise_taps
 from sepconv.kernels.halide.conv import depthwise_weight_grad as weight_grad
 from sepconv.kernels.halide.conv.depthwise_gather import GatherSpec, build
 from sepconv.kernels.halide.jit import runtime
@@ -227,32 +229,40 @@ def test_asymmetric_padding(assert_rounding: Check) -> None:
 
 def test_what_is_not_supported_is_said() -> None:
     x, weight, walk = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3), ((1, 1), ((1, 1), (1, 1)), (1, 1))
-    assert depthwise.supports("forward", x, weight, *walk) == ""
-    assert "float32" in depthwise.supports("forward", x.double(), weight, *walk)
-    assert "32 bits" in depthwise.supports("forward", x[:, :, :, :1].expand(1, 4, 5, 2**29), weight, *walk)
+    assert depthwise.supports(depthwise_case("forward", x, weight, *walk)) == ""
+    assert "float32" in depthwise.supports(depthwise_case("forward", x.double(), weight, *walk))
+    assert "32 bits" in depthwise.supports(
+        depthwise_case("forward", x[:, :, :, :1].expand(1, 4, 5, 2**29), weight, *walk)
+    )
     with pytest.raises(ValueError, match="which must be one of"):
-        depthwise.supports("backward", x, weight, *walk)
+        depthwise.supports(replace(depthwise_case("forward", x, weight, *walk), which="backward"))
 
 
 def test_slower_names_a_reason() -> None:
     walk = (1, 1), ((1, 1), (1, 1)), (1, 1)
     small = torch.randn(1, 64, 7, 7).contiguous(memory_format=torch.channels_last)
     batch = torch.randn(128, 64, 7, 7).contiguous(memory_format=torch.channels_last)
-    assert depthwise.slower("forward", small, torch.randn(64, 1, 3, 3), *walk) == ""
-    assert "9 taps" in depthwise.slower("forward", batch, torch.randn(64, 1, 3, 3), *walk)
-    assert depthwise.slower("forward", batch, torch.randn(128, 1, 3, 3), *walk) == ""
+    assert depthwise.slower(depthwise_case("forward", small, torch.randn(64, 1, 3, 3), *walk)) == ""
+    assert "9 taps" in depthwise.slower(depthwise_case("forward", batch, torch.randn(64, 1, 3, 3), *walk))
+    assert depthwise.slower(depthwise_case("forward", batch, torch.randn(128, 1, 3, 3), *walk)) == ""
     around = (1, 1), ((3, 3), (3, 3)), (1, 1)
-    assert "49 pixels" in depthwise.slower("forward", batch, torch.randn(64, 1, 7, 7), *around)
+    assert "49 pixels" in depthwise.slower(depthwise_case("forward", batch, torch.randn(64, 1, 7, 7), *around))
     strided = (2, 2), ((1, 1), (1, 1)), (1, 1)
-    assert "stride 2" in depthwise.slower("grad_input", small, torch.randn(64, 1, 3, 3), *strided)
-    assert depthwise.slower("forward", small.contiguous(), torch.randn(64, 1, 3, 3), *strided) == ""
-    assert depthwise.slower("forward", batch.contiguous(), torch.randn(64, 1, 3, 3), *walk) == ""
-    assert "rows of 7" in depthwise.slower("forward", batch.contiguous(), torch.randn(64, 1, 7, 7), *around)
-    assert depthwise.slower("grad_weight", small, small, *walk, size=(64, 1, 3, 3)) == ""
-    assert depthwise.slower("forward", small, torch.randn(128, 1, 3, 3), *walk) == ""
-    assert "wide" in depthwise.slower("grad_weight", small.contiguous(), small.contiguous(), *walk)
+    assert "stride 2" in depthwise.slower(
+        depthwise_case("grad_input", small, torch.randn(64, 1, 3, 3), *strided, size=(1, 64, 13, 13))
+    )
+    assert depthwise.slower(depthwise_case("forward", small.contiguous(), torch.randn(64, 1, 3, 3), *strided)) == ""
+    assert depthwise.slower(depthwise_case("forward", batch.contiguous(), torch.randn(64, 1, 3, 3), *walk)) == ""
+    assert "rows of 7" in depthwise.slower(
+        depthwise_case("forward", batch.contiguous(), torch.randn(64, 1, 7, 7), *around)
+    )
+    assert depthwise.slower(depthwise_case("grad_weight", small, small, *walk, size=(64, 1, 3, 3))) == ""
+    assert depthwise.slower(depthwise_case("forward", small, torch.randn(128, 1, 3, 3), *walk)) == ""
+    assert "wide" in depthwise.slower(
+        depthwise_case("grad_weight", small.contiguous(), small.contiguous(), *walk, size=(64, 1, 3, 3))
+    )
     large = torch.randn(1, 8, 28, 28)
-    assert depthwise.slower("grad_weight", large, large, *walk) == ""
+    assert depthwise.slower(depthwise_case("grad_weight", large, large, *walk, size=(8, 1, 3, 3))) == ""
 
 
 @pytest.mark.parametrize(
@@ -272,7 +282,7 @@ def test_gradients_of_filters_on_wide_rows(
     monkeypatch.setattr(depthwise_choice, "host", lambda: machine.named(processor))
     x = torch.empty(shape, device="meta", dtype=torch.float32).to(memory_format=torch.channels_last)
     walk = (1, 1), ((dilation * (kernel // 2),) * 2,) * 2, (dilation, dilation)
-    reason = depthwise.slower("grad_weight", x, x, *walk, size=(shape[1], 1, kernel, kernel))
+    reason = depthwise.slower(depthwise_case("grad_weight", x, x, *walk, size=(shape[1], 1, kernel, kernel)))
     assert reason == (
         f"PyTorch's grad_weight kernel is faster with 9 taps on rows of 56 pixels, {8 * x.numel()} bytes" * by_pytorch
     )
@@ -284,7 +294,7 @@ def test_pytorch_is_told_the_layout_of_x(how: str, monkeypatch: pytest.MonkeyPat
     given, backward = [], aten._BACKWARD
     monkeypatch.setattr(aten, "_BACKWARD", lambda *arguments: given.append(arguments[1]) or backward(*arguments))
     grad = _arrange(torch.randn(2, 8, 5, 7), how)
-    run = aten.prepare_grad_input((2, 8, 5, 7), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    run = aten.prepare_grad_input((2, 8, 5, 7), Geometry((1, 1), ((1, 1), (1, 1)), (1, 1)))
     y = run(grad, torch.randn(8, 1, 3, 3))
     assert [x.shape for x in given] == [y.shape]
     assert given[0].stride() == y.stride()
@@ -294,11 +304,14 @@ def test_pytorch_is_told_the_layout_of_x(how: str, monkeypatch: pytest.MonkeyPat
 def test_describe_names_layout_and_copies() -> None:
     walk = (1, 1), ((1, 1), (1, 1)), (1, 1)
     x, weight = torch.randn(1, 64, 9, 9), torch.randn(64, 1, 3, 3)
-    told = depthwise.describe("forward", x.transpose(2, 3), weight, *walk)
+    told = depthwise.describe(depthwise_case("forward", x.transpose(2, 3), weight, *walk))
     assert told["layout"] == "contiguous"
     assert told["copied_tensors"] == 1
     wide = x.contiguous(memory_format=torch.channels_last)
-    assert depthwise.describe("grad_weight", wide, wide, *walk)["layout"] == "channels_last"
+    assert (
+        depthwise.describe(depthwise_case("grad_weight", wide, wide, *walk, size=(64, 1, 3, 3)))["layout"]
+        == "channels_last"
+    )
 
 
 @given(
@@ -340,11 +353,3 @@ def test_other_processors_get_wide_multiply_adds(name: str, which: str, numbers:
     hl.Pipeline(func).compile_to_assembly(str(path), arguments, "kernel", hl.Target(target.target))
     fused = [line for line in path.read_text().splitlines() if "vfmadd" in line or "fmla" in line]
     assert sum(register in line for line in fused) >= 4 * 3
-
-
-def test_plans_are_made_for_the_smallest_possible_sizes_when_none_is_given() -> None:
-    walk = (2, 2), ((1, 1), (1, 1)), (1, 1)
-    grad, weight = torch.randn(1, 8, 4, 4), torch.randn(8, 1, 3, 3)
-    assert depthwise._pose("grad_input", grad, weight, *walk).image == (7, 7, 1)
-    assert depthwise._pose("grad_weight", grad, torch.randn(1, 8, 7, 7), *walk).kernel[:2] == (2, 2)
-    assert isinstance(depthwise._pose("forward", grad, weight, *walk), depthwise_plan.Problem)

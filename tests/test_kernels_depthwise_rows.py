@@ -3,7 +3,6 @@ kernel is chosen."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
+from kernel_checks import depthwise_case
 from test_kernels_depthwise import test_forward_is_the_reference as check_forward
 from test_kernels_depthwise import test_gradients_are_the_reference as check_gradients
 
 import sepconv
-from sepconv.kernels.halide.conv import depthwise_call, depthwise_gather, depthwise_plan, depthwise_weight_grad
+from sepconv.kernels.halide.conv import depthwise_gather, depthwise_plan, depthwise_weight_grad
 from sepconv.kernels.halide.conv.depthwise_gather import GatherSpec
 from sepconv.kernels.halide.conv.depthwise_taps import forward_taps
 from sepconv.kernels.halide.conv.depthwise_weight_grad import WeightSpec
@@ -73,10 +73,11 @@ def test_what_is_copied_grows_with_the_row(make: Callable[..., Any], capfd: pyte
 @pytest.mark.parametrize("which", ["forward", "grad_input", "grad_weight"])
 def test_only_rows_of_several_boxes_are_cut(which: str) -> None:
     for columns, cut in ((100, False), (2**23, True)):
-        signal = (1, 1, columns)
-        p = depthwise_plan.problem(which, False, signal, signal, (1, 1, 3), (1,), (1,), (1,))
-        assert f"cut_rows={cut}" in depthwise_plan.plan(p, 1).key
-        assert depthwise_plan.copied(p) < 1.1
+        signal, weight = torch.empty(1, 1, columns, device="meta"), torch.empty(1, 1, 3, device="meta")
+        second, size = (signal, weight.shape) if which == "grad_weight" else (weight, signal.shape)
+        found = depthwise_plan.plan(depthwise_case(which, signal, second, (1,), ((1, 1),), (1,), size=size))
+        assert f"cut_rows={cut}" in found.key
+        assert depthwise_plan.copied(found.problem) < 1.1
 
 
 @pytest.fixture
@@ -89,8 +90,6 @@ def _small_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(schedule, "gather_boxes", lambda *_: _ONE)
     monkeypatch.setattr(schedule, "weight_boxes", weight_boxes)
-    monkeypatch.setattr(depthwise_plan, "plan", functools.lru_cache(depthwise_plan.plan.__wrapped__))
-    monkeypatch.setattr(depthwise_call, "plan", depthwise_plan.plan)
 
 
 _WIDE = [

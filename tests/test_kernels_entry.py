@@ -15,7 +15,7 @@ import torch
 import sepconv
 from sepconv.kernels.halide.jit import entry, llvm, machine_code, packing, runtime
 from sepconv.kernels.halide.jit.buffers import buffer
-from sepconv.kernels.halide.jit.calls import Call, Layout
+from sepconv.kernels.halide.jit.calls import KernelCall, Strided
 from sepconv.kernels.halide.jit.machine_code import Chain
 
 resource = pytest.importorskip("resource", reason="this system has no limits of memory")
@@ -107,7 +107,7 @@ def _chain(kernel: Any, source: torch.Tensor, out: torch.Tensor) -> Callable[[],
 
 
 def _moved(kernel: Any, source: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
-    call = Call("tiles", _tiles, [Layout((5, 8), (8, 1)), 8, Layout((5, 8), (8, 1))])
+    call = KernelCall("tiles", _tiles, [Strided((5, 8), (8, 1)), 8, Strided((5, 8), (8, 1))])
     return lambda: call(source.data_ptr(), out.data_ptr())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sepconv.kernels.halide.jit import code_cache, fit, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
-from sepconv.kernels.halide.jit.calls import Call, Layout
+from sepconv.kernels.halide.jit.calls import KernelCall, Strided
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused(given: tuple[Any, ...], reason: str) -> No
 
 def test_a_prepared_call_is_asked_too() -> None:
     with pytest.raises(RuntimeError, match="bad stride of source: 10, got 7 in dimension 1"):
-        Call("fixed", _fixed, [Layout((4, 6), (7, 1)), 3, 0.5, Layout((4, 6), (8, 1))])
+        KernelCall("fixed", _fixed, [Strided((4, 6), (7, 1)), 3, 0.5, Strided((4, 6), (8, 1))])
 
 
 def test_the_step_of_a_single_element_says_nothing() -> None:

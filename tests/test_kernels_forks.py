@@ -23,7 +23,7 @@ import os, signal, sys, threading, time, warnings
 import torch
 from torch import nn
 import sepconv
-from sepconv.kernels import entry, forks, llvm, machine_code, packing, runtime, threads
+from sepconv.kernels.halide.jit import entry, forks, llvm, machine_code, packing, runtime, threads
 warnings.filterwarnings("ignore", message=".*multi-threaded.*", category=DeprecationWarning)
 torch.manual_seed(0)
 torch.set_num_threads(2)

@@ -8,7 +8,9 @@ from typing import Any
 import poison
 import pytest
 import torch
+from kernel_checks import depthwise_case, pointwise_case, separable_case
 
+from sepconv.kernels.case import Geometry, normal
 from sepconv.kernels.halide.conv import depthwise, pointwise, separable, stem
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import buffer
@@ -55,10 +57,10 @@ def test_depthwise(case: Any, channels_last: bool) -> None:
     x = torch.randn(2, channels, *image).contiguous(memory_format=layout)
     weight = torch.randn(channels * multiplier, 1, *kernel)
     geometry = (step,) * dims, _same(kernel, reach), (reach,) * dims
-    forward = depthwise.prepare_forward(x, weight, None, *geometry)
+    forward = depthwise.prepare(depthwise_case("forward", x, weight, *geometry))
     grad = torch.randn_like(forward(x, weight))
-    grad_input = depthwise.prepare_grad_input(grad, weight, x.shape, *geometry)
-    grad_weight = depthwise.prepare_grad_weight(grad, x, weight.shape, *geometry)
+    grad_input = depthwise.prepare(depthwise_case("grad_input", grad, weight, *geometry, size=x.shape))
+    grad_weight = depthwise.prepare(depthwise_case("grad_weight", grad, x, *geometry, size=weight.shape))
     assert not poison.meets_tiny_numbers(lambda: forward(x, weight))
     assert not poison.meets_tiny_numbers(lambda: grad_input(grad, weight))
     assert not poison.meets_tiny_numbers(lambda: grad_weight(grad, x))
@@ -69,7 +71,7 @@ def test_depthwise(case: Any, channels_last: bool) -> None:
 def test_pointwise(channels: int, outputs: int, size: tuple[int, int], channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, weight = torch.randn(2, channels, *size).contiguous(memory_format=layout), torch.randn(outputs, channels, 1, 1)
-    prepared = pointwise.Prepared(x, weight, "relu")
+    prepared = pointwise.prepare(pointwise_case(x, weight, None, "relu"))
     prepared(x, weight)
     assert not poison.meets_tiny_numbers(lambda: prepared(x, weight))
 
@@ -87,8 +89,8 @@ def test_pointwise(channels: int, outputs: int, size: tuple[int, int], channels_
 def test_separable(channels: int, outputs: int, size: tuple[int, int], stride: int, multiplier: int) -> None:
     x = torch.randn(2, channels, *size).contiguous(memory_format=torch.channels_last)
     dw, pw = torch.randn(channels * multiplier, 1, 3, 3), torch.randn(outputs, channels * multiplier, 1, 1)
-    found = separable.plan_for(x, dw, "relu", pw, "", (stride, stride), ((1, 1), (1, 1)), (1, 1))
-    prepared = separable.Prepared(found, x, dw, pw)
+    walk = (stride, stride), ((1, 1), (1, 1)), (1, 1)
+    prepared = separable.prepare(separable_case(x, (dw, None, "relu"), (pw, None, ""), walk))
     prepared(x, dw, pw)
     assert not poison.meets_tiny_numbers(lambda: prepared(x, dw, pw))
 
@@ -98,8 +100,10 @@ def test_separable(channels: int, outputs: int, size: tuple[int, int], stride: i
 def test_stem(size: tuple[int, int], kernel: int, stride: int, channels_last: bool) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, weight = torch.randn(2, 3, *size).contiguous(memory_format=layout), torch.randn(20, 3, kernel, kernel)
-    found = stem.plan_for(x, weight, "relu", (stride, stride), _same((kernel, kernel)))
-    run = stem.bind(found, x, stem.pack(found, weight, None), stem.new_output(x, found))
+    geometry = Geometry((stride, stride), _same((kernel, kernel)), (1, 1))
+    known = normal(x, weight, None, None, geometry, "relu")
+    out, found = torch.empty(known.y.shape, memory_format=torch.channels_last), stem.plan(known)
+    run = stem.bind(found, x, stem.pack(found, (weight, None)), None, out)
     run()
     assert not poison.meets_tiny_numbers(run)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import pointwise_forward
+from kernel_checks import pointwise_case, pointwise_forward
 from torch import Tensor, nn
 
 from sepconv.kernels.halide.conv import pointwise
@@ -211,7 +211,7 @@ def test_fingerprint_sees_every_number(count: int) -> None:
 def test_one_packed_copy_serves_images_of_several_sizes() -> None:
     weight, bias = torch.randn(96, 64, 1, 1), torch.randn(96)
     images = [torch.randn(2, 64, side, 5).contiguous(memory_format=torch.channels_last) for side in (9, 4, 13)]
-    ready = [pointwise.Prepared(x, weight) for x in images]
+    ready = [pointwise.prepare(pointwise_case(x, weight, bias)) for x in images]
     kept = packing.cached_weights()
     for x, prepared in [*zip(images, ready, strict=True)] * 2:
         torch.testing.assert_close(prepared(x, weight, bias), torch.conv2d(x, weight, bias), rtol=1e-4, atol=1e-4)

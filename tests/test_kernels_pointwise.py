@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import double, image, magnitude, pointwise_forward, poisoned
+from kernel_checks import double, image, magnitude, pointwise_case, pointwise_forward, poisoned
 from torch import Tensor
 
 from sepconv import reference
@@ -65,7 +65,8 @@ def test_pointwise_matches_definition(case: Case, channels_last: bool, assert_ro
     if channels_last and len(case.shape) == 3:
         pytest.skip("signals have no channels_last layout in PyTorch")
     x, weight, bias, residual = arguments(case, channels_last)
-    assert pointwise.supports(x, weight, bias, case.activation, residual) == ""
+    known = pointwise_case(x, weight, bias, case.activation, residual)
+    assert pointwise.supports(known) == ""
     y = pointwise_forward(x, weight, bias, case.activation, residual)
     assert y.stride() == layout.new_output(x, case.out_channels, x.shape[2:]).stride()
     expected = truth(*double(x, weight, bias, residual), case.activation)
@@ -73,9 +74,9 @@ def test_pointwise_matches_definition(case: Case, channels_last: bool, assert_ro
     assert_rounding(y, expected, sizes, case.shape[1])
 
     out, margins_untouched = poisoned(y)
-    found = pointwise.plan(x, case.out_channels, case.activation, case.residual)
+    found = pointwise.plan(known)
     added = None if residual is None else layout.like(residual, out)
-    pointwise.bind(found, x, pointwise.pack(found, weight, bias), added, out)()
+    pointwise.bind(found, x, pointwise.pack(found, (weight, bias)), added, out)()
     assert torch.equal(out, y)
     margins_untouched()
 
@@ -83,18 +84,18 @@ def test_pointwise_matches_definition(case: Case, channels_last: bool, assert_ro
 @pytest.mark.parametrize("streams", [2, 4])
 def test_pointwise_sum_in_several_runs(streams: int, assert_rounding: Callable[..., None]) -> None:
     x, weight = image((2, 44, 5, 7), True), torch.randn(37, 44, 1, 1)
-    found = pointwise.plan(x, 37)
+    found = pointwise.plan(pointwise_case(x, weight))
     found = found._replace(spec=found.spec._replace(streams=streams))
     out, margins_untouched = poisoned(pointwise_forward(x, weight, None))
-    pointwise.bind(found, x, pointwise.pack(found, weight, None), None, out)()
+    pointwise.bind(found, x, pointwise.pack(found, (weight, None)), None, out)()
     assert_rounding(out, truth(*double(x, weight), None, None, ""), truth(*magnitude(x, weight), None, None, ""), 44)
     margins_untouched()
 
 
 def test_large_weights_are_read_in_several_runs() -> None:
     x, weight = image((1, 512, 3, 3), True), torch.randn(2048, 512, 1, 1)
-    assert pointwise.describe(x, weight, None)["streams"] == 4
-    assert pointwise.describe(x, weight[:16], None)["streams"] == 1
+    assert pointwise.describe(pointwise_case(x, weight))["streams"] == 4
+    assert pointwise.describe(pointwise_case(x, weight[:16]))["streams"] == 1
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -113,7 +114,7 @@ def test_pointwise_shares_out_channels_when_there_are_few_pixels() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     x, weight = torch.randn(1, 64, 1, 1), torch.randn(256, 64, 1, 1)
-    description = pointwise.describe(x, weight, None)
+    description = pointwise.describe(pointwise_case(x, weight))
     y = pointwise_forward(x, weight, None)
     torch.set_num_threads(before)
     assert description["parallel"] == "channels"
@@ -150,16 +151,16 @@ def test_pointwise_reads_expanded_images() -> None:
 )
 def test_pointwise_says_what_it_does_not_support(x: Tensor, reason: str) -> None:
     weight = torch.randn(2, 4, 1, 1, dtype=x.dtype, device=x.device)
-    assert reason in pointwise.supports(x, weight, None)
+    assert reason in pointwise.supports(pointwise_case(x, weight))
 
 
 def test_pointwise_plan_and_bind_refuse_wrong_memory() -> None:
     with pytest.raises(ValueError, match="do not lie evenly spaced"):
-        pointwise.plan(torch.randn(1, 4, 6, 6)[..., ::2], 2)
+        pointwise.plan(pointwise_case(torch.randn(1, 4, 6, 6)[..., ::2], torch.randn(2, 4, 1, 1)))
     x = image((1, 4, 6, 6), True)
-    found = pointwise.plan(x, 2)
+    found = pointwise.plan(pointwise_case(x, torch.randn(2, 4, 1, 1)))
     with pytest.raises(ValueError, match="layout of x"):
-        pointwise.bind(found, x, pointwise.pack(found, torch.randn(2, 4, 1, 1), None), None, torch.empty(1, 2, 6, 6))
+        pointwise.bind(found, x, pointwise.pack(found, (torch.randn(2, 4, 1, 1), None)), None, torch.empty(1, 2, 6, 6))
 
 
 @pytest.mark.parametrize(
@@ -172,14 +173,14 @@ def test_pointwise_plan_and_bind_refuse_wrong_memory() -> None:
 )
 def test_pointwise_says_where_pytorch_is_faster(shape: Any, out_channels: int, reason: str) -> None:
     x, weight = torch.empty(shape), torch.empty(out_channels, shape[1], 1, 1)
-    sentence = pointwise.slower(x, weight, None)
+    sentence = pointwise.slower(pointwise_case(x, weight))
     assert reason in sentence
     assert bool(sentence) == bool(reason)
 
 
 def test_pointwise_refuses_an_output_beyond_32_bits() -> None:
     x = torch.empty(1).expand(1, 1, 1 << 16, 1 << 14)
-    assert "2147483648 elements" in pointwise.supports(x, torch.empty(2, 1, 1, 1), None)
+    assert "2147483648 elements" in pointwise.supports(pointwise_case(x, torch.empty(2, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +197,6 @@ def test_pointwise_leaves_small_products_to_pytorch(
     channels_last: bool, side: int, channels: int, expected: str
 ) -> None:
     x, weight = image((1, channels, side, side), channels_last), torch.randn(channels, channels, 1, 1)
-    reason = pointwise.slower(x, weight, None)
+    reason = pointwise.slower(pointwise_case(x, weight))
     assert expected in reason
     assert bool(reason) == bool(expected)

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import depthwise_forward, pointwise_forward
+from kernel_checks import depthwise_case, depthwise_forward, pointwise_forward
 
+from sepconv.kernels.case import pool as pool_case
 from sepconv.kernels.halide.conv import depthwise
 from sepconv.kernels.halide.conv import pool as pool_kernel
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit import threads as pool
 from sepconv.kernels.halide.jit.buffers import buffer
-from sepconv.kernels.halide.jit.calls import Call, Layout
+from sepconv.kernels.halide.jit.calls import KernelCall, Strided
 from sepconv.kernels.halide.jit.machine_code import Chain, in_chains
 from sepconv.kernels.halide.schedule import machine, peak
 
@@ -107,7 +108,7 @@ def test_what_is_read_depends_on_numbers_too() -> None:
 
 def test_a_prepared_call_is_checked_before_it_is_made() -> None:
     with pytest.raises(RuntimeError, match="access out of bounds of source: 0 to 4 of 3 in dimension 0"):
-        Call("doubling", _doubling, [Layout((3,) * 2, (3, 1)), Layout((3, 4), (4, 1))])
+        KernelCall("doubling", _doubling, [Strided((3,) * 2, (3, 1)), Strided((3, 4), (4, 1))])
 
 
 def test_a_kernel_is_built_once() -> None:
@@ -188,7 +189,7 @@ def test_without_halide_everything_imports_and_says_so(monkeypatch: pytest.Monke
     monkeypatch.setattr(runtime, "_IMPORT_ERROR", "no module", raising=False)
     assert "pip install halide" in runtime.missing()
     x = torch.randn(1, 4, 5, 5)
-    assert "halide" in depthwise.supports("forward", x, torch.randn(4, 1, 3, 3), *_WALK)
+    assert "halide" in depthwise.supports(depthwise_case("forward", x, torch.randn(4, 1, 3, 3), *_WALK))
 
 
 def _many_calls(results: list[bool]) -> None:
@@ -275,5 +276,5 @@ def test_one_thread_is_one_thread_after_more_were_used() -> None:
 
 def test_the_step_of_a_single_channel_says_nothing() -> None:
     x, out = torch.randn(2, 1, 5, 7), torch.full((2, 1), float("nan"))
-    pool_kernel.bind(x, out)()
+    pool_kernel.bind(pool_kernel.plan(pool_case(x, out)), x, [], None, out)()
     torch.testing.assert_close(out, x.mean((2, 3)))

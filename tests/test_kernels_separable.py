@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import double, image, magnitude, poisoned, separable_forward
+from kernel_checks import double, image, magnitude, pointwise_case, poisoned, separable_case
 from torch import Tensor
 
 from sepconv import reference
 from sepconv.kernels import layout
+from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.conv import pointwise, separable
 from sepconv.kernels.halide.jit import runtime
 
@@ -65,23 +66,28 @@ def arguments(case: Case) -> tuple[list[Tensor | None], tuple[Any, ...]]:
     x = image(case.shape, channels_last=True)
     depthwise_weight, pointwise_weight = torch.randn(depth, 1, *case.kernel), torch.randn(out_channels, depth, 1, 1)
     biases = [torch.randn(depth), torch.randn(out_channels)] if case.bias else [None, None]
-    plan = separable.plan_for(
-        x, depthwise_weight, *case.activations[:1], pointwise_weight, case.activations[1], case.stride,
-        case.padding, case.dilation,
-    )  # fmt: skip
-    residual = torch.randn(case.shape[0], out_channels, *plan.size) if case.residual else None
-    tensors = [x, depthwise_weight, biases[0], pointwise_weight, biases[1], residual]
-    return tensors, (case.stride, case.padding, case.dilation)
+    walk = (case.stride, case.padding, case.dilation)
+    size = Geometry(*walk).output_size(case.shape[2:], case.kernel)
+    residual = torch.randn(case.shape[0], out_channels, *size) if case.residual else None
+    return [x, depthwise_weight, biases[0], pointwise_weight, biases[1], residual], walk
 
 
-def run(tensors: list[Tensor | None], activations: tuple[str, str], geometry: tuple[Any, ...]) -> Tensor:
+def described(tensors: list[Any], activations: tuple[str, str], walk: tuple[Any, ...]) -> Any:
     x, depthwise_weight, depthwise_bias, pointwise_weight, bias, residual = tensors
-    assert x is not None
-    assert depthwise_weight is not None
-    assert pointwise_weight is not None
-    weights = (depthwise_weight, depthwise_bias, activations[0], pointwise_weight, bias, activations[1])
-    assert separable.supports(x, *weights, *geometry, residual) == ""
-    return separable_forward(x, *weights, *geometry, residual=residual)
+    first, second = (depthwise_weight, depthwise_bias, activations[0]), (pointwise_weight, bias, activations[1])
+    return separable_case(x, first, second, walk, residual)
+
+
+def pack(found: Any, tensors: list[Any]) -> Any:
+    _, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
+    return separable.pack(found, (depthwise_weight, pointwise_weight, depthwise_bias, bias))
+
+
+def run(tensors: list[Any], activations: tuple[str, str], geometry: tuple[Any, ...]) -> Tensor:
+    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, residual = tensors
+    known = described(tensors, activations, geometry)
+    assert separable.supports(known) == ""
+    return separable.prepare(known)(x, depthwise_weight, pointwise_weight, depthwise_bias, bias, residual)
 
 
 def truth(tensors: list[Any], activations: tuple[str, str], geometry: tuple[Any, ...]) -> Tensor:
@@ -101,14 +107,12 @@ def test_separable_matches_definition(case: Case, assert_rounding: Callable[...,
     terms = case.kernel[0] * case.kernel[1] + case.shape[1] * case.multiplier
     assert_rounding(y, expected, sizes, terms)
 
-    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, residual = tensors
-    found = separable.plan_for(
-        x, depthwise_weight, case.activations[0], pointwise_weight, case.activations[1], *geometry, case.residual
-    )
+    x, residual = tensors[0], tensors[-1]
+    assert x is not None
+    found = separable.plan(described(tensors, case.activations, geometry))
     out, margins_untouched = poisoned(y)
-    packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
     added = None if residual is None else layout.like(residual, out)
-    separable.bind(found, x, packed, added, out)()
+    separable.bind(found, x, pack(found, tensors), added, out)()
     assert torch.equal(out, y)
     margins_untouched()
 
@@ -118,17 +122,12 @@ def test_separable_matches_definition(case: Case, assert_rounding: Callable[...,
 def test_separable_sum_in_several_runs(streams: int, multiplier: int, assert_rounding: Callable[..., None]) -> None:
     case = Case("streams", (1, 20, 7, 11), 19, multiplier=multiplier)
     tensors, geometry = arguments(case)
-    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
     usual = run(tensors, case.activations, geometry)
-    assert x is not None
-    found = separable.plan_for(
-        x, depthwise_weight, case.activations[0], pointwise_weight, case.activations[1], *geometry
-    )
+    assert tensors[0] is not None
+    found = separable.plan(described(tensors, case.activations, geometry))
     found = found._replace(spec=found.spec._replace(streams=streams))
     out, margins_untouched = poisoned(usual)
-    separable.bind(
-        found, x, separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias), None, out
-    )()
+    separable.bind(found, tensors[0], pack(found, tensors), None, out)()
     expected = truth(double(*tensors), case.activations, geometry)
     sizes = truth(magnitude(*tensors), ("", ""), geometry) + expected.abs()
     assert_rounding(out, expected, sizes, 9 + 20 * multiplier)
@@ -144,11 +143,7 @@ def test_separable_shares_out_rows_or_channels(shape: Any, out_channels: int, pa
     alone = run(tensors, case.activations, geometry)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
-    assert x is not None
-    description = separable.describe(
-        x, depthwise_weight, depthwise_bias, "relu6", pointwise_weight, bias, "relu6", *geometry
-    )
+    description = separable.describe(described(tensors, ("relu6", "relu6"), geometry))
     results = [run(tensors, case.activations, geometry) for _ in range(5)]
     torch.set_num_threads(before)
     assert description["parallel"] == parallel
@@ -211,67 +206,70 @@ def test_separable_treats_special_numbers_as_the_definition(activation: str, spe
     ],
 )
 def test_separable_says_what_it_does_not_support(x: Tensor, reason: str) -> None:
-    weights = (torch.randn(4, 1, 3, 3), None, "", torch.randn(2, 4, 1, 1), None, "")
-    assert reason in separable.supports(x, *weights, (1, 1), ONE, (1, 1))
+    dims = x.dim() - 2
+    tensors = [x, torch.randn(4, 1, *[3] * dims), None, torch.randn(2, 4, *[1] * dims), None, None]
+    assert reason in separable.supports(described(tensors, ("", ""), ((1,) * dims, ONE[:dims], (1,) * dims)))
 
 
 def test_separable_empty_batch() -> None:
     x = torch.empty(0, 4, 6, 6).contiguous(memory_format=torch.channels_last)
-    weights = (torch.randn(4, 1, 3, 3), None, "", torch.randn(2, 4, 1, 1), None, "")
-    assert separable_forward(x, *weights, (1, 1), ONE, (1, 1)).shape == (0, 2, 6, 6)
+    first, second = torch.randn(4, 1, 3, 3), torch.randn(2, 4, 1, 1)
+    known = separable_case(x, (first, None, ""), (second, None, ""), ((1, 1), ONE, (1, 1)))
+    assert separable.prepare(known)(x, first, second).shape == (0, 2, 6, 6)
 
 
 def test_separable_bind_refuses_an_output_in_another_layout() -> None:
     case = Case("layout", (1, 16, 24, 24), 16)
     tensors, geometry = arguments(case)
-    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
-    found = separable.plan_for(x, depthwise_weight, "relu6", pointwise_weight, "relu6", *geometry)
-    packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    found = separable.plan(described(tensors, ("relu6", "relu6"), geometry))
+    assert tensors[0] is not None
     with pytest.raises(ValueError, match="out must be channels_last"):
-        separable.bind(found, x, packed, None, torch.empty(1, 16, 24, 24))
+        separable.bind(found, tensors[0], pack(found, tensors), None, torch.empty(1, 16, 24, 24))
 
 
 def test_bind_refuses_a_residual_that_a_copy_would_freeze() -> None:
     """A copy made while binding would hold for ever what the residual was then: garbage, in an arena."""
     case = Case("layout", (1, 16, 24, 24), 16, residual=True)
     tensors, geometry = arguments(case)
-    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
-    found = separable.plan_for(x, depthwise_weight, "relu6", pointwise_weight, "relu6", *geometry, True)
-    packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    x, _, _, pointwise_weight, bias, _ = tensors
+    assert x is not None
+    assert pointwise_weight is not None
+    found = separable.plan(described(tensors, ("relu6", "relu6"), geometry))
     out, residual = layout.new_output(x, 16, (24, 24)), torch.randn(1, 16, 24, 24)
     with pytest.raises(ValueError, match=r"separable\.bind: residual must lie in memory like out"):
-        separable.bind(found, x, packed, residual, out)
-    plan = pointwise.plan(x, 16, "", True)
+        separable.bind(found, x, pack(found, tensors), residual, out)
+    plan = pointwise.plan(pointwise_case(x, pointwise_weight, bias, "", residual))
     with pytest.raises(ValueError, match=r"pointwise\.bind: residual must lie in memory like out"):
-        pointwise.bind(plan, x, pointwise.pack(plan, pointwise_weight, bias), residual, out)
+        pointwise.bind(plan, x, pointwise.pack(plan, (pointwise_weight, bias)), residual, out)
 
 
 def test_bind_takes_a_residual_of_batch_one_with_any_step_between_images() -> None:
     case = Case("layout", (1, 16, 24, 24), 16, residual=True)
     tensors, geometry = arguments(case)
-    x, depthwise_weight, depthwise_bias, pointwise_weight, bias, _ = tensors
-    weights = (depthwise_weight, depthwise_bias, "relu6", pointwise_weight, bias, "relu6")
-    found = separable.plan_for(x, depthwise_weight, "relu6", pointwise_weight, "relu6", *geometry, True)
-    packed = separable.pack(found, depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    x = tensors[0]
+    assert x is not None
+    found = separable.plan(described(tensors, ("relu6", "relu6"), geometry))
     out, residual = layout.new_output(x, 16, (24, 24)), layout.new_output(x, 16, (24, 24))
     odd = residual.as_strided(residual.shape, (16, *residual.stride()[1:]))
-    call = separable.bind(found, x, packed, odd, out)
+    call = separable.bind(found, x, pack(found, tensors), odd, out)
     residual.normal_()  # what counts is what it holds when the call runs
     call()
-    assert torch.equal(out, separable_forward(x, *weights, *geometry, residual=residual))
+    assert torch.equal(out, run([*tensors[:-1], residual], ("relu6", "relu6"), geometry))
 
 
 @pytest.mark.parametrize(("columns", "reason"), [(7, ""), (15, "filters wider than 7 columns")])
 def test_separable_says_where_two_kernels_are_faster(columns: int, reason: str) -> None:
-    assert reason in separable.slower((3, columns))
-    assert bool(reason) == bool(separable.slower((3, columns)))
+    tensors, geometry = arguments(Case("wide", (1, 8, 9, 25), 8, (3, columns)))
+    found = separable.slower(described(tensors, ("", ""), geometry))
+    assert reason in found
+    assert bool(reason) == bool(found)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_separable_gives_each_thread_one_share(threads: int) -> None:
     """Of all tiles of all images, so that no thread comes back for more."""
-    arguments = ((5, 8, 23, 17), (8, 1, 3, 3), 8, (1, 1), ((1, 1), (1, 1)), (1, 1), ("", ""), False, threads)
-    found = separable.plan(*arguments)
+    tensors, geometry = arguments(Case("shares", (5, 8, 23, 17), 8))
+    found = separable.plan(replace(described(tensors, ("", ""), geometry), threads=threads))
     assert found.spec.parallel == "rows"
     for (_, _, tiles), share in zip(found.calls, found.share, strict=True):
         assert share == -(-5 * tiles // threads)

@@ -147,7 +147,11 @@ for count in (1, 2):
     ("spoil", "kernels", "reason"),
     [
         ("import sys; sys.modules['llvmlite'] = None", ["torch", "torch"], "pip install llvmlite"),
-        ("from sepconv.kernels import threads; threads._gomp_parallel = lambda: None", ["halide", "torch"], "GOMP_"),
+        (
+            "from sepconv.kernels.halide.jit import threads; threads._gomp_parallel = lambda: None",
+            ["halide", "torch"],
+            "GOMP_",
+        ),
     ],
     ids=["llvmlite", "openmp"],
 )

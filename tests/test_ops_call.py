@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sepconv
 from sepconv import reference
+from sepconv.kernels import backends
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit import threads as pool
 from sepconv.kernels.torch import aten
-from sepconv.ops import direct, dispatch, explain
+from sepconv.ops import call
 
 _WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
 
 
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_calls", {})
-    monkeypatch.setattr(explain, "_choices", {})
+    monkeypatch.setattr(call, "_calls", {})
+    monkeypatch.setattr(backends, "_choices", {})
 
 
 def _problem(channels_last: bool = True, *, requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,14 +41,14 @@ def _problem(channels_last: bool = True, *, requires_grad: bool = False) -> tupl
 def _watch(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The calls that found an earlier one."""
     found: list[Any] = []
-    find = direct.find
+    find = call.find
 
-    def watching(call: Any) -> Any:
-        known = find(call)
-        found.append(known)
-        return known
+    def watching(known: Any) -> Any:
+        run = find(known)
+        found.append(run)
+        return run
 
-    monkeypatch.setattr(direct, "find", watching)
+    monkeypatch.setattr(call, "find", watching)
     return found
 
 
@@ -177,13 +179,13 @@ def test_no_call_keeps_a_tensor_alive() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "MAX_CALLS", 5)
-    monkeypatch.setattr(explain, "MAX_CHOICES", 5)
+    monkeypatch.setattr(call, "MAX_CALLS", 5)
+    monkeypatch.setattr(backends, "MAX_CHOICES", 5)
     w = torch.randn(8, 1, 3, 3)
     for width in range(3, 30):
         assert sepconv.depthwise_conv2d(torch.randn(1, 8, 3, width), w).shape[3] == width - 2
-        assert len(direct._calls) <= 5
-        assert len(explain._choices) <= 5
+        assert len(call._calls) <= 5
+        assert len(backends._choices) <= 5
 
 
 def test_the_number_of_threads_is_followed() -> None:
@@ -223,7 +225,7 @@ def test_more_threads_are_another_call() -> None:
     try:
         for threads in (1, 2, 1):
             torch.set_num_threads(threads)
-            keys.add(direct.key((x,), "depthwise"))
+            keys.add(call.key((x,), "depthwise"))
     finally:
         torch.set_num_threads(before)
     assert len(keys) == 2
@@ -233,7 +235,9 @@ def test_pytorchs_result_comes_in_the_layout_of_the_image(monkeypatch: pytest.Mo
     """PyTorch keeps the layout in all cases we know, but does not promise it."""
     conv = aten.CONV[2]
     monkeypatch.setitem(aten.CONV, 2, lambda *arguments: conv(*arguments).contiguous())
-    monkeypatch.setattr(dispatch.depthwise, "slower", lambda *case, **more: "it is Tuesday")
+    halide, pytorch = backends.BACKENDS["depthwise"]
+    late = replace(halide, slower=lambda case: "it is Tuesday")
+    monkeypatch.setitem(backends.BACKENDS, "depthwise", [late, pytorch])
     x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
     for _ in range(3):
         y = sepconv.depthwise_conv2d(x, torch.randn(8, 1, 3, 3), padding=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import depthwise_case
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ import sepconv
 from sepconv import reference
 from sepconv.kernels.halide.conv import depthwise
 from sepconv.kernels.torch import aten
-from sepconv.ops import direct
+from sepconv.ops import call
 from sepconv.ops.explain import HALF, record
 from sepconv.ops.geometry import resolve
 
@@ -123,11 +124,11 @@ def test_large_channels_last_images_go_forward_through_pytorch(
     weight = torch.empty(channels, 1, kernel, kernel, device="meta")
     padding = ((dilation * (kernel // 2),) * 2,) * 2
     walk = ((1, 1), padding, (dilation, dilation))
-    found = depthwise.slower("forward", x, weight, *walk)
+    found = depthwise.slower(depthwise_case("forward", x, weight, *walk))
     assert reason in found
     assert bool(found) == bool(reason)
-    assert depthwise.slower("grad_input", x, weight, *walk, size=x.shape) == ""
-    assert depthwise.slower("grad_weight", x, x, *walk, size=weight.shape) == ""
+    assert depthwise.slower(depthwise_case("grad_input", x, weight, *walk, size=x.shape)) == ""
+    assert depthwise.slower(depthwise_case("grad_weight", x, x, *walk, size=weight.shape)) == ""
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -153,8 +154,8 @@ def test_calls_of_other_numbers_are_remembered_apart() -> None:
             y = sepconv.depthwise_conv2d(x.to(dtype), w.to(dtype))
             assert y.dtype == dtype
             torch.testing.assert_close(y.float(), F.conv2d(x, w, groups=8), rtol=0.02, atol=0.1)
-    call = direct.key((x.bfloat16(), w.bfloat16(), None), "depthwise", 2, 1, 0, 1, None)
-    assert direct.find(call) is not None
+    known = call.key((x.bfloat16(), w.bfloat16(), None), "depthwise", 2, 1, 0, 1, None)
+    assert call.find(known) is not None
 
 
 @pytest.mark.parametrize("make", [lambda: sepconv.DepthwiseConv2d(6, 5), lambda: sepconv.SeparableConv2d(6, 8, 5)])

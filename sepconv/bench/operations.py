@@ -16,7 +16,6 @@ from sepconv.kernels.case import Geometry
 from sepconv.ops import autograd
 from sepconv.ops.explain import record
 from sepconv.ops.geometry import resolve
-from sepconv.ops.schema import flat
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import interleaved
 
@@ -134,12 +133,12 @@ def make_tensors(case: Case, memory_format: torch.memory_format, dtype: torch.dt
 
 def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     g, conv = case.geometry, _OURS[len(case.image)]
-    padding, geometry = [low for low, _ in g.padding], flat(g)
+    padding = [low for low, _ in g.padding]
     x_size, w_size = list(t.x.shape), list(t.weight.shape)
     return {
         "forward": lambda: conv(t.x, t.weight, t.bias, g.stride, padding, g.dilation),
-        "grad_input": lambda: autograd.depthwise_grad_input(t.grad, t.weight, x_size, *geometry),
-        "grad_weight": lambda: autograd.depthwise_grad_weight(t.grad, t.x, w_size, *geometry),
+        "grad_input": lambda: autograd.depthwise_grad_input(t.grad, t.weight, x_size, g),
+        "grad_weight": lambda: autograd.depthwise_grad_weight(t.grad, t.x, w_size, g),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -94,8 +95,8 @@ def _slower_in_turn(case: Case) -> str:
     return "" if first is None or first.backend.binder else "; ".join(first.reasons.values())
 
 
-def _halide(kernel: Any) -> Backend:
-    """A module of ``halide.conv``; those without ``prepare`` are for given memory alone."""
+def _halide(kernel: ModuleType) -> Backend:
+    """A module of ``halide.conv``, which all offer the same functions."""
     binder = Binder(kernel.plan, kernel.pack, kernel.bind)
     return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder)
 
@@ -130,7 +131,7 @@ class Choice:
     def __init__(self, case: Case, backends: Sequence[Backend]) -> None:
         self.case = case
         self.reasons: dict[str, str] = {}
-        self._others = iter(backends)
+        self._others = iter(tuple(backends))
         self._take_next()
 
     def _take_next(self) -> None:
@@ -152,6 +153,10 @@ class Choice:
         except BuildError as error:
             self.pass_over(str(error))
             return self(*tensors)
+
+    def shortest(self) -> Prepared:
+        """What to call without a way back: the prepared kernel where there is nothing to go back to."""
+        return self.run if self.backend is BACKENDS[self.case.op][-1] else self
 
     def pass_over(self, reason: str) -> None:
         """Go on to the next backend, for a reason that showed itself late."""

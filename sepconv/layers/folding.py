@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from sepconv.kernels.halide.jit import packing
-from sepconv.ops import direct
+from sepconv.ops import call
 
 Folded = tuple[Tensor, Tensor | None]
 """Weight and bias."""
@@ -38,7 +38,7 @@ def folded(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> list[Folded] | None:
     None unless the norms only scale and shift, nobody needs gradients or watches all modules, and our kernels are what
     ``x`` and all these tensors go to.
     """
-    if torch_modules._has_any_global_hook() or not direct.inference(x):
+    if torch_modules._has_any_global_hook() or not call.inference(x):
         return None
     tensors: list[Any] = []
     variant: list[Any] = ["folded"]
@@ -53,7 +53,7 @@ def folded(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> list[Folded] | None:
             return None
         tensors += [weight, conv.bias, mean, variance, norm.weight, norm.bias]
         variant += [norm.eps, weight.shape]
-    if not all([t is None or ((type(t) is Tensor or type(t) is nn.Parameter) and direct.plain(t)) for t in tensors]):
+    if not all([t is None or ((type(t) is Tensor or type(t) is nn.Parameter) and call.plain(t)) for t in tensors]):
         return None
     made = packing.remembered(tuple(tensors), tuple(variant), lambda: _fold_all(pairs))
     if not made:

@@ -6,18 +6,30 @@ Where a transformation comes after the forward pass (``tracing``), the backward 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sepconv.kernels.case import Geometry
+from sepconv.kernels import case
+from sepconv.kernels.backends import Choice
+from sepconv.kernels.case import Case, Geometry
 from sepconv.kernels.layout import is_channels_last
 from sepconv.kernels.torch import aten
-from sepconv.ops import direct, dispatch, tracing
-from sepconv.ops.schema import DEPTHWISE, GRAD_INPUT, GRAD_WEIGHT, LIBRARY, POINTWISE
-from sepconv.reference import ACTIVATIONS
+from sepconv.ops import tracing
+from sepconv.ops.call import compute, unnoticed
+from sepconv.ops.schema import (
+    DEPTHWISE,
+    GRAD_INPUT,
+    GRAD_WEIGHT,
+    LIBRARY,
+    POINTWISE,
+    SEPARABLE,
+    describe_separable,
+    flat,
+    geometry_of,
+)
 
 _aten = torch.ops.aten
 
@@ -67,26 +79,35 @@ def _sum_to_bias(grad: Tensor) -> Tensor:
     return (pixels.new_ones(1, len(pixels)) @ pixels)[0]
 
 
-def depthwise_grad_input(grad_output: Tensor, weight: Tensor, *sizes_and_geometry: Any) -> Tensor:
-    """The operator's result, without the operator where nobody would notice."""
-    run = dispatch.depthwise_grad_input if direct.possible(grad_output, weight) else GRAD_INPUT
-    grad: Tensor = run(grad_output, weight, *sizes_and_geometry)
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str) -> Tensor:
+    """The operator's result, here and below without the operator where nobody would notice."""
+    if unnoticed(x, weight):
+        return compute(case.depthwise, (x, weight, bias), geometry, activation)
+    y: Tensor = DEPTHWISE(x, weight, bias, *flat(geometry), activation)
+    return y
+
+
+def depthwise_grad_input(grad_output: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+    if unnoticed(grad_output, weight):
+        return compute(case.depthwise_grad_input, (grad_output, weight), tuple(size), geometry)
+    grad: Tensor = GRAD_INPUT(grad_output, weight, size, *flat(geometry))
     return grad
 
 
-def depthwise_grad_weight(grad_output: Tensor, x: Tensor, *sizes_and_geometry: Any) -> Tensor:
-    """The operator's result, without the operator where nobody would notice."""
-    run = dispatch.depthwise_grad_weight if direct.possible(grad_output, x) else GRAD_WEIGHT
-    grad: Tensor = run(grad_output, x, *sizes_and_geometry)
+def depthwise_grad_weight(grad_output: Tensor, x: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+    if unnoticed(grad_output, x):
+        return compute(case.depthwise_grad_weight, (grad_output, x), tuple(size), geometry)
+    grad: Tensor = GRAD_WEIGHT(grad_output, x, size, *flat(geometry))
     return grad
 
 
-def _depthwise_grads(
-    need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+Gradients = tuple[Tensor | None, ...]
+
+
+def _depthwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Gradients:
     return (
-        depthwise_grad_input(grad, weight, x.shape, *geometry) if need[0] else None,
-        _laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, *geometry)) if need[1] else None,
+        depthwise_grad_input(grad, weight, x.shape, geometry) if need[0] else None,
+        _laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, geometry)) if need[1] else None,
         _sum_to_bias(grad) if need[2] else None,
     )
 
@@ -96,9 +117,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
-def _pointwise_grads(
-    need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _pointwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor) -> Gradients:
     """By PyTorch's matrix products, which need no packed copy of weights that change in every step."""
     matrix, grad_x, grad_weight = weight.flatten(1), None, None
     if need[0] and is_channels_last(grad):
@@ -115,16 +134,9 @@ def _pointwise_grads(
     return grad_x, grad_weight, _sum_to_bias(grad) if need[2] else None
 
 
-def _composed_depthwise(walk: Sequence[Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The operator made of PyTorch's own."""
-    stride, padding, dilation = walk
-    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-    return aten.depthwise_forward(x, weight, bias, Geometry(stride, pairs, dilation))
-
-
 def _composed_grads(
     compose: Callable[..., Tensor], grad: Tensor, tensors: Sequence[Tensor | None], need: Sequence[bool]
-) -> list[Tensor | None]:
+) -> Gradients:
     """The gradients of ``compose(*tensors)``, by PyTorch's formulas for its own operators: all transformations know
     those."""
     with torch.enable_grad():
@@ -133,98 +145,85 @@ def _composed_grads(
         y = compose(*named)
     wanted = [t for t, needed in zip(named, need, strict=True) if needed and t is not None]
     grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()) if wanted else ())
-    return [next(grads) if needed and t is not None else None for t, needed in zip(named, need, strict=True)]
+    return tuple([next(grads) if needed and t is not None else None for t, needed in zip(named, need, strict=True)])
 
 
-def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *geometry, activation = inputs
-    ctx.save_for_backward(x, weight, bias, output if activation else None)
-    ctx.geometry, ctx.activation = tuple(geometry), activation
+def _setup_depthwise(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
+    x, weight, bias, ctx.geometry, ctx.activation = inputs
+    ctx.save_for_backward(x, weight, bias, y if ctx.activation else None)
 
 
-def _backward_depthwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_depthwise(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
     x, weight, bias, y = ctx.saved_tensors
+    geometry = ctx.geometry
     if tracing.transformed(grad, x, weight):
-        compose, tensors = partial(_composed_depthwise, ctx.geometry), (x, weight, bias)
-        grad = _before_activation(grad, ctx.activation, y, lambda: compose(*tensors))
-        return *_composed_grads(compose, grad, tensors, ctx.needs_input_grad[:3]), None, None, None, None
-    grad = _before_activation(grad, ctx.activation, y, lambda: DEPTHWISE(x, weight, bias, *ctx.geometry, ""))
-    return *_depthwise_grads(ctx.needs_input_grad, grad, x, weight, ctx.geometry), None, None, None, None
+
+        def compose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return aten.depthwise_forward(x, weight, bias, geometry)
+
+        grad = _before_activation(grad, ctx.activation, y, lambda: compose(x, weight, bias))
+        return _composed_grads(compose, grad, (x, weight, bias), need)
+    grad = _before_activation(grad, ctx.activation, y, lambda: _depthwise(x, weight, bias, geometry, ""))
+    return _depthwise_grads(need, grad, x, weight, geometry)
 
 
-def _setup_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, weight, size, *geometry = inputs
-    ctx.save_for_backward(grad_output, weight)
-    ctx.geometry, ctx.size = tuple(geometry), size
+def _setup_gradient(ctx: Any, inputs: Sequence[Any], grad: Tensor) -> None:
+    """Of the gradient of the input or of the filters."""
+    first, second, ctx.size, ctx.geometry = inputs
+    ctx.save_for_backward(first, second)
 
 
-def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_grad_input(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
     grad_output, weight = ctx.saved_tensors
-    need, geometry = ctx.needs_input_grad, ctx.geometry
     if tracing.transformed(grad, grad_output, weight):
-        stride, padding, dilation = geometry
-        pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-        compose = aten.prepare_grad_input(ctx.size, Geometry(stride, pairs, dilation))
-        return *_composed_grads(compose, grad, (grad_output, weight), need[:2]), None, None, None, None
-    of_output = DEPTHWISE(grad, weight, None, *geometry, "") if need[0] else None
-    of_weight = GRAD_WEIGHT(grad_output, grad, weight.shape, *geometry) if need[1] else None
-    return of_output, of_weight, None, None, None, None
+        compose = aten.prepare_grad_input(ctx.size, ctx.geometry)
+        return _composed_grads(compose, grad, (grad_output, weight), need)
+    of_output = _depthwise(grad, weight, None, ctx.geometry, "") if need[0] else None
+    of_weight = depthwise_grad_weight(grad_output, grad, weight.shape, ctx.geometry) if need[1] else None
+    return of_output, of_weight
 
 
-def _setup_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, x, size, *geometry = inputs
-    ctx.save_for_backward(grad_output, x)
-    ctx.geometry, ctx.size = tuple(geometry), size
-
-
-def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_grad_weight(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
     grad_output, x = ctx.saved_tensors
-    need, geometry = ctx.needs_input_grad, ctx.geometry
     if tracing.transformed(grad, grad_output, x):
-        stride, padding, dilation = geometry
-        pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-        compose = aten.prepare_grad_weight(ctx.size, x.shape[1], Geometry(stride, pairs, dilation))
-        return *_composed_grads(compose, grad, (grad_output, x), need[:2]), None, None, None, None
-    of_output = DEPTHWISE(x, grad, None, *geometry, "") if need[0] else None
-    of_x = GRAD_INPUT(grad_output, grad, x.shape, *geometry) if need[1] else None
-    return of_output, of_x, None, None, None, None
+        compose = aten.prepare_grad_weight(ctx.size, x.shape[1], ctx.geometry)
+        return _composed_grads(compose, grad, (grad_output, x), need)
+    of_output = _depthwise(x, grad, None, ctx.geometry, "") if need[0] else None
+    of_x = depthwise_grad_input(grad_output, grad, x.shape, ctx.geometry) if need[1] else None
+    return of_output, of_x
 
 
-def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, residual, activation = inputs
-    from_output = activation in FROM_OUTPUT
-    ctx.save_for_backward(x, weight, bias, None if from_output else residual, output if activation else None)
-    ctx.activation = activation
+def _setup_pointwise(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
+    x, weight, bias, residual, ctx.activation = inputs
+    from_output = ctx.activation in FROM_OUTPUT
+    ctx.save_for_backward(x, weight, bias, None if from_output else residual, y if ctx.activation else None)
 
 
-def _backward_pointwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_pointwise(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
     x, weight, bias, residual, y = ctx.saved_tensors
-    need = ctx.needs_input_grad
     if tracing.transformed(grad, x, weight):
         conv = aten.pointwise_forward
         grad = _before_activation(grad, ctx.activation, y, lambda: conv(x, weight, bias, "", residual))
-        return *_composed_grads(conv, grad, (x, weight, bias), need[:3]), grad if need[3] else None, None
+        return *_composed_grads(conv, grad, (x, weight, bias), need[:3]), grad if need[3] else None
     grad = _before_activation(grad, ctx.activation, y, lambda: POINTWISE(x, weight, bias, residual, ""))
-    return *_pointwise_grads(need, grad, x, weight), grad if need[3] else None, None
+    return *_pointwise_grads(need, grad, x, weight), grad if need[3] else None
 
 
-def _setup_separable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, dw, pw, dw_bias, pw_bias, residual, *geometry, dw_activation, activation = inputs
+def _setup_separable(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
+    *tensors, residual, ctx.geometry, between, activation = inputs
+    ctx.activations = between, activation
     from_output = activation in FROM_OUTPUT
-    ctx.save_for_backward(
-        x, dw, pw, dw_bias, pw_bias, None if from_output else residual, output if activation else None
-    )
-    ctx.geometry, ctx.activations = tuple(geometry), (dw_activation, activation)
+    ctx.save_for_backward(*tensors, None if from_output else residual, y if activation else None)
 
 
-def _backward_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_separable(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
     """The depthwise result is computed again instead of kept: it would be the largest tensor of the layer."""
     x, dw, pw, dw_bias, pw_bias, residual, y = ctx.saved_tensors
-    need, (dw_activation, activation) = ctx.needs_input_grad, ctx.activations
+    dw_activation, activation = ctx.activations
     if tracing.transformed(grad, x, dw, pw):
-        return _backward_composed_separable(ctx, grad)
+        return _backward_composed_separable(ctx, need, grad)
     fused = dw_activation if dw_activation in FROM_OUTPUT else ""
-    hidden = z = DEPTHWISE(x, dw, dw_bias, *ctx.geometry, fused)
+    hidden = z = _depthwise(x, dw, dw_bias, ctx.geometry, fused)
     if dw_activation not in FROM_OUTPUT:
         hidden = getattr(_aten, dw_activation)(z)
     grad = _before_activation(grad, activation, y, lambda: POINTWISE(hidden, pw, pw_bias, residual, ""))
@@ -236,47 +235,90 @@ def _backward_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_hidden = _before_activation(grad_hidden, dw_activation, hidden, lambda: z)
         needs = (need[0], need[1], need[3])
         grad_x, grad_dw, grad_dw_bias = _depthwise_grads(needs, grad_hidden, x, dw, ctx.geometry)
-    grad_residual = grad if need[5] else None
-    return grad_x, grad_dw, grad_pw, grad_dw_bias, grad_pw_bias, grad_residual, None, None, None, None, None
+    return grad_x, grad_dw, grad_pw, grad_dw_bias, grad_pw_bias, grad if need[5] else None
 
 
-def _backward_composed_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_composed_separable(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradients:
     x, dw, pw, dw_bias, pw_bias, residual, y = ctx.saved_tensors
-    need, (dw_activation, activation) = ctx.needs_input_grad, ctx.activations
+    dw_activation, activation = ctx.activations
 
     def compose(x: Tensor, dw: Tensor, pw: Tensor, dw_bias: Any, pw_bias: Any, residual: Any = None) -> Tensor:
-        hidden = ACTIVATIONS[dw_activation](_composed_depthwise(ctx.geometry, x, dw, dw_bias))
+        hidden = aten.depthwise_forward(x, dw, dw_bias, ctx.geometry, dw_activation)
         return aten.pointwise_forward(hidden, pw, pw_bias, "", residual)
 
-    tensors = (x, dw, pw, dw_bias, pw_bias)
-    grad = _before_activation(grad, activation, y, lambda: compose(*tensors, residual))
-    grads = _composed_grads(compose, grad, tensors, need[:5])
-    return *grads, grad if need[5] else None, None, None, None, None, None
+    grad = _before_activation(grad, activation, y, lambda: compose(x, dw, pw, dw_bias, pw_bias, residual))
+    return *_composed_grads(compose, grad, (x, dw, pw, dw_bias, pw_bias), need[:5]), grad if need[5] else None
 
 
-def _differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    torch.library.register_autograd(f"sepconv::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+@dataclass(frozen=True)
+class Operation:
+    """An operator with its derivatives, in the three forms in which it is called.
 
+    Attributes:
+        describe: its case; takes tensors, geometry (if it has one) and activations.
+        operator: what PyTorch's dispatcher knows; takes the same, the geometry flat.
+        recorded: the autograd function, which PyTorch calls in a third of the time; takes a choice, then the same.
+        has_geometry: whether a geometry comes after the tensors.
+    """
 
-_differentiate("depthwise_conv", _setup_depthwise, _backward_depthwise)
-_differentiate("depthwise_conv_grad_input", _setup_grad_input, _backward_grad_input)
-_differentiate("depthwise_conv_grad_weight", _setup_grad_weight, _backward_grad_weight)
-_differentiate("pointwise_conv", _setup_pointwise, _backward_pointwise)
-_differentiate("separable_conv", _setup_separable, _backward_separable)
+    describe: Callable[..., Case]
+    operator: Any
+    recorded: Callable[..., Tensor]
+    has_geometry: bool
 
-
-def _function(name: str, forward: Callable[..., Tensor], setup: Callable[..., None], backward: Any) -> Any:
-    """The operator as an autograd function, which PyTorch calls in a third of the time."""
-
-    def forward_and_setup(ctx: Any, *inputs: Any) -> Tensor:
-        y = forward(*inputs)
-        setup(ctx, inputs, y)
+    def through_dispatcher(self, tensors: Sequence[Tensor | None], *options: Any) -> Tensor:
+        if self.has_geometry:
+            options = (*flat(options[0]), *options[1:])
+        y: Tensor = self.operator(*tensors, *options)
         return y
 
-    members = {"forward": staticmethod(forward_and_setup), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+
+Setup = Callable[[Any, Sequence[Any], Tensor], None]
+Backward = Callable[[Any, Sequence[bool], Tensor], Gradients]
 
 
-depthwise_function = _function("DepthwiseConv", dispatch.depthwise_forward, _setup_depthwise, _backward_depthwise)
-pointwise_function = _function("PointwiseConv", dispatch.pointwise_forward, _setup_pointwise, _backward_pointwise)
-separable_function = _function("SeparableConv", dispatch.separable_forward, _setup_separable, _backward_separable)
+def _tensors(operator: Any) -> int:
+    """How many arguments are tensors; they come first."""
+    return sum("Tensor" in str(argument.type) for argument in operator._schema.arguments)
+
+
+def _differentiate(operator: Any, setup: Setup, backward: Backward) -> None:
+    """Register the derivatives of an operator, whose schema holds the geometry as three lists."""
+    names, tensors = [argument.name for argument in operator._schema.arguments], _tensors(operator)
+    at = names.index("stride") if "stride" in names else None
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if at is not None:
+            inputs = (*inputs[:at], geometry_of(*inputs[at : at + 3]), *inputs[at + 3 :])
+        setup(ctx, inputs, output)
+
+    def gradients(ctx: Any, grad: Tensor) -> Gradients:
+        return *backward(ctx, ctx.needs_input_grad[:tensors], grad), *[None] * (len(names) - tensors)
+
+    name = f"sepconv::{operator._schema.name.split('::')[-1]}"
+    torch.library.register_autograd(name, gradients, setup_context=setup_context, lib=LIBRARY)
+
+
+def _operation(describe: Callable[..., Case], operator: Any, setup: Setup, backward: Backward) -> Operation:
+    _differentiate(operator, setup, backward)
+    tensors = _tensors(operator)
+
+    def forward(ctx: Any, choice: Choice, *inputs: Any) -> Tensor:
+        y = choice(*inputs[:tensors])
+        setup(ctx, inputs, y)
+        ctx.options = [None] * (len(inputs) - tensors)
+        return y
+
+    def gradients(ctx: Any, grad: Tensor) -> Gradients:
+        return None, *backward(ctx, ctx.needs_input_grad[1 : 1 + tensors], grad), *ctx.options
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    recorded = type(operator.__name__, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+    return Operation(describe, operator, recorded, any(a.name == "stride" for a in operator._schema.arguments))
+
+
+_differentiate(GRAD_INPUT, _setup_gradient, _backward_grad_input)
+_differentiate(GRAD_WEIGHT, _setup_gradient, _backward_grad_weight)
+depthwise = _operation(case.depthwise, DEPTHWISE, _setup_depthwise, _backward_depthwise)
+pointwise = _operation(case.pointwise, POINTWISE, _setup_pointwise, _backward_pointwise)
+separable = _operation(describe_separable, SEPARABLE, _setup_separable, _backward_separable)

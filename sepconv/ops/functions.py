@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sepconv.ops import call
+from sepconv.ops import convolutions
 from sepconv.ops.geometry import Padding, Size
 
 
@@ -23,7 +23,7 @@ def depthwise_conv1d(
     Shape:
         x: (N, C, L)    weight: (C*M, 1, k)    ->    (N, C*M, Lo)
     """
-    return call.depthwise_conv(1, x, weight, bias, stride, padding, dilation, activation)
+    return convolutions.depthwise_conv(1, x, weight, bias, (stride, padding, dilation), activation)
 
 
 def depthwise_conv2d(
@@ -59,7 +59,7 @@ def depthwise_conv2d(
 
     Reference: Sifre 2014; Howard et al. 2017, arXiv:1704.04861.
     """
-    return call.depthwise_conv(2, x, weight, bias, stride, padding, dilation, activation)
+    return convolutions.depthwise_conv(2, x, weight, bias, (stride, padding, dilation), activation)
 
 
 def depthwise_conv3d(
@@ -77,7 +77,7 @@ def depthwise_conv3d(
     Shape:
         x: (N, C, D, H, W)    weight: (C*M, 1, kD, kH, kW)    ->    (N, C*M, Do, Ho, Wo)
     """
-    return call.depthwise_conv(3, x, weight, bias, stride, padding, dilation, activation)
+    return convolutions.depthwise_conv(3, x, weight, bias, (stride, padding, dilation), activation)
 
 
 def pointwise_conv1d(
@@ -94,7 +94,7 @@ def pointwise_conv1d(
     Shape:
         x: (N, C, L)    weight: (O, C, 1)    ->    (N, O, Lo)
     """
-    return call.pointwise_conv(1, x, weight, bias, stride, activation, residual)
+    return convolutions.pointwise_conv(1, x, weight, bias, stride, activation, residual)
 
 
 def pointwise_conv2d(
@@ -125,7 +125,7 @@ def pointwise_conv2d(
         >>> pointwise_conv2d(torch.ones(1, 3, 2, 2), torch.ones(1, 3, 1, 1)).flatten()
         tensor([3., 3., 3., 3.])
     """
-    return call.pointwise_conv(2, x, weight, bias, stride, activation, residual)
+    return convolutions.pointwise_conv(2, x, weight, bias, stride, activation, residual)
 
 
 def pointwise_conv3d(
@@ -142,7 +142,7 @@ def pointwise_conv3d(
     Shape:
         x: (N, C, D, H, W)    weight: (O, C, 1, 1, 1)    ->    (N, O, Do, Ho, Wo)
     """
-    return call.pointwise_conv(3, x, weight, bias, stride, activation, residual)
+    return convolutions.pointwise_conv(3, x, weight, bias, stride, activation, residual)
 
 
 def separable_conv1d(
@@ -163,8 +163,9 @@ def separable_conv1d(
     Shape:
         x: (N, C, L)    weights: (C*M, 1, k) and (O, C*M, 1)    ->    (N, O, Lo)
     """
-    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-    return call.separable_conv(1, x, *weights, stride, padding, dilation, depthwise_activation, activation)
+    weights, biases = (depthwise_weight, pointwise_weight), (depthwise_bias, pointwise_bias)
+    given = (stride, padding, dilation)
+    return convolutions.separable_conv(1, x, weights, biases, given, depthwise_activation, activation)
 
 
 def separable_conv2d(
@@ -202,8 +203,9 @@ def separable_conv2d(
 
     Reference: Sifre 2014; Howard et al. 2017, arXiv:1704.04861.
     """
-    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-    return call.separable_conv(2, x, *weights, stride, padding, dilation, depthwise_activation, activation)
+    weights, biases = (depthwise_weight, pointwise_weight), (depthwise_bias, pointwise_bias)
+    given = (stride, padding, dilation)
+    return convolutions.separable_conv(2, x, weights, biases, given, depthwise_activation, activation)
 
 
 def separable_conv3d(
@@ -224,5 +226,6 @@ def separable_conv3d(
     Shape:
         x: (N, C, D, H, W)    weights: (C*M, 1, kD, kH, kW) and (O, C*M, 1, 1, 1)    ->    (N, O, Do, Ho, Wo)
     """
-    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-    return call.separable_conv(3, x, *weights, stride, padding, dilation, depthwise_activation, activation)
+    weights, biases = (depthwise_weight, pointwise_weight), (depthwise_bias, pointwise_bias)
+    given = (stride, padding, dilation)
+    return convolutions.separable_conv(3, x, weights, biases, given, depthwise_activation, activation)

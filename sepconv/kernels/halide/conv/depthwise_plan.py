@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import depthwise_gather, depthwise_weight_grad
@@ -64,7 +64,7 @@ class DepthwisePlan:
     build: Callable[[], tuple[Any, list[Any]]]
     arguments: Numbers
     description: Callable[[], dict[str, Any]]
-    variant = "in place"
+    variant: ClassVar[str] = "in place"  # weights are not packed
 
 
 def _xyz(values: Sequence[int], missing: int) -> Sizes:

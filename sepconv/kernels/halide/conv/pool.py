@@ -56,7 +56,11 @@ class PoolPlan(NamedTuple):
 
     lanes: int
     vectors: int
-    variant = "no weights"
+
+    @property
+    def variant(self) -> str:
+        """What packed weights depend on besides their numbers."""
+        return "no weights"
 
 
 def plan(case: Case) -> PoolPlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from sepconv.kernels.halide.schedule.gemm import separable_alternatives, separab
 from sepconv.kernels.layout import alike, like
 
 Sizes = tuple[int, ...]
-T = TypeVar("T")
 
 
 class SeparablePlan(NamedTuple):
@@ -46,7 +45,7 @@ class SeparablePlan(NamedTuple):
         return self.spec.multiplier, *self.spec.tile.panels
 
 
-def _pair(values: Sequence[T]) -> tuple[T, T]:
+def _pair(values: Sequence[int]) -> tuple[int, int]:
     first, second = values
     return first, second
 
@@ -57,7 +56,8 @@ def plan(case: Case) -> SeparablePlan:
     assert then is not None
     images, channels, _, _ = case.x.shape
     multiplier, out_channels = case.weight.shape[0] // channels, then.weight.shape[0]
-    stride, padding, dilation = (_pair(entries) for entries in case.geometry)
+    stride, dilation = _pair(case.geometry.stride), _pair(case.geometry.dilation)
+    before = _pair([low for low, _ in case.geometry.padding])
     size, residual, threads = _pair(case.y.shape[2:]), then.residual is not None, case.threads
     usual = separable_schedule(
         machine.host(), channels, multiplier, out_channels, max(images, 1), size, stride[0] * stride[1], threads
@@ -80,7 +80,7 @@ def plan(case: Case) -> SeparablePlan:
     blocks = -(-out_channels // schedule.tile.wide)
     passes = [images * tiles if schedule.parallel == "rows" else blocks for _, _, tiles in calls]
     share = tuple(runtime.per_thread(count, threads) for count in passes)
-    return SeparablePlan(spec, size, (padding[0][0], padding[1][0]), tuple(calls), share)
+    return SeparablePlan(spec, size, before, tuple(calls), share)
 
 
 def supports(case: Case) -> str:
@@ -154,7 +154,7 @@ def bind(found: SeparablePlan, x: Tensor, packed: list[Buffer], residual: Tensor
     if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
         raise ValueError(f"separable.bind: residual must lie in memory like out, got strides {residual.stride()}")
     images = [out] if residual is None else [residual, out]
-    inputs = [*found.before, pixels(x), *packed]
+    inputs: list[Buffer | int] = [*found.before, pixels(x), *packed]
     calls = []
     for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
         shape, strides, skipped = _tiles(tuple(out.shape), rows, first, tiles)

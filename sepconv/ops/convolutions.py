@@ -1,0 +1,240 @@
+"""The three convolutions in any number of dimensions: checked once, then on the shortest way that is right.
+
+The arguments are checked (``geometry``). Then a kernel is called that was prepared for them (``call``), with gradients
+as an autograd function (``autograd``); where a mode wants to see each operator, through the dispatcher (``schema``).
+While somebody looks through an operation (``tracing``) the functions are made of PyTorch's own convolutions, so that
+any runtime can read the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.backends import choose
+from sepconv.kernels.case import Geometry
+from sepconv.kernels.layout import memory_format
+from sepconv.kernels.torch import aten
+from sepconv.ops import autograd, call, tracing
+from sepconv.ops.autograd import FROM_OUTPUT, Operation
+from sepconv.ops.explain import HALF, Explanation, note
+from sepconv.ops.geometry import (
+    Padding,
+    Size,
+    as_tuple,
+    check_bias,
+    check_depthwise,
+    check_output,
+    check_pointwise,
+    check_residual,
+    check_tensors,
+    resolve,
+)
+from sepconv.reference import ACTIVATIONS
+
+GivenGeometry = tuple[Size, Padding, Size]
+"""Stride, padding and dilation, not yet checked."""
+
+
+def _check_activation(name: str, argument: str, activation: str | None) -> str:
+    if activation is None:
+        return ""
+    if activation not in ACTIVATIONS:
+        known = ", ".join(repr(a) for a in ACTIVATIONS if a)
+        raise ValueError(f"{name}: {argument} must be None or one of {known}, got {activation!r}")
+    return activation
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to the arguments of PyTorch's convolutions."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and _is_cast(t, device) else t for t in tensors)
+
+
+def _is_cast(t: Tensor, device: str) -> bool:
+    return t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == device
+
+
+def _by_pytorch(op: str, *tensors: Tensor | None) -> bool:
+    """Whether the operation must consist of PyTorch's own operators: any runtime can read those, and transform them."""
+    reason = tracing.reason(*tensors)
+    if reason and not torch.compiler.is_compiling():
+        note(Explanation(op, "torch", reasons={"halide": reason}))
+    return bool(reason)
+
+
+def _without_kernel(op: str, reason: str, instead: str = "torch") -> bool:
+    """Whether there is a reason to compose the operation of others, which is then noted."""
+    if reason and not torch.compiler.is_compiling():
+        note(Explanation(op, instead, reasons={"halide": reason}))
+    return bool(reason)
+
+
+def _half_reason(x: Tensor) -> str:
+    """Why numbers of 16 bits are not for our products of matrices: PyTorch's use the processor's units for them."""
+    return f"the kernel computes in float32 but got {x.dtype}" if x.dtype in HALF else ""
+
+
+def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
+    """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
+    if activation in FROM_OUTPUT or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _promotes(x: Tensor, residual: Tensor) -> bool:
+    """Whether autocast leaves the sum of a convolution and this residual to PyTorch's rule for two dtypes."""
+    if not isinstance(residual, Tensor) or not isinstance(x, Tensor) or residual.dtype == x.dtype:
+        return False
+    return residual.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+
+
+def _run(
+    operation: Operation,
+    known: tuple[Any, ...] | None,
+    tensors: Sequence[Tensor | None],
+    options: tuple[Any, ...],
+    activation: str,
+) -> Tensor:
+    """A call whose arguments are in order, remembered as ``known`` where nobody watches; ``options`` come between the
+    tensors and the last activation."""
+    if known is not None and not known[0]:
+        choice = choose(operation.describe(*tensors, *options, activation))
+        return call.keep(known, choice.shortest())(*tensors)
+    split = _split_for_gradient(activation, *tensors)
+    options = (*options, "" if split else activation)
+    if known is not None:
+        return call.keep(known, _recorded(operation, tensors, options, activation if split else ""))(*tensors)
+    y = operation.through_dispatcher(tensors, *options)
+    return ACTIVATIONS[activation](y) if split else y
+
+
+def _recorded(
+    operation: Operation, tensors: Sequence[Tensor | None], options: tuple[Any, ...], activation: str
+) -> call.Run:
+    """A call that autograd records; an activation that it is to see apart comes after."""
+    choice, function = choose(operation.describe(*tensors, *options)), operation.recorded
+    if not activation:
+        return lambda *tensors: function(choice, *tensors, *options)
+    activate = ACTIVATIONS[activation]
+    return lambda *tensors: activate(function(choice, *tensors, *options))
+
+
+def depthwise_conv(
+    dims: int, x: Tensor, weight: Tensor, bias: Tensor | None, given: GivenGeometry, activation: str | None
+) -> Tensor:
+    known = call.key((x, weight, bias), "depthwise", dims, *given, activation)
+    run = call.find(known)
+    if run is not None:
+        return run(x, weight, bias)
+    name = f"depthwise_conv{dims}d"
+    chosen = _check_activation(name, "activation", activation)
+    if tracing.symbolic(x, weight, bias):
+        return aten.depthwise_symbolic(dims, x, weight, bias, *given, chosen)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    check_tensors(name, dims, x, weight=weight, bias=bias)
+    if x.dim() == dims + 1:
+        return depthwise_conv(dims, x[None], weight, bias, given, activation)[0]
+    with tracing.paused():
+        check_depthwise(name, dims, x, weight)
+        check_bias(name, "bias", bias, weight.shape[0])
+        kernel_size, channels = weight.shape[2:], x.shape[1]
+        geometry = resolve(name, dims, kernel_size, *given)
+        check_output(name, x, kernel_size, geometry)
+    if _by_pytorch("depthwise_conv", x, weight, bias):
+        return aten.conv(x, weight, bias, geometry, chosen, channels)
+    return _run(autograd.depthwise, known, (x, weight, bias), (geometry,), chosen)
+
+
+def pointwise_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    known = call.key((x, weight, bias, residual), "pointwise", dims, stride, activation)
+    run = call.find(known)
+    if run is not None:
+        return run(x, weight, bias, residual)
+    name = f"pointwise_conv{dims}d"
+    chosen = _check_activation(name, "activation", activation)
+    if tracing.symbolic(x, weight, bias, residual):
+        return aten.pointwise_symbolic(dims, x, weight, bias, stride, chosen, residual)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    if residual is not None and _promotes(x, residual):
+        return ACTIVATIONS[chosen](pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
+    check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
+    if x.dim() == dims + 1:
+        added = None if residual is None else residual[None]
+        return pointwise_conv(dims, x[None], weight, bias, stride, activation, added)[0]
+    steps = as_tuple(name, "stride", stride, dims, 1)
+    with tracing.paused():
+        check_pointwise(name, dims, x.shape[1], x, weight)
+        check_bias(name, "bias", bias, weight.shape[0])
+        sizes = check_output(name, x, weight.shape[2:], Geometry.of_pixels(dims)._replace(stride=steps))
+        check_residual(name, residual, (x.shape[0], weight.shape[0], *sizes))
+    if _by_pytorch("pointwise_conv", x, weight, bias, residual):
+        return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
+    if _without_kernel("pointwise_conv", _half_reason(x)):
+        y = aten.pointwise_bf16(x, weight, bias, chosen, residual, steps)
+        return y.contiguous(memory_format=memory_format(x))
+    for d, step in enumerate(steps):
+        # A filter of one pixel that walks in steps sees every step-th pixel and no other.
+        x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]
+    if any(step > 1 for step in steps):
+        known = None
+    return _run(autograd.pointwise, known, (x, weight, bias, residual), (), chosen)
+
+
+def separable_conv(
+    dims: int,
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    given: GivenGeometry,
+    depthwise_activation: str | None,
+    activation: str | None,
+) -> Tensor:
+    """``weights`` and ``biases``: of the depthwise convolution, then of the pointwise one."""
+    tensors = (x, *weights, *biases, None)
+    known = call.key(tensors, "separable", dims, *given, depthwise_activation, activation)
+    run = call.find(known)
+    if run is not None:
+        return run(*tensors)
+    name = f"separable_conv{dims}d"
+    between = _check_activation(name, "depthwise_activation", depthwise_activation)
+    chosen = _check_activation(name, "activation", activation)
+    (dw, pw), (dw_bias, pw_bias) = weights, biases
+    if tracing.symbolic(*tensors):
+        hidden = aten.depthwise_symbolic(dims, x, dw, dw_bias, *given, between)
+        return aten.pointwise_symbolic(dims, hidden, pw, pw_bias, 1, chosen)
+    x, dw, pw, dw_bias, pw_bias = _autocast(x, dw, pw, dw_bias, pw_bias)  # type: ignore[assignment]
+    others = {"depthwise_weight": dw, "pointwise_weight": pw, "depthwise_bias": dw_bias, "pointwise_bias": pw_bias}
+    check_tensors(name, dims, x, **others)
+    if x.dim() == dims + 1:
+        arguments = ((dw, pw), (dw_bias, pw_bias), given, depthwise_activation, activation)
+        return separable_conv(dims, x[None], *arguments)[0]
+    with tracing.paused():
+        check_depthwise(name, dims, x, dw, "depthwise_weight")
+        check_pointwise(name, dims, dw.shape[0], x, pw, "pointwise_weight")
+        check_bias(name, "depthwise_bias", dw_bias, dw.shape[0])
+        check_bias(name, "pointwise_bias", pw_bias, pw.shape[0])
+        channels = x.shape[1]
+        geometry = resolve(name, dims, dw.shape[2:], *given)
+        check_output(name, x, dw.shape[2:], geometry)
+    if _by_pytorch("separable_conv", *tensors):
+        hidden = aten.conv(x, dw, dw_bias, geometry, between, channels)
+        return aten.pointwise_forward(hidden, pw, pw_bias, chosen)
+    if _without_kernel("separable_conv", _half_reason(x), "depthwise, then pointwise"):
+        hidden = depthwise_conv(dims, x, dw, dw_bias, given, depthwise_activation)
+        return pointwise_conv(dims, hidden, pw, pw_bias, 1, activation, None)
+    return _run(autograd.separable, known, (x, dw, pw, dw_bias, pw_bias, None), (geometry, between), chosen)

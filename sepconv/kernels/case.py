@@ -16,8 +16,9 @@ Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -80,13 +81,20 @@ class Outline(NamedTuple):
     def contiguous_of(
         cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = _CPU
     ) -> Outline:
-        return cls(tuple(shape), tuple([prod(shape[d + 1 :]) for d in range(len(shape))]), dtype, device)
+        return cls(tuple(shape), _steps(shape, range(len(shape) - 1, -1, -1)), dtype, device)
 
     @classmethod
     def dense(cls, shape: Sequence[int], like: Outline) -> Outline:
         """Without gaps, pixel by pixel in memory where ``like`` is."""
-        stride = torch.empty(tuple(shape), memory_format=like.memory_format, device="meta").stride()
-        return cls(tuple(shape), stride, like.dtype, like.device)
+        if not like.channels_last:
+            return cls.contiguous_of(shape, like.dtype, like.device)
+        return cls.channels_last_of(shape, like.dtype, like.device)
+
+    @classmethod
+    def channels_last_of(
+        cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device = _CPU
+    ) -> Outline:
+        return cls(tuple(shape), _steps(shape, (1, *range(len(shape) - 1, 1, -1), 0)), dtype, device)
 
     def meta(self) -> Tensor:
         """A tensor of this size without memory."""
@@ -101,7 +109,7 @@ class Outline(NamedTuple):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        return memory_format(self.meta())
+        return _memory_format(self.shape, self.stride)
 
     @property
     def channels_last(self) -> bool:
@@ -109,7 +117,7 @@ class Outline(NamedTuple):
 
     @property
     def contiguous(self) -> bool:
-        return self.meta().is_contiguous()
+        return _contiguous(self.shape, self.stride)
 
     @property
     def dims(self) -> int:
@@ -119,6 +127,26 @@ class Outline(NamedTuple):
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+
+def _steps(shape: Sequence[int], order: Iterable[int]) -> Sizes:
+    """Strides without gaps; ``order`` names the dimensions, the one that lies side by side in memory first."""
+    steps, step = [0] * len(shape), 1
+    for d in order:
+        steps[d] = step
+        step *= max(shape[d], 1)
+    return tuple(steps)
+
+
+# A case asks the same few times over.
+@lru_cache(maxsize=256)
+def _memory_format(shape: Sizes, stride: Sizes) -> torch.memory_format:
+    return memory_format(torch.empty_strided(shape, stride, device="meta"))
+
+
+@lru_cache(maxsize=256)
+def _contiguous(shape: Sizes, stride: Sizes) -> bool:
+    return torch.empty_strided(shape, stride, device="meta").is_contiguous()
 
 
 NO_WEIGHT = Outline((0,), (1,))
@@ -185,8 +213,8 @@ class Case:
         if self.then is None:
             return replace(self, y=outline, bound=True)
         # What lies between, if it is kept at all, is an image of many channels.
-        form = torch.channels_last if self.x.dims == 2 else torch.contiguous_format
-        hidden = self.y._replace(stride=torch.empty(self.y.shape, memory_format=form, device="meta").stride())
+        lay = Outline.channels_last_of if self.x.dims == 2 else Outline.contiguous_of
+        hidden = lay(self.y.shape, self.y.dtype, self.y.device)
         return replace(self, y=hidden, then=replace(self.then, x=hidden).into(outline), bound=True)
 
 
@@ -197,8 +225,24 @@ def _or_none(tensor: Given | None) -> Outline | None:
     return None if tensor is None else Outline.of(tensor)
 
 
+def _convolution(
+    op: str,
+    x: Given,
+    weight: Given,
+    bias: Given | None,
+    residual: Given | None,
+    geometry: Geometry,
+    activation: str,
+) -> Case:
+    image, filters = Outline.of(x), Outline.of(weight)
+    size = geometry.output_size(image.shape[2:], filters.shape[2:])
+    y = Outline.dense((image.shape[0], filters.shape[0], *size), image)
+    after, added = _or_none(bias), _or_none(residual)
+    return Case(op, image, filters, y, geometry, bias=after, residual=added, activation=activation)
+
+
 def depthwise(x: Given, weight: Given, bias: Given | None, geometry: Geometry, activation: str = "") -> Case:
-    return replace(normal(x, weight, bias, None, geometry, activation), op="depthwise")
+    return _convolution("depthwise", x, weight, bias, None, geometry, activation)
 
 
 def depthwise_grad_input(grad_output: Given, weight: Given, size: Sequence[int], geometry: Geometry) -> Case:
@@ -218,20 +262,14 @@ def normal(
     x: Given, weight: Given, bias: Given | None, residual: Given | None, geometry: Geometry, activation: str = ""
 ) -> Case:
     """Any convolution; how many groups of channels it has follows from the sizes."""
-    image, filters = Outline.of(x), Outline.of(weight)
-    size = geometry.output_size(image.shape[2:], filters.shape[2:])
-    y = Outline.dense((image.shape[0], filters.shape[0], *size), image)
-    return Case(
-        "normal", image, filters, y, geometry, bias=_or_none(bias), residual=_or_none(residual), activation=activation
-    )
+    return _convolution("normal", x, weight, bias, residual, geometry, activation)
 
 
 def pointwise(
     x: Given, weight: Given, bias: Given | None = None, residual: Given | None = None, activation: str = ""
 ) -> Case:
     image = Outline.of(x)
-    found = normal(image, weight, bias, residual, Geometry.of_pixels(image.dims), activation)
-    return replace(found, op="pointwise")
+    return _convolution("pointwise", image, weight, bias, residual, Geometry.of_pixels(image.dims), activation)
 
 
 def separable(first: Case, second: Case) -> Case:

@@ -277,9 +277,14 @@ Setup = Callable[[Any, Sequence[Any], Tensor], None]
 Backward = Callable[[Any, Sequence[bool], Tensor], Gradients]
 
 
+def _tensors(operator: Any) -> int:
+    """How many arguments are tensors; they come first."""
+    return sum("Tensor" in str(argument.type) for argument in operator._schema.arguments)
+
+
 def _differentiate(operator: Any, setup: Setup, backward: Backward) -> None:
     """Register the derivatives of an operator, whose schema holds the geometry as three lists."""
-    names = [argument.name for argument in operator._schema.arguments]
+    names, tensors = [argument.name for argument in operator._schema.arguments], _tensors(operator)
     at = names.index("stride") if "stride" in names else None
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -288,8 +293,7 @@ def _differentiate(operator: Any, setup: Setup, backward: Backward) -> None:
         setup(ctx, inputs, output)
 
     def gradients(ctx: Any, grad: Tensor) -> Gradients:
-        found = backward(ctx, ctx.needs_input_grad, grad)
-        return *found, *[None] * (len(names) - len(found))
+        return *backward(ctx, ctx.needs_input_grad[:tensors], grad), *[None] * (len(names) - tensors)
 
     name = f"sepconv::{operator._schema.name.split('::')[-1]}"
     torch.library.register_autograd(name, gradients, setup_context=setup_context, lib=LIBRARY)
@@ -297,8 +301,7 @@ def _differentiate(operator: Any, setup: Setup, backward: Backward) -> None:
 
 def _operation(describe: Callable[..., Case], operator: Any, setup: Setup, backward: Backward) -> Operation:
     _differentiate(operator, setup, backward)
-    arguments = operator._schema.arguments
-    tensors = sum("Tensor" in str(argument.type) for argument in arguments)
+    tensors = _tensors(operator)
 
     def forward(ctx: Any, choice: Choice, *inputs: Any) -> Tensor:
         y = choice(*inputs[:tensors])
@@ -307,11 +310,11 @@ def _operation(describe: Callable[..., Case], operator: Any, setup: Setup, backw
         return y
 
     def gradients(ctx: Any, grad: Tensor) -> Gradients:
-        return None, *backward(ctx, ctx.needs_input_grad[1:], grad), *ctx.options
+        return None, *backward(ctx, ctx.needs_input_grad[1 : 1 + tensors], grad), *ctx.options
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     recorded = type(operator.__name__, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
-    return Operation(describe, operator, recorded, any(argument.name == "stride" for argument in arguments))
+    return Operation(describe, operator, recorded, any(a.name == "stride" for a in operator._schema.arguments))
 
 
 _differentiate(GRAD_INPUT, _setup_gradient, _backward_grad_input)

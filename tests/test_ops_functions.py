@@ -13,8 +13,9 @@ from torch import Tensor
 
 import sepconv
 from sepconv import reference
+from sepconv.kernels.case import Geometry
 from sepconv.layers import SeparableConv2d
-from sepconv.ops.schema import flat
+from sepconv.ops.schema import flat, geometry_of
 
 _DEPTHWISE = {1: sepconv.depthwise_conv1d, 2: sepconv.depthwise_conv2d, 3: sepconv.depthwise_conv3d}
 _POINTWISE = {1: sepconv.pointwise_conv1d, 2: sepconv.pointwise_conv2d, 3: sepconv.pointwise_conv3d}
@@ -326,3 +327,12 @@ _x, _dw, _pw = torch.zeros(1, 4, 5, 5), torch.zeros(4, 1, 3, 3), torch.zeros(6, 
 def test_wrong_arguments(error: type[Exception], message: str, call: Callable[[], object]) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_operators_take_uneven_padding_low_before_high() -> None:
+    g = Geometry((2, 1), ((0, 2), (3, 1)), (1, 2))
+    assert flat(g) == ((2, 1), [0, 2, 3, 1], (1, 2))
+    assert geometry_of(*flat(g)) == g
+    x, weight = torch.randn(2, 3, 8, 11, dtype=torch.float64), torch.randn(3, 1, 3, 2, dtype=torch.float64)
+    y = torch.ops.sepconv.depthwise_conv(x, weight, None, *flat(g), "")
+    torch.testing.assert_close(y, reference.depthwise_conv(x, weight, None, *g))

@@ -63,7 +63,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """One call: of the module of a name, or of a function. Its results are numbered from ``first``."""
 
     called: str | Callable[..., Any]
@@ -110,7 +110,7 @@ class Course:
     point outputs, and ``unused`` by place the values that no step behind it uses.
     """
 
-    steps: Sequence[Step]
+    steps: Sequence[RecordedStep]
     calls: dict[str, list[int]]
     outputs: Sequence[int]
     unused: Sequence[Sequence[int]]
@@ -135,7 +135,7 @@ def write_down(model: nn.Module, sites: Sequence[Site], x: Tensor) -> Course:
         Unfollowed: it has no course.
     """
     x = x.clone()
-    recorder = _Recorder(model, x)
+    recorder = _StepRecorder(model, x)
     try:
         with ExitStack() as stack, torch.no_grad():
             for name, module in _outermost(model, {site.conv for site in sites}):
@@ -160,7 +160,7 @@ def _outermost(model: nn.Module, layers: set[nn.Module]) -> Iterator[tuple[str, 
             yield name, module
 
 
-def _unused(steps: Sequence[Step], outputs: Sequence[int]) -> list[list[int]]:
+def _unused(steps: Sequence[RecordedStep], outputs: Sequence[int]) -> list[list[int]]:
     last = {0: 0}
     for place, step in enumerate(steps):
         last |= {step.first + i: place for i in range(len(step.kinds))}
@@ -173,12 +173,12 @@ def _unused(steps: Sequence[Step], outputs: Sequence[int]) -> list[list[int]]:
 
 
 @dataclass
-class _Recorder(TorchFunctionMode):
+class _StepRecorder(TorchFunctionMode):
     """Writes down the calls of functions, and those of modules that have its hooks."""
 
     model: nn.Module
     x: Tensor
-    steps: list[Step] = field(default_factory=list)
+    steps: list[RecordedStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class _Recorder(TorchFunctionMode):
 
     def _write(self, called: str | Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
         found = results(output)
-        self.steps.append(Step(called, args, kwargs, self._count, [kind(t) for t in found]))
+        self.steps.append(RecordedStep(called, args, kwargs, self._count, [kind(t) for t in found]))
         self._numbers.update(dict(zip(found, itertools.count(self._count), strict=False)))
         self._count += len(found)
 

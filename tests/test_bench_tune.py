@@ -41,6 +41,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tune._forget_plans()
 
 
+pytestmark = pytest.mark.usefixtures("unsettled")
+
+
 class Small(nn.Module):
     """One kernel of each kind that is tuned."""
 

@@ -70,6 +70,12 @@ def assert_rounding() -> Callable[..., None]:
     return check
 
 
+@pytest.fixture
+def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer times at once, where nobody looks at how long something took."""
+    monkeypatch.setattr("sepconv.system.timing.SETTLE", 0.0)
+
+
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     import torch

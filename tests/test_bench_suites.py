@@ -15,6 +15,7 @@ from sepconv.bench.operations import Case
 from sepconv.system.timing import interleaved, summary
 
 SMALL = Case(1, 8, (7, 5), (3, 3))
+pytestmark = pytest.mark.usefixtures("unsettled")
 
 
 def test_cases_are_as_many_and_as_different_as_promised() -> None:

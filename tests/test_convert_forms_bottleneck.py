@@ -22,6 +22,7 @@ from sepconv.runs.model_file import Card, open_model, write
 from sepconv.runs.structure import differences
 
 FORM = FORMS["bottleneck"]
+_MORE = [(plain, "conv_params"), (resnet, "macs")]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -143,7 +144,7 @@ def test_ranks_are_cheaper_than_the_layer_and_those_of_a_multiplier_have_its_wei
     assert FORM.of_multiplier(layer, 1000) == 24 * 9
 
 
-@pytest.mark.parametrize("method", ["svd", "least_squares", "sequential"])
+@pytest.mark.parametrize("method", ["svd", pytest.param("least_squares", marks=pytest.mark.slow), "sequential"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_enough_channels_change_little(name: str, method: str) -> None:
     model = trained(NETWORKS[name])
@@ -156,8 +157,10 @@ def test_enough_channels_change_little(name: str, method: str) -> None:
     assert not any(type(m) is nn.Conv2d and m.kernel_size != (1, 1) and m.groups == 1 for m in new.modules())
 
 
-@pytest.mark.parametrize("metric", ["conv_params", "macs"])
-@pytest.mark.parametrize("make", [plain, resnet])
+@pytest.mark.parametrize(
+    ("make", "metric"),
+    [(plain, "macs"), (resnet, "conv_params"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in _MORE)],
+)
 def test_the_budget_is_kept_and_the_plan_counts_what_there_is(make: Any, metric: str) -> None:
     model = trained(make)
     new, plan = convert(model, images(), 0.4, metric=metric)

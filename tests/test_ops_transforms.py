@@ -122,6 +122,7 @@ def _per_sample(f: Function, tensors: tuple[Tensor, ...], tangents: tuple[Tensor
 
 _TRANSFORMS = [_dual, _linearized, _forward_over_reverse, _forward_over_recorded, _batched_gradients]
 _TRANSFORMS += [_vmapped_gradients, _twice_batched, _of_one_another, _jacobians, _per_sample]
+_LONG = [_linearized, _twice_batched]
 
 
 def _assert_same(ours: Any, theirs: Any, dtype: torch.dtype) -> None:
@@ -132,8 +133,19 @@ def _assert_same(ours: Any, theirs: Any, dtype: torch.dtype) -> None:
 # PyTorch says of its own convolutions that it takes one gradient after the other, and what linearize records.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("transform", _TRANSFORMS)
+@pytest.mark.parametrize(
+    ("transform", "dtype"),
+    [
+        pytest.param(
+            transform,
+            dtype,
+            marks=[pytest.mark.slow] * (dtype is torch.float64 and transform in _LONG),
+            id=f"{transform.__name__}-{dtype}",
+        )
+        for dtype in (torch.float32, torch.float64)
+        for transform in _TRANSFORMS
+    ],
+)
 def test_functions(transform: Callable[..., Any], dtype: torch.dtype) -> None:
     for op in ("depthwise", "pointwise", "separable"):
         for dims, activation in ((1, "silu"), (2, "gelu"), (2, "relu6"), (3, "hardswish")):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.compile.constants import Constant, name_of
 from sepconv.kernels.torch import aten
-from sepconv.reference import ACTIVATIONS
 
 Pairs = tuple[tuple[int, int], ...]
 Numbers = tuple[int, ...]
@@ -89,7 +89,7 @@ class Convolution:
             y = F.linear(x, self.weight.tensor, bias)
         else:
             y = aten.conv(x, self.weight.tensor, bias, self.stride, self.padding, self.dilation, groups=self.groups)
-        return ACTIVATIONS[self.activation](y if residual is None else y + residual)
+        return ACTIVATIONS[self.activation].function(y if residual is None else y + residual)
 
 
 @dataclass(frozen=True, eq=False)

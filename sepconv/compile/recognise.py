@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sepconv.activations import ACTIVATIONS, clamping
 from sepconv.compile.constants import Constant, constant
 from sepconv.compile.groups import Convolution, Pool
 from sepconv.compile.rewrite import calls, insert, is_call, replace, shape, swap
@@ -29,6 +30,8 @@ _SAME_SHAPE = (
     _aten.slice.Tensor,
     _aten._to_copy.default,
 )
+
+_BY_OPERATOR = {operator: record.name for record in ACTIVATIONS.values() for operator in record.operators}
 
 
 def recognise(graph: fx.Graph) -> None:
@@ -84,20 +87,12 @@ def _scaled(node: Any, factor: float) -> Any:
 
 def activation_of(node: Any) -> str:
     """The name of the activation that a node applies to its first argument, "" if it is none we know."""
-    plain = {
-        _aten.relu.default: "relu",
-        _aten.relu6.default: "relu6",
-        _aten.silu.default: "silu",
-        _aten.hardswish.default: "hardswish",
-        _aten.sigmoid.default: "sigmoid",
-    }
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return ""
     target: Any = node.target
-    if target in plain:
-        return plain[target]
-    if target is _aten.gelu.default:
-        return "gelu" if node.kwargs.get("approximate", "none") == "none" and len(node.args) == 1 else ""
+    if target in _BY_OPERATOR:
+        exact = node.kwargs.get("approximate", "none") == "none" and len(node.args) == 1
+        return _BY_OPERATOR[target] if exact else ""
     if target is _aten.threshold.default:
         return "relu" if node.args[1:] == (0, 0) else ""
     if target in (_aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default):
@@ -121,11 +116,7 @@ def _upper_limit(node: fx.Node) -> Any:
 
 
 def _between(low: Any, high: Any) -> str:
-    if low is None or float(low) != 0.0:
-        return ""
-    if high is None or float(high) == math.inf:
-        return "relu"
-    return "relu6" if float(high) == 6.0 else ""
+    return clamping(-math.inf if low is None else float(low), math.inf if high is None else float(high)) or ""
 
 
 def _spell_activations(graph: fx.Graph) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sepconv import ops
+from sepconv.activations import ACTIVATIONS, NAMES, name_of
 from sepconv.layers import folding
 from sepconv.layers.conv import (
     DepthwiseConv1d,
@@ -24,15 +25,6 @@ from sepconv.ops.geometry import Padding, Size, positive
 Norm = str | Callable[[int], nn.Module] | None
 Activation = str | Callable[[], nn.Module] | None
 
-_ACTIVATION: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "gelu": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-}
-_NAMES: dict[type, str] = {kind: name for name, kind in _ACTIVATION.items()}  # type: ignore[misc]
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DEPTHWISE: dict[int, Any] = {1: DepthwiseConv1d, 2: DepthwiseConv2d, 3: DepthwiseConv3d}
 _POINTWISE: dict[int, Any] = {1: PointwiseConv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
@@ -55,15 +47,10 @@ def _make_activation(name: str, activation: Activation) -> nn.Module | None:
         return None
     if callable(activation):
         return activation()
-    if activation not in _ACTIVATION:
-        known = ", ".join(map(repr, _ACTIVATION))
+    if activation not in NAMES:
+        known = ", ".join(map(repr, NAMES))
         raise ValueError(f"{name}: activation must be None, a callable or one of {known}, got {activation!r}")
-    return _ACTIVATION[activation]()
-
-
-def _is_known(activation: nn.Module | None) -> bool:
-    """Whether the functions of ``ops`` can compute it."""
-    return activation is None or (type(activation) in _NAMES and getattr(activation, "approximate", "none") == "none")
+    return ACTIVATIONS[activation].module()
 
 
 class _SeparableConv(nn.Module):
@@ -155,7 +142,7 @@ class _SeparableConv(nn.Module):
             return None
         if any([type(p) is not _POINTWISE[self.dims] or set(p.stride) != {1} for p, _ in pointwise]):
             return None
-        if not _is_known(self.activation) or folding.watched(self.children()):
+        if name_of(self.activation) is None or folding.watched(self.children()):
             return None
         if all([norm is None for _, norm in stages]):
             return [(conv.weight, conv.bias) for conv, _ in stages]
@@ -170,7 +157,7 @@ class _SeparableConv(nn.Module):
                 x = x if self.activation is None else self.activation(x)
             return x
         d, ((dw, dw_bias), (pw, pw_bias), *more) = self.depthwise, weights
-        name = _NAMES.get(type(self.activation))
+        name = name_of(self.activation) or None
         walk = (d.stride, d.padding, d.dilation)
         x = _SEPARABLE[self.dims](x, dw, pw, dw_bias, pw_bias, *walk, depthwise_activation=name, activation=name)
         for weight, bias in more:

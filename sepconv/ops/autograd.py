@@ -12,43 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.layout import is_channels_last
 from sepconv.kernels.torch import aten
 from sepconv.ops import direct, dispatch, tracing
 from sepconv.ops.schema import DEPTHWISE, GRAD_INPUT, GRAD_WEIGHT, LIBRARY, POINTWISE
-from sepconv.reference import ACTIVATIONS
-
-_aten = torch.ops.aten
-
-# Derivatives that follow from the value behind the activation: nothing but the output need be kept.
-FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "": lambda grad, y: grad,
-    "relu": lambda grad, y: _aten.threshold_backward(grad, y, 0),
-    "relu6": lambda grad, y: _aten.hardtanh_backward(grad, y, 0, 6),
-    "sigmoid": lambda grad, y: _aten.sigmoid_backward(grad, y),
-}
-
-
-def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _aten.silu_backward(grad, z)
-    # aten.silu_backward cannot be differentiated again; its formula can.
-    s = torch.sigmoid(z)
-    return grad * s * (1 + z * (1 - s))
-
-
-# Derivatives that need the value in front of the activation, which is computed again.
-_FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": lambda grad, z: _silu_backward(grad, z),
-    "hardswish": lambda grad, z: _aten.hardswish_backward(grad, z),
-    "gelu": lambda grad, z: _aten.gelu_backward(grad, z),
-}
 
 
 def _before_activation(grad: Tensor, activation: str, y: Tensor, compute_z: Callable[[], Tensor]) -> Tensor:
-    if activation in FROM_OUTPUT:
-        return FROM_OUTPUT[activation](grad, y)
-    return _FROM_INPUT[activation](grad, compute_z())
+    """The gradient in front of an activation, whose input is computed again where the output does not tell."""
+    known = ACTIVATIONS[activation]
+    return known.backward(grad, y if known.from_output else compute_z())
 
 
 def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
@@ -191,7 +165,7 @@ def _backward_grad_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, residual, activation = inputs
-    from_output = activation in FROM_OUTPUT
+    from_output = ACTIVATIONS[activation].from_output
     ctx.save_for_backward(x, weight, bias, None if from_output else residual, output if activation else None)
     ctx.activation = activation
 
@@ -209,7 +183,7 @@ def _backward_pointwise(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _setup_separable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, dw, pw, dw_bias, pw_bias, residual, *geometry, dw_activation, activation = inputs
-    from_output = activation in FROM_OUTPUT
+    from_output = ACTIVATIONS[activation].from_output
     ctx.save_for_backward(
         x, dw, pw, dw_bias, pw_bias, None if from_output else residual, output if activation else None
     )
@@ -222,10 +196,10 @@ def _backward_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need, (dw_activation, activation) = ctx.needs_input_grad, ctx.activations
     if tracing.transformed(grad, x, dw, pw):
         return _backward_composed_separable(ctx, grad)
-    fused = dw_activation if dw_activation in FROM_OUTPUT else ""
-    hidden = z = DEPTHWISE(x, dw, dw_bias, *ctx.geometry, fused)
-    if dw_activation not in FROM_OUTPUT:
-        hidden = getattr(_aten, dw_activation)(z)
+    between = ACTIVATIONS[dw_activation]
+    hidden = z = DEPTHWISE(x, dw, dw_bias, *ctx.geometry, dw_activation if between.from_output else "")
+    if not between.from_output:
+        hidden = between.function(z)
     grad = _before_activation(grad, activation, y, lambda: POINTWISE(hidden, pw, pw_bias, residual, ""))
     below = need[0] or need[1] or need[3]
     grad_hidden, grad_pw, grad_pw_bias = _pointwise_grads((below, need[2], need[4]), grad, hidden, pw)
@@ -244,7 +218,7 @@ def _backward_composed_separable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need, (dw_activation, activation) = ctx.needs_input_grad, ctx.activations
 
     def compose(x: Tensor, dw: Tensor, pw: Tensor, dw_bias: Any, pw_bias: Any, residual: Any = None) -> Tensor:
-        hidden = ACTIVATIONS[dw_activation](_composed_depthwise(ctx.geometry, x, dw, dw_bias))
+        hidden = ACTIVATIONS[dw_activation].function(_composed_depthwise(ctx.geometry, x, dw, dw_bias))
         return aten.pointwise_forward(hidden, pw, pw_bias, "", residual)
 
     tensors = (x, dw, pw, dw_bias, pw_bias)

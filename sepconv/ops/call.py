@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS, NAMES
 from sepconv.kernels.torch import aten
 from sepconv.ops import direct, tracing
-from sepconv.ops.autograd import FROM_OUTPUT, depthwise_function, pointwise_function, separable_function
+from sepconv.ops.autograd import depthwise_function, pointwise_function, separable_function
 from sepconv.ops.dispatch import as_output, depthwise_choice, pointwise_choice, separable_choice
 from sepconv.ops.explain import HALF, Explanation, note
 from sepconv.ops.geometry import (
@@ -32,14 +33,13 @@ from sepconv.ops.geometry import (
     resolve,
 )
 from sepconv.ops.schema import DEPTHWISE, POINTWISE, SEPARABLE
-from sepconv.reference import ACTIVATIONS
 
 
 def _check_activation(name: str, argument: str, activation: str | None) -> str:
     if activation is None:
         return ""
     if activation not in ACTIVATIONS:
-        known = ", ".join(repr(a) for a in ACTIVATIONS if a)
+        known = ", ".join(map(repr, NAMES))
         raise ValueError(f"{name}: {argument} must be None or one of {known}, got {activation!r}")
     return activation
 
@@ -79,7 +79,7 @@ def _half_reason(x: Tensor) -> str:
 
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
-    if activation in FROM_OUTPUT or not torch.is_grad_enabled():
+    if ACTIVATIONS[activation].from_output or not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -95,7 +95,7 @@ def _differentiable(function: Callable[..., Tensor], options: tuple[Any, ...], a
     """A call that autograd records; an activation that it is to see apart comes after."""
     if not activation:
         return lambda *tensors: function(*tensors, *options)
-    return lambda *tensors: ACTIVATIONS[activation](function(*tensors, *options))
+    return lambda *tensors: ACTIVATIONS[activation].function(function(*tensors, *options))
 
 
 def depthwise_conv(
@@ -137,7 +137,7 @@ def depthwise_conv(
     if call is not None:
         return direct.keep(call, _differentiable(depthwise_function, options, chosen if split else ""))(*tensors)
     y: Tensor = DEPTHWISE(*tensors, *options)
-    return ACTIVATIONS[chosen](y) if split else y
+    return ACTIVATIONS[chosen].function(y) if split else y
 
 
 def pointwise_conv(
@@ -159,7 +159,7 @@ def pointwise_conv(
         return aten.pointwise_symbolic(dims, x, weight, bias, stride, chosen, residual)
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     if residual is not None and _promotes(x, residual):
-        return ACTIVATIONS[chosen](pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
+        return ACTIVATIONS[chosen].function(pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
     check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
     if x.dim() == dims + 1:
         added = None if residual is None else residual[None]
@@ -187,7 +187,7 @@ def pointwise_conv(
     if call is not None:
         return direct.keep(call, _differentiable(pointwise_function, options, chosen if split else ""))(*tensors)
     y: Tensor = POINTWISE(*tensors, *options)
-    return ACTIVATIONS[chosen](y) if split else y
+    return ACTIVATIONS[chosen].function(y) if split else y
 
 
 def separable_conv(
@@ -250,4 +250,4 @@ def separable_conv(
     if call is not None:
         return direct.keep(call, _differentiable(separable_function, options, chosen if split else ""))(*tensors)
     y: Tensor = SEPARABLE(x, dw, pw, dw_bias, pw_bias, None, *options)
-    return ACTIVATIONS[chosen](y) if split else y
+    return ACTIVATIONS[chosen].function(y) if split else y

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.layout import is_channels_last, new_output
-from sepconv.reference import ACTIVATIONS
 
 Padding = Sequence[tuple[int, int]]
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
@@ -42,7 +42,7 @@ def conv(
 ) -> Tensor:
     x, amounts = _symmetric(x, padding)
     y: Tensor = CONV[len(stride)](x, weight, bias, stride, amounts, dilation, groups)
-    return ACTIVATIONS[activation](y)
+    return ACTIVATIONS[activation].function(y)
 
 
 def depthwise_forward(
@@ -61,7 +61,7 @@ def depthwise_symbolic(
     dims: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str
 ) -> Any:
     """:func:`depthwise_forward` of what only stands for tensors; all else is as PyTorch's functions take it."""
-    return ACTIVATIONS[activation](CONV[dims](x, weight, bias, stride, padding, dilation, x.shape[-dims - 1]))
+    return ACTIVATIONS[activation].function(CONV[dims](x, weight, bias, stride, padding, dilation, x.shape[-dims - 1]))
 
 
 def pointwise_symbolic(
@@ -69,7 +69,7 @@ def pointwise_symbolic(
 ) -> Any:
     """:func:`pointwise_forward` of what only stands for tensors."""
     y = CONV[dims](x, weight, bias, stride)
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    return ACTIVATIONS[activation].function(y if residual is None else y + residual)
 
 
 def prepare_grad_input(
@@ -137,7 +137,7 @@ def pointwise_forward(
     stride: Sequence[int] | int = 1,
 ) -> Tensor:
     y: Tensor = CONV[x.dim() - 2](x, weight, bias, stride)
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    return ACTIVATIONS[activation].function(y if residual is None else y + residual)
 
 
 def pointwise_bf16(
@@ -166,7 +166,7 @@ def pointwise_bf16(
         y = y.unflatten(2, x.shape[2:])
     else:
         return pointwise_forward(x, weight, bias, activation, residual, stride)
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    return ACTIVATIONS[activation].function(y if residual is None else y + residual)
 
 
 def separable_forward(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.kernels.halide.activations import activate
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import buffer, pixels
@@ -61,7 +61,7 @@ def build(spec: Spec) -> tuple[Any, list[Any]]:
         * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
     )
     bias = bias_param("bias", spec.out_channels)
-    out[o, column, row, n] = activate(sums[o, column, row, n] + bias[o], spec.activation)
+    out[o, column, row, n] = ACTIVATIONS[spec.activation].expression(hl, sums[o, column, row, n] + bias[o])
 
     result = out.output_buffer()
     result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)

@@ -20,6 +20,7 @@ from sepconv.compile.rewrite import (
     undo_on_tensor,
 )
 from sepconv.compile.strides import keep_strides
+from sepconv.norms import scale_and_shift
 
 _aten = torch.ops.aten
 _NORMS = (_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
@@ -89,11 +90,10 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     source, chain, conv = found
     if chain:
         return
-    gamma, beta, mean, variance = (None if c is None else c.tensor.double() for c in known)
+    gamma, beta, mean, variance = (None if c is None else c.tensor for c in known)
     assert mean is not None
     assert variance is not None
-    factor = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
-    shift = (0.0 if beta is None else beta) - mean * factor
+    factor, shift = scale_and_shift(mean, variance, gamma, beta, eps)
     key = ("norm", *(None if c is None else c.key for c in known), eps)
     source.target = _scaled_and_shifted(conv, factor, shift, key, store, "norm")
     replace(result, source)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from sepconv import norms
 from sepconv.kernels.halide.jit import packing
 from sepconv.ops import direct
 
@@ -73,13 +74,5 @@ def _fold_all(pairs: Sequence[tuple[Any, Any]]) -> list[Folded]:
 
 
 def _fold(conv: Any, norm: Any) -> Folded:
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    mean = norm.running_mean.double()
-    shift = -mean if conv.bias is None else conv.bias.double() - mean
-    shift = shift * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    weight = conv.weight.double() * scale.view(-1, *[1] * (conv.weight.dim() - 1))
-    return packing.constant(weight.float()), packing.constant(shift.float())
+    weight, bias = norms.fold(conv.weight, conv.bias, *norms.scale_and_shift_of(norm))
+    return packing.constant(weight.float()), packing.constant(bias.float())

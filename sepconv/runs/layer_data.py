@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.layers.borrowed import evaluating
+from sepconv.norms import fold, scale_and_shift_of
 from sepconv.runs import png
 from sepconv.runs.layer_pairs import activation_between, convolutions, pairs_of, split
 
@@ -98,18 +99,6 @@ class _Call:
     y: Tensor
     norm: Any = None
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Batch norm in evaluation is y * scale + shift, per channel; 1 and 0 without one."""
-        channels, norm = self.y.shape[1], self.norm
-        ones, zeros = torch.ones(channels).double(), torch.zeros(channels).double()
-        if norm is None:
-            return ones, zeros
-        variance, mean = (values.detach().double().cpu() for values in (norm.running_var, norm.running_mean))
-        scale = (variance + norm.eps).rsqrt()
-        if norm.affine:
-            scale, zeros = scale * norm.weight.detach().double().cpu(), norm.bias.detach().double().cpu()
-        return scale, zeros - mean * scale
-
 
 def _spread(names: list[str], count: int) -> list[str]:
     """At most `count` names, evenly spaced, first and last included."""
@@ -153,10 +142,10 @@ def _watch(model: nn.Module, convs: Sequence[nn.Module], batch: Tensor) -> dict[
 
 def _folded(conv: Any, call: _Call) -> tuple[Tensor, Tensor]:
     """Weight and bias with the batch norm in them: (O, C, kH, kW) and (O,), float32."""
-    scale, shift = call.scale_and_shift()
-    weight = conv.weight.detach().double().cpu() * scale[:, None, None, None]
-    bias = torch.zeros(len(scale)).double() if conv.bias is None else conv.bias.detach().double().cpu()
-    return weight.float(), (bias * scale + shift).float()
+    weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+    if call.norm is not None:
+        weight, bias = fold(weight, bias, *scale_and_shift_of(call.norm))
+    return weight.float().cpu(), torch.zeros(len(weight)) if bias is None else bias.float().cpu()
 
 
 def _describe(

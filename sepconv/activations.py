@@ -187,8 +187,8 @@ def name_of(module: nn.Module | None) -> str | None:
     """
     if module is None:
         return ""
-    approximated = getattr(module, "approximate", "none") != "none"
-    return None if approximated else _BY_MODULE.get(type(module))
+    name = _BY_MODULE.get(type(module))
+    return None if name == "gelu" and module.approximate != "none" else name
 
 
 def clamping(low: float, high: float) -> str | None:

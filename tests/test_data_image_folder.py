@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from test_data import parquet, png, write_images
+from test_data_dataset import parquet, png, write_images
 
 from sepconv.data import BrokenImage, load
 from sepconv.data.splits import split_at_beginning, splits_among

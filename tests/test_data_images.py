@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
-from test_data import png, write_images
+from test_data_dataset import png, write_images
 
 from sepconv.data import BrokenImage, load
 from sepconv.data.images import decode, open_image, read_images, readable_suffixes

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cli_run import sepconv as run
 from test_cli_screen import Terminal
-from test_data import png, write_images
+from test_data_dataset import png, write_images
 
 from sepconv.cli import console, show
 from sepconv.runs.predict import Prediction

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cli_run import sepconv as run
-from test_data import png, write_images
+from test_data_dataset import png, write_images
 
 from sepconv.runs import model_file
 from sepconv.runs.model_file import Card

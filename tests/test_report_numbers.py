@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_report import SMALL
+from test_report_html import SMALL
 
 from sepconv.report import charts, facts, formats, plots
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sample_run
 import torch
-from test_report import HOSTILE, SMALL, hostile
+from test_report_html import HOSTILE, SMALL, hostile
 from torch import nn
 from visit import Visit
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cli_run import converted_folder, trained_folder
-from test_borrowed import condition
+from test_layers_borrowed import condition
 from torch import nn
 
 from sepconv import cost

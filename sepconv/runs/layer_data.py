@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +180,7 @@ def _describe(
         "activation": activation_between(layer),
         "batch_norm": call.norm is not None,
         "output_size": list(call.y.shape[2:]),
-        "window": {"top": top, "left": left, "height": height, "width": width},
+        "window": window._asdict(),
         "channels": strongest.tolist(),
         "input": _base64(_input_window(conv, call.x, window)),
         "normal_weight": _base64(weight[strongest]),
@@ -198,8 +198,17 @@ def _input_side(conv: nn.Conv2d, d: int, outputs: int) -> int:
     return (outputs - 1) * conv.stride[d] + conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
 
 
-def _window(conv: nn.Conv2d, call: _Call, values: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest window of the output whose input is at most `values` numbers."""
+class _Window(NamedTuple):
+    """Of the output of a convolution, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def _window(conv: nn.Conv2d, call: _Call, values: int) -> _Window:
+    """The largest in the middle whose input is at most `values` numbers."""
     height, width = call.y.shape[2:]
     side = max(height, width)
     while side > 1:
@@ -208,10 +217,10 @@ def _window(conv: nn.Conv2d, call: _Call, values: int) -> tuple[int, int, int, i
             break
         side -= 1
     rows, columns = min(side, height), min(side, width)
-    return (height - rows) // 2, (width - columns) // 2, rows, columns
+    return _Window((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
-def _input_window(conv: nn.Conv2d, x: Tensor, window: tuple[int, int, int, int]) -> Tensor:
+def _input_window(conv: nn.Conv2d, x: Tensor, window: _Window) -> Tensor:
     """The padded input under a window of the output: (C, h, w)."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)[0]

@@ -1,4 +1,8 @@
-"""The observer of a forward pass: a row for every operation that has multiply-adds or parameters."""
+"""The observer of a forward pass: a row for every operation that has multiply-adds or parameters.
+
+Written here because PyTorch's ``FlopCounterMode`` knows sums a module: no rows with shapes, parameters and bytes, and
+no name for weights that a function uses.
+"""
 
 from __future__ import annotations
 

@@ -32,17 +32,21 @@ class Stage(NamedTuple):
 def in_sequence(modules: nn.Sequential) -> list[Stage] | None:
     """The stages that nested ``nn.Sequential`` amount to; None where they are no such stages."""
     stages: list[Stage] = []
+    conv = norm = activation = None
     for module in _flat(modules):
-        last = stages[-1] if stages else None
         if isinstance(module, _ConvNd):
-            stages.append(Stage(module))
-        elif isinstance(module, _BatchNorm) and last is not None and last[1:] == (None, None):
-            stages[-1] = last._replace(norm=module)
-        elif name_of(module) is not None and last is not None and last.activation is None:
-            stages[-1] = last._replace(activation=module)
-        else:
+            if conv is not None:
+                stages.append(Stage(conv, norm, activation))
+            conv, norm, activation = module, None, None
+        elif conv is None or activation is not None:
             return None
-    return stages
+        elif norm is None and isinstance(module, _BatchNorm):
+            norm = module
+        elif name_of(module) is None:
+            return None
+        else:
+            activation = module
+    return None if conv is None else [*stages, Stage(conv, norm, activation)]
 
 
 def _flat(modules: nn.Sequential) -> Iterator[nn.Module]:
@@ -52,3 +56,9 @@ def _flat(modules: nn.Sequential) -> Iterator[nn.Module]:
             yield from _flat(module)
         else:
             yield module
+
+
+def nested(modules: nn.Sequential) -> list[nn.Sequential]:
+    """The ``nn.Sequential`` that :func:`in_sequence` looks into."""
+    inner = [module for module in modules._modules.values() if type(module) is nn.Sequential]
+    return [modules, *[found for module in inner for found in nested(module)]]

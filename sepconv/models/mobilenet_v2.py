@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sepconv.layers import DepthwiseConv2d, PointwiseConv2d
 from sepconv.layers.fused import at_once
-from sepconv.layers.stage import in_sequence
+from sepconv.layers.stage import in_sequence, nested
 from sepconv.models.blocks import (
     check_settings,
     classifier_head,
@@ -51,7 +51,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         stages = in_sequence(self.conv)
-        y = None if stages is None else at_once(x, stages, around=self.conv.modules())
+        y = None if stages is None else at_once(x, stages, around=nested(self.conv))
         if y is None:
             y = self.conv(x)
         return x + y if self.use_shortcut else y

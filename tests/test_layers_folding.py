@@ -267,6 +267,17 @@ def test_changed_blocks_run_as_they_are(activation: nn.Module) -> None:
     assert ("separable_conv" in _operations(block, x)) == (type(activation) is not nn.Tanh)
 
 
+def test_hooks_of_a_block_and_of_what_holds_its_parts_are_called() -> None:
+    block, x = _lively(InvertedResidual(8, 8, 1, 6)), _image()
+    for watched in (block.conv, block.conv[0], block.conv[1][2]):
+        seen: list[nn.Module] = []
+        handle = watched.register_forward_hook(lambda module, args, output, seen=seen: seen.append(module))
+        with torch.no_grad():
+            block(x)
+        handle.remove()
+        assert seen == [watched]
+
+
 def test_a_module_that_stands_twice_in_a_block_runs_twice() -> None:
     block, x = _lively(InvertedResidual(8, 8, 1, 1)), _image()
     block.conv = nn.Sequential(block.conv[0][0], nn.SiLU(), block.conv[0][0], block.conv[1])

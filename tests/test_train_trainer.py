@@ -142,7 +142,8 @@ def test_average_is_the_written_formula() -> None:
         average.update_parameters(model)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
-    torch.testing.assert_close(average.module.weight.detach(), expected)
+        torch.testing.assert_close(average.module.weight.detach(), expected)
+        assert average.module.num_batches_tracked == model.num_batches_tracked
 
 
 def test_averaged_weights_are_what_is_evaluated_and_returned(data: Data) -> None:

@@ -53,8 +53,8 @@ def documents() -> dict[Path, str]:
     conversion, claims, compiled, kernels, scale = (ROOT / "docs" / f"{name}.md" for name in names)
     found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled, kernels, scale)}
 
-    def put(path: Path, name: str, content: str) -> None:
-        found[path] = tables.replace_between(found[path], name, "\n" + content + "\n")
+    def put(path: Path, name: str, content: str | tables.Table) -> None:
+        found[path] = tables.replace_between(found[path], name, f"\n{content}\n")
 
     for name, source in (("demo", "digits-demo"), ("cifar10", "cifar10-convert")):
         if record.path(source).exists():

@@ -1,8 +1,9 @@
 """The mathematics of the library, written as it is defined, in plain PyTorch.
 
 Every other file is tested against this one, in float64. It is slow on purpose: one loop for each word of the
-definition, and no call to PyTorch's own convolutions. The names and letters are those of the README:
-N batch, C input channels, O output channels, M depth multiplier, k filter size, one size per spatial dimension.
+definition, and no call to PyTorch's own convolutions; the curved activations are their formulas. The names and
+letters are those of the README: N batch, C input channels, O output channels, M depth multiplier, k filter size, one
+size per spatial dimension.
 
 References: Sifre 2014 (PhD thesis, separable convolution); Howard et al. 2017, arXiv:1704.04861 (MobileNet).
 """
@@ -10,6 +11,7 @@ References: Sifre 2014 (PhD thesis, separable convolution); Howard et al. 2017, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,10 +22,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
     "relu": F.relu,
     "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-    "sigmoid": torch.sigmoid,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "hardswish": lambda x: x * F.relu6(x + 3) / 6,
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
 }
 
 

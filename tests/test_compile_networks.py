@@ -181,7 +181,7 @@ def in_double(group: Any, args: list[Tensor], of: Any) -> Tensor:
         y = nn.functional.linear(x, weight, bias)
     else:
         y = aten.conv(x, weight, bias, group.geometry, groups=group.groups)
-    return aten.ACTIVATIONS[activation](y + residual)
+    return aten.ACTIVATIONS[activation].function(y + residual)
 
 
 class RandomNetwork(nn.Module):

@@ -30,7 +30,7 @@ def test_one_process_has_all_batches_and_leaves_sums_alone() -> None:
 def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for rank in range(3):
-        monkeypatch.setattr(share, "_position", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(share, "position", lambda rank=rank: (rank, 3))
         taken.append([(int(batch), generator.initial_seed()) for batch, generator in share.mine(torch.arange(7))])
     assert taken == [[(0, 0), (3, 3), (6, 6)], [(1, 1), (4, 4)], [(2, 2), (5, 5)]]
 

@@ -258,11 +258,36 @@ def test_an_inverted_residual_is_two_kernels(stride: int, expansion: int, output
     assert "separable_conv" not in _operations(block, x)
 
 
-def test_changed_blocks_run_as_they_are() -> None:
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Identity(), nn.SiLU()], ids=["tanh", "none", "silu"])
+def test_changed_blocks_run_as_they_are(activation: nn.Module) -> None:
     block, x = _lively(InvertedResidual(8, 8, 1, 6)), _image()
-    block.conv[1][2] = nn.Identity()
+    block.conv[1][2] = activation
     with torch.no_grad():
         torch.testing.assert_close(block(x), x + block.conv(x))
+    assert ("separable_conv" in _operations(block, x)) == (type(activation) is not nn.Tanh)
+
+
+def test_hooks_of_a_block_and_of_what_holds_its_parts_are_called() -> None:
+    block, x = _lively(InvertedResidual(8, 8, 1, 6)), _image()
+    for watched in (block.conv, block.conv[0], block.conv[1][2]):
+        seen: list[nn.Module] = []
+        handle = watched.register_forward_hook(lambda module, args, output, seen=seen: seen.append(module))
+        with torch.no_grad():
+            block(x)
+        handle.remove()
+        assert seen == [watched]
+
+
+def test_a_module_that_stands_twice_in_a_block_runs_twice() -> None:
+    block, x = _lively(InvertedResidual(8, 8, 1, 1)), _image()
+    block.conv = nn.Sequential(block.conv[0][0], nn.SiLU(), block.conv[0][0], block.conv[1])
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), x + block.conv(x))
+    assert "separable_conv" in _operations(block, x)
+    block.conv.insert(1, nn.BatchNorm2d(8))
+    block.conv.insert(1, nn.ReLU())  # in front of the norm: no stage
+    with torch.no_grad():
+        torch.testing.assert_close(block.eval()(x), x + block.conv(x))
     assert "separable_conv" not in _operations(block, x)
 
 

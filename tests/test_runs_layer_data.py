@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import PointwiseConv2d, SeparableConv2d
-from sepconv.runs import layer_data, layer_pairs, png
+from sepconv.runs import layer_data, layer_pairs
 
 SIZE = 13
 
@@ -312,33 +312,3 @@ def test_result_is_json_without_numbers_that_are_not_finite():
     model = nn.Sequential(nn.Conv2d(2, 2, 3))
     found = layer_data.collect(model, sample_run.separated(model, 1), torch.randn(2, 9, 9))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_is_what_an_imaging_library_reads(channels, tmp_path):
-    image_module = pytest.importorskip("PIL.Image")
-    pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
-    (tmp_path / "a.png").write_bytes(png.encode(pixels))
-    read = torch.from_numpy(np.array(image_module.open(tmp_path / "a.png"))).view(5, 7, channels)
-    assert torch.equal(read.permute(2, 0, 1), pixels)
-
-
-def test_png_stretches_and_shrinks(tmp_path):
-    image_module = pytest.importorskip("PIL.Image")
-    uri = png.data_uri(torch.linspace(-3, 5, 300 * 40).view(1, 300, 40), limit=100)
-    (tmp_path / "a.png").write_bytes(base64.b64decode(uri.removeprefix("data:image/png;base64,")))
-    read = np.array(image_module.open(tmp_path / "a.png"))
-    assert read.shape == (100, 13)
-    assert (read.min(), read.max()) == (0, 255)
-
-
-def test_png_of_many_channels_constant_or_not_finite():
-    for image in (torch.randn(5, 4, 4), torch.ones(1, 4, 4), torch.full((1, 4, 4), float("nan"))):
-        assert png.data_uri(image).startswith("data:image/png;base64,iVBOR")
-
-
-def test_png_of_another_shape():
-    with pytest.raises(ValueError, match=r"^encode: pixels must be uint8 .* got torch.float32 \(1, 2, 2\)$"):
-        png.encode(torch.zeros(1, 2, 2))
-    with pytest.raises(ValueError, match=r"^data_uri: image must have shape \(C, H, W\), got \(4, 4\)$"):
-        png.data_uri(torch.zeros(4, 4))

@@ -71,6 +71,21 @@ def test_interrupted_run_resumes_to_the_bit(tmp_path: Path, optimizer: str, ema:
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == history.records
 
 
+def test_a_running_average_of_an_older_form_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, ema=0.9)
+    undisturbed, _ = run(None, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, recipe, on_progress=stop_after(1))
+    (newest,) = checkpoint.checkpoints(tmp_path)
+    state = checkpoint.read(newest)
+    number = int(state["average"].pop("n_averaged"))
+    tensors = {name.removeprefix("module."): value for name, value in state["average"].items()}
+    checkpoint.save(tmp_path, 1, {**state, "average": {"updates": number - 1, "tensors": tensors}})
+    model, history = run(tmp_path, recipe, resume=True)
+    assert history.resumed_from == 1
+    assert_same_state(model, undisturbed)
+
+
 def test_resume_with_a_teacher_is_exact_too(tmp_path: Path) -> None:
     teacher = network(norm=True)
     settings = dict(teacher=teacher, distillation=Distillation(features="auto"))

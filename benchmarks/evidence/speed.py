@@ -61,8 +61,8 @@ def _plain_conv(layer: Any) -> nn.Conv2d:
 
 def _plain_separable(layer: SeparableConv2d) -> nn.Sequential:
     parts: list[nn.Module | None] = []
-    for conv, norm in ((layer.depthwise, layer.depthwise_norm), (layer.pointwise, layer.pointwise_norm)):
-        parts += [_plain_conv(conv), norm, copy.deepcopy(layer.activation)]
+    for conv, norm, activation in layer.stages:
+        parts += [_plain_conv(conv), norm, copy.deepcopy(activation)]
     return nn.Sequential(*(part for part in parts if part is not None))
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from sepconv.bench.peers import CONTENDERS, Source
+from sepconv.bench.peers.source import source_of
 from sepconv.kernels.halide.jit.code_cache import VARIABLE
 from sepconv.system.threads import threads_set_to
 
@@ -63,7 +64,7 @@ def small_network() -> nn.Module:
 
 
 def measure(network: str, contender: str, threads: int, weight_bytes: int, folder: Path) -> Footprint:
-    """Two processes for the small network, and two for the network of that name (see ``network.NETWORKS``).
+    """Two processes for the small network, and two for the network of that name (see ``source.NETWORKS``).
 
     The first of each fills caches and makes files that the second one only reads; memory is that of the second ones.
 
@@ -126,8 +127,6 @@ def _peak_memory(call: Any) -> int | None:
 
 
 def main(network: str, contender: str, threads: str, folder: str) -> None:
-    from sepconv.bench.network import source_of
-
     source = Source(SMALL, small_network, 16, Path(folder)) if network == SMALL else source_of(network, Path(folder))
     print(json.dumps(_run_once(source, contender, int(threads))))
 

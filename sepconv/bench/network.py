@@ -12,7 +12,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,16 @@ from torch import Tensor
 from sepconv.bench import footprint, records
 from sepconv.bench.footprint import Footprint
 from sepconv.bench.peers import CONTENDERS, Source, absent
+from sepconv.bench.peers.source import NETWORKS, source_of
 from sepconv.bench.records import Record
 from sepconv.cost import count
 from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
-from sepconv.models import MobileNetV1, MobileNetV2
 from sepconv.system import environment
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import interleaved
 
 Progress = Callable[[str], None]
 
-_MODELS = {"v1": MobileNetV1, "v2": MobileNetV2}
-NETWORKS = ("v1 1.0-224", "v1 0.5-160", "v1 0.25-128", "v2 1.0-224", "v2 0.5-160")
 BATCHES = (1, 8)
 TOLERANCE = 1e-4
 """Largest error allowed, relative to the largest score in float64."""
@@ -55,13 +52,6 @@ class Case:
 
 
 CASES = tuple(Case(network, batch) for batch in BATCHES for network in NETWORKS)
-
-
-def source_of(network: str, folder: Path) -> Source:
-    """The network of such a name; files made from it go into the folder."""
-    version, size = network.split()
-    width, side = size.split("-")
-    return Source(network.replace(" ", "-"), partial(_MODELS[version], float(width)), int(side), folder)
 
 
 @dataclass(frozen=True)

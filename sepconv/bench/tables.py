@@ -1,4 +1,4 @@
-"""Benchmark records as Markdown tables: what README and docs show is made here, never by hand."""
+"""Benchmark records as tables: what README, docs and the terminal show is made here, never by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,16 @@ def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+@dataclass(frozen=True)
+class Table:
+    """A column of text, then columns of numbers; as a string it is Markdown."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _summed(records: Iterable[Row], threads: int) -> dict[str, dict[str, float]]:
@@ -65,7 +73,7 @@ def _summed(records: Iterable[Row], threads: int) -> dict[str, dict[str, float]]
     return dict(found)
 
 
-def operations(content: dict[str, Any], threads: int) -> str:
+def operations(content: dict[str, Any], threads: int) -> Table:
     """`bench ops`: one line per case, speed-up over PyTorch's better layout pass by pass; losses are kept."""
     times = best_times(content["records"])
     passes = ("forward", "grad_input", "grad_weight")
@@ -73,10 +81,10 @@ def operations(content: dict[str, Any], threads: int) -> str:
     for case, sums in _summed(content["records"], threads).items():
         each = [f"{speedup(times[threads, case, which]):.2f}" for which in passes]
         rows.append([case, *each, f"**{speedup(sums):.2f}**", f"{sums['torch-nchw'] / sums['sepconv']:.2f}"])
-    return _table(["depthwise case", "forward", "grad input", "grad weight", "all three", "default layout"], rows)
+    return Table(["depthwise case", "forward", "grad input", "grad weight", "all three", "default layout"], rows)
 
 
-def operations_summary(content: dict[str, Any]) -> str:
+def operations_summary(content: dict[str, Any]) -> Table:
     """`bench ops` per thread count: geometric means over the cases, and the worst."""
     times = best_times(content["records"])
     rows = []
@@ -95,7 +103,7 @@ def operations_summary(content: dict[str, Any]) -> str:
         )
     header = ["threads", "three passes, over PyTorch's better layout", "over its default layout", "each pass alone"]
     header.append("slowest case and pass")
-    return _table(header, rows)
+    return Table(header, rows)
 
 
 def _share(macs: int, ms: float, content: dict[str, Any], threads: int) -> str:
@@ -104,7 +112,7 @@ def _share(macs: int, ms: float, content: dict[str, Any], threads: int) -> str:
     return f"{200 * macs / ms / 1e6 / peak:.0f} %"
 
 
-def blocks(content: dict[str, Any], threads: int) -> str:
+def blocks(content: dict[str, Any], threads: int) -> Table:
     """`bench blocks`: one line per block; losses are kept."""
     macs = {row["case"]: row["macs"] for row in content["records"]}
     rows = [
@@ -127,10 +135,10 @@ def blocks(content: dict[str, Any], threads: int) -> str:
         "over PyTorch",
         "within a network, of FMA peak",
     ]
-    return _table(header, rows)
+    return Table(header, rows)
 
 
-def blocks_summary(content: dict[str, Any]) -> str:
+def blocks_summary(content: dict[str, Any]) -> Table:
     """`bench blocks` per thread count; v1 together counts each block as often as the network has it."""
     times, counts = best_times(content["records"]), content["counts"]
     macs = {row["case"]: row["macs"] for row in content["records"]}
@@ -145,7 +153,7 @@ def blocks_summary(content: dict[str, Any]) -> str:
             rows.append(
                 [f"{name}, {threads} thread(s)", f"{mean:.2f}", f"{ms:.2f}", _share(work, ms, content, threads)]
             )
-    return _table(["", "all blocks over PyTorch's better layout", "v1, 13 blocks, ms", "v1, of FMA peak"], rows)
+    return Table(["", "all blocks over PyTorch's better layout", "v1, 13 blocks, ms", "v1, of FMA peak"], rows)
 
 
 def _over_best(times: dict[str, float]) -> tuple[float, str]:
@@ -154,7 +162,7 @@ def _over_best(times: dict[str, float]) -> tuple[float, str]:
     return best[0] / times["sepconv"], best[1]
 
 
-def networks(content: dict[str, Any], threads: int) -> str:
+def networks(content: dict[str, Any], threads: int) -> Table:
     """`bench network`: milliseconds of every contender, one line per case; losses are kept."""
     times = {case: t for (count, case, _), t in best_times(content["records"]).items() if count == threads}
     macs = {row["case"]: row["macs"] for row in content["records"]}
@@ -164,10 +172,10 @@ def networks(content: dict[str, Any], threads: int) -> str:
         ratio, best = _over_best(t)
         each = [f"{t[name]:.3f}" if name in t else "" for name in names]
         rows.append([case, *each, f"**{ratio:.2f}** ({best})", _share(macs[case], t["sepconv"], content, threads)])
-    return _table(["network", *names, "best other / sepconv", "sepconv, of FMA peak"], rows)
+    return Table(["network", *names, "best other / sepconv", "sepconv, of FMA peak"], rows)
 
 
-def networks_summary(content: dict[str, Any]) -> str:
+def networks_summary(content: dict[str, Any]) -> Table:
     """`bench network` per thread count: the large networks at batch 1, and geometric means over all cases."""
     times = best_times(content["records"])
     rows = []
@@ -178,7 +186,7 @@ def networks_summary(content: dict[str, Any]) -> str:
     if len(rows) > 1:
         rows.append(["all", *[""] * len(_LARGE), *_means(times.values())])
     header = ["threads", *(f"{case}: best other / sepconv" for case in _LARGE), "all cases"]
-    return _table([*header, "torch.compile / its backend sepconv"], rows)
+    return Table([*header, "torch.compile / its backend sepconv"], rows)
 
 
 def _means(times: Iterable[dict[str, float]]) -> list[str]:
@@ -187,14 +195,14 @@ def _means(times: Iterable[dict[str, float]]) -> list[str]:
     return [f"{geometric_mean(_over_best(t)[0] for t in every):.2f}", f"{geometric_mean(pairs):.2f}" if pairs else ""]
 
 
-def footprints(content: dict[str, Any]) -> str:
+def footprints(content: dict[str, Any]) -> Table:
     """`bench network`: memory while running and time to be ready, one line per network and contender."""
     rows = []
     for one in content["footprints"]:
         over = one["over_weights_bytes"]
         memory = "" if over is None else f"{over / 2**20:.1f}"
         rows.append([one["network"], one["contender"], memory, f"{one['cold_s']:.2f}", f"{one['warm_s']:.2f}"])
-    return _table(["network", "contender", "memory over the weights, MiB", "ready cold, s", "ready again, s"], rows)
+    return Table(["network", "contender", "memory over the weights, MiB", "ready cold, s", "ready again, s"], rows)
 
 
 def replace_between(text: str, name: str, content: str) -> str:

@@ -200,6 +200,6 @@ def _benchmark_screen(quiet: bool, path: Path) -> Screen:
     return Screen(quiet, path)
 
 
-def _finish(screen: Screen, path: Path, summary: Callable[[dict[str, Any]], str]) -> None:
-    show.markdown_table(screen, f"Summary of {path.name}", summary(tables.read(path)))
+def _finish(screen: Screen, path: Path, summary: Callable[[dict[str, Any]], tables.Table]) -> None:
+    show.summary(screen, f"Summary of {path.name}", summary(tables.read(path)))
     screen.say(f"Written: {path}, {write_report(path)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sepconv.bench.tables import Table
 from sepconv.bench.tune import Tuned
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
@@ -159,10 +160,9 @@ def _others(prediction: Prediction) -> str:
     return ", ".join(f"{name} {probability:.1%}" for name, probability in pairs)
 
 
-def markdown_table(screen: Screen, title: str, text: str) -> None:
-    """A table that is Markdown elsewhere, for a terminal."""
-    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
-    screen.table(title, header, rows)
+def summary(screen: Screen, title: str, found: Table) -> None:
+    """A table that README and docs have as Markdown."""
+    screen.table(title, found.header, found.rows)
 
 
 def diagnosis(screen: Screen, found: Diagnosis) -> None:

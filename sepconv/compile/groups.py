@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.torch import aten
-from sepconv.reference import ACTIVATIONS
 
 Numbers = tuple[int, ...]
 
@@ -41,7 +41,7 @@ class Epilogue:
 
     def __call__(self, biased: Tensor, residual: Tensor | None) -> Tensor:
         """By PyTorch, whose convolutions have added the bias already."""
-        return ACTIVATIONS[self.activation](biased if residual is None else biased + residual)
+        return ACTIVATIONS[self.activation].function(biased if residual is None else biased + residual)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.prune import BasePruningMethod
 
 from sepconv.convert.passes import Hooks, in_words, run, telling_where
+from sepconv.norms import scale_and_shift_of
 
 Skip = Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -254,5 +255,4 @@ def norm_scale(model: nn.Module, site: Site) -> Tensor | None:
     norm: Any = model.get_submodule(site.norm)
     if norm.running_var is None or norm.num_features != site.conv.out_channels:
         return None
-    gamma = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
-    return (gamma.detach().double() / (norm.running_var.double() + norm.eps).sqrt()).abs()
+    return scale_and_shift_of(norm)[0].abs()

@@ -1,4 +1,8 @@
-"""The observer of a forward pass: a row for every operation that has multiply-adds or parameters."""
+"""The observer of a forward pass: a row for every operation that has multiply-adds or parameters.
+
+Written here because PyTorch's ``FlopCounterMode`` knows sums a module: no rows with shapes, parameters and bytes, and
+no name for weights that a function uses.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.cost.result import Cost, Layer, Shape, closing_pair, with_separable_form
 from sepconv.ops import schema as _operators  # noqa: F401  (registers the operations that RULES names)
 
 _aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _ACTIVATIONS = {
-    getattr(_aten, name).default for name in ("relu", "hardtanh", "silu", "hardswish", "hardsigmoid", "gelu", "sigmoid")
+    *(operator for record in ACTIVATIONS.values() for operator in record.operators),
+    *(_aten.hardtanh.default, _aten.hardsigmoid.default),
 }
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.detach.default}
 

@@ -1,4 +1,8 @@
-"""Data sets as batches: normalised images, labels, one training and one test split."""
+"""Data sets as batches: normalised images, labels, one training and one test split.
+
+Splits, orders and batches are drawn here and not by ``DataLoader``: each follows from the seed and the epoch's number
+alone, so that a run that was killed goes on to the bit, in one process or many.
+"""
 
 from __future__ import annotations
 

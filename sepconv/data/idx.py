@@ -1,5 +1,6 @@
 """IDX files, the format of MNIST and Fashion-MNIST: a magic number, the sizes, then bytes.
 
+Read here because it is thirty lines, and the libraries that read it bring an image library of their own along.
 Format: http://yann.lecun.com/exdb/mnist/ (0x00000803 for images, 0x00000801 for labels, big-endian sizes).
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sepconv.data.images import EncodedImages, readable_suffixes, require_pillow
+from sepconv.data.images import EncodedImages, readable_suffixes
 from sepconv.data.listing import Ignored, entries, files_below, ignore_file, no_images
 from sepconv.data.parts import Part, Source, readable
 from sepconv.data.splits import roles, splits_among
@@ -19,7 +19,6 @@ UNSORTED = "images outside the class folders"
 
 def holds_classes(folder: Path) -> bool:
     """Whether at least two subfolders hold images."""
-    require_pillow()
     suffixes, ignored = readable_suffixes(), Ignored()
     filled = (path for path in _subfolders(folder) if any(files_below(path, suffixes, ignored)))
     return next(filled, None) is not None and next(filled, None) is not None
@@ -31,7 +30,6 @@ def read_image_folder(folder: Path) -> Source:
     Raises:
         ValueError: no images, no classes, or what looks like a split cannot serve as one.
     """
-    require_pillow()
     ignored = Ignored()
     splits = _splits(folder)
     train = splits.get("train", folder)

@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sepconv.data.preprocessing import Fit
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 # EPS is a program, which Pillow has Ghostscript run; of MPEG it knows no more than the size.
@@ -95,7 +93,7 @@ class EncodedImages:
         """Image `index` as uint8 (C, H, W); a BrokenImage names the image that cannot be decoded."""
         return decode(self.open(index), self.names[index], self.channels, self.fit)
 
-    def open(self, index: int) -> Image:
+    def open(self, index: int) -> Image.Image:
         """Image `index` behind its header."""
         name = self.names[index]
         try:
@@ -118,17 +116,13 @@ class BrokenImage(ValueError):
 
 def readable_suffixes() -> frozenset[str]:
     """The ends of names, in lower case, of the files that Pillow and its plugins read here."""
-    from PIL import Image
-
     # Files of several JPEG pictures, which the reader of JPEG opens.
     formats = {*_formats(), "MPO"}
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
-def open_image(content: bytes, name: str) -> Image:
+def open_image(content: bytes, name: str) -> Image.Image:
     """The image behind its header, its pixels not yet decoded."""
-    from PIL import Image
-
     if not content:
         raise BrokenImage(name, "the file is empty")
     # Each decoder raises errors of its own kinds (OSError, SyntaxError, struct.error, zlib.error, ...).
@@ -140,15 +134,13 @@ def open_image(content: bytes, name: str) -> Image:
 
 def _formats() -> list[str]:
     """The formats that Pillow decodes by itself."""
-    from PIL import Image, ImageFile
-
     Image.init()
     stub = ImageFile.StubImageFile
     readers = {name: Image.OPEN[name][0] for name in Image.ID if name not in NOT_READ}
     return [name for name, reader in readers.items() if not (isinstance(reader, type) and issubclass(reader, stub))]
 
 
-def decode(image: Image, name: str, channels: int, fit: Fit | None) -> Tensor:
+def decode(image: Image.Image, name: str, channels: int, fit: Fit | None) -> Tensor:
     """The pixels of an opened image as uint8 (channels, H, W), upright as the camera's orientation tag says.
 
     Of several frames the first counts, of transparent pixels the colour beneath. Grey values of 16 bits keep their
@@ -167,23 +159,12 @@ def decode(image: Image, name: str, channels: int, fit: Fit | None) -> Tensor:
 
 def read_images(paths: Iterable[str | Path], channels: int, fit: Fit) -> Tensor:
     """Image files for prediction: uint8 (N, channels, size, size)."""
-    require_pillow()
     found = [Path(path) for path in paths]
     for path in found:
         if not path.is_file():
             raise FileNotFoundError(f"read_images: no such file: {path}")
     opened = [(open_image(path.read_bytes(), str(path)), str(path)) for path in found]
     return torch.stack([decode(image, name, channels, fit) for image, name in opened])
-
-
-def require_pillow() -> None:
-    """One line instead of a traceback where Pillow is missing."""
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise ModuleNotFoundError(
-            "load: reading image files needs the package pillow: pip install 'sepconv[data]'"
-        ) from None
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -205,10 +186,8 @@ def one_ahead(items: Iterable[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def _usual(image: Image) -> Image:
+def _usual(image: Image.Image) -> Image.Image:
     """The image upright, grey in 8 bits or else as RGB."""
-    from PIL import ImageOps
-
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -219,10 +198,8 @@ def _usual(image: Image) -> Image:
     return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
 
 
-def _eight_bits(image: Image, sixteen: bool) -> Image:
+def _eight_bits(image: Image.Image, sixteen: bool) -> Image.Image:
     """Grey images of 16 and 32 bits; Pillow's own conversion would cut them off at 255."""
-    from PIL import Image
-
     values = np.asarray(image).astype(np.float64)
     scaled = values / 257 if sixteen else _stretched(values)
     return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
@@ -238,8 +215,6 @@ def _stretched(values: np.ndarray) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can read"
     lines = str(error).splitlines()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from sepconv.data.images import readable_suffixes, require_pillow
+from sepconv.data.images import readable_suffixes
 
 # What systems and programs put beside the files of a user, in lower case; and every name that begins with a dot.
 HIDDEN = frozenset(
@@ -65,7 +65,6 @@ def image_files(paths: Iterable[str | Path], ignored: Ignored | None = None) -> 
         FileNotFoundError: no such file or folder.
         ValueError: a folder without images.
     """
-    require_pillow()
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():

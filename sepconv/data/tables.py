@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sepconv.data.images import EncodedImages, require_pillow
+from sepconv.data.images import EncodedImages
 from sepconv.data.parts import Part, Source, readable
 from sepconv.data.splits import roles, split_at_beginning, splits_among
 
@@ -43,7 +43,6 @@ def read_parquet(name: str, files: Sequence[Path], source: str) -> Source:
 
 def read_table(name: str, splits: dict[str, Dataset], source: str) -> Source:
     """Tables with an image column and a label column."""
-    require_pillow()
     kinds = splits_among(splits)
     if "train" not in kinds:
         raise ValueError(f"load: {source} has no split called train but {', '.join(splits)}")

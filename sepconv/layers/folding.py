@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from sepconv import norms
 from sepconv.kernels.halide.jit import packing
+from sepconv.layers.stage import Stage
 from sepconv.ops import call
 
 Folded = tuple[Tensor, Tensor | None]
@@ -32,17 +34,20 @@ def watched(parts: Iterable[nn.Module | None]) -> bool:
     )
 
 
-def folded(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> list[Folded] | None:
+def folded(x: Tensor, stages: Sequence[Stage]) -> list[Folded] | None:
     """Weight and bias of each convolution with the norm behind it, computed in float64 and kept.
 
     None unless the norms only scale and shift, nobody needs gradients or watches all modules, and our kernels are what
-    ``x`` and all these tensors go to.
+    ``x`` and all these tensors go to; where no stage has a norm, they are the convolutions' own for whatever use.
     """
+    if all([stage.norm is None for stage in stages]):
+        return [(stage.conv.weight, stage.conv.bias) for stage in stages]
     if torch_modules._has_any_global_hook() or not call.inference(x):
         return None
     tensors: list[Any] = []
     variant: list[Any] = ["folded"]
-    for conv, norm in pairs:
+    for stage in stages:
+        conv, norm = stage.conv, stage.norm
         if norm is None:
             variant.append(None)
             continue
@@ -55,16 +60,16 @@ def folded(x: Tensor, pairs: Sequence[tuple[Any, Any]]) -> list[Folded] | None:
         variant += [norm.eps, weight.shape]
     if not all([t is None or ((type(t) is Tensor or type(t) is nn.Parameter) and call.plain(t)) for t in tensors]):
         return None
-    made = packing.remembered(tuple(tensors), tuple(variant), lambda: _fold_all(pairs))
+    made = packing.remembered(tuple(tensors), tuple(variant), lambda: _fold_all(stages))
     if not made:
         return None
     kept = iter(made)
-    return [(conv.weight, conv.bias) if norm is None else next(kept) for conv, norm in pairs]
+    return [(stage.conv.weight, stage.conv.bias) if stage.norm is None else next(kept) for stage in stages]
 
 
-def _fold_all(pairs: Sequence[tuple[Any, Any]]) -> list[Folded]:
+def _fold_all(stages: Sequence[Stage]) -> list[Folded]:
     """What has a norm, folded; nothing where one is for another number of channels, of which PyTorch will complain."""
-    made = [(conv, norm) for conv, norm in pairs if norm is not None]
+    made = [(stage.conv, stage.norm) for stage in stages if stage.norm is not None]
     for conv, norm in made:
         vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         if any(vector is not None and vector.shape != conv.weight.shape[:1] for vector in vectors):
@@ -73,13 +78,5 @@ def _fold_all(pairs: Sequence[tuple[Any, Any]]) -> list[Folded]:
 
 
 def _fold(conv: Any, norm: Any) -> Folded:
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    mean = norm.running_mean.double()
-    shift = -mean if conv.bias is None else conv.bias.double() - mean
-    shift = shift * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    weight = conv.weight.double() * scale.view(-1, *[1] * (conv.weight.dim() - 1))
-    return packing.constant(weight.float()), packing.constant(shift.float())
+    weight, bias = norms.fold(conv.weight, conv.bias, *norms.scale_and_shift_of(norm))
+    return packing.constant(weight.float()), packing.constant(bias.float())

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sepconv import ops
-from sepconv.layers import folding
+from sepconv.activations import ACTIVATIONS, NAMES
 from sepconv.layers.conv import (
     DepthwiseConv1d,
     DepthwiseConv2d,
@@ -18,26 +17,16 @@ from sepconv.layers.conv import (
     PointwiseConv2d,
     PointwiseConv3d,
 )
-from sepconv.ops import tracing
+from sepconv.layers.fused import at_once
+from sepconv.layers.stage import Stage
 from sepconv.ops.geometry import Padding, Size, positive
 
 Norm = str | Callable[[int], nn.Module] | None
 Activation = str | Callable[[], nn.Module] | None
 
-_ACTIVATION: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "gelu": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-}
-_NAMES: dict[type, str] = {kind: name for name, kind in _ACTIVATION.items()}  # type: ignore[misc]
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _DEPTHWISE: dict[int, Any] = {1: DepthwiseConv1d, 2: DepthwiseConv2d, 3: DepthwiseConv3d}
 _POINTWISE: dict[int, Any] = {1: PointwiseConv1d, 2: PointwiseConv2d, 3: PointwiseConv3d}
-_POINTWISE_CONV = {1: ops.pointwise_conv1d, 2: ops.pointwise_conv2d, 3: ops.pointwise_conv3d}
-_SEPARABLE = {1: ops.separable_conv1d, 2: ops.separable_conv2d, 3: ops.separable_conv3d}
 
 
 def _make_norm(name: str, norm: Norm, dims: int, channels: int) -> nn.Module | None:
@@ -55,15 +44,10 @@ def _make_activation(name: str, activation: Activation) -> nn.Module | None:
         return None
     if callable(activation):
         return activation()
-    if activation not in _ACTIVATION:
-        known = ", ".join(map(repr, _ACTIVATION))
+    if activation not in NAMES:
+        known = ", ".join(map(repr, NAMES))
         raise ValueError(f"{name}: activation must be None, a callable or one of {known}, got {activation!r}")
-    return _ACTIVATION[activation]()
-
-
-def _is_known(activation: nn.Module | None) -> bool:
-    """Whether the functions of ``ops`` can compute it."""
-    return activation is None or (type(activation) in _NAMES and getattr(activation, "approximate", "none") == "none")
+    return ACTIVATIONS[activation].module()
 
 
 class _SeparableConv(nn.Module):
@@ -125,57 +109,36 @@ class _SeparableConv(nn.Module):
         """Of the convolutions, in order."""
         return ["depthwise", "pointwise", *[f"pointwise{i}" for i in range(2, self.pointwise_layers + 1)]]
 
-    def _stages(self) -> list[tuple[Any, nn.Module | None]]:
-        """Each convolution with its norm."""
-        return [(getattr(self, name), getattr(self, f"{name}_norm")) for name in self._names()]
+    @property
+    def stages(self) -> list[Stage]:
+        """Each convolution with the norm and the activation behind it, as they are now."""
+        activation = self._part("activation")
+        return [Stage(self._part(name), self._part(f"{name}_norm"), activation) for name in self._names()]
+
+    def _part(self, name: str) -> Any:
+        """An attribute, for which ``nn.Module`` would look in three places before it looks among the modules."""
+        return self._modules[name] if name in self._modules else getattr(self, name)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What TorchScript compiles: the same modules one after the other, with their names in the state_dict."""
         if type(self).__module__ != __name__:
             return self
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, name in enumerate(self._names()):
-            stage = {name: name, f"{name}_norm": f"{name}_norm", f"activation{i or ''}": "activation"}
-            parts.update((key, getattr(self, part)) for key, part in stage.items() if getattr(self, part) is not None)
-        sequence = nn.Sequential(parts)
+        parts: OrderedDict[str, nn.Module | None] = OrderedDict()
+        for i, (name, stage) in enumerate(zip(self._names(), self.stages, strict=True)):
+            keys = (name, f"{name}_norm", f"activation{i or ''}")
+            parts.update(zip(keys, stage, strict=True))
+        sequence = nn.Sequential(OrderedDict((key, part) for key, part in parts.items() if part is not None))
         sequence.training = self.training
         return sequence
 
-    def _weights(self, x: Tensor) -> list[folding.Folded] | None:
-        """A weight and a bias for each convolution with which the functions of ``ops`` do the whole layer.
-
-        None where they cannot: there is a norm that does more than scale and shift, an unknown activation, another
-        padding, or somebody watches or records the parts.
-        """
-        if tracing.recorded(x):
-            return None
-        stages = self._stages()
-        (d, _), *pointwise = stages
-        if type(d) is not _DEPTHWISE[self.dims] or d.padding_mode != "zeros":
-            return None
-        if any([type(p) is not _POINTWISE[self.dims] or set(p.stride) != {1} for p, _ in pointwise]):
-            return None
-        if not _is_known(self.activation) or folding.watched(self.children()):
-            return None
-        if all([norm is None for _, norm in stages]):
-            return [(conv.weight, conv.bias) for conv, _ in stages]
-        return folding.folded(x, stages)
-
     def forward(self, input: Tensor) -> Tensor:  # by the name that it has in nn.Conv2d
-        x = input
-        weights = self._weights(x)
-        if weights is None:
-            for conv, norm in self._stages():
-                x = conv(x) if norm is None else norm(conv(x))
-                x = x if self.activation is None else self.activation(x)
-            return x
-        d, ((dw, dw_bias), (pw, pw_bias), *more) = self.depthwise, weights
-        name = _NAMES.get(type(self.activation))
-        walk = (d.stride, d.padding, d.dilation)
-        x = _SEPARABLE[self.dims](x, dw, pw, dw_bias, pw_bias, *walk, depthwise_activation=name, activation=name)
-        for weight, bias in more:
-            x = _POINTWISE_CONV[self.dims](x, weight, bias, activation=name)
-        return x
+        stages = self.stages
+        y = at_once(input, stages)
+        if y is None:
+            y = input
+            for stage in stages:
+                y = stage(y)
+        return y
 
     @classmethod
     def from_conv(cls: Any, depthwise: nn.Module, pointwise: nn.Module) -> Any:

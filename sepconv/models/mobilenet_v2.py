@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from sepconv.layers import DepthwiseConv2d, PointwiseConv2d, folding
+from sepconv.layers import DepthwiseConv2d, PointwiseConv2d
+from sepconv.layers.fused import at_once
+from sepconv.layers.stage import in_sequence, nested
 from sepconv.models.blocks import (
     check_settings,
     classifier_head,
@@ -15,7 +15,6 @@ from sepconv.models.blocks import (
     initialize,
     pool_and_classify,
 )
-from sepconv.ops import pointwise_conv2d, separable_conv2d
 from sepconv.ops.geometry import positive
 
 # Expansion t, output channels c, repetitions n, stride s of the first repetition: Table 2 of the paper.
@@ -27,14 +26,6 @@ def round_channels(channels: float, nearest: int) -> int:
     """The nearest multiple, never more than 10 % below."""
     rounded = max(nearest, int(channels + nearest / 2) // nearest * nearest)
     return rounded if rounded >= 0.9 * channels else rounded + nearest
-
-
-_PARTS: list[type] = [
-    *(PointwiseConv2d, nn.BatchNorm2d, nn.ReLU6),
-    *(DepthwiseConv2d, nn.BatchNorm2d, nn.ReLU6),
-    *(PointwiseConv2d, nn.BatchNorm2d),
-]
-"""Of a block; the first three are missing in one that does not expand."""
 
 
 class InvertedResidual(nn.Module):
@@ -59,27 +50,11 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._at_once(x)
+        stages = in_sequence(self.conv)
+        y = None if stages is None else at_once(x, stages, around=nested(self.conv))
         if y is None:
             y = self.conv(x)
         return x + y if self.use_shortcut else y
-
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """The layers with their norms folded in, as two kernels; None where that would not be the same."""
-        parts = [part for part in self.conv.modules() if type(part) is not nn.Sequential]
-        if [type(part) for part in parts] != _PARTS[-len(parts) :] or folding.watched(self.conv.modules()):
-            return None
-        convolutions, norms = [parts[i::3] for i in range(2)]
-        pairs: list[tuple[Any, nn.Module | None]] = list(zip(convolutions, norms, strict=True))
-        weights = folding.folded(x, pairs) if convolutions[-2].padding_mode == "zeros" else None
-        if weights is None:
-            return None
-        *expansion, (dw, dw_bias), (pw, pw_bias) = weights
-        for weight, bias in expansion:
-            x = pointwise_conv2d(x, weight, bias, activation="relu6")
-        depthwise: Any = convolutions[-2]
-        walk = (depthwise.stride, depthwise.padding, depthwise.dilation)
-        return separable_conv2d(x, dw, pw, dw_bias, pw_bias, *walk, depthwise_activation="relu6")
 
 
 class MobileNetV2(nn.Module):

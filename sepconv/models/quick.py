@@ -7,13 +7,15 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.models.blocks import Activation, check_settings, classifier_head, conv3x3, conv_norm, initialize
 
 STEM = 24
 """Filters of the stem: twice its 2*2*3 inputs, so that they can be all principal patterns and their negatives."""
 PLAIN_WIDTHS = (48, 128, 256)
 RESIDUAL_WIDTHS = (48, 96, 192)
-ACTIVATIONS: dict[str, Activation] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+_TRIED = ("relu", "gelu", "silu")
+"""Activations with which these networks were trained."""
 
 
 class Shortcut(nn.Module):
@@ -62,9 +64,9 @@ class QuickNet(nn.Module):
     ) -> None:
         super().__init__()
         width_mult, num_classes, in_channels = check_settings("QuickNet", width_mult, num_classes, in_channels, dropout)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"QuickNet: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        active = ACTIVATIONS[activation]
+        if activation not in _TRIED:
+            raise ValueError(f"QuickNet: activation must be one of {', '.join(_TRIED)}, got {activation!r}")
+        active = ACTIVATIONS[activation].module
         widths = [max(round(w * width_mult), 8) for w in (RESIDUAL_WIDTHS if residual else PLAIN_WIDTHS)]
         self.stem = nn.Sequential(nn.Conv2d(in_channels, STEM, 2), active())
         self.stages = nn.ModuleList(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels import case
 from sepconv.kernels.backends import Choice
 from sepconv.kernels.case import Case, Geometry
@@ -31,37 +32,11 @@ from sepconv.ops.schema import (
     geometry_of,
 )
 
-_aten = torch.ops.aten
-
-# Derivatives that follow from the value behind the activation: nothing but the output need be kept.
-FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "": lambda grad, y: grad,
-    "relu": lambda grad, y: _aten.threshold_backward(grad, y, 0),
-    "relu6": lambda grad, y: _aten.hardtanh_backward(grad, y, 0, 6),
-    "sigmoid": lambda grad, y: _aten.sigmoid_backward(grad, y),
-}
-
-
-def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _aten.silu_backward(grad, z)
-    # aten.silu_backward cannot be differentiated again; its formula can.
-    s = torch.sigmoid(z)
-    return grad * s * (1 + z * (1 - s))
-
-
-# Derivatives that need the value in front of the activation, which is computed again.
-_FROM_INPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": lambda grad, z: _silu_backward(grad, z),
-    "hardswish": lambda grad, z: _aten.hardswish_backward(grad, z),
-    "gelu": lambda grad, z: _aten.gelu_backward(grad, z),
-}
-
 
 def _before_activation(grad: Tensor, activation: str, y: Tensor, compute_z: Callable[[], Tensor]) -> Tensor:
-    if activation in FROM_OUTPUT:
-        return FROM_OUTPUT[activation](grad, y)
-    return _FROM_INPUT[activation](grad, compute_z())
+    """The gradient in front of an activation, whose input is computed again where the output does not tell."""
+    known = ACTIVATIONS[activation]
+    return known.backward(grad, y if known.from_output else compute_z())
 
 
 def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
@@ -195,7 +170,7 @@ def _backward_grad_weight(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradi
 
 def _setup_pointwise(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
     x, weight, bias, residual, ctx.activation = inputs
-    from_output = ctx.activation in FROM_OUTPUT
+    from_output = ACTIVATIONS[ctx.activation].from_output
     ctx.save_for_backward(x, weight, bias, None if from_output else residual, y if ctx.activation else None)
 
 
@@ -212,7 +187,7 @@ def _backward_pointwise(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradien
 def _setup_separable(ctx: Any, inputs: Sequence[Any], y: Tensor) -> None:
     *tensors, residual, ctx.geometry, between, activation = inputs
     ctx.activations = between, activation
-    from_output = activation in FROM_OUTPUT
+    from_output = ACTIVATIONS[activation].from_output
     ctx.save_for_backward(*tensors, None if from_output else residual, y if activation else None)
 
 
@@ -222,10 +197,10 @@ def _backward_separable(ctx: Any, need: Sequence[bool], grad: Tensor) -> Gradien
     dw_activation, activation = ctx.activations
     if tracing.transformed(grad, x, dw, pw):
         return _backward_composed_separable(ctx, need, grad)
-    fused = dw_activation if dw_activation in FROM_OUTPUT else ""
-    hidden = z = _depthwise(x, dw, dw_bias, ctx.geometry, fused)
-    if dw_activation not in FROM_OUTPUT:
-        hidden = getattr(_aten, dw_activation)(z)
+    between = ACTIVATIONS[dw_activation]
+    hidden = z = _depthwise(x, dw, dw_bias, ctx.geometry, dw_activation if between.from_output else "")
+    if not between.from_output:
+        hidden = between.function(z)
     grad = _before_activation(grad, activation, y, lambda: POINTWISE(hidden, pw, pw_bias, residual, ""))
     below = need[0] or need[1] or need[3]
     grad_hidden, grad_pw, grad_pw_bias = _pointwise_grads((below, need[2], need[4]), grad, hidden, pw)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS, NAMES
 from sepconv.kernels.backends import choose
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import memory_format
 from sepconv.kernels.torch import aten
 from sepconv.ops import autograd, call, tracing
-from sepconv.ops.autograd import FROM_OUTPUT, Operation
+from sepconv.ops.autograd import Operation
 from sepconv.ops.explain import HALF, Explanation, note
 from sepconv.ops.geometry import (
     Padding,
@@ -33,7 +34,6 @@ from sepconv.ops.geometry import (
     check_tensors,
     resolve,
 )
-from sepconv.reference import ACTIVATIONS
 
 GivenGeometry = tuple[Size, Padding, Size]
 """Stride, padding and dilation, not yet checked."""
@@ -43,7 +43,7 @@ def _check_activation(name: str, argument: str, activation: str | None) -> str:
     if activation is None:
         return ""
     if activation not in ACTIVATIONS:
-        known = ", ".join(repr(a) for a in ACTIVATIONS if a)
+        known = ", ".join(map(repr, NAMES))
         raise ValueError(f"{name}: {argument} must be None or one of {known}, got {activation!r}")
     return activation
 
@@ -83,7 +83,7 @@ def _half_reason(x: Tensor) -> str:
 
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
-    if activation in FROM_OUTPUT or not torch.is_grad_enabled():
+    if ACTIVATIONS[activation].from_output or not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -112,7 +112,7 @@ def _run(
     if known is not None:
         return call.keep(known, _recorded(operation, tensors, options, activation if split else ""))(*tensors)
     y = operation.through_dispatcher(tensors, *options)
-    return ACTIVATIONS[activation](y) if split else y
+    return ACTIVATIONS[activation].function(y) if split else y
 
 
 def _recorded(
@@ -122,7 +122,7 @@ def _recorded(
     choice, function = choose(operation.describe(*tensors, *options)), operation.recorded
     if not activation:
         return lambda *tensors: function(choice, *tensors, *options)
-    activate = ACTIVATIONS[activation]
+    activate = ACTIVATIONS[activation].function
     return lambda *tensors: activate(function(choice, *tensors, *options))
 
 
@@ -171,7 +171,7 @@ def pointwise_conv(
         return aten.pointwise_symbolic(dims, x, weight, bias, stride, chosen, residual)
     x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     if residual is not None and _promotes(x, residual):
-        return ACTIVATIONS[chosen](pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
+        return ACTIVATIONS[chosen].function(pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
     check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
     if x.dim() == dims + 1:
         added = None if residual is None else residual[None]

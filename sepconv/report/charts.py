@@ -1,6 +1,8 @@
 """Where lines, points and ticks of a chart stand; the template draws them as SVG.
 
-A drawing is 420 units wide, so that its text stays readable when a phone shows it on 350 pixels.
+Written here because a page must stand alone, small, in both colour schemes and for screen readers: libraries that draw
+bring a script of megabytes or fixed pictures. A drawing is 420 units wide, so that its text stays readable when a
+phone shows it on 350 pixels.
 """
 
 from __future__ import annotations

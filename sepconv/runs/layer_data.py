@@ -11,13 +11,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.layers.borrowed import evaluating
+from sepconv.norms import fold, scale_and_shift_of
 from sepconv.runs import png
 from sepconv.runs.layer_pairs import activation_between, convolutions, pairs_of, split
 
@@ -98,18 +99,6 @@ class _Call:
     y: Tensor
     norm: Any = None
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Batch norm in evaluation is y * scale + shift, per channel; 1 and 0 without one."""
-        channels, norm = self.y.shape[1], self.norm
-        ones, zeros = torch.ones(channels).double(), torch.zeros(channels).double()
-        if norm is None:
-            return ones, zeros
-        variance, mean = (values.detach().double().cpu() for values in (norm.running_var, norm.running_mean))
-        scale = (variance + norm.eps).rsqrt()
-        if norm.affine:
-            scale, zeros = scale * norm.weight.detach().double().cpu(), norm.bias.detach().double().cpu()
-        return scale, zeros - mean * scale
-
 
 def _spread(names: list[str], count: int) -> list[str]:
     """At most `count` names, evenly spaced, first and last included."""
@@ -153,10 +142,10 @@ def _watch(model: nn.Module, convs: Sequence[nn.Module], batch: Tensor) -> dict[
 
 def _folded(conv: Any, call: _Call) -> tuple[Tensor, Tensor]:
     """Weight and bias with the batch norm in them: (O, C, kH, kW) and (O,), float32."""
-    scale, shift = call.scale_and_shift()
-    weight = conv.weight.detach().double().cpu() * scale[:, None, None, None]
-    bias = torch.zeros(len(scale)).double() if conv.bias is None else conv.bias.detach().double().cpu()
-    return weight.float(), (bias * scale + shift).float()
+    weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+    if call.norm is not None:
+        weight, bias = fold(weight, bias, *scale_and_shift_of(call.norm))
+    return weight.float().cpu(), torch.zeros(len(weight)) if bias is None else bias.float().cpu()
 
 
 def _describe(
@@ -191,7 +180,7 @@ def _describe(
         "activation": activation_between(layer),
         "batch_norm": call.norm is not None,
         "output_size": list(call.y.shape[2:]),
-        "window": {"top": top, "left": left, "height": height, "width": width},
+        "window": window._asdict(),
         "channels": strongest.tolist(),
         "input": _base64(_input_window(conv, call.x, window)),
         "normal_weight": _base64(weight[strongest]),
@@ -209,8 +198,17 @@ def _input_side(conv: nn.Conv2d, d: int, outputs: int) -> int:
     return (outputs - 1) * conv.stride[d] + conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
 
 
-def _window(conv: nn.Conv2d, call: _Call, values: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the largest window of the output whose input is at most `values` numbers."""
+class _Window(NamedTuple):
+    """Of the output of a convolution, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def _window(conv: nn.Conv2d, call: _Call, values: int) -> _Window:
+    """The largest in the middle whose input is at most `values` numbers."""
     height, width = call.y.shape[2:]
     side = max(height, width)
     while side > 1:
@@ -219,10 +217,10 @@ def _window(conv: nn.Conv2d, call: _Call, values: int) -> tuple[int, int, int, i
             break
         side -= 1
     rows, columns = min(side, height), min(side, width)
-    return (height - rows) // 2, (width - columns) // 2, rows, columns
+    return _Window((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
-def _input_window(conv: nn.Conv2d, x: Tensor, window: tuple[int, int, int, int]) -> Tensor:
+def _input_window(conv: nn.Conv2d, x: Tensor, window: _Window) -> Tensor:
     """The padded input under a window of the output: (C, h, w)."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)[0]

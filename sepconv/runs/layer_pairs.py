@@ -7,16 +7,7 @@ from typing import Any
 
 from torch import nn
 
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.Identity: "",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.GELU: "gelu",
-    nn.Sigmoid: "sigmoid",
-}
-"""What may stand between the depthwise and the pointwise convolution of a layer that the page can follow."""
+from sepconv.activations import name_of
 
 REDUCE_VALUES = 200_000
 """Weights that the first convolution of a bottleneck may have: the page needs all of them for any of its outputs."""
@@ -85,5 +76,4 @@ def _is_plain_pointwise(conv: nn.Module) -> bool:
 def activation_between(layer: Any) -> str | None:
     """The name of what stands between depthwise and pointwise; None if it is not one of those the page knows."""
     activation: Any = getattr(layer, "activation", None)
-    name = "" if activation is None else ACTIVATIONS.get(type(activation))
-    return "gelu_tanh" if name == "gelu" and activation.approximate == "tanh" else name
+    return "gelu_tanh" if type(activation) is nn.GELU and activation.approximate == "tanh" else name_of(activation)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from sepconv import layers
+from sepconv.activations import ACTIVATIONS, NAMES, name_of
 
 _DIMENSIONS = (1, 2, 3)
 _SEPARABLE = {f"SeparableConv{d}d": getattr(layers, f"SeparableConv{d}d") for d in _DIMENSIONS}
@@ -21,11 +22,7 @@ _DEPTHWISE = {f"DepthwiseConv{d}d": getattr(layers, f"DepthwiseConv{d}d") for d 
 _POINTWISE = {f"PointwiseConv{d}d": getattr(layers, f"PointwiseConv{d}d") for d in _DIMENSIONS}
 _CONV = {f"Conv{d}d": getattr(nn, f"Conv{d}d") for d in _DIMENSIONS}
 _NORM = {f"BatchNorm{d}d": getattr(nn, f"BatchNorm{d}d") for d in _DIMENSIONS}
-_ACTIVATION = {
-    kind.__name__: kind for kind in (nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid)
-}
-# The names under which separable layers compute an activation together with their convolutions.
-_FUSED = {_ACTIVATION[kind]: kind.lower() for kind in ("ReLU", "ReLU6", "SiLU", "Hardswish", "GELU", "Sigmoid")}
+_ACTIVATION = {record.module.__name__: record.module for record in ACTIVATIONS.values()}
 KINDS: dict[str, Any] = {**_SEPARABLE, **_DEPTHWISE, **_POINTWISE, **_CONV, **_NORM, **_ACTIVATION}
 
 _CONTAINERS = ("Sequential", *_SEPARABLE)
@@ -82,15 +79,16 @@ def _compare(
             _compare(before._modules.get(name), child, f"{path}.{name}".lstrip("."), found, first)
 
 
-def describe(module: nn.Module) -> Description | None:
+def describe(module: Any) -> Description | None:
     """Kind, arguments and children of one module; None if its kind is none of `KINDS`."""
     kind = type(module).__name__
     if KINDS.get(kind) is not type(module):
         return None
+    if kind in _ACTIVATION and name_of(module) is None:
+        return None
     if kind in _SEPARABLE:
         children = {name: describe(child) for name, child in module.named_children() if name != "activation"}
-        known = type(module.activation) in _FUSED or module.activation is None
-        if not known or None in children.values():
+        if name_of(module.activation) is None or None in children.values():
             return None
         return {"kind": kind, "arguments": _separable_arguments(module), "children": children}
     return {"kind": kind, "arguments": _arguments(kind, module), "children": {}}
@@ -198,7 +196,7 @@ def _separable_arguments(module: Any) -> Description:
         "in_channels": module.in_channels,
         "out_channels": module.out_channels,
         "kernel_size": _plain(module.depthwise.kernel_size),
-        "activation": _FUSED.get(type(module.activation)),
+        "activation": name_of(module.activation) or None,
         "pointwise_layers": module.pointwise_layers,
     }
 
@@ -237,5 +235,5 @@ _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("bias", "affine", "track_running_stats"), _one_of(True, False)),
     "eps": _is_share,
     "momentum": lambda value: value is None or _is_share(value),
-    "activation": _one_of(None, *_FUSED.values()),
+    "activation": _one_of(None, *NAMES),
 }

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from sepconv.convert import Plan, closed_form, convert
@@ -32,6 +31,7 @@ from sepconv.runs.run_folder import (
     remove_checkpoints,
     write_json,
 )
+from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
 from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
@@ -255,13 +255,13 @@ def _run(
     _distil(outcome, job, out, resume, on_progress)
     on_progress(Step("measure", 0, 1))
     judged = _judge(outcome, data)
-    record = None
+    record: dict[str, Any] = {}
     if processes().is_main_process:
         measured = compare.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
         record = _write(outcome, measured, plan, data, job, out, started)
-    record = broadcast_object_list([record])[0]
+    record = of_first(record)
     remove_checkpoints(out)
     on_progress(Step("write", 1, 1))
     return record

@@ -16,7 +16,6 @@ from sepconv.ops import explain
 from sepconv.system import environment
 
 OPTIONAL = {
-    "pillow": ("image files", "data"),
     "datasets": ("parquet files and Hugging Face data sets", "data"),
     "onnx": ("ONNX export", "onnx"),
     "onnxscript": ("ONNX export", "onnx"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.data import Split
 from sepconv.layers.borrowed import evaluating
+from sepconv.system.processes import add_up
 from sepconv.train.processes import processes
 
 
@@ -48,7 +48,9 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 256, channels_
     confusion = torch.stack([counts for counts, _ in parts]).sum(0)
     loss = torch.stack([loss for _, loss in parts]).sum()
     if shared:
-        confusion, loss = (reduce(value.to(state.device), "sum").cpu() for value in (confusion, loss))
+        sums = confusion.to(state.device), loss.to(state.device)
+        add_up(*sums)
+        confusion, loss = (value.cpu() for value in sums)
     return Metrics(confusion.trace().item() / len(split), loss.item() / len(split), confusion)
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from sepconv.data import Data
 from sepconv.layers.borrowed import copied, evaluating
 from sepconv.system.files import check_folder, nearest_folder, remove_partial_files
+from sepconv.system.processes import of_first
 from sepconv.train import checkpoint
 from sepconv.train.distill import Distillation, Guide
 from sepconv.train.evaluate import check_outputs
@@ -185,8 +185,7 @@ def _open_folder(folder: Path, model: nn.Module, recipe: Recipe, resume: bool) -
 
 def _restore(trainer: Trainer, folder: Path, identity: dict[str, Any]) -> History:
     """Bring the trainer of every process to the newest good checkpoint that the main process finds."""
-    found = [checkpoint.newest(folder, identity) if trainer.process.is_main_process else None]
-    state = broadcast_object_list(found)[0]
+    state = of_first(checkpoint.newest(folder, identity) if trainer.process.is_main_process else None)
     if state is None:
         return History()
     try:

@@ -1,4 +1,7 @@
-"""Images mixed in pairs, and their labels in the same shares: examples between those of the training set."""
+"""Images mixed in pairs, and their labels in the same shares: examples between those of the training set.
+
+Written here because torchvision's, which does the same, would have to be of the very release that fits PyTorch's.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sepconv.data import Data
 from sepconv.data.augment import generator
+from sepconv.system.processes import add_up, average
 from sepconv.train.average import WeightAverage
 from sepconv.train.distill import Guide
 from sepconv.train.evaluate import Metrics, evaluate
@@ -88,7 +88,7 @@ class Trainer:
     def finish(self) -> None:
         """Leave the model with the weights that were evaluated, in evaluation mode."""
         if self.average is not None:
-            self.model.load_state_dict(self.average.tensors)
+            self.model.load_state_dict(self.average.module.state_dict())
         self.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,15 +156,14 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update(self.model)
+            self.average.update_parameters(self.model)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return torch.stack([loss.detach().float(), accuracy]) * share
 
     def _look(self, unseen: list[Tensor], epoch: int, step: int) -> tuple[float, float]:
         """Sums of the mean losses and accuracies of the steps up to `step` that nobody has looked at."""
         values = torch.stack(unseen)
-        if self.process.num_processes > 1:
-            values = reduce(values, "sum")
+        add_up(values)
         finite = values[:, 0].isfinite().tolist()
         if not all(finite):
             first = step - len(finite) + 1 + finite.index(False)
@@ -180,18 +179,14 @@ class Trainer:
         for name, value in self.model.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise TrainingStopped(f"train: {name} is not finite after epoch {epoch + 1}")
-        with nullcontext() if self.average is None else self.average.in_place_of(self.model), self._autocast():
-            return evaluate(self.model, self.data.test, channels_last=self.recipe.channels_last)
+        model = self.model if self.average is None else self.average.module
+        with self._autocast():
+            return evaluate(model, self.data.test, channels_last=self.recipe.channels_last)
 
     def _share_statistics(self) -> None:
         """Average the norms' running statistics over the processes: each has seen its share of the images."""
-        if self.process.num_processes > 1:
-            for name, value in self.model.named_buffers():
-                if value.is_floating_point():
-                    value.copy_(reduce(value, "mean"))
-                    if self.average is not None and name in self.average.tensors:
-                        average = self.average.tensors[name]
-                        average.copy_(reduce(average, "mean"))
+        models = (self.model,) if self.average is None else (self.model, self.average.module)
+        average(*(value for model in models for value in model.buffers() if value.is_floating_point()))
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:

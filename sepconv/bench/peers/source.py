@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sepconv.models import MobileNetV1, MobileNetV2
 from sepconv.runs.latency import with_torch_layers
 
 SEED = 0
+_MODELS = {"v1": MobileNetV1, "v2": MobileNetV2}
+NETWORKS = ("v1 1.0-224", "v1 0.5-160", "v1 0.25-128", "v2 1.0-224", "v2 0.5-160")
 
 
 class Source:
@@ -86,3 +89,10 @@ class Contender:
     build: Callable[[Source, Tensor, int], Callable[[], Any]]
     of_module: bool = False
     single: bool = False
+
+
+def source_of(network: str, folder: Path) -> Source:
+    """The network of such a name (version, width multiplier, image side); files made from it go into the folder."""
+    version, size = network.split()
+    width, side = size.split("-")
+    return Source(network.replace(" ", "-"), partial(_MODELS[version], float(width)), int(side), folder)

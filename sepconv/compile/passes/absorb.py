@@ -30,6 +30,7 @@ from sepconv.compile.passes.nodes import (
 )
 from sepconv.compile.store import Constant, Store
 from sepconv.kernels.case import Geometry
+from sepconv.norms import scale_and_shift
 
 _aten = torch.ops.aten
 _TRAINING_NORM = _aten.native_batch_norm.default
@@ -108,8 +109,8 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     if mean is None or variance is None or unknown:
         return
     eps = given.float("eps")
-    factor = (variance.tensor.double() + eps).rsqrt() * (1.0 if gamma is None else gamma.tensor.double())
-    shift = (0.0 if beta is None else beta.tensor.double()) - mean.tensor.double() * factor
+    weight, bias = (None if known is None else known.tensor for known in (gamma, beta))
+    factor, shift = scale_and_shift(mean.tensor, variance.tensor, weight, bias, eps)
     key = ("norm", *(None if c is None else c.key for c in (gamma, beta, mean, variance)), eps)
     fold = _Fold(factor, shift, key, "norm")
     if found is not None and not found.reshapes:

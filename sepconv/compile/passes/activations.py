@@ -7,28 +7,23 @@ import math
 import torch
 from torch import fx
 
+from sepconv.activations import ACTIVATIONS, clamping
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import NodeArguments, Target, called, calls, is_call, operands, swap
 
 _aten = torch.ops.aten
 
-_PLAIN = {
-    _aten.relu.default: "relu",
-    _aten.relu6.default: "relu6",
-    _aten.silu.default: "silu",
-    _aten.hardswish.default: "hardswish",
-    _aten.sigmoid.default: "sigmoid",
-}
+_BY_OPERATOR = {operator: record.name for record in ACTIVATIONS.values() for operator in record.operators}
 
 
 def activation_of(node: object) -> str:
     """The name of the activation that a node applies to its first argument, "" if it is none we know."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or isinstance(node.target, str):
         return ""
-    if node.target in _PLAIN:
-        return _PLAIN[node.target]
-    if is_call(node, _aten.gelu.default):
-        return "gelu" if NodeArguments(node)["approximate"] == "none" else ""
+    if is_call(node, _aten.gelu.default) and NodeArguments(node)["approximate"] != "none":
+        return ""
+    if node.target in _BY_OPERATOR:
+        return _BY_OPERATOR[node.target]
     if is_call(node, _aten.threshold.default):
         return "relu" if node.args[1:] == (0, 0) else ""
     if is_call(node, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default):
@@ -48,11 +43,9 @@ def _is(limit: object, number: float) -> bool:
 
 
 def _between(low: object, high: object) -> str:
-    if not _is(low, 0.0):
-        return ""
-    if high is None or _is(high, math.inf):
-        return "relu"
-    return "relu6" if _is(high, 6.0) else ""
+    limits = (-math.inf if low is None else low, math.inf if high is None else high)
+    numbers = [float(limit) for limit in limits if isinstance(limit, (int, float))]
+    return clamping(*numbers) or "" if len(numbers) == 2 else ""
 
 
 def spell_activations(graph: fx.Graph) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import is_channels_last, new_output
-from sepconv.reference import ACTIVATIONS
 
 Padding = Sequence[tuple[int, int]]
 HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
@@ -41,7 +41,7 @@ def conv(
 ) -> Tensor:
     x, amounts = _symmetric(x, geometry.padding)
     y: Tensor = CONV[len(amounts)](x, weight, bias, geometry.stride, amounts, geometry.dilation, groups)
-    return ACTIVATIONS[activation](y)
+    return ACTIVATIONS[activation].function(y)
 
 
 def depthwise_forward(
@@ -54,7 +54,7 @@ def depthwise_symbolic(
     dims: int, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, activation: str
 ) -> Any:
     """:func:`depthwise_forward` of what only stands for tensors; all else is as PyTorch's functions take it."""
-    return ACTIVATIONS[activation](CONV[dims](x, weight, bias, stride, padding, dilation, x.shape[-dims - 1]))
+    return ACTIVATIONS[activation].function(CONV[dims](x, weight, bias, stride, padding, dilation, x.shape[-dims - 1]))
 
 
 def pointwise_symbolic(
@@ -62,7 +62,7 @@ def pointwise_symbolic(
 ) -> Any:
     """:func:`pointwise_forward` of what only stands for tensors."""
     y = CONV[dims](x, weight, bias, stride)
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    return ACTIVATIONS[activation].function(y if residual is None else y + residual)
 
 
 def prepare_grad_input(input_size: Sequence[int], geometry: Geometry) -> Callable[[Tensor, Tensor], Tensor]:
@@ -121,7 +121,7 @@ def pointwise_forward(
     stride: Sequence[int] | int = 1,
 ) -> Tensor:
     y: Tensor = CONV[x.dim() - 2](x, weight, bias, stride)
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    return ACTIVATIONS[activation].function(y if residual is None else y + residual)
 
 
 def pointwise_bf16(
@@ -150,4 +150,4 @@ def pointwise_bf16(
         y = y.unflatten(2, x.shape[2:])
     else:
         return pointwise_forward(x, weight, bias, activation, residual, stride)
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    return ACTIVATIONS[activation].function(y if residual is None else y + residual)

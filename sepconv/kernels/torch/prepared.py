@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
 from sepconv.kernels.torch import aten
-from sepconv.reference import ACTIVATIONS
 
 
 def depthwise(case: Case) -> Callable[..., Tensor]:
@@ -63,7 +63,8 @@ def pointwise(case: Case) -> Callable[..., Tensor]:
 
 
 def normal(case: Case) -> Callable[..., Tensor]:
-    form, geometry, groups, activation = case.x.memory_format, case.geometry, case.groups, ACTIVATIONS[case.activation]
+    form, geometry, groups = case.x.memory_format, case.geometry, case.groups
+    activation = ACTIVATIONS[case.activation].function
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         if geometry.stride:

@@ -21,7 +21,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from sepconv.kernels.halide.activations import activate
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.halide.conv.depthwise_taps import Phase
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.runtime import hl
@@ -166,7 +166,8 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
 
     sums = _sums(spec, v, packed, sorted_columns, bias, base, source.dim(1).extent())
     out = hl.Func("out")
-    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.numbers, activate(_pick(spec, v, sums), spec.activation))
+    activated = ACTIVATIONS[spec.activation].expression(hl, _pick(spec, v, sums))
+    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.numbers, activated)
 
     fix_layout(out.output_buffer(), spec.dims, out_multiplier, spec.channels_last)
     out.bound(v.m, 0, out_multiplier)

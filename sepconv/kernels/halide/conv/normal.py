@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
-from sepconv.kernels.halide.activations import activate
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
@@ -77,7 +77,7 @@ def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
     if spec.residual:
         residual = _grouped("residual", spec)
         value, extra = value + residual[o, g, column, row, n], [bias, residual]
-    out[o, g, column, row, n] = activate(value, spec.activation)
+    out[o, g, column, row, n] = ACTIVATIONS[spec.activation].expression(hl, value)
 
     _fix(out.output_buffer(), spec)
     _schedule(spec, numbers[:3], out, sums, (o, g, column, row, n), k)

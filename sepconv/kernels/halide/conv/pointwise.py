@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.halide.activations import activate
 from sepconv.kernels.halide.conv.gemm import bias_param, in_streams, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, dense
@@ -56,11 +56,12 @@ def build(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
 def _result(spec: PointwiseSpec, sums: Any, o: Any, index: list[Any]) -> tuple[Any, list[Any]]:
     """Bias, residual and activation on top of the sums, and the parameters they need."""
     bias = bias_param("bias", spec.out_channels)
+    activate = ACTIVATIONS[spec.activation].expression
     if not spec.residual:
-        return activate(sums + bias[o], spec.activation), [bias]
+        return activate(hl, sums + bias[o]), [bias]
     residual = hl.ImageParam(hl.Float(32), len(index), "residual")
     _strides(residual, spec, spec.out_channels)
-    return activate(sums + bias[o] + residual[tuple(index)], spec.activation), [bias, residual]
+    return activate(hl, sums + bias[o] + residual[tuple(index)]), [bias, residual]
 
 
 def _strides(param: Any, spec: PointwiseSpec, channels: int) -> None:

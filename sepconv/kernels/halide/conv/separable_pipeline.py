@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sepconv.kernels.halide.activations import activate
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.halide.conv.gemm import (
     bias_param,
     dense,
@@ -98,8 +98,8 @@ def build(spec: SeparableSpec) -> tuple[Any, list[Any]]:
     channel = hl.min(vector * lanes, spec.channels - lanes) + lane
     hidden = hl.Func("hidden")
     hidden[c, m, q, t, n] = hl.undef(hl.Float(32))
-    hidden[channel, m, x + inputs.width * row_in, t, n] = activate(
-        filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m], spec.depthwise_activation
+    hidden[channel, m, x + inputs.width * row_in, t, n] = ACTIVATIONS[spec.depthwise_activation].expression(
+        hl, filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m]
     )
 
     k, channel = in_streams(spec.channels, spec.streams, spec.multiplier)
@@ -110,7 +110,7 @@ def build(spec: SeparableSpec) -> tuple[Any, list[Any]]:
     value = sums[o, q, t, n] + inputs.bias[o]
     if spec.residual:
         value = value + inputs.residual[o, q, t, n]
-    out[o, q, t, n] = activate(value, spec.activation)
+    out[o, q, t, n] = ACTIVATIONS[spec.activation].expression(hl, value)
 
     _channels_innermost(out.output_buffer(), spec.out_channels)
     task = _schedule_product(spec, inputs.share, out, sums, (o, q, t, n), k)

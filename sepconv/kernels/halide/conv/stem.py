@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.halide.activations import activate
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
@@ -60,7 +60,7 @@ def build(spec: StemSpec) -> tuple[Any, list[Any]]:
         * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
     )
     bias = bias_param("bias", spec.out_channels)
-    out[o, column, row, n] = activate(sums[o, column, row, n] + bias[o], spec.activation)
+    out[o, column, row, n] = ACTIVATIONS[spec.activation].expression(hl, sums[o, column, row, n] + bias[o])
 
     result = out.output_buffer()
     result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)

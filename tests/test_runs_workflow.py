@@ -45,7 +45,7 @@ def unmeasured(without_onnx: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def accuracies(normal: Any, separable: Any, plan: Any, judged: Any, data: Data, batch: int) -> dict[str, Any]:
         return {name: {"accuracy": found.accuracy} for name, found in judged.items()}
 
-    monkeypatch.setattr(workflow.measure, "compare", accuracies)
+    monkeypatch.setattr(workflow.compare, "compare", accuracies)
 
 
 @pytest.mark.parametrize(("name", "folder"), [("normal", trained_folder), ("separable", converted_folder)])

@@ -11,19 +11,19 @@ import torch
 
 from sepconv.bench import footprint, network, tables
 from sepconv.bench.footprint import small_network
-from sepconv.bench.network import Case, Source, source_of
+from sepconv.bench.network import Network, NetworkCase, source_of
 from sepconv.bench.peers import CONTENDERS, Contender, absent
 
-CASE = Case("v1 1.0-224", 2)
+CASE = NetworkCase("v1 1.0-224", 2)
 OURS = ["sepconv", "torch-nhwc"]
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
-    return Source("small", small_network, 16, tmp_path)
+def source(tmp_path: Path) -> Network:
+    return Network("small", small_network, 16, tmp_path)
 
 
-def few_scores(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def few_scores(source: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "source_of", lambda name, folder: source)
     monkeypatch.setattr(network, "fma_peak_gflops", lambda threads: 100.0)
 
@@ -39,8 +39,8 @@ def test_the_networks_are_those_of_the_table(tmp_path: Path) -> None:
     assert half.model(half.images(2)).shape == (2, 1000)
 
 
-def test_weights_are_the_same_every_time_and_norms_are_at_random(tmp_path: Path, source: Source) -> None:
-    again = Source("small", small_network, 16, tmp_path)
+def test_weights_are_the_same_every_time_and_norms_are_at_random(tmp_path: Path, source: Network) -> None:
+    again = Network("small", small_network, 16, tmp_path)
     x = source.images(3)
     assert torch.equal(source.model(x), again.model(x))
     norm: Any = source.model[1]  # type: ignore[index]
@@ -48,7 +48,7 @@ def test_weights_are_the_same_every_time_and_norms_are_at_random(tmp_path: Path,
     assert not torch.equal(norm.running_mean, torch.zeros(8))
 
 
-def test_contenders_are_verified_timed_and_recorded(source: Source) -> None:
+def test_contenders_are_verified_timed_and_recorded(source: Network) -> None:
     found = list(network.run_case(CASE, source, 1, OURS, 0.001, {}))
     assert [(record.contender, record.layout) for record in found] == [("sepconv", "nchw"), ("torch-nhwc", "nhwc")]
     assert all(record.median_ms > 0 and 0 <= record.max_error <= 1 and record.samples >= 7 for record in found)
@@ -56,7 +56,7 @@ def test_contenders_are_verified_timed_and_recorded(source: Source) -> None:
     assert {record.macs for record in found} == {2 * (8 * 8 * 8 * 27 + 64)}
 
 
-def test_wrong_scores_are_never_timed(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_scores_are_never_timed(source: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Contender("wrong", (), (), "nchw", lambda source, x, threads: lambda: source.model(x) * 1.001)
     monkeypatch.setitem(CONTENDERS, "wrong", wrong)
     with pytest.raises(ValueError, match=r"bench network: wrong on v1 1.0-224 b2 differs from float64 by [\d.]+ times"):
@@ -64,12 +64,12 @@ def test_wrong_scores_are_never_timed(source: Source, monkeypatch: pytest.Monkey
 
 
 def test_absent_and_failing_contenders_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(source: Source, x: torch.Tensor, threads: int) -> Any:
+    def fails(source: Network, x: torch.Tensor, threads: int) -> Any:
         raise RuntimeError("no such operator\nmore")
 
     monkeypatch.setitem(CONTENDERS, "none", Contender("none", ("zebra_runtime",), (), "nchw", fails))
     monkeypatch.setitem(CONTENDERS, "fails", Contender("fails", ("torch",), (), "nchw", fails))
-    few_scores(Source("small", small_network, 16, tmp_path), monkeypatch)
+    few_scores(Network("small", small_network, 16, tmp_path), monkeypatch)
     path = tmp_path / "network.json"
     names = [*OURS, "none", "fails"]
     network.run([1], 0.001, "0.25-128 b1", names, False, path, "sepconv bench network", lambda _: None)
@@ -81,8 +81,8 @@ def test_absent_and_failing_contenders_are_listed(tmp_path: Path, monkeypatch: p
     assert {row["contender"] for row in content["records"]} == set(OURS)
 
 
-def test_a_failure_of_ours_is_no_absence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(source: Source, x: torch.Tensor, threads: int) -> Any:
+def test_a_failure_of_ours_is_no_absence(source: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(source: Network, x: torch.Tensor, threads: int) -> Any:
         raise RuntimeError("broken")
 
     monkeypatch.setitem(CONTENDERS, "sepconv", Contender("sepconv", (), (), "nchw", fails))
@@ -118,7 +118,7 @@ def test_a_footprint_counts_what_the_network_adds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "ncnn", "mnn", "executorch"])
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_other_runtimes_give_the_same_scores(source: Source, name: str) -> None:
+def test_other_runtimes_give_the_same_scores(source: Network, name: str) -> None:
     if reason := absent(CONTENDERS[name]):
         pytest.skip(reason)
     missing: dict[str, str] = {}

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sepconv.bench import blocks, operations, run, tables
-from sepconv.bench.operations import Case
+from sepconv.bench.operations import OpCase
 from sepconv.system.timing import interleaved, summary
 
-SMALL = Case(1, 8, (7, 5), (3, 3))
+SMALL = OpCase(1, 8, (7, 5), (3, 3))
 pytestmark = pytest.mark.usefixtures("unsettled")
 
 
@@ -54,7 +54,7 @@ def test_numbers_of_16_bits_are_verified_and_recorded_apart() -> None:
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = operations.ours
 
-    def wrong(case: Case, t: operations.Tensors) -> dict[str, object]:
+    def wrong(case: OpCase, t: operations.Tensors) -> dict[str, object]:
         calls = right(case, t)
         return {**calls, "grad_input": lambda: calls["grad_input"]() * 1.001}
 

@@ -17,7 +17,7 @@ from sepconv.compile.groups import Convolution, Epilogue, SeparableGroup
 from sepconv.compile.lower import lower
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import FLOAT32
-from sepconv.compile.program import Form, Place, Program, ProgramStep
+from sepconv.compile.program import Place, Program, ProgramStep, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
 from sepconv.kernels import backends
@@ -170,7 +170,7 @@ def test_compile_does_not_pay_what_a_single_call_costs(layer: nn.Conv2d, shape: 
 
 def _place(shape: tuple[int, ...], memory: int) -> Place:
     stride = torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
-    return Place(Form(shape, stride, FLOAT32), memory)
+    return Place(TensorForm(shape, stride, FLOAT32), memory)
 
 
 @pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())

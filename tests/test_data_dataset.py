@@ -16,7 +16,7 @@ from PIL import Image
 
 from sepconv.data import Augment, BrokenImage, Data, load, uniform
 from sepconv.data.images import EncodedImages, TensorImages
-from sepconv.data.preprocessing import Fit
+from sepconv.data.preprocessing import Crop
 
 
 def png(value: int, size: tuple[int, int] = (6, 6), mode: str = "RGB") -> bytes:
@@ -152,13 +152,13 @@ def test_image_size_resizes_the_short_side_and_crops_the_centre(tmp_path: Path) 
     assert set(data.train.images.take(torch.arange(2)).unique().tolist()) == {7, 8}
     stripes = torch.zeros(1, 20, 40, dtype=torch.uint8)
     stripes[..., 10:30] = 200
-    assert (Fit(10, 10)(stripes)[..., 2:-2] == 200).all()
+    assert (Crop(10, 10)(stripes)[..., 2:-2] == 200).all()
     assert load("digits", image_size=16).input_shape == (1, 16, 16)
 
 
 def test_resizing_down_is_antialiased() -> None:
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
-    small = Fit(8, 8)(board.to(torch.uint8)[None])
+    small = Crop(8, 8)(board.to(torch.uint8)[None])
     assert (small.int() - 128).abs().max() <= 3
 
 

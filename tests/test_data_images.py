@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFile
 from test_data_dataset import png, write_images
 
-from sepconv.data import BrokenImage, Fit, load
+from sepconv.data import BrokenImage, Crop, load
 from sepconv.data.images import decode, open_image, read_images, readable_suffixes
 
 
@@ -127,7 +127,7 @@ def test_of_an_animation_the_first_frame_counts(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), (value, value, value)) for value in (250, 10, 90)]
     for suffix in ("gif", "webp", "tiff", "png"):
         frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
-        found = read_images([tmp_path / f"x.{suffix}"], 3, Fit(4, 4))
+        found = read_images([tmp_path / f"x.{suffix}"], 3, Crop(4, 4))
         assert (found >= 240).all(), suffix
 
 

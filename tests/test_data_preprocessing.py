@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sepconv.data import Fit, Preprocessing, load
+from sepconv.data import Crop, Preprocessing, load
 from sepconv.data.preprocessing import normalise
 
 PILLOW = {
@@ -38,7 +38,7 @@ def test_resized_and_cropped_as_torchvision_has_it(interpolation: str, height: i
     resized = np.array(Image.fromarray(pixels).resize(size, PILLOW[interpolation]))
     top, left = (round((side - 59) / 2) for side in resized.shape[:2])
     expected = torch.from_numpy(resized[top : top + 59, left : left + 59]).permute(2, 0, 1)
-    found = Fit(59, 67, interpolation)(torch.from_numpy(pixels).permute(2, 0, 1))
+    found = Crop(59, 67, interpolation)(torch.from_numpy(pixels).permute(2, 0, 1))
     assert found.shape == (3, 59, 59)
     apart = (found.int() - expected.int()).abs()
     if interpolation == "nearest":
@@ -50,14 +50,14 @@ def test_resized_and_cropped_as_torchvision_has_it(interpolation: str, height: i
 def test_squashed_images_keep_all_their_pixels() -> None:
     pixels = torch.from_numpy(picture(40, 80)).permute(2, 0, 1)
     expected = np.array(Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((20, 20), PILLOW["bilinear"]))
-    found = Fit(20, 20, squash=True)(pixels)
+    found = Crop(20, 20, squash=True)(pixels)
     assert (found.int() - torch.from_numpy(expected).permute(2, 0, 1).int()).abs().max() <= 2
 
 
 def test_an_image_of_the_right_size_is_left_alone() -> None:
     pixels = torch.from_numpy(picture(32, 32)).permute(2, 0, 1)
-    assert torch.equal(Fit(32, 32)(pixels), pixels)
-    assert torch.equal(Fit(28, 32)(pixels), pixels[:, 2:30, 2:30])
+    assert torch.equal(Crop(32, 32)(pixels), pixels)
+    assert torch.equal(Crop(28, 32)(pixels), pixels[:, 2:30, 2:30])
 
 
 def test_normalised_in_the_order_of_the_networks_channels() -> None:
@@ -77,7 +77,7 @@ def folder(path: Path, channels: int) -> Path:
     return path
 
 
-WANTED = Preprocessing(Fit(24, 28), (0.4, 0.5, 0.6), (0.2, 0.3, 0.1), source="somebody")
+WANTED = Preprocessing(Crop(24, 28), (0.4, 0.5, 0.6), (0.2, 0.3, 0.1), source="somebody")
 
 
 def test_a_data_set_is_prepared_as_the_network_wants(tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_grey_images_for_a_network_of_colours_and_the_other_way(tmp_path: Path) 
     image = grey.train.images.take(torch.tensor([0]))[0]
     assert torch.equal(image[0], image[1])
     assert torch.equal(image[0], image[2])
-    one = Preprocessing(Fit(24, 28), (0.5,), (0.25,))
+    one = Preprocessing(Crop(24, 28), (0.5,), (0.25,))
     colours = folder(tmp_path / "colours", 3)
     found = load(colours, preprocessing=one)
     assert found.input_shape == (1, 24, 24)
     luminance = Image.open(colours / "a" / "0.png").convert("L")
     whole = torch.from_numpy(np.array(luminance))[None]
-    kept = {tuple(Fit(24, 28)(whole).flatten().tolist())}
+    kept = {tuple(Crop(24, 28)(whole).flatten().tolist())}
     seen = [*found.train.images.take(torch.arange(len(found.train))), *found.test.images.take(torch.arange(2))]
     nearest = min((image.int() - torch.tensor([*kept]).view(1, 24, 24).int()).abs().max() for image in seen)
     assert nearest <= 1  # grey before or after resizing: a rounding apart
@@ -115,7 +115,10 @@ def test_grey_images_for_a_network_of_colours_and_the_other_way(tmp_path: Path) 
 
 def test_what_the_network_leaves_open_is_the_data_sets(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", 3)
-    plain, fitted = load(images, image_size=24), load(images, preprocessing=Preprocessing(Fit(24, 24), source="x"))
+    plain, fitted = (
+        load(images, image_size=24),
+        load(images, preprocessing=Preprocessing(Crop(24, 24), source="x")),
+    )
     assert torch.equal(plain.mean, fitted.mean)
     assert (plain.prepared_for, fitted.prepared_for) == ("", "")
     swapped = load(images, image_size=24, preprocessing=Preprocessing(bgr=True))
@@ -125,10 +128,13 @@ def test_what_the_network_leaves_open_is_the_data_sets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Fit(10, 9), "size and resize must be pixels .* but are 10 and 9"),
-        (lambda: Fit(0, 9), "but are 0 and 9"),
-        (lambda: Fit(10, 10**6), "but are 10 and 1000000"),
-        (lambda: Fit(10, 10, "lanczos"), "interpolation must be one of nearest, bilinear, bicubic but is 'lanczos'"),
+        (lambda: Crop(10, 9), "size and resize must be pixels .* but are 10 and 9"),
+        (lambda: Crop(0, 9), "but are 0 and 9"),
+        (lambda: Crop(10, 10**6), "but are 10 and 1000000"),
+        (
+            lambda: Crop(10, 10, "lanczos"),
+            "interpolation must be one of nearest, bilinear, bicubic but is 'lanczos'",
+        ),
         (lambda: Preprocessing(None, (0.5,), ()), "1 or 3 numbers each, .* but have 1 and 0"),
         (lambda: Preprocessing(None, (0.5, 0.5), (1.0, 1.0)), "but have 2 and 2"),
         (lambda: Preprocessing(None, (0.5,), (0.0,)), "std above 0"),

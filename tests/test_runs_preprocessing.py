@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from sepconv import models
 from sepconv.cli.arguments import Typed
-from sepconv.data import Fit, Preprocessing, load
+from sepconv.data import Crop, Preprocessing, load
 from sepconv.runs import model_file
 from sepconv.runs.card import Card
 from sepconv.runs.preprocessing import preprocessing_of
@@ -46,9 +46,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "fit"),
-    [("timm/resnet18", Fit(224, 256, "bicubic")), ("torchvision/resnet18", Fit(224, 232))],
+    [("timm/resnet18", Crop(224, 256, "bicubic")), ("torchvision/resnet18", Crop(224, 232))],
 )
-def test_the_librarys_words(libraries: None, name: str, fit: Fit) -> None:
+def test_the_librarys_words(libraries: None, name: str, fit: Crop) -> None:
     assert preprocessing_of(name) == Preprocessing(fit, MEAN, STD, source=name)
 
 
@@ -69,28 +69,28 @@ PROCESSOR = {"image_mean": MEAN, "image_std": STD, "resample": 3, "size": {"shor
 @pytest.mark.parametrize(
     ("file", "content", "fit", "mean"),
     [
-        ("config.json", {"pretrained_cfg": CONFIG}, Fit(224, 256, "bicubic"), MEAN),
+        ("config.json", {"pretrained_cfg": CONFIG}, Crop(224, 256, "bicubic"), MEAN),
         ("config.json", {"pretrained_cfg": {**CONFIG, "crop_mode": "squash", "crop_pct": 1}},
-         Fit(224, 224, "bicubic", True), MEAN),
+         Crop(224, 224, "bicubic", True), MEAN),
         ("preprocessor_config.json", {**PROCESSOR, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
-         Fit(224, 256, "bicubic"), MEAN),
+         Crop(224, 256, "bicubic"), MEAN),
         ("preprocessor_config.json", {**PROCESSOR, "size": {"height": 224, "width": 224}, "resample": 2},
-         Fit(224, 224, "bilinear", True), MEAN),
-        ("preprocessor_config.json", {**PROCESSOR, "size": 224}, Fit(224, 224, "bicubic"), MEAN),
+         Crop(224, 224, "bilinear", True), MEAN),
+        ("preprocessor_config.json", {**PROCESSOR, "size": 224}, Crop(224, 224, "bicubic"), MEAN),
         ("preprocessor_config.json", {**PROCESSOR, "size": {"shortest_edge": 224}, "crop_pct": 0.875},
-         Fit(224, 256, "bicubic"), MEAN),
+         Crop(224, 256, "bicubic"), MEAN),
         ("preprocessor_config.json", {**PROCESSOR, "size": {"shortest_edge": 384}, "crop_pct": 0.875},
-         Fit(384, 384, "bicubic", True), MEAN),
+         Crop(384, 384, "bicubic", True), MEAN),
         ("preprocessor_config.json", {**PROCESSOR, "do_resize": False}, None, MEAN),
-        ("preprocessor_config.json", {**PROCESSOR, "do_normalize": False}, Fit(256, 256, "bicubic"), (0.0,) * 3),
+        ("preprocessor_config.json", {**PROCESSOR, "do_normalize": False}, Crop(256, 256, "bicubic"), (0.0,) * 3),
         ("preprocessor_config.json", {**PROCESSOR, "rescale_factor": 2 / 255, "image_mean": [1.0, 1.0, 1.0]},
-         Fit(256, 256, "bicubic"), (0.5,) * 3),
+         Crop(256, 256, "bicubic"), (0.5,) * 3),
         ("preprocessor_config.json", {**PROCESSOR, "do_rescale": False, "image_mean": [51.0, 102.0, 0.0]},
-         Fit(256, 256, "bicubic"), (0.2, 0.4, 0.0)),
+         Crop(256, 256, "bicubic"), (0.2, 0.4, 0.0)),
     ],
 )  # fmt: skip
 def test_files_beside_the_weights(
-    tmp_path: Path, file: str, content: dict[str, Any], fit: Fit | None, mean: tuple[float, ...]
+    tmp_path: Path, file: str, content: dict[str, Any], fit: Crop | None, mean: tuple[float, ...]
 ) -> None:
     (tmp_path / file).write_text(json.dumps(content))
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
@@ -119,7 +119,7 @@ def test_damaged_files_beside_the_weights(tmp_path: Path, content: dict[str, Any
 
 
 def test_our_card_comes_first_and_survives_the_file(tmp_path: Path) -> None:
-    wanted = Preprocessing(Fit(8, 9, "bicubic", True), (0.25,), (0.5,), source="before")
+    wanted = Preprocessing(Crop(8, 9, "bicubic", True), (0.25,), (0.5,), source="before")
     card = Card("vgg_small", {"in_channels": 1, "width_mult": 0.25}).with_data(load("digits", preprocessing=wanted))
     model_file.write(tmp_path / model_file.FILE, models.create(card.model, **card.settings), card)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
@@ -129,7 +129,7 @@ def test_our_card_comes_first_and_survives_the_file(tmp_path: Path) -> None:
     assert preprocessing_of("resnet20", tmp_path / model_file.FILE) != found
 
 
-KNOWN = Preprocessing(Fit(224, 256, "bicubic"), MEAN, STD, source="timm/x")
+KNOWN = Preprocessing(Crop(224, 256, "bicubic"), MEAN, STD, source="timm/x")
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ KNOWN = Preprocessing(Fit(224, 256, "bicubic"), MEAN, STD, source="timm/x")
     [
         (Typed(), KNOWN, KNOWN),
         (Typed(), None, None),
-        (Typed(image_size=112), KNOWN, replace(KNOWN, fit=Fit(112, 128, "bicubic"))),
-        (Typed(crop=1.0), KNOWN, replace(KNOWN, fit=Fit(224, 224, "bicubic"))),
-        (Typed(interpolation="nearest"), KNOWN, replace(KNOWN, fit=Fit(224, 256, "nearest"))),
-        (Typed(image_size=64), None, Preprocessing(Fit(64, 64))),
-        (Typed(image_size=7, crop=0.7), None, Preprocessing(Fit(7, 10))),
+        (Typed(image_size=112), KNOWN, replace(KNOWN, fit=Crop(112, 128, "bicubic"))),
+        (Typed(crop=1.0), KNOWN, replace(KNOWN, fit=Crop(224, 224, "bicubic"))),
+        (Typed(interpolation="nearest"), KNOWN, replace(KNOWN, fit=Crop(224, 256, "nearest"))),
+        (Typed(image_size=64), None, Preprocessing(Crop(64, 64))),
+        (Typed(image_size=7, crop=0.7), None, Preprocessing(Crop(7, 10))),
         (Typed(mean="0.5", std="0.25"), KNOWN, replace(KNOWN, mean=(0.5,), std=(0.25,), source="what was typed")),
         (Typed(bgr=True), KNOWN, replace(KNOWN, bgr=True)),
     ],

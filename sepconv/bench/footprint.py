@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sepconv.bench.peers import CONTENDERS, Source
+from sepconv.bench.peers import CONTENDERS, Network
 from sepconv.bench.peers.source import source_of
 from sepconv.kernels.halide.jit.code_cache import VARIABLE
 from sepconv.system.threads import threads_set_to
@@ -94,7 +94,7 @@ def _in_a_process(
     return found
 
 
-def _run_once(source: Source, contender: str, threads: int) -> dict[str, Any]:
+def _run_once(source: Network, contender: str, threads: int) -> dict[str, Any]:
     """What one process measures; the network's module is let go once the contender is ready."""
     chosen = CONTENDERS[contender]
     for module in chosen.modules:
@@ -127,7 +127,7 @@ def _peak_memory(call: Any) -> int | None:
 
 
 def main(network: str, contender: str, threads: str, folder: str) -> None:
-    source = Source(SMALL, small_network, 16, Path(folder)) if network == SMALL else source_of(network, Path(folder))
+    source = Network(SMALL, small_network, 16, Path(folder)) if network == SMALL else source_of(network, Path(folder))
     print(json.dumps(_run_once(source, contender, int(threads))))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sepconv.bench import footprint, records
 from sepconv.bench.footprint import Footprint
-from sepconv.bench.peers import CONTENDERS, Source, absent
+from sepconv.bench.peers import CONTENDERS, Network, absent
 from sepconv.bench.peers.source import NETWORKS, source_of
 from sepconv.bench.records import Record
 from sepconv.cost import count
@@ -40,7 +40,7 @@ PACKAGES = ("openvino", "ncnn", "pnnx", "mnn", "executorch")
 
 
 @dataclass(frozen=True)
-class Case:
+class NetworkCase:
     """A network (version, width multiplier, image side) and a batch size."""
 
     network: str
@@ -51,7 +51,7 @@ class Case:
         return f"{self.network} b{self.batch}"
 
 
-CASES = tuple(Case(network, batch) for batch in BATCHES for network in NETWORKS)
+CASES = tuple(NetworkCase(network, batch) for batch in BATCHES for network in NETWORKS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Ready:
     error: float
 
 
-def _verified(name: str, case: Case, call: Callable[[], Any], truth: Tensor) -> _Ready:
+def _verified(name: str, case: NetworkCase, call: Callable[[], Any], truth: Tensor) -> _Ready:
     found = call()
     scores = found if isinstance(found, Tensor) else torch.as_tensor(np.array(found))
     scores = scores.double().reshape(truth.shape)
@@ -72,13 +72,18 @@ def _verified(name: str, case: Case, call: Callable[[], Any], truth: Tensor) -> 
     return _Ready(call, error)
 
 
-def _truth(source: Source, x: Tensor) -> Tensor:
+def _truth(source: Network, x: Tensor) -> Tensor:
     scores: Tensor = copy.deepcopy(source.model).double()(x.double())
     return scores
 
 
 def run_case(
-    case: Case, source: Source, threads: int, names: Sequence[str], seconds: float, missing: dict[str, str]
+    case: NetworkCase,
+    source: Network,
+    threads: int,
+    names: Sequence[str],
+    seconds: float,
+    missing: dict[str, str],
 ) -> Iterator[Record]:
     """Verify all contenders, then time them; who cannot run is entered in ``missing`` with the reason.
 
@@ -106,7 +111,7 @@ def run_case(
         )  # fmt: skip
 
 
-def _built(name: str, source: Source, x: Tensor, threads: int, missing: dict[str, str]) -> Callable[[], Any] | None:
+def _built(name: str, source: Network, x: Tensor, threads: int, missing: dict[str, str]) -> Callable[[], Any] | None:
     """The call, None where the contender is absent or fails to take the network: a foreign runtime may do so."""
     reason = absent(CONTENDERS[name])
     if not reason:
@@ -170,7 +175,12 @@ def run(
 
 
 def _footprints(
-    sources: dict[str, Source], threads: int, names: Sequence[str], missing: dict[str, str], folder: Path, say: Progress
+    sources: dict[str, Network],
+    threads: int,
+    names: Sequence[str],
+    missing: dict[str, str],
+    folder: Path,
+    say: Progress,
 ) -> list[Footprint]:
     """Of MobileNet v1 in full size."""
     found = []

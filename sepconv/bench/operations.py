@@ -30,7 +30,7 @@ PASSES = ("forward", "grad_input", "grad_weight")
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCase:
     """One depthwise convolution as it occurs in a network."""
 
     batch: int
@@ -68,41 +68,41 @@ class Case:
 
 CASES = [
     # 3x3 of MobileNet v1 and v2
-    Case(1, 32, (112, 112), (3, 3)),
-    Case(1, 96, (112, 112), (3, 3), stride=2),
-    Case(8, 128, (56, 56), (3, 3)),
-    Case(8, 128, (56, 56), (3, 3), stride=2),
-    Case(32, 512, (14, 14), (3, 3)),
-    Case(1, 512, (14, 14), (3, 3)),
-    Case(1, 1024, (7, 7), (3, 3)),
-    Case(8, 960, (7, 7), (3, 3)),
+    OpCase(1, 32, (112, 112), (3, 3)),
+    OpCase(1, 96, (112, 112), (3, 3), stride=2),
+    OpCase(8, 128, (56, 56), (3, 3)),
+    OpCase(8, 128, (56, 56), (3, 3), stride=2),
+    OpCase(32, 512, (14, 14), (3, 3)),
+    OpCase(1, 512, (14, 14), (3, 3)),
+    OpCase(1, 1024, (7, 7), (3, 3)),
+    OpCase(8, 960, (7, 7), (3, 3)),
     # 5x5 of EfficientNet and MobileNetV3
-    Case(8, 240, (28, 28), (5, 5)),
-    Case(1, 672, (14, 14), (5, 5)),
-    Case(1, 144, (56, 56), (5, 5), stride=2),
+    OpCase(8, 240, (28, 28), (5, 5)),
+    OpCase(1, 672, (14, 14), (5, 5)),
+    OpCase(1, 144, (56, 56), (5, 5), stride=2),
     # 7x7 of ConvNeXt
-    Case(8, 96, (56, 56), (7, 7)),
-    Case(1, 384, (14, 14), (7, 7)),
-    Case(32, 768, (7, 7), (7, 7)),
+    OpCase(8, 96, (56, 56), (7, 7)),
+    OpCase(1, 384, (14, 14), (7, 7)),
+    OpCase(32, 768, (7, 7), (7, 7)),
     # 31x31 of RepLKNet
-    Case(2, 64, (56, 56), (31, 31)),
-    Case(1, 128, (28, 28), (31, 31)),
+    OpCase(2, 64, (56, 56), (31, 31)),
+    OpCase(1, 128, (28, 28), (31, 31)),
     # dilated, rectangular, several filters a channel
-    Case(8, 128, (28, 28), (3, 3), dilation=2),
-    Case(8, 256, (28, 28), (3, 3), dilation=4),
-    Case(8, 64, (28, 28), (1, 7)),
-    Case(8, 64, (28, 28), (11, 1)),
-    Case(8, 64, (28, 28), (3, 3), multiplier=2),
-    Case(8, 64, (56, 56), (3, 3), multiplier=4),
+    OpCase(8, 128, (28, 28), (3, 3), dilation=2),
+    OpCase(8, 256, (28, 28), (3, 3), dilation=4),
+    OpCase(8, 64, (28, 28), (1, 7)),
+    OpCase(8, 64, (28, 28), (11, 1)),
+    OpCase(8, 64, (28, 28), (3, 3), multiplier=2),
+    OpCase(8, 64, (56, 56), (3, 3), multiplier=4),
     # signals: Mamba (4), Conformer (15, 31), long filters
-    Case(2, 1536, (512,), (4,)),
-    Case(16, 256, (400,), (15,)),
-    Case(8, 256, (2048,), (31,)),
-    Case(8, 128, (1000,), (63,)),
+    OpCase(2, 1536, (512,), (4,)),
+    OpCase(16, 256, (400,), (15,)),
+    OpCase(8, 256, (2048,), (31,)),
+    OpCase(8, 128, (1000,), (63,)),
     # volumes: video and medical images
-    Case(2, 48, (8, 28, 28), (3, 3, 3)),
-    Case(1, 32, (16, 32, 32), (3, 3, 3)),
-    Case(1, 96, (8, 14, 14), (3, 3, 3), stride=2),
+    OpCase(2, 48, (8, 28, 28), (3, 3, 3)),
+    OpCase(1, 32, (16, 32, 32), (3, 3, 3)),
+    OpCase(1, 96, (8, 14, 14), (3, 3, 3), stride=2),
 ]
 
 
@@ -116,7 +116,7 @@ class Tensors:
     grad: Tensor
 
 
-def make_tensors(case: Case, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Tensors:
+def make_tensors(case: OpCase, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     filters = case.channels * case.multiplier
 
@@ -131,7 +131,7 @@ def make_tensors(case: Case, memory_format: torch.memory_format, dtype: torch.dt
     )
 
 
-def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
+def ours(case: OpCase, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     g, conv = case.geometry, _OURS[len(case.image)]
     padding = [low for low, _ in g.padding]
     x_size, w_size = list(t.x.shape), list(t.weight.shape)
@@ -142,7 +142,7 @@ def ours(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def pytorchs(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
+def pytorchs(case: OpCase, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     g = case.geometry
     padding = [low for low, _ in g.padding]
     conv, backward = _CONV[len(case.image)], torch.ops.aten.convolution_backward.default
@@ -154,7 +154,7 @@ def pytorchs(case: Case, t: Tensors) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def bounds(case: Case, t: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+def bounds(case: OpCase, t: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
     """The float64 truth of each pass, and the bound of its rounding: terms * eps * (the same on absolute values).
 
     A result of 16 bits is summed in float32 and rounded once more.
@@ -169,7 +169,7 @@ def bounds(case: Case, t: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
     return {p: (true[p](), (terms[p] + 2) * eps * large[p]() + last * true[p]().abs() + 1e-30) for p in PASSES}
 
 
-def _bytes(case: Case, itemsize: int) -> int:
+def _bytes(case: OpCase, itemsize: int) -> int:
     x = case.batch * case.channels * prod(case.image)
     y = case.batch * case.channels * case.multiplier * prod(case.output)
     weight = case.channels * case.multiplier * prod(case.kernel)
@@ -180,7 +180,7 @@ def suite_name(dtype: torch.dtype) -> str:
     return "ops" if dtype is torch.float32 else f"ops-{str(dtype).removeprefix('torch.')}"
 
 
-def run_case(case: Case, threads: int, seconds: float, dtype: torch.dtype = torch.float32) -> Iterator[Record]:
+def run_case(case: OpCase, threads: int, seconds: float, dtype: torch.dtype = torch.float32) -> Iterator[Record]:
     """Verify every contender and pass, then time them.
 
     Raises:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sepconv.data import Fit, Preprocessing
+from sepconv.data import Crop, Preprocessing
 from sepconv.runs.card import LARGEST_INPUT, MOST_DIMENSIONS, Card, is_input_shape
 from sepconv.runs.model_file import model_path
 from sepconv.system.files import check_output, refuse_inputs
@@ -133,7 +133,7 @@ class Typed:
         source = "what was typed" if mean else base.source
         return base.changed(fit=self._fit(base.fit), mean=mean, std=std, bgr=self.bgr or None, source=source)
 
-    def _fit(self, known: Fit | None) -> Fit | None:
+    def _fit(self, known: Crop | None) -> Crop | None:
         if self.image_size is None and self.crop is None and self.interpolation is None:
             return None
         size = self.image_size or (known and known.size)
@@ -143,7 +143,7 @@ class Typed:
             raise ValueError(f"--crop must be above 0 and at most 1, such as 0.875, but got {self.crop:g}")
         share = self.crop or (known.size / known.resize if known else 1.0)
         interpolation = self.interpolation or (known.interpolation if known else "bilinear")
-        return Fit(size, math.floor(size / share + 1e-9), interpolation, known is not None and known.squash)
+        return Crop(size, math.floor(size / share + 1e-9), interpolation, known is not None and known.squash)
 
 
 def inputs(model: str, weights: Path | None = None, data: str | None = None) -> list[Path]:

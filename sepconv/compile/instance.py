@@ -14,7 +14,7 @@ from torch import Tensor
 from sepconv.compile.bind import BoundStep, bind_direct, bind_step
 from sepconv.compile.layout import Arena
 from sepconv.compile.lower import Lowered
-from sepconv.compile.program import Form, Place, Program
+from sepconv.compile.program import Place, Program, TensorForm
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.machine_code import in_chains
 from sepconv.system.timing import seconds
@@ -118,11 +118,11 @@ class Instance:
         return [median(times) for times in zip(*samples, strict=True)]
 
 
-def empty(form: Form) -> Tensor:
+def empty(form: TensorForm) -> Tensor:
     return torch.empty_strided(form.shape, form.stride, dtype=form.number.storage)
 
 
-def filled(form: Form) -> Tensor:
+def filled(form: TensorForm) -> Tensor:
     """Random numbers of that form, zeros where they are whole."""
     return _randomise(empty(form))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup
-from sepconv.compile.program import Copy, Form, Operation, Program
+from sepconv.compile.program import Copy, Operation, Program, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
 from sepconv.kernels import backends, case
@@ -63,7 +63,7 @@ def lower_step(program: Program, slices: Slices, i: int, choice: str = "") -> Lo
     return _lower_group(step.work, outlines[:-1], outlines[-1], choice)
 
 
-def _outline(form: Form, one_image: bool) -> Outline:
+def _outline(form: TensorForm, one_image: bool) -> Outline:
     return Outline((1, *form.shape[1:]) if one_image else form.shape, form.stride, form.number.storage)
 
 

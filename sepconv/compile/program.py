@@ -21,7 +21,7 @@ NO_KERNEL = "no kernel for this operation"
 
 
 @dataclass(frozen=True)
-class Form:
+class TensorForm:
     """Size, steps in memory and number type of a value, wherever it lies."""
 
     shape: Numbers
@@ -51,7 +51,7 @@ class Place:
     ``offset``: numbers before it there.
     """
 
-    form: Form
+    form: TensorForm
     memory: int | Constant
     offset: int = 0
 
@@ -122,7 +122,7 @@ class Output:
     """A value that is returned, and the form in which the caller gets it."""
 
     place: Place
-    form: Form
+    form: TensorForm
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Program:
 
     steps: tuple[ProgramStep, ...]
     inputs: tuple[Place, ...]
-    given: tuple[Form, ...]
+    given: tuple[TensorForm, ...]
     outputs: tuple[Output, ...]
     memories: tuple[int, ...]
     direct: int | None = None

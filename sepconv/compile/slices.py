@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from sepconv.compile.groups import Convolution, SeparableGroup
-from sepconv.compile.program import Form, Place, Program
+from sepconv.compile.program import Place, Program, TensorForm
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.schedule import machine
 
@@ -46,13 +46,13 @@ def _by_image(place: Place, images: int) -> bool:
     return isinstance(place.memory, int) and len(form.shape) == 4 and form.shape[0] == images and _is_dense(form)
 
 
-def _is_dense(form: Form) -> bool:
+def _is_dense(form: TensorForm) -> bool:
     """Whether the images lie one after the other without gaps, contiguous or channels_last."""
     orders = ((0, 1, 2, 3), (0, 2, 3, 1))
     return any(_without_gaps(form, order) for order in orders)
 
 
-def _without_gaps(form: Form, order: tuple[int, ...]) -> bool:
+def _without_gaps(form: TensorForm, order: tuple[int, ...]) -> bool:
     sizes = [form.shape[d] for d in order]
     steps = [form.stride[d] for d in order]
     return all(

@@ -25,13 +25,13 @@ from sepconv.compile.passes.strides import as_captured, without_gaps
 from sepconv.compile.program import (
     NO_KERNEL,
     Copy,
-    Form,
     Input,
     Operation,
     Output,
     Place,
     Program,
     ProgramStep,
+    TensorForm,
     Work,
 )
 from sepconv.compile.store import Constant
@@ -81,7 +81,7 @@ class _Walk:
     def __init__(self) -> None:
         self.steps: list[ProgramStep] = []
         self.inputs: list[_Look] = []
-        self.given: list[Form] = []
+        self.given: list[TensorForm] = []
         self.outputs: list[_Look] = []
         self.memories: list[int] = []
         self.direct: int | None = None
@@ -214,8 +214,8 @@ def _number(taker: fx.Node) -> int:
     return number
 
 
-def _form(strides_like: Tensor, like: Tensor) -> Form:
-    return Form(tuple(like.shape), tuple(strides_like.stride()), NumberType(like.dtype))
+def _form(strides_like: Tensor, like: Tensor) -> TensorForm:
+    return TensorForm(tuple(like.shape), tuple(strides_like.stride()), NumberType(like.dtype))
 
 
 def _meta(like: Tensor, strides_like: Tensor) -> Tensor:

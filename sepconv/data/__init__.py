@@ -5,5 +5,5 @@ from sepconv.data.dataset import Data as Data
 from sepconv.data.dataset import Split as Split
 from sepconv.data.dataset import load as load
 from sepconv.data.images import BrokenImage as BrokenImage
-from sepconv.data.preprocessing import Fit as Fit
+from sepconv.data.preprocessing import Crop as Crop
 from sepconv.data.preprocessing import Preprocessing as Preprocessing

@@ -17,7 +17,7 @@ from torch import Tensor
 from sepconv.data.augment import Augment, generator
 from sepconv.data.images import Images, TensorImages, one_ahead, read_images
 from sepconv.data.parts import Part
-from sepconv.data.preprocessing import Fit, Preprocessing, normalise
+from sepconv.data.preprocessing import Crop, Preprocessing, normalise
 from sepconv.data.sources import read_source
 from sepconv.data.uniform import uniform
 
@@ -124,7 +124,7 @@ class Data:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     val: Split | None = None
-    fit: Fit | None = None
+    fit: Crop | None = None
     prepared_for: str = ""
 
     @property
@@ -167,7 +167,7 @@ class Data:
 
     def read_images(self, paths: Sequence[str | Path]) -> Tensor:
         """Image files brought to the shape and normalisation of this data set: float32 (N, C, H, W)."""
-        fit = self.fit or Fit(self.image_size, self.image_size)
+        fit = self.fit or Crop(self.image_size, self.image_size)
         return self.train.normalise(read_images(paths, self.channels, fit))
 
 
@@ -212,7 +212,7 @@ def load(
         raise ValueError(f"load: test_fraction must lie between 0 and 1 but is {test_fraction}")
     wanted = preprocessing or Preprocessing()
     if image_size is not None:
-        wanted = replace(wanted, fit=Fit(image_size, image_size))
+        wanted = replace(wanted, fit=Crop(image_size, image_size))
     found = read_source(source)
     if len(found.classes) < 2:
         raise ValueError(f"load: {source} has only one class ({', '.join(found.classes)}); two are the least")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from sepconv.data.preprocessing import Fit
+from sepconv.data.preprocessing import Crop
 
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 # EPS is a program, which Pillow has Ghostscript run; of MPEG it knows no more than the size.
@@ -77,7 +77,7 @@ class EncodedImages:
     names: Sequence[str]
     channels: int = 3
     side: int = 0
-    fit: Fit | None = None
+    fit: Crop | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -140,7 +140,7 @@ def _formats() -> list[str]:
     return [name for name, reader in readers.items() if not (isinstance(reader, type) and issubclass(reader, stub))]
 
 
-def decode(image: Image.Image, name: str, channels: int, fit: Fit | None) -> Tensor:
+def decode(image: Image.Image, name: str, channels: int, fit: Crop | None) -> Tensor:
     """The pixels of an opened image as uint8 (channels, H, W), upright as the camera's orientation tag says.
 
     Of several frames the first counts, of transparent pixels the colour beneath. Grey values of 16 bits keep their
@@ -157,7 +157,7 @@ def decode(image: Image.Image, name: str, channels: int, fit: Fit | None) -> Ten
     return tensor if fit is None else fit(tensor)
 
 
-def read_images(paths: Iterable[str | Path], channels: int, fit: Fit) -> Tensor:
+def read_images(paths: Iterable[str | Path], channels: int, fit: Crop) -> Tensor:
     """Image files for prediction: uint8 (N, channels, size, size)."""
     found = [Path(path) for path in paths]
     for path in found:

@@ -19,7 +19,7 @@ LARGEST_SIDE = 8192
 
 
 @dataclass(frozen=True)
-class Fit:
+class Crop:
     """How an image of any size becomes a square.
 
     Attributes:
@@ -37,10 +37,10 @@ class Fit:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             known = ", ".join(INTERPOLATIONS)
-            raise ValueError(f"Fit: interpolation must be one of {known} but is {self.interpolation!r}")
+            raise ValueError(f"Crop: interpolation must be one of {known} but is {self.interpolation!r}")
         if not 1 <= self.size <= self.resize <= LARGEST_SIDE:
             raise ValueError(
-                f"Fit: size and resize must be pixels with 1 <= size <= resize <= {LARGEST_SIDE} "
+                f"Crop: size and resize must be pixels with 1 <= size <= resize <= {LARGEST_SIDE} "
                 f"but are {self.size} and {self.resize}"
             )
 
@@ -86,7 +86,7 @@ class Preprocessing:
         source: where this is from, such as "timm/resnet18".
     """
 
-    fit: Fit | None = None
+    fit: Crop | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     bgr: bool = False

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sepconv.data.images import GREY_MODES, BrokenImage, EncodedImages, TensorImages, decode, in_threads
 from sepconv.data.parts import Part
-from sepconv.data.preprocessing import Fit, Preprocessing
+from sepconv.data.preprocessing import Crop, Preprocessing
 
 MEMORY_LIMIT = 2**30  # bytes of decoded images; larger data sets are decoded batch by batch
 
@@ -56,7 +56,7 @@ def uniform(
     return done, tuple(error.name for error in broken)
 
 
-def _fits_memory(encoded: list[EncodedImages], fit: Fit | None) -> bool:
+def _fits_memory(encoded: list[EncodedImages], fit: Crop | None) -> bool:
     """Judged by the first readable image unless a size is asked for: images of other sizes are refused anyway."""
     width, height = (fit.size, fit.size) if fit else next(_opened_sizes(encoded), (1, 1))
     return 3 * height * width * sum(map(len, encoded)) <= MEMORY_LIMIT
@@ -69,7 +69,7 @@ def _opened_sizes(encoded: list[EncodedImages]) -> Iterator[tuple[int, int]]:
                 yield images.open(index).size
 
 
-def _look(images: EncodedImages, fit: Fit | None, small: bool, skip_broken: bool, index: int) -> Look | BrokenImage:
+def _look(images: EncodedImages, fit: Crop | None, small: bool, skip_broken: bool, index: int) -> Look | BrokenImage:
     name = images.names[index]
     try:
         image = images.open(index)
@@ -82,7 +82,7 @@ def _look(images: EncodedImages, fit: Fit | None, small: bool, skip_broken: bool
         return error
 
 
-def _common_side(sizes: Counter[tuple[int, int]], fit: Fit | None, name: str) -> int:
+def _common_side(sizes: Counter[tuple[int, int]], fit: Crop | None, name: str) -> int:
     if fit is not None:
         return fit.size
     if not sizes:
@@ -94,7 +94,7 @@ def _common_side(sizes: Counter[tuple[int, int]], fit: Fit | None, name: str) ->
     return height
 
 
-def _keep(part: Part, looks: Sequence[Look | BrokenImage], channels: int, side: int, fit: Fit | None) -> Part:
+def _keep(part: Part, looks: Sequence[Look | BrokenImage], channels: int, side: int, fit: Crop | None) -> Part:
     keep = [i for i, look in enumerate(looks) if isinstance(look, Look)]
     pixels = [
         _of_channels(look.pixels, channels) for look in looks if isinstance(look, Look) and look.pixels is not None

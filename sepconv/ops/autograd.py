@@ -226,7 +226,7 @@ def _backward_composed_separable(ctx: Any, need: Sequence[bool], grad: Tensor) -
 
 
 @dataclass(frozen=True)
-class Operation:
+class Operator:
     """An operator with its derivatives, in the three forms in which it is called.
 
     Attributes:
@@ -274,7 +274,7 @@ def _differentiate(operator: Any, setup: Setup, backward: Backward) -> None:
     torch.library.register_autograd(name, gradients, setup_context=setup_context, lib=LIBRARY)
 
 
-def _operation(describe: Callable[..., Case], operator: Any, setup: Setup, backward: Backward) -> Operation:
+def _operation(describe: Callable[..., Case], operator: Any, setup: Setup, backward: Backward) -> Operator:
     _differentiate(operator, setup, backward)
     tensors = _tensors(operator)
 
@@ -289,7 +289,7 @@ def _operation(describe: Callable[..., Case], operator: Any, setup: Setup, backw
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     recorded = type(operator.__name__, (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
-    return Operation(describe, operator, recorded, any(a.name == "stride" for a in operator._schema.arguments))
+    return Operator(describe, operator, recorded, any(a.name == "stride" for a in operator._schema.arguments))
 
 
 _differentiate(GRAD_INPUT, _setup_gradient, _backward_grad_input)

@@ -20,7 +20,7 @@ from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import memory_format
 from sepconv.kernels.torch import aten
 from sepconv.ops import autograd, call, tracing
-from sepconv.ops.autograd import Operation
+from sepconv.ops.autograd import Operator
 from sepconv.ops.explain import HALF, Explanation, note
 from sepconv.ops.geometry import (
     Padding,
@@ -96,7 +96,7 @@ def _promotes(x: Tensor, residual: Tensor) -> bool:
 
 
 def _run(
-    operation: Operation,
+    operation: Operator,
     known: tuple[Any, ...] | None,
     tensors: Sequence[Tensor | None],
     options: tuple[Any, ...],
@@ -116,7 +116,7 @@ def _run(
 
 
 def _recorded(
-    operation: Operation, tensors: Sequence[Tensor | None], options: tuple[Any, ...], activation: str
+    operation: Operator, tensors: Sequence[Tensor | None], options: tuple[Any, ...], activation: str
 ) -> call.Run:
     """A call that autograd records; an activation that it is to see apart comes after."""
     choice, function = choose(operation.describe(*tensors, *options)), operation.recorded

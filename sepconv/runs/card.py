@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sepconv import models
 from sepconv.data import Data
-from sepconv.data.preprocessing import INTERPOLATIONS, LARGEST_SIDE, Fit, Preprocessing, normalise
+from sepconv.data.preprocessing import INTERPOLATIONS, LARGEST_SIDE, Crop, Preprocessing, normalise
 from sepconv.runs import structure
 
 LARGEST_INPUT = 2**28
@@ -38,7 +38,7 @@ class Card:
         input_shape: of one image, (C, H, W).
         classes: names of the classes.
         mean, std: per channel, that images are normalised with.
-        resize, interpolation, squash: how images become squares of that shape (see ``data.Fit``); resize 0 is the side.
+        resize, interpolation, squash: how images become squares of that shape, see ``data.Crop``; 0 is the side.
         bgr: whether its channels are blue, green, red.
         data: name of the data set it was trained on.
     """
@@ -83,7 +83,7 @@ class Card:
         if not self.mean or len(self.input_shape) != 3:
             return None
         side = self.input_shape[-1]
-        fit = Fit(side, max(self.resize, side), self.interpolation, self.squash)
+        fit = Crop(side, max(self.resize, side), self.interpolation, self.squash)
         return Preprocessing(fit, tuple(self.mean), tuple(self.std), self.bgr, self.model)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def from_text(text: str) -> Card:
     return replace(card, input_shape=tuple(card.input_shape))
 
 
-def _fit_entries(fit: Fit) -> dict[str, Any]:
+def _fit_entries(fit: Crop) -> dict[str, Any]:
     return {"resize": fit.resize, "interpolation": fit.interpolation, "squash": fit.squash}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sepconv.data import Fit, Preprocessing
+from sepconv.data import Crop, Preprocessing
 from sepconv.models.registry import library_of
 from sepconv.runs.model_file import card_of
 
@@ -65,7 +65,7 @@ def _from_timm(config: Mapping[str, Any], source: str) -> Preprocessing:
     size = int(config["input_size"][-1])
     resize = math.floor(size / float(config.get("crop_pct") or 0.875))
     squash = config.get("crop_mode") == "squash"
-    fit = Fit(size, resize, config.get("interpolation", "bilinear"), squash)
+    fit = Crop(size, resize, config.get("interpolation", "bilinear"), squash)
     return Preprocessing(fit, _numbers(config["mean"]), _numbers(config["std"]), source=source)
 
 
@@ -77,7 +77,7 @@ def _of_torchvision(name: str) -> Preprocessing | None:
     preset = next(iter(weights)).transforms() if not hasattr(weights, "DEFAULT") else weights.DEFAULT.transforms()
     if not hasattr(preset, "crop_size"):
         return None  # detection and segmentation take images of any size
-    fit = Fit(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
+    fit = Crop(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
     return Preprocessing(fit, _numbers(preset.mean), _numbers(preset.std), source=name)
 
 
@@ -97,12 +97,12 @@ def _of_transformers(config: Mapping[str, Any], source: str) -> Preprocessing:
     if "crop_pct" in config:  # ConvNeXt's: cropped below 384 pixels, both sides brought to it from there on
         return Preprocessing(_cropped_below(resize, float(config["crop_pct"]), filter_), mean, std, source=source)
     crop = _side(config["crop_size"])[0] if config.get("do_center_crop") else resize
-    return Preprocessing(Fit(crop, resize, _PILLOW_FILTERS[filter_], squash), mean, std, source=source)
+    return Preprocessing(Crop(crop, resize, _PILLOW_FILTERS[filter_], squash), mean, std, source=source)
 
 
-def _cropped_below(side: int, share: float, filter_: int) -> Fit:
+def _cropped_below(side: int, share: float, filter_: int) -> Crop:
     squash = side >= 384
-    return Fit(side, side if squash else int(side / share), _PILLOW_FILTERS[filter_], squash)
+    return Crop(side, side if squash else int(side / share), _PILLOW_FILTERS[filter_], squash)
 
 
 def _side(size: Any) -> tuple[int, bool]:

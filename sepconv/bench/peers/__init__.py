@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from sepconv.bench.peers import pytorch, runtimes
 from sepconv.bench.peers.source import Contender as Contender
-from sepconv.bench.peers.source import Source as Source
+from sepconv.bench.peers.source import Network as Network
 
 CONTENDERS: dict[str, Contender] = {one.name: one for one in (*pytorch.CONTENDERS, *runtimes.CONTENDERS)}
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sepconv.bench.peers.source import Contender, Source
+from sepconv.bench.peers.source import Contender, Network
 
 _INDUCTOR = ("torch._inductor.compile_fx",)
 
 
-def _sepconv(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _sepconv(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     from sepconv.compile import compile
 
     return partial(compile(source.model, x), x)
 
 
-def _eager(memory_format: torch.memory_format, source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _eager(memory_format: torch.memory_format, source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     """Batch norms folded into the convolutions by PyTorch's own fusion; weights in the layout of the images."""
     with warnings.catch_warnings():  # its own imports are deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -31,13 +31,13 @@ def _eager(memory_format: torch.memory_format, source: Source, x: Tensor, thread
     return partial(folded, x.contiguous(memory_format=memory_format))
 
 
-def _compiled(options: dict[str, Any], source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _compiled(options: dict[str, Any], source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     """The number of threads is part of the generated code, and named here it is part of the code's place on disk."""
     call: Any = torch.compile(copy.deepcopy(source.model), options={**options, "cpp.threads": threads})
     return partial(call, x)
 
 
-def _backend(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _backend(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     call: Any = torch.compile(copy.deepcopy(source.model), backend="sepconv")
     return partial(call, x)
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sepconv.bench.peers.source import Contender, Source
+from sepconv.bench.peers.source import Contender, Network
 from sepconv.runs.onnx_file import export_onnx
 
 
-def _onnx(source: Source) -> Path:
+def _onnx(source: Network) -> Path:
     return source.file(".onnx", lambda path: _quietly(export_onnx, source.model, (3, source.side, source.side), path))
 
 
@@ -39,7 +39,7 @@ def _converter(*command: str, cwd: Path) -> None:
         raise ValueError(f"bench network: {Path(command[0]).name} failed with {done.returncode}: {''.join(last)}")
 
 
-def _onnxruntime(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _onnxruntime(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -59,7 +59,7 @@ def _onnxruntime(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
     return run
 
 
-def _openvino(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _openvino(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     import openvino
 
     core = openvino.Core()
@@ -83,7 +83,7 @@ def _openvino(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
     return run
 
 
-def _ncnn(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _ncnn(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     """It computes one image at a time."""
     import ncnn
 
@@ -108,7 +108,7 @@ def _ncnn(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
     return run
 
 
-def _write_ncnn(source: Source, path: Path) -> None:
+def _write_ncnn(source: Network, path: Path) -> None:
     import pnnx
 
     traced = path.with_name(f"{source.name}.pt")
@@ -118,7 +118,7 @@ def _write_ncnn(source: Source, path: Path) -> None:
     _converter(str(pnnx.EXEC_PATH), traced.name, size, "fp16=0", *files, cwd=path.parent)
 
 
-def _mnn(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _mnn(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     import MNN.expr
     import MNN.nn
 
@@ -138,7 +138,7 @@ def _write_mnn(onnx: Path, path: Path) -> None:
     _converter(sys.executable, "-c", call, *names, cwd=path.parent)
 
 
-def _executorch(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
+def _executorch(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     from executorch.extension.pybindings import portable_lib
 
     path = source.file(f"-{len(x)}.pte", lambda path: _quietly(_write_executorch, source, len(x), path))
@@ -147,7 +147,7 @@ def _executorch(source: Source, x: Tensor, threads: int) -> Callable[[], Any]:
     return lambda: module.forward((x,))[0]
 
 
-def _write_executorch(source: Source, batch: int, path: Path) -> None:
+def _write_executorch(source: Network, batch: int, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 

@@ -19,7 +19,7 @@ _MODELS = {"v1": MobileNetV1, "v2": MobileNetV2}
 NETWORKS = ("v1 1.0-224", "v1 0.5-160", "v1 0.25-128", "v2 1.0-224", "v2 0.5-160")
 
 
-class Source:
+class Network:
     """One network, built when first asked for, and a folder for the files made from it.
 
     ``name`` names the files: a file that is there already is used again.
@@ -86,13 +86,13 @@ class Contender:
     packages: tuple[str, ...]
     modules: tuple[str, ...]
     layout: str
-    build: Callable[[Source, Tensor, int], Callable[[], Any]]
+    build: Callable[[Network, Tensor, int], Callable[[], Any]]
     of_module: bool = False
     single: bool = False
 
 
-def source_of(network: str, folder: Path) -> Source:
+def source_of(network: str, folder: Path) -> Network:
     """The network of such a name (version, width multiplier, image side); files made from it go into the folder."""
     version, size = network.split()
     width, side = size.split("-")
-    return Source(network.replace(" ", "-"), partial(_MODELS[version], float(width)), int(side), folder)
+    return Network(network.replace(" ", "-"), partial(_MODELS[version], float(width)), int(side), folder)

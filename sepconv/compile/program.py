@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 from sepconv.compile.groups import ComputedGroup, Convolution, Numbers, Pool, SeparableGroup
@@ -27,6 +29,11 @@ class TensorForm:
     shape: Numbers
     stride: Numbers
     number: NumberType
+
+    @property
+    def meta(self) -> Tensor:
+        """A tensor of this form without memory."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.number.storage, device="meta")
 
     @property
     def span(self) -> int:

@@ -35,6 +35,7 @@ from sepconv.compile.program import (
     Work,
 )
 from sepconv.compile.store import Constant
+from sepconv.kernels.halide.conv.stem import MAX_CHANNELS
 from sepconv.kernels.layout import alike
 
 _aten = torch.ops.aten
@@ -146,12 +147,16 @@ class _Walk:
         return self._step(group, read, [self._new(result, out)])[0]
 
     def _reads_input(self, group: ComputedGroup, x: _Look) -> bool:
-        """Whether a step is the network's first and takes the input as the caller holds it, in either layout."""
-        if self.steps or not isinstance(group, Convolution) or group.kind != "normal":
+        """Whether a step is the network's first and takes the input as the caller holds it: a kernel for few channels
+        in either layout, others channels_last."""
+        if self.steps or not isinstance(group, Convolution) or group.kind not in ("normal", "grouped"):
             return False
         if group.epilogue.residual or group.dims != 2:
             return False
-        self.direct = next((i for i, look in enumerate(self.inputs) if look is x), None)
+        found = next((i for i, look in enumerate(self.inputs) if look is x), None)
+        few = group.in_channels <= MAX_CHANNELS and group.groups == 1 and set(group.geometry.dilation) == {1}
+        if found is not None and (few or is_channels_last(self.given[found].meta)):
+            self.direct = found
         return self.direct is not None
 
     def _view(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Look | _Several | None:

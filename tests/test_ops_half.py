@@ -39,7 +39,7 @@ ALL_OURS = [
     ((2, 3, 3), 2, 1, 2, True),
 ]
 # Strides, dilations, multipliers, signals, volumes and both layouts are among the others, too.
-MORE = (ALL_OURS[3], ALL_OURS[5], ALL_OURS[6], ALL_OURS[7], ALL_OURS[9])
+MORE = (ALL_OURS[3], ALL_OURS[5], ALL_OURS[6], ALL_OURS[7], ALL_OURS[10])
 MOST = ALL_OURS[1:3]
 LONG: tuple[Any, Any] = ((), pytest.mark.slow)
 KERNEL_OF_PASSES = {

@@ -138,7 +138,12 @@ def test_original_network_is_left_as_it_was(tmp_path: Path, without_onnx: None) 
     steps: list[Step] = []
     recipe = Recipe(epochs=1, batch_size=256, lr=0.01)
     record = workflow.convert_model(
-        model, card, load("digits"), Job(budget=0.5, recipe=recipe), tmp_path, on_progress=steps.append
+        model,
+        card,
+        load("digits"),
+        Job(budget=0.5, recipe=recipe, calibration_images=100),
+        tmp_path,
+        on_progress=steps.append,
     )
     assert condition(model) == before
     assert torch.equal(torch.get_rng_state(), random)
@@ -151,7 +156,7 @@ def test_original_network_is_left_as_it_was(tmp_path: Path, without_onnx: None) 
 def test_distillation_that_loses_accuracy_is_undone(tmp_path: Path, unmeasured: None) -> None:
     model, card = open_model(str(trained_folder()))
     data = load("digits")
-    job = Job(budget=0.5, recipe=Recipe(epochs=1, batch_size=64, lr=3.0))
+    job = Job(budget=0.5, recipe=Recipe(epochs=1, batch_size=64, lr=3.0), calibration_images=100)
     record = workflow.convert_model(model, card, data, job, tmp_path)
     stages = {stage["name"]: stage["accuracy"] for stage in record["stages"]}
     assert stages["distilled"] < stages["converted"]
@@ -208,7 +213,7 @@ def test_distillation_that_gains_is_kept(tmp_path: Path, unmeasured: None, monke
         return network, plan
 
     monkeypatch.setattr(workflow, "convert", forgetful)
-    job = Job(budget=0.5, recipe=Recipe(epochs=2, batch_size=64, lr=0.05))
+    job = Job(budget=0.5, recipe=Recipe(epochs=2, batch_size=64, lr=0.05), calibration_images=100)
     record = workflow.convert_model(model, card, load("digits"), job, tmp_path)
     stages = {stage["name"]: stage["accuracy"] for stage in record["stages"]}
     assert stages["converted"] < stages["distilled"]

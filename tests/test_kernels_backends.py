@@ -44,9 +44,20 @@ def test_pytorch_is_the_last_of_every_list_and_takes_everything() -> None:
     strange = torch.randn(1, 8, 9, 9, dtype=torch.float64)
     for op, entries in BACKENDS.items():
         assert entries[-1].name == "torch", op
-        assert len({entry.name for entry in entries}) == len(entries)
+        assert [entry.name for entry in entries].count("torch") == 1
         known = replace(case.pool(strange, strange.mean((2, 3))), op=op)
         assert entries[-1].supports(known) == entries[-1].slower(known) == ""
+
+
+@halide
+def test_reasons_are_of_other_backends_than_the_one_that_computes() -> None:
+    """Two kernels of one backend: that one of them does not take a case is no reason against the backend."""
+    x = torch.randn(1, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    found = choose(case.normal(x, torch.randn(4, 8, 3, 3), None, None, _WALK))
+    assert (found.backend.name, found.reasons) == ("halide", {})
+    refused = choose(case.normal(x.contiguous(), torch.randn(4, 8, 3, 3), None, None, _WALK))
+    assert refused.backend.name == "torch"
+    assert refused.reasons["halide"].startswith("the kernel reads channels_last images only")
 
 
 @halide

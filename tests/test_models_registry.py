@@ -61,7 +61,7 @@ def test_create_calls_a_function_of_the_user() -> None:
             "mobilenet_v3",
             {},
             r"create: unknown model 'mobilenet_v3' \(did you mean mobilenet_v2 or mobilenet_v1.*\); known are "
-            r"mobilenet_v1, .*resnet110, and the forms timm/NAME and package\.module:function",
+            r"mobilenet_v1, .*resnet110, and the forms timm/NAME, torchvision/NAME and package\.module:function",
         ),
         ("", {}, r"create: unknown model ''; known are mobilenet_v1"),
         (

@@ -54,6 +54,7 @@ class Backend:
     """One kernel, or one way to several.
 
     Attributes:
+        name: of what computes; a list may hold several kernels of one backend.
         supports: why it cannot compute a case, in a sentence; "" if it can.
         slower: why what follows in the list is the better choice; "" if this is.
         prepare: the kernel for a case; a BuildError is one reason more against it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -30,6 +31,24 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.stash[_FOLDER] = tempfile.TemporaryDirectory(prefix="sepconv-tests-")
         os.environ["SEPCONV_CACHE_DIR"] = os.environ[shared.VARIABLE] = config.stash[_FOLDER].name
+        _keep_kernels(config, Path(config.stash[_FOLDER].name))
+
+
+def _keep_kernels(config: pytest.Config, folder: Path) -> None:
+    """Compiled kernels stay in pytest's cache for the next run: almost half of a first run is compiling.
+
+    Their names hold the sources of the library that made them, but not those of the tests with kernels of their own.
+    """
+    if config.cache is None:
+        return
+    kernels = config.cache.mkdir("kernels")
+    tests = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("test_kernels_*.py")))
+    if config.cache.get("kernels/tests", "") != (made_by := hashlib.sha256(tests).hexdigest()):
+        shutil.rmtree(kernels)
+        kernels.mkdir()
+        config.cache.set("kernels/tests", made_by)
+    kernels.chmod(0o700)
+    (folder / "kernels").symlink_to(kernels, target_is_directory=True)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

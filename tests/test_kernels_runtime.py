@@ -15,7 +15,7 @@ from kernel_checks import depthwise_case, depthwise_forward, pointwise_forward
 from sepconv.kernels.case import pool as pool_case
 from sepconv.kernels.halide.conv import depthwise
 from sepconv.kernels.halide.conv import pool as pool_kernel
-from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit import code_cache, runtime
 from sepconv.kernels.halide.jit import threads as pool
 from sepconv.kernels.halide.jit.buffers import buffer
 from sepconv.kernels.halide.jit.calls import KernelCall, Strided
@@ -111,7 +111,8 @@ def test_a_prepared_call_is_checked_before_it_is_made() -> None:
         KernelCall("doubling", _doubling, [Strided((3,) * 2, (3, 1)), Strided((3, 4), (4, 1))])
 
 
-def test_a_kernel_is_built_once() -> None:
+def test_a_kernel_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(code_cache.VARIABLE, "")
     built = []
 
     def build() -> tuple[Any, list[Any]]:

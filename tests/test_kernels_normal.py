@@ -96,8 +96,9 @@ def test_normal_matches_definition(layer: Layer, assert_rounding: Callable[..., 
     margins_untouched()
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=[layer.name for layer in LAYERS])
-def test_normal_is_the_same_with_two_threads(layer: Layer, threads: int) -> None:
+@pytest.mark.parametrize("name", ["one_block_and_one_channel", "in_place", "groups_of_four"])
+def test_normal_is_the_same_with_two_threads(name: str, threads: int) -> None:
+    layer = next(layer for layer in LAYERS if layer.name == name)
     given = tensors(layer)
     results = [normal.prepare(described(layer, given))(*given) for _ in range(2)]
     torch.set_num_threads(1)

@@ -74,6 +74,12 @@ def test_options_that_cannot_be(options: tuple[str, ...], message: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_names_of_another_number_of_outputs(tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("0\n1\n2\n")
+    given = (trained_folder(), *DIGITS, "--classes", tmp_path / "names", *NO_TRAINING, "--out", tmp_path / "out")
+    sepconv("convert", *given).failed_with(2, "3 classes are named but the network has 10 outputs")
+
+
 @pytest.mark.parametrize(("right", "suspect"), [(0.1, True), (0.18, True), (0.21, False), (0.9, False)])
 def test_what_is_near_chance(right: float, suspect: bool) -> None:
     split = load("digits").train

@@ -138,6 +138,7 @@ def convert_command(
         calibration_images=calibration_images,
         skip=tuple(skip or ()),
         batch=batch,
+        classes=tuple(read_classes(classes)) if classes else (),
         seed=seed,
         command=context.obj,
     )
@@ -149,8 +150,7 @@ def convert_command(
     images = _load(screen, data, wanted, skip_broken)
     show.preparation(screen, images)
     network, card = open_model(model, weights, given, data=images)
-    names = read_classes(classes) if classes else card.classes or names_of(model, images.classes)
-    card = replace(card, classes=list(names))
+    card = replace(card, classes=card.classes or names_of(model, images.classes))
     keep_freed_memory()
     with threads_set_to(threads), resumable(out / CHECKPOINTS, context.obj), screen.progress() as on_progress:
         record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)

@@ -67,6 +67,8 @@ class Job:
         calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
         skip: names of modules that stay as they are.
         batch: images in one call while latency is measured.
+        classes: names of the network's outputs in their order, by which the data's classes are found; those of the card
+            where it is empty.
         seed: of the choice of calibration images.
         command: what the user typed, for the record.
         kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
@@ -80,6 +82,7 @@ class Job:
     calibration_images: int = 1000
     skip: tuple[str, ...] = ()
     batch: int = 1
+    classes: tuple[str, ...] = ()
     seed: int = 0
     command: str = ""
     kind: str = "convert"
@@ -168,7 +171,10 @@ def convert_model(
         The record that is written as ``result.json``.
     """
     model = copied(model, "convert").to(_device())
-    data = matched(data, card.classes, _check_fits(model, data))
+    outputs = _check_fits(model, data)
+    if job.classes and len(job.classes) != outputs:
+        raise ValueError(f"convert: {len(job.classes)} classes are named but the network has {outputs} outputs")
+    data = matched(data, job.classes or card.classes, outputs)
     card.with_data(data).check()
     prepare(out, job.kind, model)
     started = time.perf_counter()

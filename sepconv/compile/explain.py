@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,7 +45,10 @@ class Group:
 
 @dataclass(frozen=True)
 class NetworkExplanation:
-    """The steps in order. ``reason`` says why the model runs through PyTorch as a whole, "" if it does not."""
+    """The steps in order. ``reason`` says why the model was not captured as a whole, "" if it was.
+
+    Steps beside a reason are those of its parts, and PyTorch runs what is between them.
+    """
 
     groups: tuple[Group, ...]
     reason: str = ""
@@ -59,11 +63,12 @@ class NetworkExplanation:
         return None if not times or None in times else sum(time for time in times if time is not None)
 
     def __str__(self) -> str:
-        if self.reason:
+        if self.reason and not self.groups:
             return f"the whole model runs through PyTorch: {self.reason}"
         measured = self.time_us is not None
         header = f"{'kind':10} {'result':>18} {'MACs':>13}" + (f" {'us':>8} {'peak':>5}" if measured else "")
-        lines = [f"{header} kernel  name (fused)"]
+        lines = [f"in parts, and between them through PyTorch: {self.reason}"] if self.reason else []
+        lines += [f"{header} kernel  name (fused)"]
         for g in self.groups:
             shape, fused = "x".join(map(str, g.shape)), f" ({', '.join(g.fused)})" if g.fused else ""
             time = "" if g.time_us is None else f" {g.time_us:8.1f} {_percent(g.share_of_peak):>5}"
@@ -90,6 +95,16 @@ def explain_network(network: PreparedNetwork, measure: bool) -> NetworkExplanati
     peak = fma_peak_gflops(torch.get_num_threads()) * 1e9 if measure else 0.0
     steps = zip(network.program.steps, calls, times, strict=True)
     return NetworkExplanation(tuple(_explained(step, call, seconds, peak) for step, call, seconds in steps))
+
+
+def explain_parts(parts: Sequence[tuple[str, NetworkExplanation]], reason: str) -> NetworkExplanation:
+    """The steps of all parts, by the names of the whole model."""
+    groups = [
+        replace(group, name=" + ".join(f"{part}.{name}" for name in group.name.split(" + ")) if group.name else part)
+        for part, explanation in parts
+        for group in explanation.groups
+    ]
+    return NetworkExplanation(tuple(groups), reason)
 
 
 def _explained(step: ProgramStep, call: BoundStep, seconds: float | None, peak: float) -> Group:

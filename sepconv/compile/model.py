@@ -16,10 +16,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from sepconv.compile.copies import frozen_copy
-from sepconv.compile.explain import NetworkExplanation, explain_network
+from sepconv.compile.explain import NetworkExplanation, explain_network, explain_parts
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import NumberType, not_computed
-from sepconv.compile.prepare import EMPTY, as_captured, prepare
+from sepconv.compile.parts import CompiledPart, put_in_place
+from sepconv.compile.prepare import EMPTY, apart, as_captured, prepare
 from sepconv.compile.steps import is_channels_last
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.threads import alone
@@ -131,6 +132,7 @@ class CompiledModel:
         same_channels: bool = True,
         what: str = "compile: the model",
         reason: str = "",
+        part: int = 0,
     ) -> None:
         """
         Args:
@@ -138,12 +140,15 @@ class CompiledModel:
             same_channels: an image's channels may not change.
             what: it is called in warnings.
             reason: why it runs through PyTorch, if that is known already.
+            part: of another model if not 0, for so many sizes: it warns of nothing and has no parts of its own.
         """
         self._frozen, self._threads, self._tune, self._what = frozen, threads, tune, what
         named = [*frozen.named_parameters(), *frozen.named_buffers()]
         self._store = Store(dict(named))
         self._reason = reason or _unsuitable([tensor for _, tensor in named])
-        self._warned = False
+        self._warned = bool(part)
+        self._most_new = part
+        self._parts: list[CompiledPart] = []
         self._same_channels = same_channels
         self._spec: TreeSpec | None = None
         self._single = False
@@ -190,7 +195,8 @@ class CompiledModel:
         """
         network = self._networks[self._last]
         if isinstance(network, str):
-            return NetworkExplanation((), network)
+            parts = [(part.name, part.compiled.explain(measure=measure)) for part in self._parts]
+            return explain_parts(parts, network)
         return explain_network(network, measure)
 
     def _key(self, leaves: Sequence[Any]) -> _Key:
@@ -214,7 +220,7 @@ class CompiledModel:
                 self._networks.move_to_end(key)
         else:
             assert self._spec is not None
-            network = self._reason or prepare(self._frozen, leaves, self._spec, self._store, self._tune)
+            network = self._reason or self._prepared(leaves, self._spec)
             self._networks[key] = network
             if isinstance(network, str):
                 self._warn(network)
@@ -224,11 +230,27 @@ class CompiledModel:
         self._last = key
         return network
 
+    def _prepared(self, leaves: Sequence[Any], spec: TreeSpec) -> PreparedNetwork | str:
+        """For inputs of a new size; parts of the model if that is not possible for all of it."""
+        if self._most_new and len(self._networks) >= self._most_new:
+            return f"its inputs had {self._most_new} sizes before"
+        network = prepare(self._frozen, leaves, spec, self._store, self._tune)
+        if isinstance(network, str) and network != EMPTY and not self._most_new:
+            with apart(), suppress(Exception):  # the whole runs through PyTorch, whatever its modules do on trial
+                self._parts = put_in_place(self._frozen, leaves, spec, self._as_part)
+            # What holds the parts is not captured again for other sizes.
+            self._reason = network if self._parts else ""
+        return network
+
+    def _as_part(self, module: nn.Module, sizes: int) -> CompiledModel:
+        return CompiledModel(module, None, self._tune, same_channels=False, part=sizes)
+
     def _warn(self, reason: str) -> None:
         """Once; nothing is lost where there is nothing to compute."""
         if not self._warned and reason != EMPTY:
             self._warned = True
-            warnings.warn(f"{self._what} runs through PyTorch: {reason}", stacklevel=2)
+            how = f"in {len(self._parts)} parts and between them through PyTorch" if self._parts else "through PyTorch"
+            warnings.warn(f"{self._what} runs {how}: {reason}", stacklevel=2)
 
     def _eager(self, leaves: Sequence[Any]) -> Any:
         assert self._spec is not None

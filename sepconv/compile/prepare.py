@@ -42,7 +42,7 @@ def prepare(
     """
     if any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in leaves):
         return EMPTY
-    with _apart():
+    with apart():
         # The model has the first word on its input; with buffers of its own, since it may count its calls in one.
         try:
             model = trial_copy(frozen, buffers=False)
@@ -109,7 +109,7 @@ def _copied(leaf: Any) -> Any:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Whatever mode the caller is in; nor are the caller's random numbers drawn."""
     random = torch.random.fork_rng(devices=[])
     with random, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):

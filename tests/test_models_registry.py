@@ -149,3 +149,29 @@ def test_timm_through_its_two_functions(monkeypatch: pytest.MonkeyPatch) -> None
         create("timm/resnet18", heads=1)
     with pytest.raises(ValueError, match=r"create: timm cannot build resnet18\.tag with {}: Invalid pretrained tag"):
         create("timm/resnet18.tag")
+
+
+def test_torchvision_loads_no_weights_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def detector(*, weights: Any = None, weights_backbone: Any = "DEFAULT") -> nn.Module:
+        given.update(weights=weights, backbone=weights_backbone)
+        return nn.Identity()
+
+    def classifier(*, weights: Any = None) -> nn.Module:
+        given.update(weights=weights)
+        return nn.Identity()
+
+    builders: dict[str, Any] = {"detector": detector, "classifier": classifier}
+    models = types.SimpleNamespace(
+        list_models=lambda: list(builders),
+        get_model_builder=builders.__getitem__,
+        get_model=lambda name, **settings: builders[name](**settings),
+    )
+    monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(models=models))
+    create("torchvision/detector")
+    assert given == {"weights": None, "backbone": None}
+    create("torchvision/detector", weights_backbone="mine", pretrained=True)
+    assert given == {"weights": "DEFAULT", "backbone": "mine"}
+    create("torchvision/classifier", pretrained=False)
+    assert given["weights"] is None

@@ -135,12 +135,18 @@ def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
         raise ValueError(f"create: timm cannot build {short} with {settings}: {error}") from error
 
 
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
 def _create_torchvision(name: str, settings: dict[str, Any]) -> nn.Module:
     models = library_of(name).models
     short, known = name.removeprefix("torchvision/"), models.list_models()
     if short not in known:
         raise ValueError(f"create: torchvision has no model {short!r}{_nearest(short, known)}")
-    given = dict(settings)
+    # Detection and segmentation have weights of their backbone downloaded unless told not to.
+    backbone = {"weights_backbone": None} if _takes(models.get_model_builder(short), "weights_backbone") else {}
+    given = {**backbone, **settings}
     weights = "DEFAULT" if given.pop("pretrained", False) else None
     try:
         return models.get_model(short, weights=weights, **given)

@@ -46,6 +46,15 @@ def _networks(content: dict[str, Any]) -> str:
     return "\n".join([*parts, f"Absent: {missing or 'none'}.\n"])
 
 
+def _zoo(content: dict[str, Any]) -> str:
+    """A summary, every network by thread count, and which could not be measured."""
+    machine = content["machine"]
+    parts = [f"On {machine['cpu']}, code of {content['commit']}.\n", f"{tables.zoo_summary(content)}"]
+    parts += [f"{n} thread(s):\n\n{tables.zoo(content, n)}" for n in (1, 2)]
+    failed = "; ".join(f"{one['network']}, {one['threads']} thread(s): {one['reason']}" for one in content["failed"])
+    return "\n".join([*parts, f"Not measured: {failed or 'none'}.\n"])
+
+
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
@@ -76,6 +85,9 @@ def documents() -> dict[Path, str]:
         content = tables.read(record.path("network"))
         put(readme, "network", tables.networks_summary(content))
         put(compiled, "network", _networks(content))
+    if record.path("zoo").exists():
+        content = tables.read(record.path("zoo"))
+        put(compiled, "zoo", _zoo(content))
     if record.path("network-zen4").exists():
         put(compiled, "network-zen4", _networks(tables.read(record.path("network-zen4"))))
     for name, make in ((sizes.NAME, sizes.table), (compile_times.NAME, compile_times.summary)):

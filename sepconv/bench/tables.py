@@ -14,6 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 _BASELINES = ("torch-nchw", "torch-nhwc")
 _LARGE = ("v1 1.0-224 b1", "v2 1.0-224 b1")
+_FOLDED = "torch-folded-nhwc"
 _BACKENDS = {"torch-compile", "torch-compile-sepconv"}
 
 
@@ -203,6 +204,48 @@ def footprints(content: dict[str, Any]) -> Table:
         memory = "" if over is None else f"{over / 2**20:.1f}"
         rows.append([one["network"], one["contender"], memory, f"{one['cold_s']:.2f}", f"{one['warm_s']:.2f}"])
     return Table(["network", "contender", "memory over the weights, MiB", "ready cold, s", "ready again, s"], rows)
+
+
+def zoo(content: dict[str, Any], threads: int) -> Table:
+    """`bench zoo`: milliseconds of every contender, one line per network; losses are kept."""
+    times = {case: t for (count, case, _), t in best_times(content["records"]).items() if count == threads}
+    facts = {one["network"]: one for one in content["networks"] if one["threads"] == threads}
+    names = list(dict.fromkeys(row["contender"] for row in content["records"]))
+    rows = []
+    for case, t in times.items():
+        each = [f"{t[name]:.2f}" if name in t else "" for name in names]
+        over_openvino = f"{t['openvino'] / t['sepconv']:.2f}" if "openvino" in t else ""
+        ready = f"{facts[case]['ready_s']:.1f}"
+        rows.append([case + (" (in parts)" if facts[case]["reason"] else ""), *each, f"**{speedup(t):.2f}**"])
+        rows[-1] += [over_openvino, ready]
+    header = ["network", *names, "PyTorch's better layout / sepconv", "OpenVINO / sepconv", "ready, s"]
+    return Table(header, rows)
+
+
+def zoo_summary(content: dict[str, Any]) -> Table:
+    """`bench zoo` per thread count: geometric means, the network that gains least, and the longest wait."""
+    times = best_times(content["records"])
+    rows = []
+    for threads in sorted({key[0] for key in times}):
+        mine = {case: t for (count, case, _), t in times.items() if count == threads}
+        least = min(mine, key=lambda case: speedup(mine[case]))
+        folded = [min(t[_FOLDED] / t["sepconv"], speedup(t)) for t in mine.values() if _FOLDED in t]
+        rival = [t["openvino"] / t["sepconv"] for t in mine.values() if "openvino" in t]
+        waits = {one["network"]: one["ready_s"] for one in content["networks"] if one["threads"] == threads}
+        longest = max(waits, key=lambda case: waits[case])
+        rows.append(
+            [
+                str(threads),
+                str(len(mine)),
+                f"{geometric_mean(map(speedup, mine.values())):.2f}",
+                f"{speedup(mine[least]):.2f} ({least})",
+                f"{geometric_mean(folded):.2f} ({len(folded)})" if folded else "",
+                f"{geometric_mean(rival):.2f} ({len(rival)})" if rival else "",
+                f"{waits[longest]:.1f} ({longest})",
+            ]
+        )
+    header = ["threads", "networks", "over PyTorch's better layout", "least", "also with folded batch norms (networks)"]
+    return Table([*header, "separable ones over OpenVINO (networks)", "longest until ready, s"], rows)
 
 
 def replace_between(text: str, name: str, content: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sepconv.bench import network, tables, tune
+from sepconv.bench import network, tables, tune, zoo
 from sepconv.bench.operations import DTYPES, suite_name
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
@@ -146,6 +146,23 @@ def bench_network(
     command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
     network.run(_counts(threads), seconds, match, names, footprints, json_file, command, screen.say)
     _finish(screen, json_file, tables.networks_summary)
+
+
+@bench_app.command("zoo", epilog="Example: sepconv bench zoo --threads 1,2 --match resnet --json zoo.json")
+@guarded
+def bench_zoo(
+    json_file: SuiteFile,
+    threads: SuiteThreads = "1",
+    seconds: SuiteSeconds = 3.0,
+    match: SuiteMatch = "",
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Forty networks of timm and torchvision, which must be installed, one image, against PyTorch and OpenVINO."""
+    screen = _benchmark_screen(quiet, json_file)
+    command = f"sepconv bench zoo --threads {threads} --seconds {seconds:g}"
+    zoo.run(_counts(threads), seconds, match, json_file, command, screen.say)
+    _finish(screen, json_file, tables.zoo_summary)
 
 
 @bench_app.command("tune", epilog="Example: sepconv bench tune mobilenet_v1 --input 3x224x224 --threads 1,2")

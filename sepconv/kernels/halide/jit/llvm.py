@@ -22,6 +22,18 @@ def missing() -> str:
     return ""
 
 
+@lru_cache(maxsize=1)
+def _features() -> dict[str, bool]:
+    import llvmlite.binding as llvm
+
+    return dict(llvm.get_host_cpu_features())
+
+
+def host_has(feature: str) -> bool:
+    """Whether the processor has what LLVM calls by this name."""
+    return not missing() and _features().get(feature, False)
+
+
 def _engine(code: str) -> Any:
     if missing():
         raise RuntimeError(missing())

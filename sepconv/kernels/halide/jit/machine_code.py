@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sepconv.kernels.halide.jit import entry, fit, forks, llvm, threads
+from sepconv.kernels.halide.jit import amx, entry, fit, forks, llvm, threads
 from sepconv.kernels.halide.jit.buffers import Arguments, Buffer, arguments
 
 NAME = "sepconv_kernel"
@@ -137,6 +137,10 @@ def _define_runtime(code: bytes) -> None:
         llvm.define("halide_do_par_for", threads.loop())
         _defined.add("halide_do_par_for")
         _define_memory()
+    if amx.BF16.encode() in code:
+        if amx.missing():
+            raise RuntimeError(amx.missing())
+        amx.define()
     unknown = sorted({name.decode() for name in _CALLED.findall(code)} - _defined)
     if unknown:
         raise RuntimeError(f"the code calls {', '.join(unknown)}, for which there is no function")

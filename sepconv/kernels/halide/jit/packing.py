@@ -83,6 +83,17 @@ def pack(weight: Tensor, panel: int, block: int, multiplier: int = 1) -> Tensor:
     return rows.reshape(-1, panel, depth).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
+def pack_tiles(weight: Tensor, depth: int, tile: int = 16) -> Tensor:
+    """(O, C, 1, ...) of 16 bits -> (O / tile, C / depth, depth / 2, tile, 2): pairs of channels of ``tile`` outputs.
+
+    Zeros after the last output channel; ``depth`` channels, a divisor of C, are one step of a product of tiles.
+    """
+    length, channels = weight.shape[:2]
+    rows = weight.new_zeros(-(-length // tile) * tile, channels)
+    rows[:length] = weight.detach().reshape(length, channels)
+    return rows.view(-1, tile, channels // depth, depth // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
+
+
 def pack_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
     """A copy of the bias; zeros where there is none."""
     return (

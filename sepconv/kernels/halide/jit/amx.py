@@ -1,0 +1,220 @@
+"""Products of matrices on the processor's tiles (Intel AMX), as a stage of Halide's pipelines.
+
+A tile is a register of up to 16 rows of 64 bytes. One instruction adds the product of two of them to a third: 16 rows of
+32 bfloat16 numbers times 16 columns, 16 times the arithmetic of a vector instruction. Halide 21 has no tiles for Python,
+so the stage is written in LLVM's language; Halide calls it for each part of the sums that it needs.
+
+Reference: Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3 (palette 1).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from itertools import product
+from platform import machine
+
+from sepconv.kernels.halide.jit import llvm
+
+BF16 = "sepconv_tiles_bf16"
+"""The stage: ``(x, weight, steps, step bytes, sums)`` -> ``sums[o, p] = sum of weight[o, k] * x[k, p]`` in float32.
+
+x has its channels side by side, weight is laid out by :func:`sepconv.kernels.halide.jit.packing.pack_tiles`. The sums
+are asked for 16 outputs at a time, and for multiples of 16 pixels or for fewer than 16.
+"""
+ROWS, ROW_BYTES = 16, 64
+
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
+
+_HEAD = """
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8 immarg)
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+%dimension = type { i32, i32, i32, i32 }
+%buffer = type { i64, ptr, ptr, i64, i32, i32, ptr, ptr }
+@sizes = internal constant <{ i8, [15 x i8], [8 x i16], [8 x i16], [8 x i8], [8 x i8] }> <{ i8 1, [15 x i8] zeroinitializer,
+  [8 x i16] [i16 64, i16 64, i16 64, i16 64, i16 64, i16 64, i16 64, i16 64], [8 x i16] zeroinitializer,
+  [8 x i8] [i8 16, i8 16, i8 16, i8 16, i8 16, i8 16, i8 16, i8 16], [8 x i8] zeroinitializer }>
+attributes #0 = { "target-features"="+amx-tile,+amx-bf16" }
+"""
+
+# Sums of {pixels} x {outputs} tiles in registers 0 to 3; x passes through 4 and 5, weights through 6 and 7.
+_BLOCK = """
+define internal void @block_{pixels}_{outputs}(ptr %x, i64 %xs, ptr %w, i64 %ws, ptr %y, i64 %ys, i64 %steps, i64 %xk, i64 %wk) #0 {{
+  %x16 = mul i64 %xs, 16
+  %y16 = mul i64 %ys, 16
+  %y1 = getelementptr i8, ptr %y, i64 %y16
+{zero}
+  br label %loop
+loop:
+  %k = phi i64 [ 0, %0 ], [ %next, %loop ]
+  %xo = mul i64 %k, %xk
+  %wo = mul i64 %k, %wk
+  %x.0 = getelementptr i8, ptr %x, i64 %xo
+  %x.1 = getelementptr i8, ptr %x.0, i64 %x16
+  %w.0 = getelementptr i8, ptr %w, i64 %wo
+  %w.1 = getelementptr i8, ptr %w.0, i64 %ws
+{body}
+  %next = add i64 %k, 1
+  %more = icmp slt i64 %next, %steps
+  br i1 %more, label %loop, label %end
+end:
+{store}
+  ret void
+}}
+"""
+
+# What is asked for lies in the head of the buffer of sums: from, extent and step of outputs and of pixels. A question
+# about sizes comes without memory, and needs no answer: sizes are fixed.
+_STAGE = """
+define i32 @{name}(ptr %x, ptr %w, i32 %steps.32, i32 %xk.32, ptr %out) #0 {{
+  %x.host.at = getelementptr %buffer, ptr %x, i32 0, i32 2
+  %w.host.at = getelementptr %buffer, ptr %w, i32 0, i32 2
+  %y.host.at = getelementptr %buffer, ptr %out, i32 0, i32 2
+  %x.host = load ptr, ptr %x.host.at
+  %w.host = load ptr, ptr %w.host.at
+  %y.host = load ptr, ptr %y.host.at
+  %x.none = icmp eq ptr %x.host, null
+  %w.none = icmp eq ptr %w.host, null
+  %y.none = icmp eq ptr %y.host, null
+  %some.none = or i1 %x.none, %w.none
+  %question = or i1 %some.none, %y.none
+  br i1 %question, label %leave, label %go
+leave:
+  ret i32 0
+go:
+  %x.dims.at = getelementptr %buffer, ptr %x, i32 0, i32 6
+  %y.dims.at = getelementptr %buffer, ptr %out, i32 0, i32 6
+  %x.dims = load ptr, ptr %x.dims.at
+  %y.dims = load ptr, ptr %y.dims.at
+{loads}
+  %steps = sext i32 %steps.32 to i64
+  %xk = sext i32 %xk.32 to i64
+  %xs = mul i64 %x.stride, 2
+  %ys = mul i64 %p.stride, 4
+  %p.from = sub i64 %p.min, %x.min
+  %x.skip = mul i64 %p.from, %xs
+  %x.first = getelementptr i8, ptr %x.host, i64 %x.skip
+  %rows.16 = sdiv i64 %xk, 4
+  %wk = mul i64 %rows.16, 64
+  %ws = mul i64 %wk, %steps
+  %o.first = sdiv i64 %o.min, 16
+  %w.skip = mul i64 %o.first, %ws
+  %w.first = getelementptr i8, ptr %w.host, i64 %w.skip
+  %few = icmp slt i64 %p.extent, 16
+  %rows = select i1 %few, i64 %p.extent, i64 16
+  %rows.8 = trunc i64 %rows to i8
+  %xk.16 = trunc i64 %xk to i16
+  %wrows.8 = trunc i64 %rows.16 to i8
+  %config = alloca [64 x i8], align 64
+  call void @llvm.memcpy.p0.p0.i64(ptr %config, ptr @sizes, i64 64, i1 false)
+{config}
+  call void @llvm.x86.ldtilecfg(ptr %config)
+  br label %outputs
+outputs:
+  %o = phi i64 [ 0, %go ], [ %o.next, %outputs.end ]
+  %o.left = sub i64 %o.extent, %o
+  %o.two = icmp sge i64 %o.left, 32
+  %o.tile = sdiv i64 %o, 16
+  %w.at = mul i64 %o.tile, %ws
+  %w.here = getelementptr i8, ptr %w.first, i64 %w.at
+  %y.at = mul i64 %o, 4
+  %y.column = getelementptr i8, ptr %y.host, i64 %y.at
+  br label %pixels
+pixels:
+  %p = phi i64 [ 0, %outputs ], [ %p.next, %pixels.end ]
+  %p.left = sub i64 %p.extent, %p
+  %p.two = icmp sge i64 %p.left, 32
+  %x.at = mul i64 %p, %xs
+  %x.here = getelementptr i8, ptr %x.first, i64 %x.at
+  %y.row = mul i64 %p, %ys
+  %y.here = getelementptr i8, ptr %y.column, i64 %y.row
+  br i1 %p.two, label %two, label %one
+two:
+  br i1 %o.two, label %call_2_2, label %call_2_1
+one:
+  br i1 %o.two, label %call_1_2, label %call_1_1
+{calls}
+pixels.end:
+  %p.step = select i1 %p.two, i64 32, i64 16
+  %p.next = add i64 %p, %p.step
+  %p.more = icmp slt i64 %p.next, %p.extent
+  br i1 %p.more, label %pixels, label %outputs.end
+outputs.end:
+  %o.step = select i1 %o.two, i64 32, i64 16
+  %o.next = add i64 %o, %o.step
+  %o.more = icmp slt i64 %o.next, %o.extent
+  br i1 %o.more, label %outputs, label %done
+done:
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}}
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1 immarg)
+"""
+# Of dimension 0 (outputs) and 1 (pixels) of the sums, and of the pixels of x.
+_FIELDS = (
+    ("o.min", "y", 0, 0), ("o.extent", "y", 0, 1), ("p.min", "y", 1, 0), ("p.extent", "y", 1, 1),
+    ("p.stride", "y", 1, 2), ("x.min", "x", 1, 0), ("x.stride", "x", 1, 2),
+)  # fmt: skip
+
+
+def _block(pixels: int, outputs: int) -> str:
+    zero, body, store = [], [], []
+    for p, o in product(range(pixels), range(outputs)):
+        zero.append(f"  call void @llvm.x86.tilezero(i8 {2 * p + o})")
+        if o == 0:
+            body.append(f"  call void @llvm.x86.tileloadd64(i8 {4 + p}, ptr %x.{p}, i64 %xs)")
+        if p == 0:
+            body.append(f"  call void @llvm.x86.tileloadd64(i8 {6 + o}, ptr %w.{o}, i64 64)")
+        body.append(f"  call void @llvm.x86.tdpbf16ps(i8 {2 * p + o}, i8 {4 + p}, i8 {6 + o})")
+        row = "%y1" if p else "%y"
+        store.append(f"  %y.{p}.{o} = getelementptr i8, ptr {row}, i64 {ROW_BYTES * o}")
+        store.append(f"  call void @llvm.x86.tilestored64(i8 {2 * p + o}, ptr %y.{p}.{o}, i64 %ys)")
+    parts = {name: "\n".join(lines) for name, lines in (("zero", zero), ("body", body), ("store", store))}
+    return _BLOCK.format(pixels=pixels, outputs=outputs, **parts)
+
+
+def _code() -> str:
+    loads, config, calls = [], [], []
+    for name, of, dimension, field in _FIELDS:
+        loads.append(f"  %{name}.at = getelementptr %dimension, ptr %{of}.dims, i32 {dimension}, i32 {field}")
+        loads.append(f"  %{name}.32 = load i32, ptr %{name}.at")
+        loads.append(f"  %{name} = sext i32 %{name}.32 to i64")
+    for tile in range(8):
+        rows = "%wrows.8" if tile >= 6 else "%rows.8"
+        config.append(f"  %rows.{tile} = getelementptr i8, ptr %config, i64 {48 + tile}")
+        config.append(f"  store i8 {rows}, ptr %rows.{tile}")
+    for tile in (4, 5):
+        config.append(f"  %bytes.{tile} = getelementptr i8, ptr %config, i64 {16 + 2 * tile}")
+        config.append(f"  store i16 %xk.16, ptr %bytes.{tile}")
+    for p, o in product((1, 2), (1, 2)):
+        given = "ptr %x.here, i64 %xs, ptr %w.here, i64 %ws, ptr %y.here, i64 %ys, i64 %steps, i64 %xk, i64 %wk"
+        calls.append(f"call_{p}_{o}:\n  call void @block_{p}_{o}({given})\n  br label %pixels.end")
+    parts = {name: "\n".join(lines) for name, lines in (("loads", loads), ("config", config), ("calls", calls))}
+    return _HEAD + "".join(_block(p, o) for p, o in product((1, 2), (1, 2))) + _STAGE.format(name=BF16, **parts)
+
+
+@lru_cache(maxsize=1)
+def missing() -> str:
+    """Why there are no tiles to compute with, in a sentence; the empty string if there are.
+
+    A process must ask Linux for them, once for all its threads.
+    """
+    if llvm.missing():
+        return llvm.missing()
+    if sys.platform != "linux" or machine() != "x86_64":
+        return "tiles of bfloat16 (AMX) are used on Linux on x86-64"
+    if not llvm.host_has("amx-bf16"):
+        return "the processor has no tiles of bfloat16 (AMX)"
+    refused = ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA)
+    return "Linux does not let this process use the processor's tiles (AMX)" if refused else ""
+
+
+@lru_cache(maxsize=1)
+def define() -> None:
+    """Let object code that is loaded from now on call the stage."""
+    llvm.define(BF16, llvm.assemble(_code(), BF16)[0])

@@ -184,3 +184,8 @@ class Pool:
 
 
 ComputedGroup = Convolution | SeparableGroup | Pool
+
+
+def writes_channels(target: object) -> bool:
+    """Whether a group reads and writes some of the channels of a larger image in place."""
+    return isinstance(target, SeparableGroup) or (isinstance(target, Convolution) and target.dims == 2)

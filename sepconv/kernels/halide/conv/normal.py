@@ -17,13 +17,13 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import Tile
 from sepconv.kernels.halide.schedule.normal import NormalSchedule, NormalShape, normal_schedule
-from sepconv.kernels.layout import alike, like
+from sepconv.kernels.layout import like, pixel_step
 
 _MOST_UNROLLED = 16
 
@@ -203,7 +203,7 @@ def supports(case: Case) -> str:
         return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
     if x.stride[1] != 1 or (x.shape[1] > 1 and x.stride[3] == 1 and x.shape[3] > 1):
         return f"the kernel reads channels_last images only (strides {x.stride})"
-    if not case.result.channels_last and case.result.elements > case.result.shape[0] * case.result.shape[1]:
+    if not pixel_step(case.result.shape, case.result.stride):
         return f"the kernel writes channels_last images only (strides {case.result.stride})"
     return runtime.too_large(case.result.shape)
 
@@ -244,14 +244,11 @@ def _in_groups(image: Tensor, spec: NormalSpec) -> Buffer:
 def bind(found: NormalPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
-    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`; ``out`` is channels_last.
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`; ``out`` and ``residual`` are channels_last, or
+    some channels of such images.
     """
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"normal.bind: out must be channels_last without gaps, got strides {out.stride()}")
-    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
-        raise ValueError(f"normal.bind: residual must lie in memory like out, got strides {residual.stride()}")
+    images = check_pixels("normal.bind", out, residual)
     kernel = runtime.compiled(("normal", found.spec), lambda: build(found.spec))
-    images = [out] if residual is None else [residual, out]
     return kernel.bind(*found.numbers, pixels(x), *packed, *[_in_groups(image, found.spec) for image in images])
 
 

@@ -17,7 +17,7 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
@@ -210,8 +210,7 @@ def bind(found: StemPlan, x: Tensor, packed: list[Buffer], residual: Tensor | No
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`.
     """
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"conv.bind: out must be channels_last without gaps, got strides {out.stride()}")
+    check_pixels("conv.bind", out)
     kernel = runtime.compiled(("conv", found.spec), lambda: build(found.spec))
     return kernel.bind(*found.numbers, pixels(x), *packed, pixels(out))
 

@@ -150,7 +150,7 @@ def test_normal_bind_refuses_memory_in_another_layout() -> None:
     with pytest.raises(ValueError, match=r"normal\.bind: out must be channels_last"):
         normal.bind(found, x, packed, residual, out)
     assert residual is not None
-    with pytest.raises(ValueError, match=r"normal\.bind: residual must lie in memory like out"):
+    with pytest.raises(ValueError, match=r"normal\.bind: residual must be channels_last"):
         normal.bind(found, x, packed, residual.contiguous(), out.contiguous(memory_format=torch.channels_last))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Pool, SeparableGroup, writes_channels
+from sepconv.compile.groups import ComputedGroup, Convolution, writes_channels
 from sepconv.compile.joins import Home, homes, parts_of
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
@@ -126,7 +126,7 @@ class _Walk:
         """The look at the result, or several by number."""
         if node.target is operator.getitem:
             return self._part(node)
-        if isinstance(node.target, (Convolution, SeparableGroup, Pool)):
+        if isinstance(node.target, ComputedGroup):
             home = self._home(node) if writes_channels(node.target) else None
             out = self._new(value(node), _dense(value(node))) if home is None else home
             return self._group(node.target, out, [self._look(argument) for argument in node.args])

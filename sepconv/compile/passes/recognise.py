@@ -11,6 +11,7 @@ from sepconv.compile.groups import Convolution, Epilogue, Pool
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant
+from sepconv.compile.passes.pools import recognise_pools
 from sepconv.compile.passes.nodes import (
     NodeArguments,
     calls,
@@ -63,6 +64,7 @@ def recognise(graph: fx.Graph) -> None:
         _linear(node)
     for node in calls(graph, _aten.mean.dim, _aten.avg_pool2d.default):
         _pool(node)
+    recognise_pools(graph)
 
 
 def _drop_identities(graph: fx.Graph) -> None:

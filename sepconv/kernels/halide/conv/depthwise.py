@@ -26,6 +26,7 @@ from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.numbers import KINDS
 from sepconv.kernels.layout import pixel_step
 
+
 def supports(case: Case) -> str:
     """Why this kernel cannot do it, in a sentence; the empty string if it can."""
     if case.which not in PASSES:

@@ -288,7 +288,7 @@ def bind(found: PointwisePlan, x: Tensor, packed: list[Buffer], residual: Tensor
 def _result_view(found: PointwisePlan, name: str, image: Tensor) -> Buffer:
     view = _matrix(tuple(image.shape), image.stride(), found.spec.channels_last)
     if view is None or view[0] != found.out_size:  # a copy would hold what is there now, for ever
-        raise ValueError(f"pointwise.bind: {name} must lie in memory like x, got strides {image.stride()}")
+        raise ValueError(f"pointwise.bind: {name} must have the layout of x, got strides {image.stride()}")
     return Buffer(*view, image.data_ptr(), holds=image)
 
 

@@ -97,7 +97,9 @@ def check_pixels(what: str, out: Tensor, residual: Tensor | None = None) -> list
     images = {"out": out} if residual is None else {"residual": residual, "out": out}
     for name, image in images.items():
         if not pixel_step(image.shape, image.stride()):
-            raise ValueError(f"{what}: {name} must be channels_last, or channels of such an image, got {image.stride()}")
+            raise ValueError(
+                f"{what}: {name} must be channels_last, or channels of such an image, got {image.stride()}"
+            )
     return list(images.values())
 
 

@@ -11,7 +11,6 @@ from sepconv.compile.groups import Convolution, Epilogue, Pool
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant
-from sepconv.compile.passes.pools import recognise_pools
 from sepconv.compile.passes.nodes import (
     NodeArguments,
     calls,
@@ -25,6 +24,7 @@ from sepconv.compile.passes.nodes import (
     swap,
     value,
 )
+from sepconv.compile.passes.pools import recognise_pools
 from sepconv.compile.store import Constant
 from sepconv.kernels.case import Geometry
 from sepconv.ops.schema import geometry_of

@@ -289,7 +289,8 @@ def _result_view(found: PointwisePlan, name: str, image: Tensor) -> Buffer:
     view = _matrix(tuple(image.shape), image.stride(), found.spec.channels_last)
     if view is None or view[0] != found.out_size:  # a copy would hold what is there now, for ever
         raise ValueError(f"pointwise.bind: {name} must have the layout of x, got strides {image.stride()}")
-    return Buffer(*view, image.data_ptr(), holds=image)
+    shape, strides = view
+    return Buffer(shape, strides, image.data_ptr(), holds=image)
 
 
 class PointwiseCall:

@@ -194,7 +194,7 @@ def pack(found: WindowPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
 
 
 def bind(found: WindowPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
-    """The call that fills ``out`` with the pools of what is then in ``x``: channels_last images, or channels of such."""
+    """The call that fills ``out`` with the pools of what is then in ``x``; both are channels_last."""
     [result] = check_pixels("window.bind", out)
     kernel = runtime.compiled(("window", found.spec), lambda: build(found.spec))
     return kernel.bind(*found.numbers, pixels(x), pixels(result))

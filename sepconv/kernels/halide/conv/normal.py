@@ -7,8 +7,8 @@ padded the image is read in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,20 @@ from sepconv.kernels.halide.schedule.gemm import Tile
 from sepconv.kernels.halide.schedule.normal import NormalSchedule, NormalShape, normal_schedule
 from sepconv.kernels.layout import like, pixel_step
 
-_MOST_UNROLLED = 16
+# Channels in straight-line code: more take the compiler longer and are no faster.
+MOST_UNROLLED = 4
+# Fewer output channels in a group waste most of a vector.
+_LEAST_OUTPUTS = 4
+
+
+class _Planned(Protocol):
+    @property
+    def variant(self) -> Hashable: ...
+
+
+P = TypeVar("P", bound=_Planned)
+Pack = Callable[[P, Sequence[Tensor | None]], list[Buffer]]
+Bind = Callable[[P, Tensor, list[Buffer], Tensor | None, Tensor], Bound]
 
 
 class NormalSpec(NamedTuple):
@@ -153,7 +166,7 @@ def _schedule(spec: NormalSpec, numbers: tuple[Any, ...], out: Any, sums: Any, d
 
     sums.compute_at(out, step)
     keep_in_registers(sums, o, column, [k.x, k.y, k.z], tile)
-    sums.update().unroll(k.x, next(count for count in range(_MOST_UNROLLED, 0, -1) if spec.channels % count == 0))
+    sums.update().unroll(k.x, next(count for count in range(MOST_UNROLLED, 0, -1) if spec.channels % count == 0))
 
 
 class NormalPlan(NamedTuple):
@@ -210,10 +223,9 @@ def supports(case: Case) -> str:
 
 def slower(case: Case) -> str:
     """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is."""
-    lanes, outputs = machine.host().lanes, case.weight.shape[0] // case.groups
-    # One vector of sums is read for each column; oneDNN's kernels for blocks of 8 and 16 channels take 0.7 of the time.
-    if case.groups > 1 and outputs <= lanes <= case.weight.shape[1]:
-        return f"groups of at most {lanes} output channels are faster in PyTorch's kernel, got {outputs}"
+    outputs = case.weight.shape[0] // case.groups
+    if case.groups > 1 and outputs < _LEAST_OUTPUTS <= case.weight.shape[1]:
+        return f"groups of less than {_LEAST_OUTPUTS} output channels are faster in PyTorch's kernel, got {outputs}"
     return ""
 
 
@@ -233,12 +245,12 @@ def pack(found: NormalPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     return [buffer(panels), buffer(packing.pack_bias(bias, weight))]
 
 
-def _in_groups(image: Tensor, spec: NormalSpec) -> Buffer:
-    """(N, C, H, W) as (N, H, W, groups, channels)."""
-    n, _, h, w = image.shape
+def in_parts(image: Tensor, channels: int) -> Buffer:
+    """(N, C, H, W) as (N, H, W, C / channels, channels)."""
+    n, whole, h, w = image.shape
     by_image, _, by_row, by_column = image.stride()
-    strides = (by_image, by_row, by_column, spec.out_channels, 1)
-    return Buffer((n, h, w, spec.groups, spec.out_channels), strides, image.data_ptr(), holds=image)
+    strides = (by_image, by_row, by_column, channels, 1)
+    return Buffer((n, h, w, whole // channels, channels), strides, image.data_ptr(), holds=image)
 
 
 def bind(found: NormalPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
@@ -249,24 +261,29 @@ def bind(found: NormalPlan, x: Tensor, packed: list[Buffer], residual: Tensor | 
     """
     images = check_pixels("normal.bind", out, residual)
     kernel = runtime.compiled(("normal", found.spec), lambda: build(found.spec))
-    return kernel.bind(*found.numbers, pixels(x), *packed, *[_in_groups(image, found.spec) for image in images])
+    return kernel.bind(
+        *found.numbers, pixels(x), *packed, *[in_parts(image, found.spec.out_channels) for image in images]
+    )
 
 
-class NormalCall:
-    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides."""
+class ConvolutionCall(Generic[P]):
+    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides, by a kernel
+    that is called ``name``. ``found`` is its plan; ``pack`` and ``bind`` are its functions."""
 
-    def __init__(self, case: Case) -> None:
-        self.found, result = plan(case), case.result
+    def __init__(self, name: str, case: Case, found: P, pack: Pack[P], bind: Bind[P]) -> None:
+        self.found, self.pack, self.bind, result = found, pack, bind, case.result
         self.shape, self.dtype = result.shape, result.dtype
-        self._variant = ("normal", *self.found.variant, case.weight.shape)
+        self._variant = (name, found.variant, case.weight.shape)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, memory_format=torch.channels_last)
         if out.numel():
             weights = (weight, bias)
-            packed = packing.remembered(weights, self._variant, lambda: pack(self.found, weights))
-            bind(self.found, x, packed, None if residual is None else like(residual, out), out)()
+            packed = packing.remembered(weights, self._variant, lambda: self.pack(self.found, weights))
+            self.bind(self.found, x, packed, None if residual is None else like(residual, out), out)()
         return out
 
 
-prepare = NormalCall
+def prepare(case: Case) -> ConvolutionCall[NormalPlan]:
+    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides."""
+    return ConvolutionCall("normal", case, plan(case), pack, bind)

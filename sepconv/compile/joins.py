@@ -24,7 +24,7 @@ class Home(NamedTuple):
     channel: int
 
 
-class Part(NamedTuple):
+class JoinPart(NamedTuple):
     """What a concatenation puts together, and where it belongs in the result."""
 
     node: fx.Node
@@ -48,15 +48,15 @@ def homes(graph: fx.Graph) -> dict[fx.Node, Home]:
     return found
 
 
-def _in_order(parts: list[Part], first: Home, found: dict[fx.Node, Home]) -> bool:
+def _in_order(parts: list[JoinPart], first: Home, found: dict[fx.Node, Home]) -> bool:
     """Whether parts lie one behind the other already."""
     return all(found.get(part.node) == Home(first.join, first.channel + part.channel) for part in parts)
 
 
-def parts_of(join: fx.Node) -> Iterator[Part]:
+def parts_of(join: fx.Node) -> Iterator[JoinPart]:
     channel = 0
     for node in _parts(join):
-        yield Part(node, channel)
+        yield JoinPart(node, channel)
         channel += shape(node)[1]
 
 

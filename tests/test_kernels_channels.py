@@ -40,6 +40,8 @@ def described(kind: str, x: Tensor, residual: Tensor) -> tuple[Case, list[Tensor
         depthwise = cases.depthwise(x, weight, first, PADDED, "relu6")
         case = cases.separable(depthwise, cases.pointwise(depthwise.y, mixed, bias, residual))
         return case, [weight, mixed, first, bias], residual
+    if kind == "shuffle":
+        return cases.shuffle(x, None, x, 3), [], None
     return cases.window(x, x, PADDED, Window((3, 3), mean=kind == "avg_pool")), [], None
 
 
@@ -47,7 +49,7 @@ WIDE = {"depthwise": 21, "pointwise": 19, "normal": 19, "stem": 3, "grouped": 24
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("kind", [*WIDE, "max_pool", "avg_pool"])
+@pytest.mark.parametrize("kind", [*WIDE, "max_pool", "avg_pool", "shuffle"])
 def test_kernels_take_channels_of_a_larger_image(kind: str, images: int) -> None:
     x, residual = channels(images, WIDE.get(kind, 21)), channels(images, 21)
     case, weights, added = described(kind, x, residual)

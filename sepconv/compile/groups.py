@@ -207,10 +207,29 @@ class WindowPool:
         return aten.window(x, self.window, self.geometry, self.ceil)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool | WindowPool
+@dataclass(frozen=True, eq=False)
+class Shuffle:
+    """The channels of an image, or of two in turn, in another order: the first of every part, the second of every
+    part and so on."""
+
+    parts: int
+
+    kind: ClassVar[str] = "shuffle"
+    name: ClassVar[str] = ""
+    fused: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return aten.shuffle(x, other, self.parts)
+
+
+ComputedGroup = Convolution | SeparableGroup | Pool | WindowPool | Shuffle
 
 
 def writes_channels(target: object) -> bool:
     """Whether a group reads and writes some of the channels of a larger image in place."""
-    whole = isinstance(target, (SeparableGroup, WindowPool))
+    whole = isinstance(target, (SeparableGroup, WindowPool, Shuffle))
     return whole or (isinstance(target, Convolution) and target.dims == 2)

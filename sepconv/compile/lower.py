@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup, WindowPool
+from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup, Shuffle, WindowPool
 from sepconv.compile.program import Copy, Operation, Program, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
@@ -105,6 +105,9 @@ def case_of(group: ComputedGroup, read: Sequence[Outline], out: Outline | None =
     if isinstance(group, WindowPool):
         assert out is not None
         return case.window(x, out, group.geometry, group.window)
+    if isinstance(group, Shuffle):
+        assert out is not None
+        return case.shuffle(x, residual, out, group.parts)
     if isinstance(group, SeparableGroup):
         first = case_of(group.depthwise, [x])
         return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]]))

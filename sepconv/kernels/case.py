@@ -10,6 +10,7 @@ about before there is any memory. A kernel that was prepared for a case is calle
     normal                    x, weight, bias, residual
     separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
     pool, window              x
+    shuffle                   x, residual
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
@@ -172,12 +173,13 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable", "pool" or "window".
+        op: "depthwise", "pointwise", "normal", "separable", "pool", "window" or "shuffle".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
         window: of a pool ("window" only).
+        parts: in how many the channels come ("shuffle" only): all in x, or half of them each in x and in residual.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -192,6 +194,7 @@ class Case:
     activation: str = ""
     then: Case | None = None
     window: Window | None = None
+    parts: int = 0
     bound: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -303,3 +306,10 @@ def window(x: Given, out: Given, geometry: Geometry, over: Window) -> Case:
     """The mean or the maximum of every window of pixels. ``out`` says how many there are: the last may reach beyond
     the padding."""
     return Case("window", Outline.of(x), NO_WEIGHT, Outline.of(out), geometry, window=over)
+
+
+def shuffle(x: Given, other: Given | None, out: Given, parts: int) -> Case:
+    """The channels of x, or of both images, in another order: the first of every part, the second of every part ..."""
+    image = Outline.of(x)
+    geometry = Geometry.of_pixels(image.dims)
+    return Case("shuffle", image, NO_WEIGHT, Outline.of(out), geometry, residual=_or_none(other), parts=parts)

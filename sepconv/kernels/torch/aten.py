@@ -53,6 +53,12 @@ def window(x: Tensor, over: Window, geometry: Geometry, ceil: bool) -> Tensor:
     return F.max_pool2d(x, over.size, stride, amounts, dilation, ceil)
 
 
+def shuffle(x: Tensor, other: Tensor | None, parts: int) -> Tensor:
+    """The channels of ``x``, or of both images, the first of every part before the second of every part."""
+    whole = x if other is None else torch.cat([x, other], 1)
+    return whole.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
+
+
 def depthwise_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str = ""
 ) -> Tensor:

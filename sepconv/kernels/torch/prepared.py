@@ -103,3 +103,7 @@ def window(case: Case) -> Callable[..., Tensor]:
     assert over is not None
     ceil = case.y.shape[2:] != geometry.output_size(case.x.shape[2:], over.size)
     return lambda x: aten.window(x, over, geometry, ceil)
+
+
+def shuffle(case: Case) -> Callable[..., Tensor]:
+    return lambda x, other=None: aten.shuffle(x, other, case.parts)

@@ -133,3 +133,55 @@ def separable_conv(
     hidden = depthwise_conv(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
     hidden = ACTIVATIONS[depthwise_activation](hidden)
     return ACTIVATIONS[activation](pointwise_conv(hidden, pointwise_weight, pointwise_bias))
+
+
+def max_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    """The maximum of the pixels of the image that each window looks at; ``size`` is that of the result.
+
+    Shape:
+        x: (N, C, H, W)    ->    (N, C, *size)
+    """
+    y = x.new_full((*x.shape[:2], *size), -math.inf)
+    for at in itertools.product(*map(range, size)):
+        rows, columns = (_under(kernel[d], stride[d], padding[d], dilation[d], at[d], x.shape[2 + d]) for d in (0, 1))
+        pixels = [x[:, :, i, j] for i in rows for j in columns if i in range(x.shape[2]) and j in range(x.shape[3])]
+        if pixels:
+            y[:, :, at[0], at[1]] = torch.stack(pixels).amax(0)
+    return y
+
+
+def avg_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    size: Sequence[int],
+    count_include_pad: bool = True,
+    divisor: int = 0,
+) -> Tensor:
+    """The sum of the pixels of the image under each window, divided by ``divisor`` or, where that is 0, by the number
+    of pixels, those of the padding included or not.
+
+    Shape:
+        x: (N, C, H, W)    ->    (N, C, *size)
+    """
+    y = x.new_zeros((*x.shape[:2], *size))
+    for at in itertools.product(*map(range, size)):
+        rows, columns = (_under(kernel[d], stride[d], padding[d], 1, at[d], x.shape[2 + d]) for d in (0, 1))
+        pixels = [x[:, :, i, j] for i in rows for j in columns if i in range(x.shape[2]) and j in range(x.shape[3])]
+        count = len(rows) * len(columns) if count_include_pad else len(pixels)
+        y[:, :, at[0], at[1]] = torch.stack(pixels).sum(0) / (divisor or count)
+    return y
+
+
+def _under(kernel: int, stride: int, padding: tuple[int, int], dilation: int, at: int, size: int) -> list[int]:
+    """The places along one dimension that a window looks at, those beyond the padding left out."""
+    places = [at * stride - padding[0] + tap * dilation for tap in range(kernel)]
+    return [place for place in places if place < size + padding[1]]

@@ -35,7 +35,7 @@ def test_layout_gives_living_values_memory_of_their_own(name: str) -> None:
     for i, step in enumerate(network.program.steps):
         for place in step.outputs:
             assert isinstance(place.memory, int)
-            assert arena.regions[place.memory].first == i
+            assert arena.regions[place.memory].first <= i
     assert max(region.offset + region.bytes for region in regions) == arena.bytes
     assert all(region.offset % 64 == 0 for region in regions)
 

@@ -236,10 +236,10 @@ def test_bind_refuses_a_residual_that_a_copy_would_freeze() -> None:
     assert pointwise_weight is not None
     found = separable.plan(described(tensors, ("relu6", "relu6"), geometry))
     out, residual = layout.new_output(x, 16, (24, 24)), torch.randn(1, 16, 24, 24)
-    with pytest.raises(ValueError, match=r"separable\.bind: residual must lie in memory like out"):
+    with pytest.raises(ValueError, match=r"separable\.bind: residual must be channels_last"):
         separable.bind(found, x, pack(found, tensors), residual, out)
     plan = pointwise.plan(pointwise_case(x, pointwise_weight, bias, "", residual))
-    with pytest.raises(ValueError, match=r"pointwise\.bind: residual must lie in memory like out"):
+    with pytest.raises(ValueError, match=r"pointwise\.bind: residual must have the layout of x"):
         pointwise.bind(plan, x, pointwise.pack(plan, (pointwise_weight, bias)), residual, out)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
-from sepconv.kernels.case import Geometry
+from sepconv.kernels.case import Geometry, Window
 from sepconv.kernels.torch import aten
 
 Numbers = tuple[int, ...]
@@ -183,4 +183,53 @@ class Pool:
         return torch.mean(x, [2, 3], keepdim=self.keepdim)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool
+@dataclass(frozen=True, eq=False)
+class WindowPool:
+    """The maximum or the mean of every window of pixels. ``ceil``: the last one may reach beyond the padding."""
+
+    window: Window
+    geometry: Geometry
+    ceil: bool = False
+
+    name: ClassVar[str] = ""
+    fused: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
+
+    @property
+    def kind(self) -> str:
+        """ "avg_pool" or "max_pool"."""
+        return "avg_pool" if self.window.mean else "max_pool"
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return aten.window(x, self.window, self.geometry, self.ceil)
+
+
+@dataclass(frozen=True, eq=False)
+class Shuffle:
+    """The channels of an image, or of two in turn, in another order: the first of every part, the second of every
+    part and so on."""
+
+    parts: int
+
+    kind: ClassVar[str] = "shuffle"
+    name: ClassVar[str] = ""
+    fused: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return aten.shuffle(x, other, self.parts)
+
+
+ComputedGroup = Convolution | SeparableGroup | Pool | WindowPool | Shuffle
+
+
+def writes_channels(target: object) -> bool:
+    """Whether a group reads and writes some of the channels of a larger image in place."""
+    whole = isinstance(target, (SeparableGroup, WindowPool, Shuffle))
+    return whole or (isinstance(target, Convolution) and target.dims == 2)

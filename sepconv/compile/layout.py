@@ -59,7 +59,7 @@ def lifetimes(program: Program) -> list[tuple[int, int]]:
             if isinstance(place.memory, int):
                 last[place.memory] = i
         for place in step.outputs:
-            if isinstance(place.memory, int):
+            if isinstance(place.memory, int) and first[place.memory] < 0:
                 first[place.memory] = i
     for output in program.outputs:
         if isinstance(output.place.memory, int):

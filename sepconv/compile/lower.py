@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup, Shuffle, WindowPool
 from sepconv.compile.program import Copy, Operation, Program, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
@@ -70,7 +70,7 @@ def _outline(form: TensorForm, one_image: bool) -> Outline:
 def _lower_group(group: ComputedGroup, read: Sequence[Outline], out: Outline, choice: str) -> Lowered:
     if choice == TORCH:
         return Lowered(TORCH, "PyTorch was measured to be faster")
-    known = case_of(group, read).into(out)
+    known = case_of(group, read, out).into(out)
     if choice == SPLIT:
         in_turn, reason = _in_turn(group, known), "depthwise and pointwise in turn were measured to be faster"
         if in_turn:
@@ -96,11 +96,18 @@ def _in_turn(group: ComputedGroup, known: Case) -> tuple[KernelStep, ...]:
     return () if any(kernel.backend.binder is None for kernel in kernels) else tuple(kernels)
 
 
-def case_of(group: ComputedGroup, read: Sequence[Outline]) -> Case:
-    """A group as kernels know it; its weights need not be made again for that."""
+def case_of(group: ComputedGroup, read: Sequence[Outline], out: Outline | None = None) -> Case:
+    """A group as kernels know it; its weights need not be made again for that. ``out`` is the result, where the group
+    does not say how large it is."""
     x, residual = read[0], read[1] if len(read) > 1 else None
     if isinstance(group, Pool):
         return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype))
+    if isinstance(group, WindowPool):
+        assert out is not None
+        return case.window(x, out, group.geometry, group.window)
+    if isinstance(group, Shuffle):
+        assert out is not None
+        return case.shuffle(x, residual, out, group.parts)
     if isinstance(group, SeparableGroup):
         first = case_of(group.depthwise, [x])
         return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]]))

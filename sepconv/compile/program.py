@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Numbers, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Numbers
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.store import Constant
 
@@ -110,7 +110,7 @@ class ProgramStep:
 
     @property
     def group(self) -> ComputedGroup | None:
-        return self.work if isinstance(self.work, (Convolution, SeparableGroup, Pool)) else None
+        return self.work if isinstance(self.work, ComputedGroup) else None
 
     @property
     def kind(self) -> str:
@@ -141,7 +141,7 @@ class Program:
         inputs: where the network's inputs lie once they are copied there.
         given: the forms in which the caller holds them.
         outputs: what is returned.
-        memories: bytes of each piece of memory; a step or an input writes it once.
+        memories: bytes of each piece of memory; a step or an input writes each number of it once.
         direct: the input that the first step reads where the caller holds it, if it does.
     """
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from sepconv.compile.groups import Convolution, SeparableGroup
+from sepconv.compile.groups import writes_channels
 from sepconv.compile.program import Place, Program, TensorForm
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.layout import pixel_step
 
 # Activations of a step, over the cache of one core, from which on it is worth calling its kernel for each image.
 _MANY_CACHES = 8
@@ -33,7 +34,7 @@ def slice_batch(program: Program) -> Slices:
         return Slices()
     large = 0
     for i, step in enumerate(program.steps):
-        places = (*step.inputs, *step.outputs) if isinstance(step.work, (Convolution, SeparableGroup)) else ()
+        places = (*step.inputs, *step.outputs) if writes_channels(step.work) else ()
         if not places or not all(_by_image(place, images) for place in places):
             break
         if sum(place.form.bytes for place in places) > _MANY_CACHES * machine.host().l2_bytes:
@@ -47,14 +48,8 @@ def _by_image(place: Place, images: int) -> bool:
 
 
 def _is_dense(form: TensorForm) -> bool:
-    """Whether the images lie one after the other without gaps, contiguous or channels_last."""
-    orders = ((0, 1, 2, 3), (0, 2, 3, 1))
-    return any(_without_gaps(form, order) for order in orders)
-
-
-def _without_gaps(form: TensorForm, order: tuple[int, ...]) -> bool:
-    sizes = [form.shape[d] for d in order]
-    steps = [form.stride[d] for d in order]
-    return all(
-        size == 1 or step == math.prod(sizes[i + 1 :]) for i, (size, step) in enumerate(zip(sizes, steps, strict=True))
-    )
+    """Whether the images lie one after the other without gaps, contiguous or channels_last; or the channels of such."""
+    if pixel_step(form.shape, form.stride):
+        return True
+    sizes = zip(form.shape, form.stride, strict=True)
+    return all(size == 1 or step == math.prod(form.shape[d + 1 :]) for d, (size, step) in enumerate(sizes))

@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Convolution, writes_channels
+from sepconv.compile.joins import Home, homes, parts_of
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
-from sepconv.compile.passes.nodes import as_node, refused, source, value
+from sepconv.compile.passes.nodes import as_node, is_call, refused, shape, source, value
 from sepconv.compile.passes.strides import as_captured, without_gaps
 from sepconv.compile.program import (
     NO_KERNEL,
@@ -36,7 +37,7 @@ from sepconv.compile.program import (
 )
 from sepconv.compile.store import Constant
 from sepconv.kernels.halide.conv.stem import MAX_CHANNELS
-from sepconv.kernels.layout import alike
+from sepconv.kernels.layout import alike, pixel_step
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
@@ -46,7 +47,7 @@ _NOT_IN_PLACE = (_aten.view.dtype, _aten._conj.default, _aten._neg_view.default)
 
 def write_program(graph: fx.Graph, results: Sequence[Tensor]) -> Program:
     """Put a rewritten graph in order; outputs get the strides of ``results``."""
-    walk = _Walk()
+    walk = _Walk(homes(graph))
     for node in graph.nodes:
         walk.visit(node)
     outputs = [
@@ -79,7 +80,7 @@ _Several = Mapping[int, _Look] | Sequence[_Look]
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, homes: Mapping[fx.Node, Home]) -> None:
         self.steps: list[ProgramStep] = []
         self.inputs: list[_Look] = []
         self.given: list[TensorForm] = []
@@ -88,8 +89,17 @@ class _Walk:
         self.direct: int | None = None
         # By node; an operation with several results has one for each of them.
         self._looks: dict[fx.Node, _Look | _Several] = {}
+        self._homes = homes
+        # By concatenation: the memory of its result.
+        self._joined: dict[fx.Node, _Look] = {}
 
     def visit(self, node: fx.Node) -> None:
+        self._visit(node)
+        home = self._home(node)
+        if home is not None:
+            self._looks[node] = self._put(self._look(node), home)
+
+    def _visit(self, node: fx.Node) -> None:
         known = constant(node)
         if known is not None:
             self._looks[node] = _Look(_meta(known.tensor, known.tensor), known)
@@ -116,8 +126,12 @@ class _Walk:
         """The look at the result, or several by number."""
         if node.target is operator.getitem:
             return self._part(node)
-        if isinstance(node.target, (Convolution, SeparableGroup, Pool)):
-            return self._group(node.target, value(node), [self._look(argument) for argument in node.args])
+        if isinstance(node.target, ComputedGroup):
+            home = self._home(node) if writes_channels(node.target) else None
+            out = self._new(value(node), _dense(value(node))) if home is None else home
+            return self._group(node.target, out, [self._look(argument) for argument in node.args])
+        if node in self._homes and is_call(node, _aten.cat.default):
+            return self._join(node)
         if node.target in (as_captured, without_gaps):
             look = self._look(node.args[0])
             return self._in_layout(look, value(node) if node.target is as_captured else _without_gaps_like(look.meta))
@@ -136,15 +150,42 @@ class _Walk:
             raise TypeError(f"{node} takes a part of one value")
         return several[_number(node)]
 
-    def _group(self, group: ComputedGroup, result: Tensor, args: Sequence[_Look]) -> _Look:
-        out = _dense(result)
+    def _group(self, group: ComputedGroup, out: _Look, args: Sequence[_Look]) -> _Look:
         x, *residual = args
         if isinstance(group, Convolution) and group.dims == 0:
             x = self._in_layout(x, _rows(x.meta))
         elif not self._reads_input(group, x):
-            x = self._in_layout(x, _dense(x.meta))
-        read = [x, *(self._in_layout(look, out) for look in residual)]
-        return self._step(group, read, [self._new(result, out)])[0]
+            x = self._in_layout(x, _readable(group, x.meta))
+        read = [x, *(self._in_layout(look, _readable(group, look.meta)) for look in residual)]
+        return self._step(group, read, [out])[0]
+
+    def _home(self, node: fx.Node) -> _Look | None:
+        """The place in a concatenation that a value is computed into."""
+        home = self._homes.get(node)
+        if home is None or home.join is node:
+            return None
+        whole = self._whole(home.join)
+        channels = slice(home.channel, home.channel + shape(node)[1])
+        return _Look(whole.meta[:, channels], whole.memory)
+
+    def _whole(self, join: fx.Node) -> _Look:
+        """The memory of a concatenation's result, new where it is the first that is heard of it."""
+        if join not in self._joined:
+            self._joined[join] = self._new(value(join), _dense(value(join)))
+        return self._joined[join]
+
+    def _join(self, node: fx.Node) -> _Look:
+        """What is not there yet is copied."""
+        home = self._home(node) or self._whole(node)
+        for part in parts_of(node):
+            look = self._look(part.node)
+            self._put(look, _Look(home.meta[:, part.channel : part.channel + look.meta.shape[1]], home.memory))
+        return home
+
+    def _put(self, look: _Look, home: _Look) -> _Look:
+        """The value at its place, copied if it lies elsewhere."""
+        there = look.memory == home.memory and look.meta.storage_offset() == home.meta.storage_offset()
+        return home if there and alike(look.meta, home.meta) else self._step(Copy(), [look], [home])[0]
 
     def _reads_input(self, group: ComputedGroup, x: _Look) -> bool:
         """Whether a step is the network's first and takes the input as the caller holds it: a kernel for few channels
@@ -180,7 +221,8 @@ class _Walk:
         several = not isinstance(results, Tensor)
         # The nodes that take several results know their sizes; the others are of no use to anyone.
         taken = {_number(user): value(user) for user in node.users} if several else {0: value(node)}
-        outs = {i: self._new(part, part if several else _strides_for(part, read)) for i, part in taken.items()}
+        home = self._home(node) if torch.Tag.pointwise in operation.target.tags else None
+        outs = {i: home or self._new(part, part if several else _strides_for(part, read)) for i, part in taken.items()}
         numbers = iter(range(len(read)))
         args, kwargs = pytree.tree_map_only(
             _Look, lambda look: Input(next(numbers)), (operation.args, operation.kwargs)
@@ -238,6 +280,16 @@ def _without_gaps_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else _dense(x)
 
 
+def _by_pixels(x: Tensor) -> bool:
+    """channels_last, or channels of such an image."""
+    return is_channels_last(x) or (x.dim() == 4 and not x.is_contiguous() and pixel_step(x.shape, x.stride()) > 0)
+
+
+def _readable(group: ComputedGroup, x: Tensor) -> Tensor:
+    """A meta tensor with the strides of ``x`` where a group reads them, else in the layout that the kernels read."""
+    return x if writes_channels(group) and _by_pixels(x) else _dense(x)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Rows of a matrix may lie apart, the numbers of a row may not."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else _dense(x)
@@ -269,7 +321,7 @@ def _strides_for(result: Tensor, sources: Sequence[_Look]) -> Tensor:
     for look in sources:
         if look.meta.shape == result.shape and _without_gaps(look.meta):
             return look.meta
-    if result.dim() == 4 and any(is_channels_last(look.meta) for look in sources):
+    if result.dim() == 4 and any(_by_pixels(look.meta) for look in sources):
         return _dense(result)
     return torch.empty(result.shape, device="meta")
 

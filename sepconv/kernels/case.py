@@ -9,7 +9,8 @@ about before there is any memory. A kernel that was prepared for a case is calle
     pointwise                 x, weight, bias, residual
     normal                    x, weight, bias, residual
     separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
-    pool                      x
+    pool, window              x
+    shuffle                   x, residual
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
@@ -149,6 +150,20 @@ def _contiguous(shape: Sizes, stride: Sizes) -> bool:
     return torch.empty_strided(shape, stride, device="meta").is_contiguous()
 
 
+class Window(NamedTuple):
+    """What a pool makes of the pixels under each place of its window: the mean, or the maximum.
+
+    Attributes:
+        counts_padding: whether the mean counts padding as zeros; padding is left out of a maximum.
+        divisor: what the mean divides by; 0: by the number of pixels.
+    """
+
+    size: Sizes
+    mean: bool = False
+    counts_padding: bool = False
+    divisor: int = 0
+
+
 NO_WEIGHT = Outline((0,), (1,))
 """Of an operation that has none."""
 
@@ -158,11 +173,13 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable" or "pool".
+        op: "depthwise", "pointwise", "normal", "separable", "pool", "window" or "shuffle".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
+        window: of a pool ("window" only).
+        parts: in how many the channels come ("shuffle" only): all in x, or half of them each in x and in residual.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -176,6 +193,8 @@ class Case:
     residual: Outline | None = None
     activation: str = ""
     then: Case | None = None
+    window: Window | None = None
+    parts: int = 0
     bound: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -281,3 +300,16 @@ def pool(x: Given, out: Given) -> Case:
     """The mean over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
     image = Outline.of(x)
     return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims))
+
+
+def window(x: Given, out: Given, geometry: Geometry, over: Window) -> Case:
+    """The mean or the maximum of every window of pixels. ``out`` says how many there are: the last may reach beyond
+    the padding."""
+    return Case("window", Outline.of(x), NO_WEIGHT, Outline.of(out), geometry, window=over)
+
+
+def shuffle(x: Given, other: Given | None, out: Given, parts: int) -> Case:
+    """The channels of x, or of both images, in another order: the first of every part, the second of every part ..."""
+    image = Outline.of(x)
+    geometry = Geometry.of_pixels(image.dims)
+    return Case("shuffle", image, NO_WEIGHT, Outline.of(out), geometry, residual=_or_none(other), parts=parts)

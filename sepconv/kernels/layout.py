@@ -27,6 +27,25 @@ def is_channels_last(x: Tensor) -> bool:
     return True
 
 
+def pixel_step(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Numbers from one pixel of an image (N, C, H, W) to the next, where all lie evenly spaced and the channels of a
+    pixel side by side: channels_last, or some of the channels of such an image. 0 where they do not.
+
+    Steps along a size of 1 say nothing.
+    """
+    images, channels, height, width = shape
+    if channels > 1 and stride[1] != 1:
+        return 0
+    step, pixels = 0, 1
+    for size, given in ((width, stride[3]), (height, stride[2]), (images, stride[0])):
+        if size > 1:
+            step = step or given // pixels
+            if step < channels or given != step * pixels:
+                return 0
+        pixels *= size
+    return step or channels
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The layout of ``x`` in PyTorch's words; that of a result is the same."""
     if not is_channels_last(x):

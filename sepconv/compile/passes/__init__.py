@@ -8,6 +8,7 @@ from sepconv.compile.passes.absorb import absorb
 from sepconv.compile.passes.constants import fold_constants
 from sepconv.compile.passes.recognise import recognise
 from sepconv.compile.passes.strides import keep_strides
+from sepconv.compile.passes.trim import trim
 from sepconv.compile.store import Store
 
 
@@ -17,5 +18,6 @@ def rewrite(graph: fx.Graph, store: Store) -> None:
     keep_strides(graph)
     fold_constants(graph, store)
     recognise(graph)
+    trim(graph, store)
     absorb(graph, store)
     graph.eliminate_dead_code()

@@ -24,6 +24,8 @@ from sepconv.compile.passes.nodes import (
     swap,
     value,
 )
+from sepconv.compile.passes.pools import recognise_pools
+from sepconv.compile.passes.shuffle import recognise_shuffles
 from sepconv.compile.store import Constant
 from sepconv.kernels.case import Geometry
 from sepconv.ops.schema import geometry_of
@@ -63,6 +65,8 @@ def recognise(graph: fx.Graph) -> None:
         _linear(node)
     for node in calls(graph, _aten.mean.dim, _aten.avg_pool2d.default):
         _pool(node)
+    recognise_pools(graph)
+    recognise_shuffles(graph)
 
 
 def _drop_identities(graph: fx.Graph) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
-from sepconv.kernels.case import Geometry
+from sepconv.kernels.case import Geometry, Window
 from sepconv.kernels.layout import is_channels_last, new_output
 
 Padding = Sequence[tuple[int, int]]
@@ -42,6 +42,21 @@ def conv(
     x, amounts = _symmetric(x, geometry.padding)
     y: Tensor = CONV[len(amounts)](x, weight, bias, geometry.stride, amounts, geometry.dilation, groups)
     return ACTIVATIONS[activation].function(y)
+
+
+def window(x: Tensor, over: Window, geometry: Geometry, ceil: bool) -> Tensor:
+    """The mean or the maximum of every window; with ``ceil`` the last may reach beyond the padding."""
+    stride, padding, dilation = geometry
+    amounts = [low for low, _ in padding]
+    if over.mean:
+        return F.avg_pool2d(x, over.size, stride, amounts, ceil, over.counts_padding, over.divisor or None)
+    return F.max_pool2d(x, over.size, stride, amounts, dilation, ceil)
+
+
+def shuffle(x: Tensor, other: Tensor | None, parts: int) -> Tensor:
+    """The channels of ``x``, or of both images, the first of every part before the second of every part."""
+    whole = x if other is None else torch.cat([x, other], 1)
+    return whole.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def depthwise_forward(

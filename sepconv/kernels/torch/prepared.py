@@ -96,3 +96,14 @@ def separable(case: Case) -> Callable[..., Tensor]:
 def pool(case: Case) -> Callable[..., Tensor]:
     keepdim = len(case.y.shape) > 2
     return lambda x: x.mean(list(range(2, x.dim())), keepdim=keepdim)
+
+
+def window(case: Case) -> Callable[..., Tensor]:
+    over, geometry = case.window, case.geometry
+    assert over is not None
+    ceil = case.y.shape[2:] != geometry.output_size(case.x.shape[2:], over.size)
+    return lambda x: aten.window(x, over, geometry, ceil)
+
+
+def shuffle(case: Case) -> Callable[..., Tensor]:
+    return lambda x, other=None: aten.shuffle(x, other, case.parts)

@@ -24,8 +24,7 @@ from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.numbers import KINDS
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+from sepconv.kernels.layout import pixel_step
 
 
 def supports(case: Case) -> str:
@@ -99,11 +98,10 @@ def pack(found: DepthwisePlan, weights: Sequence[Tensor | None]) -> list[Buffer]
 def bind(found: DepthwisePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call of the forward pass that fills ``out`` from what is then in ``x``: for repeated use of the same memory.
 
-    ``x`` and ``out`` are both contiguous, or both channels_last images.
+    ``x`` and ``out`` are both contiguous, or both channels_last images or channels of such.
     """
     p = found.problem
-    layout = _FORMATS[x.dim()] if p.channels_last else torch.contiguous_format
-    if not (x.is_contiguous(memory_format=layout) and out.is_contiguous(memory_format=layout)):
+    if not all(_readable(image, p.channels_last) for image in (x, out)):
         raise ValueError(f"depthwise.bind: x and out must have one layout, got {x.stride()} and {out.stride()}")
     return runtime.compiled(found.key, found.build).bind(
         buffer(x, planes(tuple(x.shape), 1)),
@@ -111,3 +109,7 @@ def bind(found: DepthwisePlan, x: Tensor, packed: list[Buffer], residual: Tensor
         *found.arguments,
         buffer(out, planes(tuple(out.shape), p.multiplier)),
     )
+
+
+def _readable(image: Tensor, channels_last: bool) -> bool:
+    return pixel_step(image.shape, image.stride()) > 0 if channels_last else image.is_contiguous()

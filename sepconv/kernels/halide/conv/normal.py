@@ -7,8 +7,8 @@ padded the image is read in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +17,28 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import Tile
 from sepconv.kernels.halide.schedule.normal import NormalSchedule, NormalShape, normal_schedule
-from sepconv.kernels.layout import alike, like
+from sepconv.kernels.layout import like, pixel_step
 
-_MOST_UNROLLED = 16
+# Channels in straight-line code: more take the compiler longer and are no faster.
+MOST_UNROLLED = 4
+# Fewer output channels in a group waste most of a vector.
+_LEAST_OUTPUTS = 4
+
+
+class _Planned(Protocol):
+    @property
+    def variant(self) -> Hashable: ...
+
+
+P = TypeVar("P", bound=_Planned)
+Pack = Callable[[P, Sequence[Tensor | None]], list[Buffer]]
+Bind = Callable[[P, Tensor, list[Buffer], Tensor | None, Tensor], Bound]
 
 
 class NormalSpec(NamedTuple):
@@ -153,7 +166,7 @@ def _schedule(spec: NormalSpec, numbers: tuple[Any, ...], out: Any, sums: Any, d
 
     sums.compute_at(out, step)
     keep_in_registers(sums, o, column, [k.x, k.y, k.z], tile)
-    sums.update().unroll(k.x, next(count for count in range(_MOST_UNROLLED, 0, -1) if spec.channels % count == 0))
+    sums.update().unroll(k.x, next(count for count in range(MOST_UNROLLED, 0, -1) if spec.channels % count == 0))
 
 
 class NormalPlan(NamedTuple):
@@ -203,17 +216,16 @@ def supports(case: Case) -> str:
         return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
     if x.stride[1] != 1 or (x.shape[1] > 1 and x.stride[3] == 1 and x.shape[3] > 1):
         return f"the kernel reads channels_last images only (strides {x.stride})"
-    if not case.result.channels_last and case.result.elements > case.result.shape[0] * case.result.shape[1]:
+    if not pixel_step(case.result.shape, case.result.stride):
         return f"the kernel writes channels_last images only (strides {case.result.stride})"
     return runtime.too_large(case.result.shape)
 
 
 def slower(case: Case) -> str:
     """Why PyTorch's kernel is expected to be faster, in a sentence; the empty string if this one is."""
-    lanes, outputs = machine.host().lanes, case.weight.shape[0] // case.groups
-    # One vector of sums is read for each column; oneDNN's kernels for blocks of 8 and 16 channels take 0.7 of the time.
-    if case.groups > 1 and outputs <= lanes <= case.weight.shape[1]:
-        return f"groups of at most {lanes} output channels are faster in PyTorch's kernel, got {outputs}"
+    outputs = case.weight.shape[0] // case.groups
+    if case.groups > 1 and outputs < _LEAST_OUTPUTS <= case.weight.shape[1]:
+        return f"groups of less than {_LEAST_OUTPUTS} output channels are faster in PyTorch's kernel, got {outputs}"
     return ""
 
 
@@ -233,43 +245,45 @@ def pack(found: NormalPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     return [buffer(panels), buffer(packing.pack_bias(bias, weight))]
 
 
-def _in_groups(image: Tensor, spec: NormalSpec) -> Buffer:
-    """(N, C, H, W) as (N, H, W, groups, channels)."""
-    n, _, h, w = image.shape
+def in_parts(image: Tensor, channels: int) -> Buffer:
+    """(N, C, H, W) as (N, H, W, C / channels, channels)."""
+    n, whole, h, w = image.shape
     by_image, _, by_row, by_column = image.stride()
-    strides = (by_image, by_row, by_column, spec.out_channels, 1)
-    return Buffer((n, h, w, spec.groups, spec.out_channels), strides, image.data_ptr(), holds=image)
+    strides = (by_image, by_row, by_column, channels, 1)
+    return Buffer((n, h, w, whole // channels, channels), strides, image.data_ptr(), holds=image)
 
 
 def bind(found: NormalPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
-    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`; ``out`` is channels_last.
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`; ``out`` and ``residual`` are channels_last, or
+    some channels of such images.
     """
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"normal.bind: out must be channels_last without gaps, got strides {out.stride()}")
-    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
-        raise ValueError(f"normal.bind: residual must lie in memory like out, got strides {residual.stride()}")
+    images = check_pixels("normal.bind", out, residual)
     kernel = runtime.compiled(("normal", found.spec), lambda: build(found.spec))
-    images = [out] if residual is None else [residual, out]
-    return kernel.bind(*found.numbers, pixels(x), *packed, *[_in_groups(image, found.spec) for image in images])
+    return kernel.bind(
+        *found.numbers, pixels(x), *packed, *[in_parts(image, found.spec.out_channels) for image in images]
+    )
 
 
-class NormalCall:
-    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides."""
+class ConvolutionCall(Generic[P]):
+    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides, by a kernel
+    that is called ``name``. ``found`` is its plan; ``pack`` and ``bind`` are its functions."""
 
-    def __init__(self, case: Case) -> None:
-        self.found, result = plan(case), case.result
+    def __init__(self, name: str, case: Case, found: P, pack: Pack[P], bind: Bind[P]) -> None:
+        self.found, self.pack, self.bind, result = found, pack, bind, case.result
         self.shape, self.dtype = result.shape, result.dtype
-        self._variant = ("normal", *self.found.variant, case.weight.shape)
+        self._variant = (name, found.variant, case.weight.shape)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         out = torch.empty(self.shape, dtype=self.dtype, memory_format=torch.channels_last)
         if out.numel():
             weights = (weight, bias)
-            packed = packing.remembered(weights, self._variant, lambda: pack(self.found, weights))
-            bind(self.found, x, packed, None if residual is None else like(residual, out), out)()
+            packed = packing.remembered(weights, self._variant, lambda: self.pack(self.found, weights))
+            self.bind(self.found, x, packed, None if residual is None else like(residual, out), out)()
         return out
 
 
-prepare = NormalCall
+def prepare(case: Case) -> ConvolutionCall[NormalPlan]:
+    """``activation(F.conv2d(x, weight, bias, ...) + residual)`` for all tensors of these sizes and strides."""
+    return ConvolutionCall("normal", case, plan(case), pack, bind)

@@ -19,13 +19,13 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.conv.gemm import bias_param, in_streams, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, dense
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine, tuned
 from sepconv.kernels.halide.schedule.gemm import Tile, pointwise_alternatives, pointwise_schedule, streams
-from sepconv.kernels.layout import alike, like, memory_format
+from sepconv.kernels.layout import like
 
 # Measured on Zen 4: a call costs 6 us more than PyTorch's and gains 3 us in a million multiply-adds, half of that where
 # channels have to be gathered; and reading the weights once more, to see whether they changed, costs as much as is
@@ -229,6 +229,9 @@ def supports(case: Case) -> str:
         return "with one input channel both layouts look the same to the kernel"
     if x.elements and _view(x) is None:
         return f"the pixels of x do not lie evenly spaced in memory (strides {x.stride}); x.contiguous() would"
+    for image in (case.result, case.residual) if case.bound else ():
+        if image is not None and _matrix(image.shape, image.stride, _reads_channels_last(x)) is None:
+            return f"x and the result lie in memory in different orders (strides {image.stride})"
     return ""
 
 
@@ -272,17 +275,22 @@ def pack(found: PointwisePlan, weights: Sequence[Tensor | None]) -> list[Buffer]
 def bind(found: PointwisePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory.
 
-    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``layout.new_output(x, O, sizes)``.
+    ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`; ``out`` and ``residual`` have the layout of ``x``,
+    or are channels of a larger image that has it.
     """
-    if not out.is_contiguous(memory_format=memory_format(x)):
-        raise ValueError(f"pointwise.bind: out must have the layout of x without gaps, got strides {out.stride()}")
-    kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
-    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
-        raise ValueError(f"pointwise.bind: residual must lie in memory like out, got strides {residual.stride()}")
-    images = [out] if residual is None else [residual, out]
     source = Buffer(*found.x_view, x.data_ptr(), holds=x)
-    views = [dense(found.out_size, image.data_ptr(), image) for image in images]
+    images = {"out": out} if residual is None else {"residual": residual, "out": out}
+    views = [_result_view(found, name, image) for name, image in images.items()]
+    kernel = runtime.compiled(("pointwise", found.spec), lambda: build(found.spec))
     return kernel.bind(found.chunk, found.share, source, *packed, *views)
+
+
+def _result_view(found: PointwisePlan, name: str, image: Tensor) -> Buffer:
+    view = _matrix(tuple(image.shape), image.stride(), found.spec.channels_last)
+    if view is None or view[0] != found.out_size:  # a copy would hold what is there now, for ever
+        raise ValueError(f"pointwise.bind: {name} must have the layout of x, got strides {image.stride()}")
+    shape, strides = view
+    return Buffer(shape, strides, image.data_ptr(), holds=image)
 
 
 class PointwiseCall:

@@ -17,12 +17,12 @@ from torch import Tensor
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS, SeparableSpec, build
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.schedule import machine, tuned
 from sepconv.kernels.halide.schedule.gemm import separable_alternatives, separable_schedule, streams
-from sepconv.kernels.layout import alike, like
+from sepconv.kernels.layout import like, pixel_step
 
 Sizes = tuple[int, ...]
 
@@ -148,27 +148,26 @@ def bind(found: SeparablePlan, x: Tensor, packed: list[Buffer], residual: Tensor
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`, ``out`` is ``layout.new_output(x, O, found.size)``.
     """
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"separable.bind: out must be channels_last without gaps, got strides {out.stride()}")
+    images = check_pixels("separable.bind", out, residual)
     kernel = runtime.compiled(("separable", found.spec), lambda: build(found.spec))
-    if residual is not None and not alike(residual, out):  # a copy would hold what is there now, for ever
-        raise ValueError(f"separable.bind: residual must lie in memory like out, got strides {residual.stride()}")
-    images = [out] if residual is None else [residual, out]
     inputs: list[Buffer | int] = [*found.before, pixels(x), *packed]
     calls = []
     for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
-        shape, strides, skipped = _tiles(tuple(out.shape), rows, first, tiles)
-        views = [Buffer(shape, strides, image.data_ptr() + skipped, holds=image) for image in images]
+        views = []
+        for image in images:
+            step = pixel_step(image.shape, image.stride())
+            shape, strides, skipped = _tiles(tuple(image.shape), step, (rows, first, tiles))
+            views.append(Buffer(shape, strides, image.data_ptr() + skipped, holds=image))
         calls.append(kernel.bind(found.size[1], rows, first, share, *inputs, *views))
     return calls[0] if len(calls) == 1 else Chain(calls)
 
 
-def _tiles(shape: Sizes, rows: int, first: int, tiles: int) -> tuple[Sizes, Sizes, int]:
-    """(N, O, Ho, Wo), channels_last without gaps, from a row on, as (N, tile, pixel in tile, O): sizes, strides, bytes
-    before it."""
+def _tiles(shape: Sizes, step: int, call: tuple[int, int, int]) -> tuple[Sizes, Sizes, int]:
+    """(N, O, Ho, Wo), whose pixels lie ``step`` numbers apart, from a row on, as (N, tile, pixel in tile, O): sizes,
+    strides, bytes before it."""
     images, channels, height, width = shape
-    row = width * channels
-    return (images, tiles, rows * width, channels), (height * row, rows * row, channels, 1), 4 * first * row
+    (rows, first, tiles), row = call, width * step
+    return (images, tiles, rows * width, channels), (height * row, rows * row, step, 1), 4 * first * row
 
 
 class SeparableCall:
@@ -187,7 +186,7 @@ class SeparableCall:
     def _prepare(self, packed: list[Any]) -> list[tuple[KernelCall, int]]:
         found, calls = self.found, []
         for (rows, first, tiles), share in zip(found.calls, found.share, strict=True):
-            shape, strides, skipped = _tiles(self.shape, rows, first, tiles)
+            shape, strides, skipped = _tiles(self.shape, self.shape[1], (rows, first, tiles))
             images = [Strided(shape, strides)] * (2 if found.spec.residual else 1)
             given = (found.size[1], rows, first, share, *found.before, self._x, *packed, *images)
             calls.append((KernelCall(("separable", found.spec), partial(build, found.spec), given), skipped))

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
+from sepconv.kernels.halide.conv.normal import ConvolutionCall
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
@@ -210,27 +210,11 @@ def bind(found: StemPlan, x: Tensor, packed: list[Buffer], residual: Tensor | No
 
     ``found`` comes from :func:`plan`, ``packed`` from :func:`pack`.
     """
-    if not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"conv.bind: out must be channels_last without gaps, got strides {out.stride()}")
+    check_pixels("conv.bind", out)
     kernel = runtime.compiled(("conv", found.spec), lambda: build(found.spec))
     return kernel.bind(*found.numbers, pixels(x), *packed, pixels(out))
 
 
-class StemCall:
+def prepare(case: Case) -> ConvolutionCall[StemPlan]:
     """``activation(F.conv2d(x, weight, bias, stride))`` after padding, for all tensors of these sizes and strides."""
-
-    def __init__(self, case: Case) -> None:
-        self.found, result = plan(case), case.result
-        self.shape, self.dtype = result.shape, result.dtype
-        self._variant = ("conv", *self.found.variant, case.weight.shape)
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, memory_format=torch.channels_last)
-        if out.numel():
-            weights = (weight, bias)
-            packed = packing.remembered(weights, self._variant, lambda: pack(self.found, weights))
-            bind(self.found, x, packed, None, out)()
-        return out
-
-
-prepare = StemCall
+    return ConvolutionCall("conv", case, plan(case), pack, bind)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sepconv.kernels.layout import array
+from sepconv.kernels.layout import array, pixel_step
 
 _WHOLE, _NATURAL, _FLOATING = 0, 1, 2  # halide_type_code_t
 FLOAT32, FLOAT16 = _FLOATING | 32 << 8, _FLOATING | 16 << 8
@@ -85,6 +85,22 @@ def pixels(image: Tensor) -> Buffer:
     # The step of a single channel says nothing; kernels for channels_last images expect neighbours.
     strides = (by_image, by_row, by_column, 1 if c == 1 else by_channel)
     return Buffer((n, h, w, c), strides, image.data_ptr(), FLOAT32, image)
+
+
+def check_pixels(what: str, out: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+    """``residual``, if there is one, and ``out``: images in the order in which kernels take them.
+
+    Raises:
+        ValueError: their pixels do not lie evenly spaced in memory, each one's channels side by side.
+    """
+    # A copy of what is added would hold what is there now, for ever.
+    images = {"out": out} if residual is None else {"residual": residual, "out": out}
+    for name, image in images.items():
+        if not pixel_step(image.shape, image.stride()):
+            raise ValueError(
+                f"{what}: {name} must be channels_last, or channels of such an image, got {image.stride()}"
+            )
+    return list(images.values())
 
 
 def steps(values: np.ndarray[Any, Any]) -> list[int]:

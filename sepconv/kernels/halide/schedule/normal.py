@@ -87,3 +87,28 @@ def normal_schedule(machine: Machine, shape: NormalShape, threads: int) -> Norma
     choices = [(rows, parts) for rows in range(most, 0, -1) for parts in {1, min(threads, blocks)}]
     rows, parts = min(choices, key=lambda choice: (cost(*choice), choice[1], -choice[0]))
     return NormalSchedule(tile, rows, parts)
+
+
+# Share of L2 for the input rows of a task that computes one vector of several groups.
+_SORTED_SHARE = 8
+
+
+class GroupedSchedule(NamedTuple):
+    """``columns`` neighbouring pixels in registers, ``rows`` output rows in a task."""
+
+    columns: int
+    rows: int
+
+
+@lru_cache(maxsize=4096)
+def grouped_schedule(
+    machine: Machine, size: tuple[int, int], reach: tuple[int, int], row_bytes: int, vectors: int, threads: int
+) -> GroupedSchedule:
+    """For the kernel of few channels in a group: ``size`` of the result; input rows from one output row to the next and
+    from the first tap to the last, each of ``row_bytes`` for one vector; vectors of all images."""
+    rows, columns = size
+    counts = range(1, min(columns, _MOST_SCALARS, machine.registers - 3) + 1)
+    most = min(counts, key=lambda count: round_up(columns, count) / min(count, _LEAST_SUMS) * (1 + 0.2 / count))
+    fitting = max(1, (machine.l2_bytes // _SORTED_SHARE // row_bytes - reach[1]) // reach[0])
+    parts = max(-(-rows // fitting), -(-threads // vectors))
+    return GroupedSchedule(most, max(1, -(-rows // parts)))

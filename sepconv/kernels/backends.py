@@ -13,7 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from sepconv.kernels.case import Case
-from sepconv.kernels.halide.conv import depthwise, grouped, normal, pointwise, pool, separable, shuffle, stem, window
+from sepconv.kernels.halide.conv import (
+    depthwise,
+    grouped,
+    normal,
+    pointwise,
+    pointwise_tiles,
+    pool,
+    separable,
+    shuffle,
+    stem,
+    window,
+)
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
@@ -104,7 +115,7 @@ def _halide(kernel: ModuleType) -> Backend:
 
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [_halide(depthwise), Backend("torch", prepared.depthwise)],
-    "pointwise": [_halide(pointwise), Backend("torch", prepared.pointwise)],
+    "pointwise": [_halide(pointwise), _halide(pointwise_tiles), Backend("torch", prepared.pointwise)],
     "normal": [_halide(stem), _halide(grouped), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],

@@ -77,15 +77,18 @@ def _without_kernel(op: str, reason: str, instead: str = "torch") -> bool:
 
 
 def _half_reason(x: Tensor) -> str:
-    """Why numbers of 16 bits are not for our products of matrices: PyTorch's use the processor's units for them."""
+    """Why numbers of 16 bits are not for our products of matrices where there are gradients: PyTorch's use the
+    processor's units for them."""
     return f"the kernel computes in float32 but got {x.dtype}" if x.dtype in HALF else ""
 
 
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
     """Whether autograd keeps the value before this activation cheaper than our backward pass would compute it again."""
-    if ACTIVATIONS[activation].from_output or not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    return not ACTIVATIONS[activation].from_output and _differentiated(*tensors)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _promotes(x: Tensor, residual: Tensor) -> bool:
@@ -184,7 +187,7 @@ def pointwise_conv(
         check_residual(name, residual, (x.shape[0], weight.shape[0], *sizes))
     if _by_pytorch("pointwise_conv", x, weight, bias, residual):
         return aten.pointwise_forward(x, weight, bias, chosen, residual, steps)
-    if _without_kernel("pointwise_conv", _half_reason(x)):
+    if _differentiated(x, weight, bias, residual) and _without_kernel("pointwise_conv", _half_reason(x)):
         y = aten.pointwise_bf16(x, weight, bias, chosen, residual, steps)
         return y.contiguous(memory_format=memory_format(x))
     for d, step in enumerate(steps):

@@ -55,9 +55,10 @@ def pointwise(case: Case) -> Callable[..., Tensor]:
     if case.x.dims == 0:
         return normal(case)
     form, activation = case.x.memory_format, case.activation
+    forward = aten.pointwise_bf16 if case.x.dtype is torch.bfloat16 else aten.pointwise_forward
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        return aten.pointwise_forward(x, weight, bias, activation, residual).contiguous(memory_format=form)
+        return forward(x, weight, bias, activation, residual).contiguous(memory_format=form)
 
     return run
 

@@ -1,8 +1,8 @@
 """Products of matrices on the processor's tiles (Intel AMX), as a stage of Halide's pipelines.
 
-A tile is a register of up to 16 rows of 64 bytes. One instruction adds the product of two of them to a third: 16 rows of
-32 bfloat16 numbers times 16 columns, 16 times the arithmetic of a vector instruction. Halide 21 has no tiles for Python,
-so the stage is written in LLVM's language; Halide calls it for each part of the sums that it needs.
+A tile is a register of up to 16 rows of 64 bytes. One instruction adds the product of two of them to a third: 16 rows
+of 32 bfloat16 numbers times 16 columns. Halide 21 has no tiles for Python, so the stage is written in LLVM's language;
+Halide calls it for each part of the sums that it needs.
 
 Reference: Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3 (palette 1).
 """
@@ -36,7 +36,8 @@ declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 %dimension = type { i32, i32, i32, i32 }
 %buffer = type { i64, ptr, ptr, i64, i32, i32, ptr, ptr }
-@sizes = internal constant <{ i8, [15 x i8], [8 x i16], [8 x i16], [8 x i8], [8 x i8] }> <{ i8 1, [15 x i8] zeroinitializer,
+%sizes = type <{ i8, [15 x i8], [8 x i16], [8 x i16], [8 x i8], [8 x i8] }>
+@sizes = internal constant %sizes <{ i8 1, [15 x i8] zeroinitializer,
   [8 x i16] [i16 64, i16 64, i16 64, i16 64, i16 64, i16 64, i16 64, i16 64], [8 x i16] zeroinitializer,
   [8 x i8] [i8 16, i8 16, i8 16, i8 16, i8 16, i8 16, i8 16, i8 16], [8 x i8] zeroinitializer }>
 attributes #0 = { "target-features"="+amx-tile,+amx-bf16" }
@@ -44,7 +45,8 @@ attributes #0 = { "target-features"="+amx-tile,+amx-bf16" }
 
 # Sums of {pixels} x {outputs} tiles in registers 0 to 3; x passes through 4 and 5, weights through 6 and 7.
 _BLOCK = """
-define internal void @block_{pixels}_{outputs}(ptr %x, i64 %xs, ptr %w, i64 %ws, ptr %y, i64 %ys, i64 %steps, i64 %xk, i64 %wk) #0 {{
+define internal void @block_{pixels}_{outputs}(
+    ptr %x, i64 %xs, ptr %w, i64 %ws, ptr %y, i64 %ys, i64 %steps, i64 %xk, i64 %wk) #0 {{
   %x16 = mul i64 %xs, 16
   %y16 = mul i64 %ys, 16
   %y1 = getelementptr i8, ptr %y, i64 %y16

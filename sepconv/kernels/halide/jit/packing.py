@@ -139,7 +139,7 @@ def remembered(weights: tuple[Tensor | None, ...], variant: Hashable, make: Call
     """``make()``, kept for as long as all the weights' memory lives and its bytes stay the same.
 
     ``make`` must depend on nothing but the weights' values and ``variant``, and must copy what it keeps. The weights
-    are float32 tensors; ``variant`` tells apart those of other sizes.
+    are tensors of 32 or 16 bits; ``variant`` tells apart those of other sizes.
     """
     given = [weight for weight in weights if weight is not None]
     digest = tuple([_digest(weight) for weight in given])
@@ -174,7 +174,14 @@ def cached_weights() -> int:
 
 
 def fingerprint(weight: Tensor) -> bytes:
-    """A hash of every bit of a float32 tensor, 64 lanes of 32 bits per share of it; its bytes where they are few."""
+    """A hash of every bit of a tensor, 64 lanes of 32 bits per share of it; its bytes where they are few.
+
+    Two numbers of 16 bits are one of 32.
+    """
+    if weight.element_size() == 2:
+        flat = weight.detach().reshape(-1)
+        pairs = flat[: len(flat) // 2 * 2].view(torch.float32)
+        return fingerprint(pairs) + flat[len(flat) // 2 * 2 :].view(torch.int16).numpy().tobytes()
     size = weight.numel()
     if size < _HASH_FROM:
         # The contiguous way is a few times shorter, and a layer has a dozen small tensors.

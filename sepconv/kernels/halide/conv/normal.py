@@ -27,6 +27,8 @@ from sepconv.kernels.layout import like, pixel_step
 
 # Channels in straight-line code: more take the compiler longer and are no faster.
 MOST_UNROLLED = 4
+# Bytes between numbers that take each other's place in the cache: columns of an image must not lie so far apart.
+_SAME_SET = 4096
 # Fewer output channels in a group waste most of a vector.
 _LEAST_OUTPUTS = 4
 
@@ -142,6 +144,8 @@ def _schedule_padded(spec: NormalSpec, padded: Any, out: Any) -> None:
     lanes = machine.host().lanes
     padded.compute_at(out, hl.Var("task"))
     channels = spec.channels * spec.groups
+    if 4 * channels % _SAME_SET == 0:
+        padded.align_storage(padded.args()[0], channels + lanes)
     if channels >= lanes:
         whole = channels % lanes == 0
         padded.vectorize(padded.args()[0], lanes, hl.TailStrategy.RoundUp if whole else hl.TailStrategy.GuardWithIf)

@@ -76,6 +76,10 @@ def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
 
     k = hl.RDom([hl.Range(0, extent) for extent in (spec.channels, width, height)], "k")
     sums, out = hl.Func("sums"), hl.Func("normal")
+    if spec.dilation[0] > 1 and not spec.step:
+        # Of taps so far apart many lie above or below the image.
+        above = row * spec.stride[0] + k.z * spec.dilation[0] - numbers[3]
+        k.where((above >= 0) & (above < x.dim(2).extent()))
     channel = o + g * _whole(spec)
     sums[o, g, column, row, n] = hl.f32(0.0)
     sums[o, g, column, row, n] += (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sepconv.compile import compile
 from sepconv.compile.store import Store
 
 
@@ -42,3 +44,26 @@ def test_a_tensor_that_took_the_place_of_a_named_one_has_no_name() -> None:
     store = Store({"weight": torch.zeros(100)})
     others = [torch.full((100,), float(i)) for i in range(1, 50)]
     assert [store.frozen(other).key[0] for other in others] == ["unnamed"] * 49
+
+
+class Standardised(nn.Conv2d):
+    """The convolution of NFNets and BiT: filters of mean 0 and deviation 1, by an operation with several results."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__(9, 5, 3)
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by == "norm":
+            rows = F.batch_norm(self.weight.reshape(1, 5, -1), None, None, training=True, momentum=0.0)
+            return F.conv2d(x, rows.reshape_as(self.weight), self.bias)
+        variance, mean = torch.var_mean(self.weight, [1, 2, 3], keepdim=True, correction=0)
+        return F.conv2d(x, (self.weight - mean) / (variance + 1e-6).sqrt(), self.bias)
+
+
+@pytest.mark.parametrize("by", ["norm", "var_mean"])
+def test_results_of_operations_with_several_are_constants(by: str) -> None:
+    model, x = Standardised(by).eval(), torch.randn(1, 9, 6, 7)
+    compiled = compile(model, x)
+    assert [group.kind for group in compiled.explain().groups if group.kind != "copy"] == ["normal"]
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)

@@ -107,6 +107,30 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+class Spread(nn.Module):
+    """Norm and activation behind a concatenation, as in MixNet."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 9, 3), nn.Conv2d(3, 5, 3, bias=False)
+        self.norm, self.twice = nn.BatchNorm2d(14), twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([self.a(x), self.b(x)], 1)
+        y = nn.functional.silu(self.norm(joined))
+        return y + joined.mean() if self.twice else y
+
+
+@pytest.mark.parametrize(("twice", "fused"), [(False, ("norm", "silu")), (True, ())])
+def test_what_follows_a_join_is_done_to_its_parts(twice: bool, fused: tuple[str, ...]) -> None:
+    model, x = randomise(Spread(twice)), torch.randn(1, 3, 11, 13)
+    compiled = compile(model, x)
+    groups = compiled.explain().groups
+    assert [group.fused for group in groups if group.kind == "normal"] == [fused] * 2
+    assert twice or len(groups) == 2
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def network_of(compiled: CompiledModel) -> PreparedNetwork:
     network = next(iter(compiled._networks.values()))
     assert isinstance(network, PreparedNetwork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,29 @@ class _Fold(NamedTuple):
     key: tuple[object, ...]
     what: str
 
+    def of(self, channels: slice) -> _Fold:
+        """What becomes of some of the channels."""
+        factor, shift = (None if vector is None else vector[channels] for vector in (self.factor, self.shift))
+        return _Fold(factor, shift, (*self.key, channels.start, channels.stop), self.what)
+
+
+def _joined(node: object) -> list[_Source]:
+    """The convolutions that a concatenation of channels puts together, none where anything else reads one of them or
+    the concatenation: what follows it can be done to each of them."""
+    join = called(node, _aten.cat.default)
+    if join is None or len(join.users) > 1 or NodeArguments(join)["dim"] not in (1, 1 - len(shape(join))):
+        return []
+    parts = [as_node(part) for part in join.args[0]] if isinstance(join.args[0], (list, tuple)) else []
+    sources = [_Source(part, [], conv) for part in parts if (conv := group_of(part, Convolution)) is not None]
+    alone = all(len(part.users) == 1 for part in parts) and len(set(parts)) == len(parts)
+    return sources if alone and len(sources) == len(parts) else []
+
+
+def _channels(parts: list[_Source]) -> list[slice]:
+    """Where each of them lies in the concatenation."""
+    ends = list(accumulate(part.group.out_channels for part in parts))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
 
 def _absorb_norm(node: fx.Node, store: Store) -> None:
     given = NodeArguments(node)
@@ -113,9 +137,15 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     factor, shift = scale_and_shift(mean.tensor, variance.tensor, weight, bias, eps)
     key = ("norm", *(None if c is None else c.key for c in (gamma, beta, mean, variance)), eps)
     fold = _Fold(factor, shift, key, "norm")
+    joined = _joined(given["input"])
     if found is not None and not found.reshapes:
         found.node.target = _folded(found.group, fold, store)
         replace(result, found.node)
+        node.graph.erase_node(node)
+    elif joined and all(part.group.epilogue.is_linear for part in joined):
+        for part, channels in zip(joined, _channels(joined), strict=True):
+            part.node.target = _folded(part.group, fold.of(channels), store)
+        replace(result, as_node(given["input"]))
         node.graph.erase_node(node)
     elif _is_image(given["input"]):
         swap(result, _filter_of_one_pixel(fold, store), (given["input"],))
@@ -196,7 +226,11 @@ def _per_channel(other: object, node: fx.Node, found: _Source) -> Tensor | None:
 
 
 def _absorb_activation(node: fx.Node) -> None:
-    found = producer(node.args[0], Convolution)
+    found, joined = producer(node.args[0], Convolution), _joined(node.args[0])
+    if joined and not any(part.group.epilogue.activation for part in joined):
+        for part in joined:
+            part.node.target = part.group.activated(activation_of(node))
+        replace(node, as_node(node.args[0]))
     if found is None:
         return
     source, _, conv = found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -34,7 +36,9 @@ def _foldable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not node.all_input_nodes:
         return False
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if node.target is operator.getitem:  # one of several results
+        [node] = node.all_input_nodes
+    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
     sources = [constant(source) for source in node.all_input_nodes]
     known = [source for source in sources if source is not None]
@@ -51,16 +55,20 @@ def _constant(node: fx.Node) -> Constant:
 
 
 def _key(node: fx.Node) -> Hashable:
+    if node.target is operator.getitem:
+        return ("result", node.args[1], _key(node.all_input_nodes[0]))
     args, spec = pytree.tree_flatten((node.args, node.kwargs))
     leaves = (_constant(arg).key if isinstance(arg, fx.Node) else ("value", repr(arg)) for arg in args)
     return (str(node.target), str(spec), *leaves)
 
 
-def _evaluate(node: fx.Node) -> Tensor:
+def _evaluate(node: fx.Node) -> Any:
+    if node.target is operator.getitem:
+        several: Any = _evaluate(node.all_input_nodes[0])
+        return several[node.args[1]]
     if isinstance(node.target, str):
         raise TypeError(f"{node} calls no function but {node.target}")
     args = fx.node.map_arg(node.args, lambda source: _constant(source).tensor)
     kwargs = fx.node.map_arg(node.kwargs, lambda source: _constant(source).tensor)
     with torch.no_grad():
-        result: Tensor = node.target(*args, **kwargs)
-    return result
+        return node.target(*args, **kwargs)

@@ -27,6 +27,8 @@ from sepconv.kernels.layout import like, pixel_step
 
 # Channels in straight-line code: more take the compiler longer and are no faster.
 MOST_UNROLLED = 4
+# Bytes between numbers that take each other's place in the cache: columns of an image must not lie so far apart.
+_SAME_SET = 4096
 # Fewer output channels in a group waste most of a vector.
 _LEAST_OUTPUTS = 4
 
@@ -74,6 +76,10 @@ def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
 
     k = hl.RDom([hl.Range(0, extent) for extent in (spec.channels, width, height)], "k")
     sums, out = hl.Func("sums"), hl.Func("normal")
+    if spec.dilation[0] > 1 and not spec.step:
+        # Of taps so far apart many lie above or below the image.
+        above = row * spec.stride[0] + k.z * spec.dilation[0] - numbers[3]
+        k.where((above >= 0) & (above < x.dim(2).extent()))
     channel = o + g * _whole(spec)
     sums[o, g, column, row, n] = hl.f32(0.0)
     sums[o, g, column, row, n] += (
@@ -142,6 +148,8 @@ def _schedule_padded(spec: NormalSpec, padded: Any, out: Any) -> None:
     lanes = machine.host().lanes
     padded.compute_at(out, hl.Var("task"))
     channels = spec.channels * spec.groups
+    if 4 * channels % _SAME_SET == 0:
+        padded.align_storage(padded.args()[0], channels + lanes)
     if channels >= lanes:
         whole = channels % lanes == 0
         padded.vectorize(padded.args()[0], lanes, hl.TailStrategy.RoundUp if whole else hl.TailStrategy.GuardWithIf)

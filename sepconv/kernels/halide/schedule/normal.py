@@ -76,7 +76,10 @@ def _tile_cost(tile: Tile, machine: Machine, shape: NormalShape) -> float:
 def normal_schedule(machine: Machine, shape: NormalShape, threads: int) -> NormalSchedule:
     """The tile with the least waste, and tasks that keep all threads equally busy."""
     tile = min(_tiles(machine, shape), key=lambda tile: _tile_cost(tile, machine, shape))
-    most = max(1, min(shape.rows, _MOST_ROWS, machine.l2_bytes // _INPUT_SHARE // shape.row_bytes))
+    most = min(shape.rows, _MOST_ROWS)
+    if 4 * shape.groups * shape.out_channels * shape.channels * shape.taps <= machine.l2_bytes // 2:
+        # Larger weights come from beyond L2 for every task: that counts for more than where the input lies.
+        most = max(1, min(most, machine.l2_bytes // _INPUT_SHARE // shape.row_bytes))
     blocks = shape.groups * -(-shape.out_channels // tile.wide)
 
     def cost(rows: int, parts: int) -> float:

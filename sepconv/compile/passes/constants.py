@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -31,16 +33,22 @@ def fold_constants(graph: fx.Graph, store: Store) -> None:
 
 
 def _foldable(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not node.all_input_nodes:
+    value, computed = node.meta.get("val"), _computed(node)
+    if not isinstance(value, Tensor) or not computed.all_input_nodes:
         return False
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if torch.Tag.nondeterministic_seeded in getattr(computed.target, "tags", ()):
         return False
-    sources = [constant(source) for source in node.all_input_nodes]
+    sources = [constant(source) for source in computed.all_input_nodes]
     known = [source for source in sources if source is not None]
     if len(known) < len(sources):
         return False
     return value.numel() <= _MOST_GROWTH + max(source.tensor.numel() for source in known)
+
+
+def _computed(node: fx.Node) -> fx.Node:
+    """The operation behind a value, which may be one of its several results."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, fx.Node) else node
 
 
 def _constant(node: fx.Node) -> Constant:
@@ -51,16 +59,20 @@ def _constant(node: fx.Node) -> Constant:
 
 
 def _key(node: fx.Node) -> Hashable:
-    args, spec = pytree.tree_flatten((node.args, node.kwargs))
+    computed = _computed(node)
+    args, spec = pytree.tree_flatten((computed.args, computed.kwargs))
     leaves = (_constant(arg).key if isinstance(arg, fx.Node) else ("value", repr(arg)) for arg in args)
-    return (str(node.target), str(spec), *leaves)
+    part = () if computed is node else (node.args[1],)
+    return (str(computed.target), *part, str(spec), *leaves)
 
 
 def _evaluate(node: fx.Node) -> Tensor:
-    if isinstance(node.target, str):
-        raise TypeError(f"{node} calls no function but {node.target}")
-    args = fx.node.map_arg(node.args, lambda source: _constant(source).tensor)
-    kwargs = fx.node.map_arg(node.kwargs, lambda source: _constant(source).tensor)
+    computed = _computed(node)
+    if isinstance(computed.target, str):
+        raise TypeError(f"{node} calls no function but {computed.target}")
+    args = fx.node.map_arg(computed.args, lambda source: _constant(source).tensor)
+    kwargs = fx.node.map_arg(computed.kwargs, lambda source: _constant(source).tensor)
     with torch.no_grad():
-        result: Tensor = node.target(*args, **kwargs)
-    return result
+        result: Any = computed.target(*args, **kwargs)
+    part: Tensor = result if computed is node else result[node.args[1]]
+    return part

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from sepconv.compile.groups import Convolution, Epilogue, SeparableGroup
 from sepconv.compile.numbers import not_computed
 from sepconv.compile.passes.activations import activation_of
+from sepconv.compile.passes.branches import merge_branches
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import (
     NodeArguments,
@@ -49,7 +50,7 @@ def absorb(graph: fx.Graph, store: Store) -> None:
         if node.target in _NORMS:
             _absorb_norm(node, store)
         elif node.target in (*_SCALES, *_SHIFTS):
-            if not _absorb_vector(node, store):
+            if not _absorb_vector(node, store) and not merge_branches(node, store):
                 _absorb_residual(node)
         elif activation_of(node):
             _absorb_activation(node)

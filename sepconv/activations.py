@@ -30,8 +30,8 @@ class Activation:
         module: makes PyTorch's module of it.
         backward: the gradient of its input, from that of its output and a value: the output if ``from_output``, else
             the input, which must be kept or computed again.
-        operators: those by which a captured graph may call it, with nothing but its input.
         expression: the same in Halide: of the module ``halide`` and a float32 expression.
+        operators: those by which a captured graph may call it, with nothing but its input.
         limits: between which it clamps its input and does nothing else; None for a curve.
     """
 
@@ -39,10 +39,10 @@ class Activation:
     function: Callable[[Tensor], Tensor]
     module: Callable[[], nn.Module]
     backward: Callable[[Tensor, Tensor], Tensor]
-    from_output: bool
-    operators: tuple[Any, ...]
     expression: Callable[[Any, Any], Any]
-    limits: tuple[float, float] | None
+    from_output: bool = False
+    operators: tuple[Any, ...] = ()
+    limits: tuple[float, float] | None = None
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -73,6 +73,11 @@ def _exp_of_minus(hl: Any, x: Any) -> Any:
     """
     number = (hl.reinterpret(hl.UInt(32), x) & hl.u32(0x7FFFFFFF)) <= hl.u32(0x7F800000)
     return hl.select(number, hl.exp(-_limit(hl, x, -89.0, 104.0)), x)
+
+
+def exponential(hl: Any, x: Any) -> Any:
+    """exp(x) in Halide, with PyTorch's results for NaN and infinities."""
+    return _exp_of_minus(hl, -x)
 
 
 def _relu(hl: Any, x: Any) -> Any:
@@ -123,7 +128,7 @@ def _gelu_tanh(hl: Any, x: Any) -> Any:
 
 def _mish(hl: Any, x: Any) -> Any:
     """With ``e = exp(x)``, ``tanh(log(1 + e))`` is ``e (e + 2) / (e (e + 2) + 2)``, which is 1 from x = 20 on."""
-    e = _exp_of_minus(hl, -_limit(hl, x, -104.0, 20.0))
+    e = exponential(hl, _limit(hl, x, -104.0, 20.0))
     part = e * (e + hl.f32(2.0))
     return hl.strict_float(x * (part / (part + hl.f32(2.0))))
 
@@ -137,7 +142,7 @@ def _mish_backward(grad: Tensor, z: Tensor) -> Tensor:
 
 def _elu(alpha: float, hl: Any, x: Any) -> Any:
     """``exp(x) - 1`` is ``tanh(x / 2) * (exp(x) + 1)``, which keeps its digits near 0."""
-    below = _tanh(hl, x * hl.f32(0.5)) * (_exp_of_minus(hl, -x) + hl.f32(1.0))
+    below = _tanh(hl, x * hl.f32(0.5)) * (exponential(hl, x) + hl.f32(1.0))
     return hl.strict_float(hl.select(x > hl.f32(0.0), x, hl.f32(alpha) * below))
 
 
@@ -148,7 +153,7 @@ def _leaky_relu(slope: float, hl: Any, x: Any) -> Any:
 def _softplus(beta: float, threshold: float, hl: Any, x: Any) -> Any:
     """``log(1 + e)`` with the digits of a small e, which the sum has lost, brought back."""
     z = x * hl.f32(beta)
-    e = _exp_of_minus(hl, -_limit(hl, z, -104.0, threshold))
+    e = exponential(hl, _limit(hl, z, -104.0, threshold))
     whole = hl.f32(1.0) + e
     lost = whole - hl.f32(1.0)
     curve = hl.select(lost > hl.f32(0.0), hl.log(whole) * (e / lost), e) * hl.f32(1.0 / beta)
@@ -166,7 +171,6 @@ _RECORDS = (
         module=nn.Identity,
         backward=lambda grad, y: grad,
         from_output=True,
-        operators=(),
         expression=lambda hl, x: x,
         limits=(-_INF, _INF),
     ),
@@ -195,30 +199,24 @@ _RECORDS = (
         function=F.silu,
         module=nn.SiLU,
         backward=_silu_backward,
-        from_output=False,
         operators=(_aten.silu.default,),
         expression=_silu,
-        limits=None,
     ),
     Activation(
         name="hardswish",
         function=F.hardswish,
         module=nn.Hardswish,
         backward=lambda grad, z: _aten.hardswish_backward(grad, z),
-        from_output=False,
         operators=(_aten.hardswish.default,),
         expression=_hardswish,
-        limits=None,
     ),
     Activation(
         name="gelu",
         function=F.gelu,
         module=nn.GELU,
         backward=lambda grad, z: _aten.gelu_backward(grad, z),
-        from_output=False,
         operators=(_aten.gelu.default,),
         expression=_gelu,
-        limits=None,
     ),
     Activation(
         name="sigmoid",
@@ -228,17 +226,14 @@ _RECORDS = (
         from_output=True,
         operators=(_aten.sigmoid.default,),
         expression=_sigmoid,
-        limits=None,
     ),
     Activation(
         name="hardsigmoid",
         function=F.hardsigmoid,
         module=nn.Hardsigmoid,
         backward=lambda grad, z: torch.where((z > -3) & (z < 3), grad / 6, 0.0),
-        from_output=False,
         operators=(_aten.hardsigmoid.default,),
         expression=_hardsigmoid,
-        limits=None,
     ),
     Activation(
         name="tanh",
@@ -248,27 +243,21 @@ _RECORDS = (
         from_output=True,
         operators=(_aten.tanh.default,),
         expression=_tanh,
-        limits=None,
     ),
     Activation(
         name="gelu_tanh",
         function=partial(F.gelu, approximate="tanh"),
         module=partial(nn.GELU, "tanh"),
         backward=lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
-        from_output=False,
-        operators=(),
         expression=_gelu_tanh,
-        limits=None,
     ),
     Activation(
         name="mish",
         function=F.mish,
         module=nn.Mish,
         backward=_mish_backward,
-        from_output=False,
         operators=(_aten.mish.default,),
         expression=_mish,
-        limits=None,
     ),
 )
 
@@ -279,10 +268,7 @@ def _of_slope(name: str, slope: float = 0.01) -> Activation:
         function=partial(F.leaky_relu, negative_slope=slope),
         module=partial(nn.LeakyReLU, slope),
         backward=lambda grad, z: _aten.leaky_relu_backward(grad, z, slope, False),
-        from_output=False,
-        operators=(),
         expression=partial(_leaky_relu, slope),
-        limits=None,
     )
 
 
@@ -292,10 +278,7 @@ def _of_alpha(name: str, alpha: float = 1.0) -> Activation:
         function=partial(F.elu, alpha=alpha),
         module=partial(nn.ELU, alpha),
         backward=lambda grad, z: _aten.elu_backward(grad, alpha, 1, 1, False, z),
-        from_output=False,
-        operators=(),
         expression=partial(_elu, alpha),
-        limits=None,
     )
 
 
@@ -305,10 +288,7 @@ def _of_beta(name: str, beta: float = 1.0, threshold: float = 20.0) -> Activatio
         function=partial(F.softplus, beta=beta, threshold=threshold),
         module=partial(nn.Softplus, beta, threshold),
         backward=lambda grad, z: _aten.softplus_backward(grad, z, beta, threshold),
-        from_output=False,
-        operators=(),
         expression=partial(_softplus, beta, threshold),
-        limits=None,
     )
 
 
@@ -321,7 +301,6 @@ def _of_limits(name: str, low: float = -1.0, high: float = 1.0) -> Activation:
         module=partial(nn.Hardtanh, low, high),
         backward=lambda grad, y: _aten.hardtanh_backward(grad, y, low, high),
         from_output=True,
-        operators=(),
         expression=partial(_clamp, low, high),
         limits=(low, high),
     )

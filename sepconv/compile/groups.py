@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
 from sepconv.kernels.case import Geometry
+from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
 Numbers = tuple[int, ...]
@@ -183,4 +184,29 @@ class Pool:
         return torch.mean(x, [2, 3], keepdim=self.keepdim)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool
+@dataclass(frozen=True, eq=False)
+class Elementwise:
+    """Operations number by number on tensors that are broadcast to one size; ``numbers``: its constants in a row."""
+
+    expression: Expression
+    numbers: Constant
+
+    kind: ClassVar[str] = "elementwise"
+    name: ClassVar[str] = ""
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return tuple(term.operation for term in self.expression.terms)
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        return (self.numbers,)
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return self.expression.of(tensors, self.numbers.tensor)
+
+
+ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise

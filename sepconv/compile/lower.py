@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Elementwise, Pool, SeparableGroup
 from sepconv.compile.program import Copy, Operation, Program, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
@@ -70,7 +70,7 @@ def _outline(form: TensorForm, one_image: bool) -> Outline:
 def _lower_group(group: ComputedGroup, read: Sequence[Outline], out: Outline, choice: str) -> Lowered:
     if choice == TORCH:
         return Lowered(TORCH, "PyTorch was measured to be faster")
-    known = case_of(group, read).into(out)
+    known = case_of(group, read, out).into(out)
     if choice == SPLIT:
         in_turn, reason = _in_turn(group, known), "depthwise and pointwise in turn were measured to be faster"
         if in_turn:
@@ -96,14 +96,16 @@ def _in_turn(group: ComputedGroup, known: Case) -> tuple[KernelStep, ...]:
     return () if any(kernel.backend.binder is None for kernel in kernels) else tuple(kernels)
 
 
-def case_of(group: ComputedGroup, read: Sequence[Outline]) -> Case:
+def case_of(group: ComputedGroup, read: Sequence[Outline], out: Outline) -> Case:
     """A group as kernels know it; its weights need not be made again for that."""
+    if isinstance(group, Elementwise):
+        return case.elementwise(read, out, group.expression)
     x, residual = read[0], read[1] if len(read) > 1 else None
     if isinstance(group, Pool):
         return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype))
     if isinstance(group, SeparableGroup):
-        first = case_of(group.depthwise, [x])
-        return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]]))
+        first = case_of(group.depthwise, [x], out)
+        return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]], out))
     weight, end = _outline_of(group.weight), group.epilogue
     bias = None if end.bias is None else _outline_of(end.bias)
     if group.kind == "depthwise":

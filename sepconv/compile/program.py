@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Numbers, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Numbers
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.store import Constant
 
@@ -110,7 +110,7 @@ class ProgramStep:
 
     @property
     def group(self) -> ComputedGroup | None:
-        return self.work if isinstance(self.work, (Convolution, SeparableGroup, Pool)) else None
+        return None if isinstance(self.work, (Operation, Copy)) else self.work
 
     @property
     def kind(self) -> str:

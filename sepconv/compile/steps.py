@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, Pool, SeparableGroup
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import as_node, refused, source, value
@@ -35,6 +35,9 @@ from sepconv.compile.program import (
     Work,
 )
 from sepconv.compile.store import Constant
+from sepconv.kernels import layout
+from sepconv.kernels.case import Outline
+from sepconv.kernels.halide.conv.elementwise import unreadable
 from sepconv.kernels.halide.conv.stem import MAX_CHANNELS
 from sepconv.kernels.layout import alike
 
@@ -116,6 +119,8 @@ class _Walk:
         """The look at the result, or several by number."""
         if node.target is operator.getitem:
             return self._part(node)
+        if isinstance(node.target, Elementwise):
+            return self._elementwise(node.target, value(node), [self._look(argument) for argument in node.args])
         if isinstance(node.target, (Convolution, SeparableGroup, Pool)):
             return self._group(node.target, value(node), [self._look(argument) for argument in node.args])
         if node.target in (as_captured, without_gaps):
@@ -144,6 +149,18 @@ class _Walk:
         elif not self._reads_input(group, x):
             x = self._in_layout(x, _dense(x.meta))
         read = [x, *(self._in_layout(look, out) for look in residual)]
+        return self._step(group, read, [self._new(result, out)])[0]
+
+    def _elementwise(self, group: Elementwise, result: Tensor, args: Sequence[_Look]) -> _Look:
+        """What the kernel cannot read in rows is copied to the layout of the result."""
+        out = _strides_for(result, args)
+        written = Outline.of(_meta(result, out))
+        read = [
+            self._in_layout(look, _broadcastable(look.meta, out))
+            if unreadable([Outline.of(look.meta)], written)
+            else look
+            for look in args
+        ]
         return self._step(group, read, [self._new(result, out)])[0]
 
     def _reads_input(self, group: ComputedGroup, x: _Look) -> bool:
@@ -238,6 +255,14 @@ def _without_gaps_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else _dense(x)
 
 
+def _broadcastable(x: Tensor, out: Tensor) -> Tensor:
+    """A meta tensor of that size whose numbers lie in the order of ``out``."""
+    missing = out.dim() - x.dim()
+    order = sorted(range(x.dim()), key=lambda d: (-out.stride(missing + d), d))
+    laid = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device="meta")
+    return laid.permute([order.index(d) for d in range(x.dim())])
+
+
 def _rows(x: Tensor) -> Tensor:
     """Rows of a matrix may lie apart, the numbers of a row may not."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else _dense(x)
@@ -269,7 +294,7 @@ def _strides_for(result: Tensor, sources: Sequence[_Look]) -> Tensor:
     for look in sources:
         if look.meta.shape == result.shape and _without_gaps(look.meta):
             return look.meta
-    if result.dim() == 4 and any(is_channels_last(look.meta) for look in sources):
+    if result.dim() == 4 and any(layout.is_channels_last(look.meta) for look in sources):
         return _dense(result)
     return torch.empty(result.shape, device="meta")
 

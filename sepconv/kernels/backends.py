@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sepconv.kernels.case import Case
-from sepconv.kernels.halide.conv import depthwise, normal, pointwise, pool, separable, stem
+from sepconv.kernels.halide.conv import depthwise, elementwise, normal, pointwise, pool, separable, stem
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
@@ -34,11 +34,13 @@ class Binder:
             reads them.
         bind: the call that fills ``out`` from what is then in ``x`` and ``residual``:
             ``bind(plan, x, packed, residual, out)``.
+        several: whether ``bind`` takes a list of all further tensors in the place of the residual.
     """
 
     plan: Callable[[Case], Any]
     pack: Callable[[Any, Sequence[Tensor | None]], list[Buffer]]
-    bind: Callable[[Any, Tensor, list[Buffer], Tensor | None, Tensor], Bound | Chain]
+    bind: Callable[[Any, Tensor, list[Buffer], Any, Tensor], Bound | Chain]
+    several: bool = False
 
 
 def _never(case: Case) -> str:
@@ -98,7 +100,7 @@ def _slower_in_turn(case: Case) -> str:
 
 def _halide(kernel: ModuleType) -> Backend:
     """A module of ``halide.conv``, which all offer the same functions."""
-    binder = Binder(kernel.plan, kernel.pack, kernel.bind)
+    binder = Binder(kernel.plan, kernel.pack, kernel.bind, getattr(kernel, "SEVERAL", False))
     return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder)
 
 
@@ -107,6 +109,7 @@ BACKENDS: dict[str, list[Backend]] = {
     "pointwise": [_halide(pointwise), Backend("torch", prepared.pointwise)],
     "normal": [_halide(stem), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
+    "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],
     "separable": [
         _halide(separable),
         Backend("depthwise, then pointwise", InTurn, slower=_slower_in_turn),

@@ -10,13 +10,14 @@ about before there is any memory. A kernel that was prepared for a case is calle
     normal                    x, weight, bias, residual
     separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
     pool                      x
+    elementwise               x, others, numbers
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -158,11 +159,13 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable" or "pool".
+        op: "depthwise", "pointwise", "normal", "separable", "pool" or "elementwise".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
+        others: further tensors that are read.
+        detail: what else the operation depends on: of "elementwise" the expression.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -176,6 +179,8 @@ class Case:
     residual: Outline | None = None
     activation: str = ""
     then: Case | None = None
+    others: tuple[Outline, ...] = ()
+    detail: Hashable = None
     bound: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -191,7 +196,7 @@ class Case:
         """The tensors that are read, those that there are."""
         reads = {"forward": (self.x, self.weight), "grad_input": (self.y, self.weight), "grad_weight": (self.y, self.x)}
         after = () if self.then is None else self.then.given[1:]
-        found = (*reads[self.which], self.bias, self.residual, *after)
+        found = (*reads[self.which], self.bias, self.residual, *self.others, *after)
         return tuple(outline for outline in found if outline is not None and outline != NO_WEIGHT)
 
     @property
@@ -281,3 +286,11 @@ def pool(x: Given, out: Given) -> Case:
     """The mean over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
     image = Outline.of(x)
     return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims))
+
+
+def elementwise(tensors: Sequence[Given], out: Given, expression: Hashable) -> Case:
+    """``expression`` (see ``kernels.expression``) of tensors that are broadcast to the size of ``out``."""
+    x, *others = map(Outline.of, tensors)
+    result = Outline.of(out)
+    geometry = Geometry.of_pixels(max(result.dims, 0))
+    return Case("elementwise", x, NO_WEIGHT, result, geometry, others=tuple(others), detail=expression)

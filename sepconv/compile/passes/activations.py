@@ -77,6 +77,10 @@ def spell_activations(graph: fx.Graph) -> None:
         if spelled is not None:
             target, x = spelled
             swap(node, target, (x,))
+    for node in calls(graph, _aten._prelu_kernel.default):
+        slope = _number(node.args[1])
+        if slope is not None:
+            swap(node, _aten.leaky_relu.default, (node.args[0], slope))
     graph.eliminate_dead_code()
 
 

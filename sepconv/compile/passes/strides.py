@@ -55,11 +55,12 @@ def _needed(target: object) -> Callable[[Tensor], Tensor] | None:
     return without_gaps if name.startswith(("_", "native_")) else None
 
 
-# What people's tensors reach as they are: the convolution of TorchScript, batch norms, views.
+# What people's tensors reach as they are: the convolution of TorchScript, batch norms, views, PReLU.
 _ANY = (
     _aten._convolution.default,
     _aten.native_batch_norm.default,
     _aten._native_batch_norm_legit_no_training.default,
     _aten._unsafe_view.default,
     _aten._to_copy.default,
+    _aten._prelu_kernel.default,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
+from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
 
@@ -96,3 +97,9 @@ def separable(case: Case) -> Callable[..., Tensor]:
 def pool(case: Case) -> Callable[..., Tensor]:
     keepdim = len(case.y.shape) > 2
     return lambda x: x.mean(list(range(2, x.dim())), keepdim=keepdim)
+
+
+def elementwise(case: Case) -> Callable[..., Tensor]:
+    expression = case.detail
+    assert isinstance(expression, Expression)
+    return lambda *tensors: expression.of(tensors[:-1], tensors[-1])

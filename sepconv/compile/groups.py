@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
-from sepconv.kernels.case import Geometry
+from sepconv.kernels.case import Geometry, RowNormDetail
 from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
@@ -168,9 +168,10 @@ class SeparableGroup:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The mean over all pixels: (N, C, H, W) -> (N, C), or (N, C, 1, 1) if ``keepdim``."""
+    """The mean or the "length" over all pixels: (N, C, H, W) -> (N, C), or (N, C, 1, 1) if ``keepdim``."""
 
     keepdim: bool
+    what: str = "mean"
 
     kind: ClassVar[str] = "pool"
     name: ClassVar[str] = ""
@@ -181,7 +182,8 @@ class Pool:
         return 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.mean(x, [2, 3], keepdim=self.keepdim)
+        take = torch.mean if self.what == "mean" else torch.linalg.vector_norm
+        return take(x, dim=[2, 3], keepdim=self.keepdim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,4 +211,33 @@ class Elementwise:
         return self.expression.of(tensors, self.numbers.tensor)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise
+@dataclass(frozen=True, eq=False)
+class RowNorm:
+    """Rows along the last dimension normalised, see ``case.RowNormDetail``: LayerNorm of pixels, unit vectors."""
+
+    detail: RowNormDetail
+    weight: Constant | None = None
+    bias: Constant | None = None
+
+    kind: ClassVar[str] = "row_norm"
+    fused: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return "" if self.weight is None else name_of(self.weight.key).removesuffix(".weight")
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        return self.weight, self.bias
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.detail.kind == "length":
+            return F.normalize(x, dim=-1, eps=self.detail.eps)
+        weight, bias = (None if known is None else known.tensor for known in self.constants)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.detail.eps)
+
+
+ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise | RowNorm

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, Pool, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, Pool, RowNorm, SeparableGroup
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import as_node, refused, source, value
@@ -121,6 +121,8 @@ class _Walk:
             return self._part(node)
         if isinstance(node.target, Elementwise):
             return self._elementwise(node.target, value(node), [self._look(argument) for argument in node.args])
+        if isinstance(node.target, RowNorm):
+            return self._row_norm(node.target, value(node), self._look(node.args[0]))
         if isinstance(node.target, (Convolution, SeparableGroup, Pool)):
             return self._group(node.target, value(node), [self._look(argument) for argument in node.args])
         if node.target in (as_captured, without_gaps):
@@ -162,6 +164,11 @@ class _Walk:
             for look in args
         ]
         return self._step(group, read, [self._new(result, out)])[0]
+
+    def _row_norm(self, group: RowNorm, result: Tensor, x: _Look) -> _Look:
+        out = torch.empty(result.shape, dtype=result.dtype, device="meta")
+        side_by_side = x.meta.stride(-1) == 1 or x.meta.shape[-1] == 1
+        return self._step(group, [x if side_by_side else self._in_layout(x, out)], [self._new(result, out)])[0]
 
     def _reads_input(self, group: ComputedGroup, x: _Look) -> bool:
         """Whether a step is the network's first and takes the input as the caller holds it: a kernel for few channels

@@ -11,6 +11,7 @@ about before there is any memory. A kernel that was prepared for a case is calle
     separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
     pool                      x
     elementwise               x, others, numbers
+    row_norm                  x, weight, bias
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
@@ -159,13 +160,14 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable", "pool" or "elementwise".
+        op: "depthwise", "pointwise", "normal", "separable", "pool", "elementwise" or "row_norm".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
         others: further tensors that are read.
-        detail: what else the operation depends on: of "elementwise" the expression.
+        detail: what else the operation depends on: of "elementwise" the expression, of "row_norm" its kind,
+            of "pool" what is taken.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -282,10 +284,10 @@ def separable(first: Case, second: Case) -> Case:
     return replace(first, op="separable", then=second)
 
 
-def pool(x: Given, out: Given) -> Case:
-    """The mean over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
+def pool(x: Given, out: Given, what: str = "mean") -> Case:
+    """The mean or the Euclidean "length" over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
     image = Outline.of(x)
-    return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims))
+    return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims), detail=what)
 
 
 def elementwise(tensors: Sequence[Given], out: Given, expression: Hashable) -> Case:
@@ -294,3 +296,20 @@ def elementwise(tensors: Sequence[Given], out: Given, expression: Hashable) -> C
     result = Outline.of(out)
     geometry = Geometry.of_pixels(max(result.dims, 0))
     return Case("elementwise", x, NO_WEIGHT, result, geometry, others=tuple(others), detail=expression)
+
+
+class RowNormDetail(NamedTuple):
+    """``kind``: "layer" (mean 0, deviation 1, then weight and bias) or "length" (divided by its Euclidean length).
+
+    ``eps`` is added to the variance; a length is at least that.
+    """
+
+    kind: str
+    eps: float
+
+
+def row_norm(x: Given, out: Given, kind: str, eps: float) -> Case:
+    """Every row along the last dimension normalised."""
+    result = Outline.of(out)
+    geometry = Geometry.of_pixels(max(result.dims, 0))
+    return Case("row_norm", Outline.of(x), NO_WEIGHT, result, geometry, detail=RowNormDetail(kind, eps))

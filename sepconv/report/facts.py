@@ -114,6 +114,7 @@ STEPS = {
     "linear": "classifier",
     "pool": "average pooling",
     "elementwise": "number by number",
+    "row_norm": "norm of rows",
     "aten.max_pool2d_with_indices.default": "max pooling",
 }
 """Words for the kinds of steps that a compiled network has; others keep their name."""

@@ -15,6 +15,11 @@ from sepconv.compile.store import Constant, Store
 
 # A constant operation whose result is larger than its inputs by this many numbers is left to run each time.
 _MOST_GROWTH = 1 << 20
+_aten = torch.ops.aten
+_MADE_OF_NOTHING = (
+    _aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.linspace.default,
+    _aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default,
+)  # fmt: skip
 
 
 def constant(node: object) -> Constant | None:
@@ -34,7 +39,7 @@ def fold_constants(graph: fx.Graph, store: Store) -> None:
 
 def _foldable(node: fx.Node) -> bool:
     value, computed = node.meta.get("val"), _computed(node)
-    if not isinstance(value, Tensor) or not computed.all_input_nodes:
+    if not isinstance(value, Tensor) or not (computed.all_input_nodes or computed.target in _MADE_OF_NOTHING):
         return False
     if torch.Tag.nondeterministic_seeded in getattr(computed.target, "tags", ()):
         return False
@@ -42,7 +47,7 @@ def _foldable(node: fx.Node) -> bool:
     known = [source for source in sources if source is not None]
     if len(known) < len(sources):
         return False
-    return value.numel() <= _MOST_GROWTH + max(source.tensor.numel() for source in known)
+    return value.numel() <= _MOST_GROWTH + max((source.tensor.numel() for source in known), default=0)
 
 
 def _computed(node: fx.Node) -> fx.Node:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
-from sepconv.kernels.case import Geometry, RowNormDetail
+from sepconv.kernels.case import Geometry, ResizeDetail, RowNormDetail
 from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
@@ -240,4 +240,26 @@ class RowNorm:
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.detail.eps)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise | RowNorm
+@dataclass(frozen=True, eq=False)
+class Resize:
+    """An image brought to another size, as F.interpolate does."""
+
+    size: Numbers
+    detail: ResizeDetail
+
+    kind: ClassVar[str] = "resize"
+    name: ClassVar[str] = ""
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return (self.detail.mode,)
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return aten.resize(x, self.size, self.detail)
+
+
+ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise | RowNorm | Resize

@@ -13,7 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from sepconv.kernels.case import Case
-from sepconv.kernels.halide.conv import depthwise, elementwise, normal, pointwise, pool, rownorm, separable, stem
+from sepconv.kernels.halide.conv import (
+    depthwise,
+    elementwise,
+    normal,
+    pointwise,
+    pool,
+    resize,
+    rownorm,
+    separable,
+    stem,
+)
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
@@ -109,6 +119,7 @@ BACKENDS: dict[str, list[Backend]] = {
     "pointwise": [_halide(pointwise), Backend("torch", prepared.pointwise)],
     "normal": [_halide(stem), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
+    "resize": [_halide(resize), Backend("torch", prepared.resize)],
     "row_norm": [_halide(rownorm), Backend("torch", prepared.row_norm)],
     "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],
     "separable": [

@@ -12,6 +12,7 @@ about before there is any memory. A kernel that was prepared for a case is calle
     pool                      x
     elementwise               x, others, numbers
     row_norm                  x, weight, bias
+    resize                    x
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
@@ -160,14 +161,14 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable", "pool", "elementwise" or "row_norm".
+        op: "depthwise", "pointwise", "normal", "separable", "pool", "elementwise", "row_norm" or "resize".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
         others: further tensors that are read.
         detail: what else the operation depends on: of "elementwise" the expression, of "row_norm" its kind,
-            of "pool" what is taken.
+            of "pool" what is taken, of "resize" how.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -313,3 +314,17 @@ def row_norm(x: Given, out: Given, kind: str, eps: float) -> Case:
     result = Outline.of(out)
     geometry = Geometry.of_pixels(max(result.dims, 0))
     return Case("row_norm", Outline.of(x), NO_WEIGHT, result, geometry, detail=RowNormDetail(kind, eps))
+
+
+class ResizeDetail(NamedTuple):
+    """``mode`` and ``align_corners`` as F.interpolate has them; ``scales`` (y, x), None where the sizes say it."""
+
+    mode: str
+    align_corners: bool
+    scales: tuple[float | None, float | None]
+
+
+def resize(x: Given, out: Given, detail: ResizeDetail) -> Case:
+    """An image (N, C, H, W) brought to another size."""
+    result = Outline.of(out)
+    return Case("resize", Outline.of(x), NO_WEIGHT, result, Geometry.of_pixels(2), detail=detail)

@@ -115,6 +115,7 @@ STEPS = {
     "pool": "average pooling",
     "elementwise": "number by number",
     "row_norm": "norm of rows",
+    "resize": "another size",
     "aten.max_pool2d_with_indices.default": "max pooling",
 }
 """Words for the kinds of steps that a compiled network has; others keep their name."""

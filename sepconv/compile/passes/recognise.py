@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from sepconv.compile.groups import Convolution, Epilogue, Pool, RowNorm
+from sepconv.compile.groups import Convolution, Epilogue, Pool, Resize, RowNorm
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant
@@ -29,7 +29,7 @@ from sepconv.compile.passes.nodes import (
 )
 from sepconv.compile.passes.strides import without_gaps
 from sepconv.compile.store import Constant
-from sepconv.kernels.case import Geometry, RowNormDetail
+from sepconv.kernels.case import Geometry, ResizeDetail, RowNormDetail
 from sepconv.ops.schema import geometry_of
 
 _aten = torch.ops.aten
@@ -51,6 +51,18 @@ _SAME_SHAPE = (
 )
 
 
+_RESIZES: dict[object, str] = {
+    _aten.upsample_nearest2d.default: "nearest",
+    _aten._upsample_nearest_exact2d.default: "nearest-exact",
+    _aten.upsample_bilinear2d.default: "bilinear",
+    _aten.upsample_bicubic2d.default: "bicubic",
+    _aten.upsample_nearest2d.vec: "nearest",
+    _aten._upsample_nearest_exact2d.vec: "nearest-exact",
+    _aten.upsample_bilinear2d.vec: "bilinear",
+    _aten.upsample_bicubic2d.vec: "bicubic",
+}
+
+
 def recognise(graph: fx.Graph) -> None:
     """Turn what can be recognised into groups, in place."""
     _drop_identities(graph)
@@ -65,6 +77,8 @@ def recognise(graph: fx.Graph) -> None:
         _separable(node)
     for node in calls(graph, _aten.addmm.default, _aten.mm.default):
         _linear(node)
+    for node in calls(graph, *_RESIZES):
+        _resize(node)
     for node in calls(graph, _aten.native_layer_norm.default):
         _layer_norm(node)
     for node in calls(graph, _aten.div.Tensor):
@@ -239,3 +253,19 @@ def _unit_vectors(node: fx.Node) -> None:
     last = given["dim"] is not None and [d % len(shape(node)) for d in given.ints("dim")] == [len(shape(node)) - 1]
     if last and given["ord"] == 2 and given["keepdim"] and not not_computed([number_of(node)], ""):
         swap(node, RowNorm(RowNormDetail("length", float(least.args[1]))), (x,))
+
+
+def _resize(node: fx.Node) -> None:
+    """Overloads name the scales one by one or together."""
+    given, mode = NodeArguments(node), _RESIZES[node.target]
+    together = str(node.target).endswith(".vec")
+    x = given.node("input" if together else "self")
+    factors = (given["scale_factors"] or (None, None)) if together else (given["scales_h"], given["scales_w"])
+    reason = not_computed([number_of(x)], "the image is")
+    if reason:
+        refuse(node, reason)
+    elif isinstance(factors, (list, tuple)) and constant(x) is None:
+        scales = [float(factor) if isinstance(factor, (int, float)) else None for factor in factors]
+        aligned = mode in ("bilinear", "bicubic") and bool(given["align_corners"])
+        detail = ResizeDetail(mode, aligned, (scales[0], scales[1]))
+        swap(node, Resize(shape(node)[2:], detail), (x,))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
-from sepconv.kernels.case import Case, RowNormDetail
+from sepconv.kernels.case import Case, ResizeDetail, RowNormDetail
 from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
@@ -115,3 +115,9 @@ def row_norm(case: Case) -> Callable[..., Tensor]:
     if detail.kind == "layer":
         return lambda x, weight, bias: F.layer_norm(x, (length,), weight, bias, detail.eps)
     return lambda x, weight, bias: F.normalize(x, dim=-1, eps=detail.eps)
+
+
+def resize(case: Case) -> Callable[[Tensor], Tensor]:
+    detail = case.detail
+    assert isinstance(detail, ResizeDetail)
+    return lambda x: aten.resize(x, case.result.shape[2:], detail)

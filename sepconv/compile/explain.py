@@ -22,7 +22,7 @@ class Group:
     Attributes:
         name: the modules it comes from, "" if it has no parameters.
         kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "elementwise", "row_norm",
-            "resize", "copy" or the ATen name.
+            "group_norm", "resize", "copy" or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
         kernel: "halide", "torch" or "copy".
         reason: why not Halide, or why two kernels in turn.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
-from sepconv.kernels.case import Geometry, ResizeDetail, RowNormDetail
+from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail
 from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
@@ -262,4 +262,30 @@ class Resize:
         return aten.resize(x, self.size, self.detail)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise | RowNorm | Resize
+@dataclass(frozen=True, eq=False)
+class GroupNormed:
+    """An image, every group of its channels brought to mean 0 and deviation 1, then a factor and a shift a channel."""
+
+    detail: GroupNormDetail
+    weight: Constant
+    bias: Constant
+
+    kind: ClassVar[str] = "group_norm"
+    fused: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return name_of(self.weight.key).removesuffix(".weight")
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        return self.weight, self.bias
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.detail.groups, self.weight.tensor, self.bias.tensor, self.detail.eps)
+
+
+ComputedGroup = Convolution | SeparableGroup | Pool | Elementwise | RowNorm | GroupNormed | Resize

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sepconv.compile.groups import ComputedGroup, Elementwise, Pool, Resize, RowNorm, SeparableGroup
+from sepconv.compile.groups import ComputedGroup, Elementwise, GroupNormed, Pool, Resize, RowNorm, SeparableGroup
 from sepconv.compile.program import Copy, Operation, Program, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
@@ -100,6 +100,8 @@ def case_of(group: ComputedGroup, read: Sequence[Outline], out: Outline) -> Case
     """A group as kernels know it; its weights need not be made again for that."""
     if isinstance(group, Elementwise):
         return case.elementwise(read, out, group.expression)
+    if isinstance(group, GroupNormed):
+        return case.group_norm(read[0], out, group.detail)
     if isinstance(group, Resize):
         return case.resize(read[0], out, group.detail)
     if isinstance(group, RowNorm):

@@ -17,7 +17,16 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, Pool, Resize, RowNorm, SeparableGroup
+from sepconv.compile.groups import (
+    ComputedGroup,
+    Convolution,
+    Elementwise,
+    GroupNormed,
+    Pool,
+    Resize,
+    RowNorm,
+    SeparableGroup,
+)
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import as_node, refused, source, value
@@ -123,7 +132,7 @@ class _Walk:
             return self._elementwise(node.target, value(node), [self._look(argument) for argument in node.args])
         if isinstance(node.target, RowNorm):
             return self._row_norm(node.target, value(node), self._look(node.args[0]))
-        if isinstance(node.target, (Convolution, SeparableGroup, Pool, Resize)):
+        if isinstance(node.target, (Convolution, SeparableGroup, Pool, GroupNormed, Resize)):
             return self._group(node.target, value(node), [self._look(argument) for argument in node.args])
         if node.target in (as_captured, without_gaps):
             look = self._look(node.args[0])

@@ -16,6 +16,7 @@ from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import (
     depthwise,
     elementwise,
+    groupnorm,
     normal,
     pointwise,
     pool,
@@ -119,6 +120,7 @@ BACKENDS: dict[str, list[Backend]] = {
     "pointwise": [_halide(pointwise), Backend("torch", prepared.pointwise)],
     "normal": [_halide(stem), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
+    "group_norm": [_halide(groupnorm), Backend("torch", prepared.group_norm)],
     "resize": [_halide(resize), Backend("torch", prepared.resize)],
     "row_norm": [_halide(rownorm), Backend("torch", prepared.row_norm)],
     "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],

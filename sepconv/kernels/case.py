@@ -12,6 +12,7 @@ about before there is any memory. A kernel that was prepared for a case is calle
     pool                      x
     elementwise               x, others, numbers
     row_norm                  x, weight, bias
+    group_norm                x, weight, bias
     resize                    x
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
@@ -161,14 +162,15 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable", "pool", "elementwise", "row_norm" or "resize".
+        op: "depthwise", "pointwise", "normal", "separable", "pool", "elementwise", "row_norm", "group_norm" or
+            "resize".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
         others: further tensors that are read.
         detail: what else the operation depends on: of "elementwise" the expression, of "row_norm" its kind,
-            of "pool" what is taken, of "resize" how.
+            of "pool" what is taken, of "resize" and "group_norm" how.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -328,3 +330,16 @@ def resize(x: Given, out: Given, detail: ResizeDetail) -> Case:
     """An image (N, C, H, W) brought to another size."""
     result = Outline.of(out)
     return Case("resize", Outline.of(x), NO_WEIGHT, result, Geometry.of_pixels(2), detail=detail)
+
+
+class GroupNormDetail(NamedTuple):
+    """So many groups of channels, each brought to mean 0 and deviation 1; ``eps`` is added to the variance."""
+
+    groups: int
+    eps: float
+
+
+def group_norm(x: Given, out: Given, detail: GroupNormDetail) -> Case:
+    """An image (N, C, H, W), every group of channels normalised over all pixels."""
+    result = Outline.of(out)
+    return Case("group_norm", Outline.of(x), NO_WEIGHT, result, Geometry.of_pixels(max(result.dims, 0)), detail=detail)

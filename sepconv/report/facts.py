@@ -115,6 +115,7 @@ STEPS = {
     "pool": "average pooling",
     "elementwise": "number by number",
     "row_norm": "norm of rows",
+    "group_norm": "norm of groups",
     "resize": "another size",
     "aten.max_pool2d_with_indices.default": "max pooling",
 }

@@ -18,7 +18,7 @@ def rewrite(graph: fx.Graph, store: Store) -> None:
     graph.eliminate_dead_code()
     keep_strides(graph)
     fold_constants(graph, store)
-    recognise(graph)
+    recognise(graph, store)
     absorb(graph, store)
     graph.eliminate_dead_code()
     fuse_elementwise(graph, store)

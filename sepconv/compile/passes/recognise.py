@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from sepconv.compile.groups import Convolution, Epilogue, Pool, Resize, RowNorm
+from sepconv.compile.groups import Convolution, Epilogue, GroupNormed, Pool, Resize, RowNorm
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant
@@ -28,8 +29,8 @@ from sepconv.compile.passes.nodes import (
     value,
 )
 from sepconv.compile.passes.strides import without_gaps
-from sepconv.compile.store import Constant
-from sepconv.kernels.case import Geometry, ResizeDetail, RowNormDetail
+from sepconv.compile.store import Constant, Store
+from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail
 from sepconv.ops.schema import geometry_of
 
 _aten = torch.ops.aten
@@ -63,7 +64,7 @@ _RESIZES: dict[object, str] = {
 }
 
 
-def recognise(graph: fx.Graph) -> None:
+def recognise(graph: fx.Graph, store: Store) -> None:
     """Turn what can be recognised into groups, in place."""
     _drop_identities(graph)
     spell_activations(graph)
@@ -79,6 +80,8 @@ def recognise(graph: fx.Graph) -> None:
         _linear(node)
     for node in calls(graph, *_RESIZES):
         _resize(node)
+    for node in calls(graph, _aten.native_group_norm.default):
+        _group_norm(node, store)
     for node in calls(graph, _aten.native_layer_norm.default):
         _layer_norm(node)
     for node in calls(graph, _aten.div.Tensor):
@@ -269,3 +272,25 @@ def _resize(node: fx.Node) -> None:
         aligned = mode in ("bilinear", "bicubic") and bool(given["align_corners"])
         detail = ResizeDetail(mode, aligned, (scales[0], scales[1]))
         swap(node, Resize(shape(node)[2:], detail), (x,))
+
+
+def _group_norm(node: fx.Node, store: Store) -> None:
+    given, result = NodeArguments(node), first_result(node)
+    x = given.node("input")
+    x = source(x) if is_call(x, without_gaps) else x
+    if result is None or len(shape(x)) != 4:
+        return
+    reason = not_computed([number_of(x)], "the image is")
+    if reason:
+        refuse(node, reason)
+        return
+    vectors = [constant(given[name]) for name in ("weight", "bias")]
+    for i, (name, number) in enumerate((("weight", 1.0), ("bias", 0.0))):
+        if given[name] is None:
+            channels = shape(x)[1]
+            vectors[i] = store.get(("all", number, channels), partial(torch.full, (channels,), number))
+    weight, bias = vectors
+    if weight is not None and bias is not None:
+        detail = GroupNormDetail(int(given.float("group")), given.float("eps"))
+        swap(result, GroupNormed(detail, weight, bias), (x,))
+        node.graph.erase_node(node)

@@ -3,7 +3,7 @@
 A program (see ``steps``) gives values other strides than the model did, and ``recognise`` drops copies that only change
 them. What PyTorch offers to its users computes the same with any. Its internal operations (``mkldnn_rnn_layer``),
 custom ones and ``as_strided`` may not: their arguments pass through :func:`as_captured`. Others are called by functions
-that bring their arguments into order first (``native_group_norm``): :func:`without_gaps`. No rewriting looks through
+that bring their arguments into order first (``native_layer_norm``): :func:`without_gaps`. No rewriting looks through
 either.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
-from sepconv.kernels.case import Case, ResizeDetail, RowNormDetail
+from sepconv.kernels.case import Case, GroupNormDetail, ResizeDetail, RowNormDetail
 from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
@@ -121,3 +121,9 @@ def resize(case: Case) -> Callable[[Tensor], Tensor]:
     detail = case.detail
     assert isinstance(detail, ResizeDetail)
     return lambda x: aten.resize(x, case.result.shape[2:], detail)
+
+
+def group_norm(case: Case) -> Callable[..., Tensor]:
+    detail = case.detail
+    assert isinstance(detail, GroupNormDetail)
+    return lambda x, weight, bias: F.group_norm(x, detail.groups, weight, bias, detail.eps)

@@ -1,6 +1,7 @@
 """The activations: all that any part of the library knows of one, in one record.
 
-Numbers are PyTorch's to rounding, with its results for NaN and infinities.
+Numbers are PyTorch's to rounding, with its results for NaN and infinities. Some take parameters, which stand behind the
+name as in a call: ``"leaky_relu(0.2)"``, ``"elu(0.5)"``, ``"softplus(2.0, 20.0)"``, ``"clamp(-1.0, 1.0)"``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,22 +27,22 @@ class Activation:
     Args:
         name: by which users ask for it; "" for none at all.
         function: PyTorch's own.
-        module: PyTorch's module of it.
+        module: makes PyTorch's module of it.
         backward: the gradient of its input, from that of its output and a value: the output if ``from_output``, else
             the input, which must be kept or computed again.
-        operators: those by which a captured graph may call it, with nothing but its input.
         expression: the same in Halide: of the module ``halide`` and a float32 expression.
+        operators: those by which a captured graph may call it, with nothing but its input.
         limits: between which it clamps its input and does nothing else; None for a curve.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
-    module: type[nn.Module]
+    module: Callable[[], nn.Module]
     backward: Callable[[Tensor, Tensor], Tensor]
-    from_output: bool
-    operators: tuple[Any, ...]
     expression: Callable[[Any, Any], Any]
-    limits: tuple[float, float] | None
+    from_output: bool = False
+    operators: tuple[Any, ...] = ()
+    limits: tuple[float, float] | None = None
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -73,6 +75,11 @@ def _exp_of_minus(hl: Any, x: Any) -> Any:
     return hl.select(number, hl.exp(-_limit(hl, x, -89.0, 104.0)), x)
 
 
+def exponential(hl: Any, x: Any) -> Any:
+    """exp(x) in Halide, with PyTorch's results for NaN and infinities."""
+    return _exp_of_minus(hl, -x)
+
+
 def _relu(hl: Any, x: Any) -> Any:
     return hl.strict_float(hl.select(x < hl.f32(0.0), hl.f32(0.0), x))
 
@@ -99,6 +106,64 @@ def _sigmoid(hl: Any, x: Any) -> Any:
     return hl.strict_float(hl.f32(1.0) / (hl.f32(1.0) + _exp_of_minus(hl, x)))
 
 
+def _hardsigmoid(hl: Any, x: Any) -> Any:
+    return hl.strict_float(_limit(hl, x + hl.f32(3.0), 0.0, 6.0) * hl.f32(1.0 / 6.0))
+
+
+def _tanh(hl: Any, x: Any) -> Any:
+    """Near 0 by a polynomial (Cephes), as the quotient loses its digits there."""
+    square, term = x * x, hl.f32(-5.70498872745e-3)
+    for factor in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        term = term * square + hl.f32(factor)
+    curve = hl.f32(2.0) / (hl.f32(1.0) + _exp_of_minus(hl, x + x)) - hl.f32(1.0)
+    small = (x > hl.f32(-0.625)) & (x < hl.f32(0.625))
+    return hl.strict_float(hl.select(small, x + x * square * term, curve))
+
+
+def _gelu_tanh(hl: Any, x: Any) -> Any:
+    """``x * sigmoid(2 u)`` is ``x * (1 + tanh(u)) / 2``."""
+    u = x * (hl.f32(1.0) + hl.f32(0.044715) * x * x) * hl.f32(2.0 * math.sqrt(2.0 / math.pi))
+    return hl.strict_float(x / (hl.f32(1.0) + _exp_of_minus(hl, u)))
+
+
+def _mish(hl: Any, x: Any) -> Any:
+    """With ``e = exp(x)``, ``tanh(log(1 + e))`` is ``e (e + 2) / (e (e + 2) + 2)``, which is 1 from x = 20 on."""
+    e = exponential(hl, _limit(hl, x, -104.0, 20.0))
+    part = e * (e + hl.f32(2.0))
+    return hl.strict_float(x * (part / (part + hl.f32(2.0))))
+
+
+def _mish_backward(grad: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.mish_backward(grad, z)
+    inner = torch.tanh(F.softplus(z))
+    return grad * (inner + z * (1 - inner * inner) * torch.sigmoid(z))
+
+
+def _elu(alpha: float, hl: Any, x: Any) -> Any:
+    """``exp(x) - 1`` is ``tanh(x / 2) * (exp(x) + 1)``, which keeps its digits near 0."""
+    below = _tanh(hl, x * hl.f32(0.5)) * (exponential(hl, x) + hl.f32(1.0))
+    return hl.strict_float(hl.select(x > hl.f32(0.0), x, hl.f32(alpha) * below))
+
+
+def _leaky_relu(slope: float, hl: Any, x: Any) -> Any:
+    return hl.strict_float(hl.select(x < hl.f32(0.0), x * hl.f32(slope), x))
+
+
+def _softplus(beta: float, threshold: float, hl: Any, x: Any) -> Any:
+    """``log(1 + e)`` with the digits of a small e, which the sum has lost, brought back."""
+    z = x * hl.f32(beta)
+    e = exponential(hl, _limit(hl, z, -104.0, threshold))
+    whole = hl.f32(1.0) + e
+    lost = whole - hl.f32(1.0)
+    curve = hl.select(lost > hl.f32(0.0), hl.log(whole) * (e / lost), e) * hl.f32(1.0 / beta)
+    return hl.strict_float(hl.select(z > hl.f32(threshold), x, curve))
+
+
+def _clamp(low: float, high: float, hl: Any, x: Any) -> Any:
+    return hl.strict_float(_limit(hl, x, low, high))
+
+
 _RECORDS = (
     Activation(
         name="",
@@ -106,7 +171,6 @@ _RECORDS = (
         module=nn.Identity,
         backward=lambda grad, y: grad,
         from_output=True,
-        operators=(),
         expression=lambda hl, x: x,
         limits=(-_INF, _INF),
     ),
@@ -135,30 +199,24 @@ _RECORDS = (
         function=F.silu,
         module=nn.SiLU,
         backward=_silu_backward,
-        from_output=False,
         operators=(_aten.silu.default,),
         expression=_silu,
-        limits=None,
     ),
     Activation(
         name="hardswish",
         function=F.hardswish,
         module=nn.Hardswish,
         backward=lambda grad, z: _aten.hardswish_backward(grad, z),
-        from_output=False,
         operators=(_aten.hardswish.default,),
         expression=_hardswish,
-        limits=None,
     ),
     Activation(
         name="gelu",
         function=F.gelu,
         module=nn.GELU,
         backward=lambda grad, z: _aten.gelu_backward(grad, z),
-        from_output=False,
         operators=(_aten.gelu.default,),
         expression=_gelu,
-        limits=None,
     ),
     Activation(
         name="sigmoid",
@@ -168,29 +226,174 @@ _RECORDS = (
         from_output=True,
         operators=(_aten.sigmoid.default,),
         expression=_sigmoid,
-        limits=None,
+    ),
+    Activation(
+        name="hardsigmoid",
+        function=F.hardsigmoid,
+        module=nn.Hardsigmoid,
+        backward=lambda grad, z: torch.where((z > -3) & (z < 3), grad / 6, 0.0),
+        operators=(_aten.hardsigmoid.default,),
+        expression=_hardsigmoid,
+    ),
+    Activation(
+        name="tanh",
+        function=torch.tanh,
+        module=nn.Tanh,
+        backward=lambda grad, y: _aten.tanh_backward(grad, y),
+        from_output=True,
+        operators=(_aten.tanh.default,),
+        expression=_tanh,
+    ),
+    Activation(
+        name="gelu_tanh",
+        function=partial(F.gelu, approximate="tanh"),
+        module=partial(nn.GELU, "tanh"),
+        backward=lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
+        expression=_gelu_tanh,
+    ),
+    Activation(
+        name="mish",
+        function=F.mish,
+        module=nn.Mish,
+        backward=_mish_backward,
+        operators=(_aten.mish.default,),
+        expression=_mish,
     ),
 )
-ACTIVATIONS: dict[str, Activation] = {record.name: record for record in _RECORDS}
-NAMES = tuple(name for name in ACTIVATIONS if name)
-"""What a user may ask for."""
 
-_BY_MODULE: dict[type[nn.Module], str] = {record.module: record.name for record in _RECORDS}
+
+def _of_slope(name: str, slope: float = 0.01) -> Activation:
+    return Activation(
+        name=name,
+        function=partial(F.leaky_relu, negative_slope=slope),
+        module=partial(nn.LeakyReLU, slope),
+        backward=lambda grad, z: _aten.leaky_relu_backward(grad, z, slope, False),
+        expression=partial(_leaky_relu, slope),
+    )
+
+
+def _of_alpha(name: str, alpha: float = 1.0) -> Activation:
+    return Activation(
+        name=name,
+        function=partial(F.elu, alpha=alpha),
+        module=partial(nn.ELU, alpha),
+        backward=lambda grad, z: _aten.elu_backward(grad, alpha, 1, 1, False, z),
+        expression=partial(_elu, alpha),
+    )
+
+
+def _of_beta(name: str, beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    return Activation(
+        name=name,
+        function=partial(F.softplus, beta=beta, threshold=threshold),
+        module=partial(nn.Softplus, beta, threshold),
+        backward=lambda grad, z: _aten.softplus_backward(grad, z, beta, threshold),
+        expression=partial(_softplus, beta, threshold),
+    )
+
+
+def _of_limits(name: str, low: float = -1.0, high: float = 1.0) -> Activation:
+    if not low < high:
+        raise ValueError(f"activations: the first limit must be the lower one, got {name!r}")
+    return Activation(
+        name=name,
+        function=partial(F.hardtanh, min_val=low, max_val=high),
+        module=partial(nn.Hardtanh, low, high),
+        backward=lambda grad, y: _aten.hardtanh_backward(grad, y, low, high),
+        from_output=True,
+        expression=partial(_clamp, low, high),
+        limits=(low, high),
+    )
+
+
+_FAMILIES: dict[str, Callable[..., Activation]] = {
+    "leaky_relu": _of_slope,
+    "elu": _of_alpha,
+    "softplus": _of_beta,
+    "clamp": _of_limits,
+}
+
+
+def _with_parameters(name: str) -> Activation:
+    family, _, rest = name.partition("(")
+    if family not in _FAMILIES or not rest.endswith(")"):
+        raise KeyError(name)
+    try:
+        return _FAMILIES[family](name, *[float(number) for number in rest[:-1].split(",")])
+    except (TypeError, ValueError) as error:
+        raise KeyError(name) from error
+
+
+class _Activations(dict[str, Activation]):
+    """By name; one with parameters is made when it is asked for."""
+
+    def __missing__(self, name: str) -> Activation:
+        return _with_parameters(name)
+
+
+ACTIVATIONS: dict[str, Activation] = _Activations(
+    {record.name: record for record in (*_RECORDS, *(make(name) for name, make in _FAMILIES.items()))}
+)
+NAMES = tuple(name for name in ACTIVATIONS if name)
+"""What a user may ask for, without parameters."""
+
+
+def is_name(name: object) -> bool:
+    """Whether there is an activation of that name, its parameters included.
+
+    Example:
+        >>> is_name("relu"), is_name("leaky_relu(0.2)"), is_name("leaky_relu(x)"), is_name(None)
+        (True, True, False, False)
+    """
+    if not isinstance(name, str):
+        return False
+    try:
+        return ACTIVATIONS[name].name == name
+    except KeyError:
+        return False
+
+
+def with_parameters(family: str, *parameters: float) -> str:
+    """The name of an activation with these parameters; without them where they are the usual ones.
+
+    Example:
+        >>> with_parameters("leaky_relu", 0.2), with_parameters("leaky_relu", 0.01), with_parameters("clamp", 0, 6)
+        ('leaky_relu(0.2)', 'leaky_relu', 'relu6')
+    """
+    numbers = tuple(float(number) for number in parameters)
+    if family == "clamp":
+        usual = clamping(*numbers)
+        if usual is not None:
+            return usual
+    defaults = _FAMILIES[family].__defaults__
+    return family if numbers == defaults else f"{family}({', '.join(map(repr, numbers))})"
+
+
+_BY_MODULE: dict[type[nn.Module], str] = {
+    record.module: record.name for record in _RECORDS if isinstance(record.module, type)
+}
+_PARAMETERS: dict[type[nn.Module], Callable[[Any], str]] = {
+    nn.GELU: lambda module: "gelu" if module.approximate == "none" else "gelu_tanh",
+    nn.LeakyReLU: lambda module: with_parameters("leaky_relu", module.negative_slope),
+    nn.ELU: lambda module: with_parameters("elu", module.alpha),
+    nn.Softplus: lambda module: with_parameters("softplus", module.beta, module.threshold),
+    nn.Hardtanh: lambda module: with_parameters("clamp", module.min_val, module.max_val),
+}
 
 
 def name_of(module: nn.Module | None) -> str | None:
     """The name of what a module computes, "" for nothing at all; None if there is no record of it.
 
     Example:
-        >>> name_of(nn.ReLU6()), name_of(nn.GELU("tanh")), name_of(None)
-        ('relu6', None, '')
+        >>> name_of(nn.ReLU6()), name_of(nn.GELU("tanh")), name_of(nn.LeakyReLU(0.2)), name_of(nn.GLU()), name_of(None)
+        ('relu6', 'gelu_tanh', 'leaky_relu(0.2)', None, '')
     """
     if module is None:
         return ""
-    name = _BY_MODULE.get(type(module))
-    return None if name == "gelu" and module.approximate != "none" else name
+    parameters = _PARAMETERS.get(type(module))
+    return _BY_MODULE.get(type(module)) if parameters is None else parameters(module)
 
 
 def clamping(low: float, high: float) -> str | None:
-    """The name of the activation that is clamp(low, high); None if there is none."""
-    return next((record.name for record in _RECORDS if record.limits == (low, high)), None)
+    """The name without parameters of the activation that is clamp(low, high); None if there is none."""
+    return next((record.name for record in ACTIVATIONS.values() if record.limits == (low, high)), None)

@@ -26,6 +26,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": lambda x: x * F.relu6(x + 3) / 6,
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
     "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "hardsigmoid": lambda x: F.relu6(x + 3) / 6,
+    "tanh": torch.tanh,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "mish": lambda x: x * torch.tanh(torch.logaddexp(x, torch.zeros_like(x))),
+    "leaky_relu": lambda x: torch.where(x < 0, 0.01 * x, x),
+    "elu": lambda x: torch.where(x > 0, x, torch.expm1(x)),
+    "softplus": lambda x: torch.where(x > 20, x, torch.log1p(torch.exp(x))),
+    "clamp": lambda x: torch.clamp(x, -1, 1),
 }
 
 

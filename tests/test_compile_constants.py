@@ -67,3 +67,18 @@ def test_results_of_operations_with_several_are_constants(by: str) -> None:
     compiled = compile(model, x)
     assert [group.kind for group in compiled.explain().groups if group.kind != "copy"] == ["normal"]
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class LeastAndLargest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("numbers", torch.tensor([3.0, 1.0, 2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        least, largest = torch.aminmax(self.numbers)
+        return (x - least) / (largest - least)
+
+
+def test_results_of_one_operation_are_told_apart() -> None:
+    model, x = LeastAndLargest().eval(), torch.randn(4, 5)
+    torch.testing.assert_close(compile(model, x)(x), model(x))

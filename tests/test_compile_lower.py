@@ -98,7 +98,7 @@ def test_compile_asks_the_list_about_every_kind_of_group(monkeypatch: pytest.Mon
         fast = compile(randomise(make()), inputs())
         ours = [group for group in fast.explain().groups if "." not in group.kind]
         assert {(group.kernel, group.reason) for group in ours if group.kind != "copy"} == {("torch", "only asked")}
-    assert set(asked) == {"depthwise", "pointwise", "normal", "separable", "pool"}
+    assert set(asked) == {"depthwise", "pointwise", "normal", "separable", "pool", "elementwise", "row_norm"}
     assert all(case.bound for cases in asked.values() for case in cases)
 
 

@@ -124,7 +124,7 @@ def test_compile_fuses(name: str, expected: dict[str, tuple[str, ...]]) -> None:
 def test_compile_linear_layers_take_layer_scale_and_residual() -> None:
     groups = compile(randomise(ConvNeXtBlock()), torch.randn(2, 8, 9, 7)).explain().groups
     assert [g.fused for g in groups if g.kind == "linear"] == [("gelu",), ("scale", "add")]
-    assert [g.kind for g in groups if g.kernel == "torch"] == ["aten.native_layer_norm.default"]
+    assert {g.kernel for g in groups} <= {"halide", "copy"}
 
 
 def test_compile_residual_behind_a_separable_convolution() -> None:

@@ -80,11 +80,40 @@ def test_each_is_one_group_with_a_kernel(name: str, channels_last: bool) -> None
         assert (fast(given) - expected).abs().max() <= RELATIVE * expected.abs().max()
 
 
-def test_a_norm_of_one_channel_or_of_signals_is_pytorchs() -> None:
-    for model, x in ((nn.BatchNorm2d(1), torch.randn(1, 1, 5, 5)), (nn.BatchNorm1d(3), torch.randn(2, 3, 7))):
+def test_a_norm_of_one_channel_or_of_signals_is_a_product_and_a_sum() -> None:
+    for model, x in (
+        (nn.BatchNorm2d(1), torch.randn(1, 1, 5, 5)),
+        (nn.BatchNorm1d(3), torch.randn(2, 3, 7)),
+        (nn.BatchNorm1d(5), torch.randn(2, 5)),
+        (nn.BatchNorm3d(4), torch.randn(2, 4, 3, 5, 2)),
+    ):
         fast = compile(randomise(model).eval(), x)
         torch.testing.assert_close(fast(x), model(x))
-        assert {group.kernel for group in fast.explain().groups} <= {"torch", "copy"}
+        found = [(group.kernel, group.fused) for group in fast.explain().groups if group.kind != "copy"]
+        assert found == [("halide", ("mul", "add"))]
+
+
+class NormOfRows(nn.Module):
+    """LeViT's linear layer: the norm of what it gives, with all rows in one dimension."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.linear, self.turned = nn.Linear(12, 20, bias=False), turned
+        self.norm = nn.BatchNorm1d(7 if turned else 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.norm(y) if self.turned else self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_norm_goes_through_reshapes_where_it_is_of_outputs(turned: bool) -> None:
+    torch.manual_seed(0)
+    model, x = randomise(NormOfRows(turned)), torch.randn(2, 7, 12)
+    fast = compile(model, x)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    found = [group.fused for group in fast.explain().groups if group.kind != "copy"]
+    assert found == ([(), ("mul", "add")] if turned else [("norm",)])
 
 
 def test_statistics_of_the_batch_are_pytorchs() -> None:

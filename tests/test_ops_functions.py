@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sepconv
 from sepconv import reference
+from sepconv.activations import NAMES
 from sepconv.kernels.case import Geometry
 from sepconv.layers import SeparableConv2d
 from sepconv.ops.schema import flat, geometry_of
@@ -91,7 +92,7 @@ def test_depthwise_gradients(case: Case, channels_last: bool, assert_rounding: C
         assert_rounding(grad, truth, size, terms + 1)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish", "gelu", "sigmoid"])
+@pytest.mark.parametrize("activation", NAMES)
 def test_activations_and_their_gradients(activation: str) -> None:
     case = next(c for c in CASES if c.name == "multiplier_2")
     tensors = [t.clone().requires_grad_() for t in _tensors(case, torch.float64)]
@@ -101,8 +102,10 @@ def test_activations_and_their_gradients(activation: str) -> None:
     truth = reference.separable_conv(x, dw, pw, db, pb, *_geometry(case), activation, activation)
     torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
     g = torch.randn_like(y)
+    # PyTorch multiplies by a sixth in float32 there, whatever the numbers.
+    rounding = 1e-7 if activation == "hardsigmoid" else 1e-10
     for grad, expected in zip(torch.autograd.grad(y, tensors, g), torch.autograd.grad(truth, tensors, g), strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grad, expected, rtol=rounding, atol=rounding / 100)
 
 
 @pytest.mark.parametrize("activation", [None, "relu6", "silu", "hardswish", "gelu"])
@@ -125,7 +128,7 @@ def test_operators_differentiate_every_activation() -> None:
     g = _small[0].geometry
     geometry = flat(g)
     residual = torch.randn(2, 7, 13, 6, dtype=torch.float64, requires_grad=True)
-    for activation in ("relu", "silu", "hardswish", "gelu", "sigmoid"):
+    for activation in ("relu", "silu", "hardswish", "gelu", "sigmoid", "mish", "leaky_relu(0.2)", "hardsigmoid"):
         assert torch.autograd.gradcheck(
             lambda *t, a=activation: torch.ops.sepconv.depthwise_conv(*t, *geometry, a), (x, dw, db), fast_mode=True
         )
@@ -302,7 +305,7 @@ _x, _dw, _pw = torch.zeros(1, 4, 5, 5), torch.zeros(4, 1, 3, 3), torch.zeros(6, 
         (
             ValueError,
             "activation must be None or one of 'relu'",
-            lambda: sepconv.depthwise_conv2d(_x, _dw, activation="tanh"),
+            lambda: sepconv.depthwise_conv2d(_x, _dw, activation="selu"),
         ),
         (ValueError, "weight has 4 input channels but receives 3", lambda: sepconv.pointwise_conv2d(_x[:, :3], _pw)),
         (ValueError, r"weight must have shape \(O, C, 1, 1\)", lambda: sepconv.pointwise_conv2d(_x, _dw)),

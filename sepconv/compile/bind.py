@@ -121,7 +121,8 @@ def _bind_kernel(step: KernelStep, memory: _Memory, store: Store) -> BoundStep:
         (step.backend.name, step.case.op, plan.variant, *keys),
         lambda: _Packed(binder.pack(plan, [None if constant is None else constant.tensor for constant in constants])),
     )
-    run = binder.bind(plan, memory.x, packed, memory.residual, memory.out)
+    others = memory.inputs[1:] if binder.several else memory.residual
+    run = binder.bind(plan, memory.x, packed, others, memory.out)
     return BoundStep(run, step.backend.name, holds=packed)
 
 

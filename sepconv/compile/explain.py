@@ -23,7 +23,7 @@ class Group:
     Attributes:
         name: the modules it comes from, "" if it has no parameters.
         kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "max_pool", "avg_pool",
-            "shuffle", "copy", or the ATen name.
+            "elementwise", "row_norm", "group_norm", "resize", "shuffle", "copy", or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
         kernel: "halide", "torch" or "copy".
         reason: why not Halide, or why two kernels in turn.

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.compile.store import Constant, name_of
-from sepconv.kernels.case import Geometry, Window
+from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail, Window
+from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
 Numbers = tuple[int, ...]
@@ -167,9 +168,10 @@ class SeparableGroup:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """The mean over all pixels: (N, C, H, W) -> (N, C), or (N, C, 1, 1) if ``keepdim``."""
+    """The mean or the "length" over all pixels: (N, C, H, W) -> (N, C), or (N, C, 1, 1) if ``keepdim``."""
 
     keepdim: bool
+    what: str = "mean"
 
     kind: ClassVar[str] = "pool"
     name: ClassVar[str] = ""
@@ -180,7 +182,8 @@ class Pool:
         return 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.mean(x, [2, 3], keepdim=self.keepdim)
+        take = torch.mean if self.what == "mean" else torch.linalg.vector_norm
+        return take(x, dim=[2, 3], keepdim=self.keepdim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,10 +229,114 @@ class Shuffle:
         return aten.shuffle(x, other, self.parts)
 
 
-ComputedGroup = Convolution | SeparableGroup | Pool | WindowPool | Shuffle
+@dataclass(frozen=True, eq=False)
+class Elementwise:
+    """Operations number by number on tensors that are broadcast to one size; ``numbers``: its constants in a row."""
+
+    expression: Expression
+    numbers: Constant
+
+    kind: ClassVar[str] = "elementwise"
+    name: ClassVar[str] = ""
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return tuple(term.operation for term in self.expression.terms)
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        return (self.numbers,)
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return self.expression.of(tensors, self.numbers.tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class RowNorm:
+    """Rows along the last dimension normalised, see ``case.RowNormDetail``: LayerNorm of pixels, unit vectors."""
+
+    detail: RowNormDetail
+    weight: Constant | None = None
+    bias: Constant | None = None
+
+    kind: ClassVar[str] = "row_norm"
+    fused: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return "" if self.weight is None else name_of(self.weight.key).removesuffix(".weight")
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        return self.weight, self.bias
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.detail.kind == "length":
+            return F.normalize(x, dim=-1, eps=self.detail.eps)
+        weight, bias = (None if known is None else known.tensor for known in self.constants)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.detail.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Resize:
+    """An image brought to another size, as F.interpolate does."""
+
+    size: Numbers
+    detail: ResizeDetail
+
+    kind: ClassVar[str] = "resize"
+    name: ClassVar[str] = ""
+    constants: ClassVar[tuple[Constant | None, ...]] = ()
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return (self.detail.mode,)
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return aten.resize(x, self.size, self.detail)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupNormed:
+    """An image, every group of its channels brought to mean 0 and deviation 1, then a factor and a shift a channel."""
+
+    detail: GroupNormDetail
+    weight: Constant
+    bias: Constant
+
+    kind: ClassVar[str] = "group_norm"
+    fused: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return name_of(self.weight.key).removesuffix(".weight")
+
+    @property
+    def constants(self) -> tuple[Constant | None, ...]:
+        return self.weight, self.bias
+
+    def macs(self, output: Numbers) -> int:
+        return 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.detail.groups, self.weight.tensor, self.bias.tensor, self.detail.eps)
+
+
+ComputedGroup = (
+    Convolution | SeparableGroup | Pool | WindowPool | Shuffle | Elementwise | RowNorm | GroupNormed | Resize
+)
 
 
 def writes_channels(target: object) -> bool:
     """Whether a group reads and writes some of the channels of a larger image in place."""
-    whole = isinstance(target, (SeparableGroup, WindowPool, Shuffle))
+    whole = isinstance(target, (SeparableGroup, WindowPool, Shuffle, Elementwise, GroupNormed, Resize))
     return whole or (isinstance(target, Convolution) and target.dims == 2)

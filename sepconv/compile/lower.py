@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sepconv.compile.groups import ComputedGroup, Pool, SeparableGroup, Shuffle, WindowPool
+from sepconv.compile.groups import (
+    ComputedGroup,
+    Elementwise,
+    GroupNormed,
+    Pool,
+    Resize,
+    RowNorm,
+    SeparableGroup,
+    Shuffle,
+    WindowPool,
+)
 from sepconv.compile.program import Copy, Operation, Program, TensorForm
 from sepconv.compile.slices import Slices
 from sepconv.compile.store import Constant
@@ -96,21 +106,26 @@ def _in_turn(group: ComputedGroup, known: Case) -> tuple[KernelStep, ...]:
     return () if any(kernel.backend.binder is None for kernel in kernels) else tuple(kernels)
 
 
-def case_of(group: ComputedGroup, read: Sequence[Outline], out: Outline | None = None) -> Case:
-    """A group as kernels know it; its weights need not be made again for that. ``out`` is the result, where the group
-    does not say how large it is."""
+def case_of(group: ComputedGroup, read: Sequence[Outline], out: Outline) -> Case:
+    """A group as kernels know it; its weights need not be made again for that."""
     x, residual = read[0], read[1] if len(read) > 1 else None
-    if isinstance(group, Pool):
-        return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype))
+    if isinstance(group, Elementwise):
+        return case.elementwise(read, out, group.expression)
+    if isinstance(group, GroupNormed):
+        return case.group_norm(x, out, group.detail)
+    if isinstance(group, Resize):
+        return case.resize(x, out, group.detail)
+    if isinstance(group, RowNorm):
+        return case.row_norm(x, out, *group.detail)
     if isinstance(group, WindowPool):
-        assert out is not None
         return case.window(x, out, group.geometry, group.window)
     if isinstance(group, Shuffle):
-        assert out is not None
         return case.shuffle(x, residual, out, group.parts)
+    if isinstance(group, Pool):
+        return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype), group.what)
     if isinstance(group, SeparableGroup):
-        first = case_of(group.depthwise, [x])
-        return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]]))
+        first = case_of(group.depthwise, [x], out)
+        return case.separable(first, case_of(group.pointwise, [first.y, *read[1:]], out))
     weight, end = _outline_of(group.weight), group.epilogue
     bias = None if end.bias is None else _outline_of(end.bias)
     if group.kind == "depthwise":

@@ -110,7 +110,7 @@ class ProgramStep:
 
     @property
     def group(self) -> ComputedGroup | None:
-        return self.work if isinstance(self.work, ComputedGroup) else None
+        return None if isinstance(self.work, (Operation, Copy)) else self.work
 
     @property
     def kind(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, Convolution, writes_channels
+from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, RowNorm, writes_channels
 from sepconv.compile.joins import Home, homes, parts_of
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
@@ -36,6 +36,8 @@ from sepconv.compile.program import (
     Work,
 )
 from sepconv.compile.store import Constant
+from sepconv.kernels.case import Outline
+from sepconv.kernels.halide.conv.elementwise import unreadable
 from sepconv.kernels.halide.conv.stem import MAX_CHANNELS
 from sepconv.kernels.layout import alike, pixel_step
 
@@ -126,10 +128,15 @@ class _Walk:
         """The look at the result, or several by number."""
         if node.target is operator.getitem:
             return self._part(node)
+        if isinstance(node.target, RowNorm):
+            return self._row_norm(node.target, value(node), self._look(node.args[0]))
         if isinstance(node.target, ComputedGroup):
             home = self._home(node) if writes_channels(node.target) else None
+            read = [self._look(argument) for argument in node.args]
+            if isinstance(node.target, Elementwise):
+                return self._elementwise(node.target, value(node), read, home)
             out = self._new(value(node), _dense(value(node))) if home is None else home
-            return self._group(node.target, out, [self._look(argument) for argument in node.args])
+            return self._group(node.target, out, read)
         if node in self._homes and is_call(node, _aten.cat.default):
             return self._join(node)
         if node.target in (as_captured, without_gaps):
@@ -186,6 +193,23 @@ class _Walk:
         """The value at its place, copied if it lies elsewhere."""
         there = look.memory == home.memory and look.meta.storage_offset() == home.meta.storage_offset()
         return home if there and alike(look.meta, home.meta) else self._step(Copy(), [look], [home])[0]
+
+    def _elementwise(self, group: Elementwise, result: Tensor, args: Sequence[_Look], home: _Look | None) -> _Look:
+        """What the kernel cannot read in rows is copied to the layout of the result."""
+        written = home or self._new(result, _strides_for(result, args))
+        out = Outline.of(written.meta)
+        read = [
+            self._in_layout(look, _broadcastable(look.meta, written.meta))
+            if unreadable([Outline.of(look.meta)], out)
+            else look
+            for look in args
+        ]
+        return self._step(group, read, [written])[0]
+
+    def _row_norm(self, group: RowNorm, result: Tensor, x: _Look) -> _Look:
+        out = torch.empty(result.shape, dtype=result.dtype, device="meta")
+        side_by_side = x.meta.stride(-1) == 1 or x.meta.shape[-1] == 1
+        return self._step(group, [x if side_by_side else self._in_layout(x, out)], [self._new(result, out)])[0]
 
     def _reads_input(self, group: ComputedGroup, x: _Look) -> bool:
         """Whether a step is the network's first and takes the input as the caller holds it: a kernel for few channels
@@ -288,6 +312,14 @@ def _by_pixels(x: Tensor) -> bool:
 def _readable(group: ComputedGroup, x: Tensor) -> Tensor:
     """A meta tensor with the strides of ``x`` where a group reads them, else in the layout that the kernels read."""
     return x if writes_channels(group) and _by_pixels(x) else _dense(x)
+
+
+def _broadcastable(x: Tensor, out: Tensor) -> Tensor:
+    """A meta tensor of that size whose numbers lie in the order of ``out``."""
+    missing = out.dim() - x.dim()
+    order = sorted(range(x.dim()), key=lambda d: (-out.stride(missing + d), d))
+    laid = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device="meta")
+    return laid.permute([order.index(d) for d in range(x.dim())])
 
 
 def _rows(x: Tensor) -> Tensor:

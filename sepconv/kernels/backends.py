@@ -15,11 +15,15 @@ from torch import Tensor
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import (
     depthwise,
+    elementwise,
     grouped,
+    groupnorm,
     normal,
     pointwise,
     pointwise_tiles,
     pool,
+    resize,
+    rownorm,
     separable,
     shuffle,
     stem,
@@ -45,11 +49,13 @@ class Binder:
             reads them.
         bind: the call that fills ``out`` from what is then in ``x`` and ``residual``:
             ``bind(plan, x, packed, residual, out)``.
+        several: whether ``bind`` takes a list of all further tensors in the place of the residual.
     """
 
     plan: Callable[[Case], Any]
     pack: Callable[[Any, Sequence[Tensor | None]], list[Buffer]]
-    bind: Callable[[Any, Tensor, list[Buffer], Tensor | None, Tensor], Bound | Chain]
+    bind: Callable[[Any, Tensor, list[Buffer], Any, Tensor], Bound | Chain]
+    several: bool = False
 
 
 def _never(case: Case) -> str:
@@ -109,7 +115,7 @@ def _slower_in_turn(case: Case) -> str:
 
 def _halide(kernel: ModuleType) -> Backend:
     """A module of ``halide.conv``, which all offer the same functions."""
-    binder = Binder(kernel.plan, kernel.pack, kernel.bind)
+    binder = Binder(kernel.plan, kernel.pack, kernel.bind, getattr(kernel, "SEVERAL", False))
     return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder)
 
 
@@ -120,6 +126,10 @@ BACKENDS: dict[str, list[Backend]] = {
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],
     "window": [_halide(window), Backend("torch", prepared.window)],
+    "group_norm": [_halide(groupnorm), Backend("torch", prepared.group_norm)],
+    "resize": [_halide(resize), Backend("torch", prepared.resize)],
+    "row_norm": [_halide(rownorm), Backend("torch", prepared.row_norm)],
+    "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],
     "separable": [
         _halide(separable),
         Backend("depthwise, then pointwise", InTurn, slower=_slower_in_turn),

@@ -9,15 +9,17 @@ about before there is any memory. A kernel that was prepared for a case is calle
     pointwise                 x, weight, bias, residual
     normal                    x, weight, bias, residual
     separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
-    pool, window              x
+    pool, window, resize      x
     shuffle                   x, residual
+    elementwise               x, others, numbers
+    row_norm, group_norm      x, weight, bias
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -173,13 +175,16 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable", "pool", "window" or "shuffle".
+        op: "depthwise", "pointwise", "normal", "separable", "pool", "window", "shuffle", "elementwise", "row_norm",
+            "group_norm" or "resize".
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".
         then: the pointwise convolution that follows in the same pass ("separable" only); its x is this y.
-        window: of a pool ("window" only).
-        parts: in how many the channels come ("shuffle" only): all in x, or half of them each in x and in residual.
+        others: further tensors that are read.
+        detail: what else the operation depends on: of "elementwise" the expression, of "row_norm" its kind,
+            of "pool" what is taken, of "window" its size and what is taken, of "shuffle" in how many parts the
+            channels come (all in x, or half of them each in x and in residual), of "resize" and "group_norm" how.
         bound: whether the result goes to given memory, of the layout of ``result``, in call after call.
     """
 
@@ -193,8 +198,8 @@ class Case:
     residual: Outline | None = None
     activation: str = ""
     then: Case | None = None
-    window: Window | None = None
-    parts: int = 0
+    others: tuple[Outline, ...] = ()
+    detail: Hashable = None
     bound: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -210,7 +215,7 @@ class Case:
         """The tensors that are read, those that there are."""
         reads = {"forward": (self.x, self.weight), "grad_input": (self.y, self.weight), "grad_weight": (self.y, self.x)}
         after = () if self.then is None else self.then.given[1:]
-        found = (*reads[self.which], self.bias, self.residual, *after)
+        found = (*reads[self.which], self.bias, self.residual, *self.others, *after)
         return tuple(outline for outline in found if outline is not None and outline != NO_WEIGHT)
 
     @property
@@ -296,20 +301,72 @@ def separable(first: Case, second: Case) -> Case:
     return replace(first, op="separable", then=second)
 
 
-def pool(x: Given, out: Given) -> Case:
-    """The mean over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
+def pool(x: Given, out: Given, what: str = "mean") -> Case:
+    """The mean or the Euclidean "length" over all pixels of each channel: (N, C, H, W) -> (N, C) or (N, C, 1, 1)."""
     image = Outline.of(x)
-    return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims))
+    return Case("pool", image, NO_WEIGHT, Outline.of(out), Geometry.of_pixels(image.dims), detail=what)
 
 
 def window(x: Given, out: Given, geometry: Geometry, over: Window) -> Case:
     """The mean or the maximum of every window of pixels. ``out`` says how many there are: the last may reach beyond
     the padding."""
-    return Case("window", Outline.of(x), NO_WEIGHT, Outline.of(out), geometry, window=over)
+    return Case("window", Outline.of(x), NO_WEIGHT, Outline.of(out), geometry, detail=over)
 
 
 def shuffle(x: Given, other: Given | None, out: Given, parts: int) -> Case:
     """The channels of x, or of both images, in another order: the first of every part, the second of every part ..."""
     image = Outline.of(x)
     geometry = Geometry.of_pixels(image.dims)
-    return Case("shuffle", image, NO_WEIGHT, Outline.of(out), geometry, residual=_or_none(other), parts=parts)
+    return Case("shuffle", image, NO_WEIGHT, Outline.of(out), geometry, residual=_or_none(other), detail=parts)
+
+
+def elementwise(tensors: Sequence[Given], out: Given, expression: Hashable) -> Case:
+    """``expression`` (see ``kernels.expression``) of tensors that are broadcast to the size of ``out``."""
+    x, *others = map(Outline.of, tensors)
+    result = Outline.of(out)
+    geometry = Geometry.of_pixels(max(result.dims, 0))
+    return Case("elementwise", x, NO_WEIGHT, result, geometry, others=tuple(others), detail=expression)
+
+
+class RowNormDetail(NamedTuple):
+    """``kind``: "layer" (mean 0, deviation 1, then weight and bias) or "length" (divided by its Euclidean length).
+
+    ``eps`` is added to the variance; a length is at least that.
+    """
+
+    kind: str
+    eps: float
+
+
+def row_norm(x: Given, out: Given, kind: str, eps: float) -> Case:
+    """Every row along the last dimension normalised."""
+    result = Outline.of(out)
+    geometry = Geometry.of_pixels(max(result.dims, 0))
+    return Case("row_norm", Outline.of(x), NO_WEIGHT, result, geometry, detail=RowNormDetail(kind, eps))
+
+
+class ResizeDetail(NamedTuple):
+    """``mode`` and ``align_corners`` as F.interpolate has them; ``scales`` (y, x), None where the sizes say it."""
+
+    mode: str
+    align_corners: bool
+    scales: tuple[float | None, float | None]
+
+
+def resize(x: Given, out: Given, detail: ResizeDetail) -> Case:
+    """An image (N, C, H, W) brought to another size."""
+    result = Outline.of(out)
+    return Case("resize", Outline.of(x), NO_WEIGHT, result, Geometry.of_pixels(2), detail=detail)
+
+
+class GroupNormDetail(NamedTuple):
+    """So many groups of channels, each brought to mean 0 and deviation 1; ``eps`` is added to the variance."""
+
+    groups: int
+    eps: float
+
+
+def group_norm(x: Given, out: Given, detail: GroupNormDetail) -> Case:
+    """An image (N, C, H, W), every group of channels normalised over all pixels."""
+    result = Outline.of(out)
+    return Case("group_norm", Outline.of(x), NO_WEIGHT, result, Geometry.of_pixels(max(result.dims, 0)), detail=detail)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sepconv.activations import ACTIVATIONS, NAMES
+from sepconv.activations import ACTIVATIONS, NAMES, is_name
 from sepconv.layers.conv import (
     DepthwiseConv1d,
     DepthwiseConv2d,
@@ -44,7 +44,7 @@ def _make_activation(name: str, activation: Activation) -> nn.Module | None:
         return None
     if callable(activation):
         return activation()
-    if activation not in NAMES:
+    if not activation or not is_name(activation):
         known = ", ".join(map(repr, NAMES))
         raise ValueError(f"{name}: activation must be None, a callable or one of {known}, got {activation!r}")
     return ACTIVATIONS[activation].module()
@@ -186,8 +186,8 @@ class SeparableConv2d(_SeparableConv):
         bias: of both convolutions; ``depthwise_bias`` overrules it for the first.
         depth_multiplier: depthwise filters per input channel, M.
         norm: after each convolution: None, "batch", or a callable that makes a module for a number of channels.
-        activation: after each (norm): None, "relu", "relu6", "silu", "hardswish", "gelu", "sigmoid", or a callable that
-            makes a module.
+        activation: after each (norm): None, a name in ``sepconv.activations.NAMES`` ("relu", "leaky_relu(0.2)"), or a
+            callable that makes a module.
         pointwise_layers: pointwise convolutions in a row, each with its norm and activation; the further ones are
             called ``pointwise2``, ``pointwise3``, ...
 

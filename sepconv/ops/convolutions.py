@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS, NAMES
+from sepconv.activations import ACTIVATIONS, NAMES, is_name
 from sepconv.kernels.backends import choose
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import memory_format
@@ -42,7 +42,7 @@ GivenGeometry = tuple[Size, Padding, Size]
 def _check_activation(name: str, argument: str, activation: str | None) -> str:
     if activation is None:
         return ""
-    if activation not in ACTIVATIONS:
+    if activation and not is_name(activation):
         known = ", ".join(map(repr, NAMES))
         raise ValueError(f"{name}: {argument} must be None or one of {known}, got {activation!r}")
     return activation

@@ -42,7 +42,7 @@ def depthwise_conv2d(
 
     Args:
         padding: pixels on each side, or "same" (stride 1; an odd amount has its larger half at the end) or "valid".
-        activation: None, "relu", "relu6", "silu", "hardswish", "gelu" or "sigmoid", computed in the same pass.
+        activation: None or one of ``sepconv.activations.NAMES`` ("relu", "elu(0.5)"), computed in the same pass.
 
     Shape:
         x: (N, C, H, W)    weight: (C*M, 1, kH, kW)    bias: (C*M,)    ->    (N, C*M, Ho, Wo)
@@ -111,7 +111,7 @@ def pointwise_conv2d(
     Equivalent to ``activation(F.conv2d(x, weight, bias, stride) + residual)``.
 
     Args:
-        activation: None, "relu", "relu6", "silu", "hardswish", "gelu" or "sigmoid", computed in the same pass.
+        activation: None or one of ``sepconv.activations.NAMES`` ("relu", "elu(0.5)"), computed in the same pass.
         residual: a tensor of the output's shape, added before the activation.
 
     Shape:

@@ -113,6 +113,10 @@ STEPS = {
     "grouped": "grouped convolution",
     "linear": "classifier",
     "pool": "average pooling",
+    "elementwise": "number by number",
+    "row_norm": "norm of rows",
+    "group_norm": "norm of groups",
+    "resize": "another size",
     "aten.max_pool2d_with_indices.default": "max pooling",
 }
 """Words for the kinds of steps that a compiled network has; others keep their name."""

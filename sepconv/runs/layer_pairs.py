@@ -73,7 +73,10 @@ def _is_plain_pointwise(conv: nn.Module) -> bool:
     return {conv.groups, *conv.kernel_size, *conv.stride} == {1} and set(conv.padding) == {0}
 
 
+_DRAWN = ("", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "sigmoid")
+
+
 def activation_between(layer: Any) -> str | None:
     """The name of what stands between depthwise and pointwise; None if it is not one of those the page knows."""
-    activation: Any = getattr(layer, "activation", None)
-    return "gelu_tanh" if type(activation) is nn.GELU and activation.approximate == "tanh" else name_of(activation)
+    name = name_of(getattr(layer, "activation", None))
+    return name if name in _DRAWN else None

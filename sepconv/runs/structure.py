@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from sepconv import layers
-from sepconv.activations import ACTIVATIONS, NAMES, name_of
+from sepconv.activations import ACTIVATIONS, is_name, name_of
 
 _DIMENSIONS = (1, 2, 3)
 _SEPARABLE = {f"SeparableConv{d}d": getattr(layers, f"SeparableConv{d}d") for d in _DIMENSIONS}
@@ -22,7 +22,7 @@ _DEPTHWISE = {f"DepthwiseConv{d}d": getattr(layers, f"DepthwiseConv{d}d") for d 
 _POINTWISE = {f"PointwiseConv{d}d": getattr(layers, f"PointwiseConv{d}d") for d in _DIMENSIONS}
 _CONV = {f"Conv{d}d": getattr(nn, f"Conv{d}d") for d in _DIMENSIONS}
 _NORM = {f"BatchNorm{d}d": getattr(nn, f"BatchNorm{d}d") for d in _DIMENSIONS}
-_ACTIVATION = {record.module.__name__: record.module for record in ACTIVATIONS.values()}
+_ACTIVATION = {kind.__name__: kind for kind in (type(record.module()) for record in ACTIVATIONS.values())}
 KINDS: dict[str, Any] = {**_SEPARABLE, **_DEPTHWISE, **_POINTWISE, **_CONV, **_NORM, **_ACTIVATION}
 
 _CONTAINERS = ("Sequential", *_SEPARABLE)
@@ -84,7 +84,7 @@ def describe(module: Any) -> Description | None:
     kind = type(module).__name__
     if KINDS.get(kind) is not type(module):
         return None
-    if kind in _ACTIVATION and name_of(module) is None:
+    if kind in _ACTIVATION and name_of(module) != name_of(_ACTIVATION[kind]()):
         return None
     if kind in _SEPARABLE:
         children = {name: describe(child) for name, child in module.named_children() if name != "activation"}
@@ -235,5 +235,5 @@ _ACCEPTS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("bias", "affine", "track_running_stats"), _one_of(True, False)),
     "eps": _is_share,
     "momentum": lambda value: value is None or _is_share(value),
-    "activation": _one_of(None, *NAMES),
+    "activation": lambda value: value is None or (value != "" and is_name(value)),
 }

@@ -1,4 +1,5 @@
-"""A captured graph rewritten in place: constants folded, groups recognised, their surroundings absorbed."""
+"""A captured graph rewritten in place: constants folded, groups recognised, their surroundings absorbed,
+what is left fused."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from torch import fx
 
 from sepconv.compile.passes.absorb import absorb
 from sepconv.compile.passes.constants import fold_constants
+from sepconv.compile.passes.elementwise import fuse_elementwise
 from sepconv.compile.passes.recognise import recognise
 from sepconv.compile.passes.strides import keep_strides
 from sepconv.compile.passes.trim import trim
@@ -17,7 +19,8 @@ def rewrite(graph: fx.Graph, store: Store) -> None:
     graph.eliminate_dead_code()
     keep_strides(graph)
     fold_constants(graph, store)
-    recognise(graph)
+    recognise(graph, store)
     trim(graph, store)
     absorb(graph, store)
     graph.eliminate_dead_code()
+    fuse_elementwise(graph, store)

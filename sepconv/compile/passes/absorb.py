@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 from sepconv.compile.groups import Convolution, Epilogue, SeparableGroup
 from sepconv.compile.numbers import not_computed
 from sepconv.compile.passes.activations import activation_of
+from sepconv.compile.passes.branches import merge_branches
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import (
     NodeArguments,
@@ -18,6 +20,7 @@ from sepconv.compile.passes.nodes import (
     called,
     first_result,
     group_of,
+    insert,
     is_call,
     number_of,
     operands,
@@ -28,6 +31,7 @@ from sepconv.compile.passes.nodes import (
     swap,
     undo,
     undo_on_tensor,
+    value,
 )
 from sepconv.compile.store import Constant, Store
 from sepconv.kernels.case import Geometry
@@ -50,7 +54,7 @@ def absorb(graph: fx.Graph, store: Store) -> None:
         if node.target in _NORMS:
             _absorb_norm(node, store)
         elif node.target in (*_SCALES, *_SHIFTS):
-            if not _absorb_vector(node, store):
+            if not _absorb_vector(node, store) and not merge_branches(node, store):
                 _absorb_residual(node)
         elif activation_of(node):
             _absorb_activation(node)
@@ -136,20 +140,51 @@ def _absorb_norm(node: fx.Node, store: Store) -> None:
     weight, bias = (None if known is None else known.tensor for known in (gamma, beta))
     factor, shift = scale_and_shift(mean.tensor, variance.tensor, weight, bias, eps)
     key = ("norm", *(None if c is None else c.key for c in (gamma, beta, mean, variance)), eps)
-    fold = _Fold(factor, shift, key, "norm")
-    joined = _joined(given["input"])
-    if found is not None and not found.reshapes:
-        found.node.target = _folded(found.group, fold, store)
-        replace(result, found.node)
-        node.graph.erase_node(node)
+    x, fold, joined = given.node("input"), _Fold(factor, shift, key, "norm"), _joined(given["input"])
+    inside = None if found is None else _along_outputs(found, result, (factor, shift))
+    if found is not None and inside is not None:
+        found.node.target = _folded(found.group, _Fold(*inside, key, "norm"), store)
+        replace(result, x)
     elif joined and all(part.group.epilogue.is_linear for part in joined):
         for part, channels in zip(joined, _channels(joined), strict=True):
             part.node.target = _folded(part.group, fold.of(channels), store)
-        replace(result, as_node(given["input"]))
-        node.graph.erase_node(node)
-    elif _is_image(given["input"]):
-        swap(result, _filter_of_one_pixel(fold, store), (given["input"],))
-        node.graph.erase_node(node)
+        replace(result, x)
+    elif _is_image(x):
+        swap(result, _filter_of_one_pixel(fold, store), (x,))
+    else:
+        _number_by_number(result, x, fold, store)
+    node.graph.erase_node(node)
+
+
+def _along_outputs(found: _Source, node: fx.Node, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Vectors along dimension 1 of a value, along the outputs of the convolution that it comes from; None if they are
+    not the same for all of an output."""
+    if not found.reshapes:
+        return vectors
+    size = shape(node)
+    columns = [_column(vector.view(-1, *[1] * (len(size) - 2)).expand(size), found) for vector in vectors]
+    first, second = columns
+    return None if first is None or second is None else (first, second)
+
+
+def _column(spread: Tensor, found: _Source) -> Tensor | None:
+    """The number of each output of a convolution, of a tensor like the value behind it; None if it has several."""
+    columns = undo_on_tensor(found.reshapes, spread).movedim(1, 0).reshape(found.group.out_channels, -1)
+    return columns[:, 0].clone() if bool((columns == columns[:, :1]).all()) else None
+
+
+def _number_by_number(result: fx.Node, x: fx.Node, fold: _Fold, store: Store) -> None:
+    """A norm with no convolution before it, of what is no image, as a product and a sum."""
+    size = [-1, *[1] * (len(shape(x)) - 2)]
+    for vector, target in ((fold.factor, _aten.mul.Tensor), (fold.shift, _aten.add.Tensor)):
+        assert vector is not None
+        numbers = vector.float().view(size).contiguous()
+        known = store.get(("column", str(target), len(size), fold.key), partial(torch.clone, numbers))
+        with result.graph.inserting_before(result):
+            column = result.graph.get_attr("column")
+        column.meta.update(constant=known, val=known.tensor)
+        x = insert(result.graph, result, target, (x, column), value(result))
+    replace(result, x)
 
 
 def _is_image(node: object) -> bool:
@@ -191,15 +226,15 @@ def _absorb_vector(node: fx.Node, store: Store) -> bool:
     if node.kwargs:
         return False
     reverse = node.target in (_aten.mul.Tensor, _aten.add.Tensor)
-    for value, other in operands(node)[: 2 if reverse else 1]:
-        found = _linear_so_far(value)
-        if found is None or shape(node) != shape(as_node(value)):
+    for part, other in operands(node)[: 2 if reverse else 1]:
+        found = _linear_so_far(part)
+        if found is None or shape(node) != shape(as_node(part)):
             continue
         vector = _per_channel(other, node, found)
         if vector is None:
             continue
         found.node.target = _folded(found.group, _fold(node, vector), store)
-        replace(node, as_node(value))
+        replace(node, as_node(part))
         return True
     return False
 
@@ -220,9 +255,7 @@ def _per_channel(other: object, node: fx.Node, found: _Source) -> Tensor | None:
     known: Constant | None = constant(other)
     if known is None or not known.tensor.is_floating_point() or known.tensor.numel() not in (1, channels):
         return None
-    spread = undo_on_tensor(found.reshapes, known.tensor.double().expand(shape(node)))
-    columns = spread.movedim(1, 0).reshape(channels, -1)
-    return columns[:, 0].clone() if bool((columns == columns[:, :1]).all()) else None
+    return _column(known.tensor.double().expand(shape(node)), found)
 
 
 def _absorb_activation(node: fx.Node) -> None:
@@ -243,10 +276,10 @@ def _absorb_residual(node: fx.Node) -> None:
     """``convolution(x) + other``. The convolution moves behind whatever computes the other."""
     if not is_call(node, _aten.add.Tensor) or node.kwargs:
         return
-    for value, other in operands(node):
-        if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or value is other:
+    for part, other in operands(node):
+        if not isinstance(part, fx.Node) or not isinstance(other, fx.Node) or part is other:
             continue
-        found = _linear_so_far(value) if shape(value) == shape(node) == shape(other) else None
+        found = _linear_so_far(part) if shape(part) == shape(node) == shape(other) else None
         if found is None or found.group.kind not in _WITH_RESIDUAL:
             continue
         reason = not_computed([number_of(other)], "what is added is")
@@ -257,7 +290,7 @@ def _absorb_residual(node: fx.Node) -> None:
             node.prepend(moved)
         found.node.args = (found.node.args[0], undo(found.reshapes, other, found.node))
         found.node.target = found.group.with_residual()
-        replace(node, value)
+        replace(node, part)
         return
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import fx
 
-from sepconv.activations import ACTIVATIONS, clamping
+from sepconv.activations import ACTIVATIONS, with_parameters
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import NodeArguments, Target, called, calls, is_call, operands, swap
 
@@ -21,21 +21,39 @@ def activation_of(node: object) -> str:
     if not isinstance(node, fx.Node) or node.op != "call_function" or isinstance(node.target, str):
         return ""
     if is_call(node, _aten.gelu.default) and NodeArguments(node)["approximate"] != "none":
-        return ""
+        return "gelu_tanh"
+    if node.target in _WITH_PARAMETERS:
+        return _with_parameters(node)
     if node.target in _BY_OPERATOR:
         return _BY_OPERATOR[node.target]
     if is_call(node, _aten.threshold.default):
         return "relu" if node.args[1:] == (0, 0) else ""
-    if is_call(node, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default):
+    if is_call(node, _aten.hardtanh.default, _aten.clamp.default, _aten.clamp_min.default, _aten.clamp_max.default):
         return _between(*_limits(node))
     return ""
+
+
+_WITH_PARAMETERS: dict[Target, tuple[str, ...]] = {
+    _aten.leaky_relu.default: ("leaky_relu", "negative_slope"),
+    _aten.elu.default: ("elu", "alpha"),
+    _aten.softplus.default: ("softplus", "beta", "threshold"),
+}
+
+
+def _with_parameters(node: fx.Node) -> str:
+    given = NodeArguments(node)
+    family, *names = _WITH_PARAMETERS[node.target]  # type: ignore[index]
+    if family == "elu" and (given["scale"], given["input_scale"]) != (1, 1):  # SELU
+        return ""
+    return with_parameters(family, *[given.float(name) for name in names])
 
 
 def _limits(node: fx.Node) -> tuple[object, object]:
     given = NodeArguments(node)
     if is_call(node, _aten.hardtanh.default):
         return given["min_val"], given["max_val"]
-    return given["min"], given["max"] if is_call(node, _aten.clamp.default) else None
+    low = None if is_call(node, _aten.clamp_max.default) else given["min"]
+    return low, None if is_call(node, _aten.clamp_min.default) else given["max"]
 
 
 def _is(limit: object, number: float) -> bool:
@@ -45,7 +63,7 @@ def _is(limit: object, number: float) -> bool:
 def _between(low: object, high: object) -> str:
     limits = (-math.inf if low is None else low, math.inf if high is None else high)
     numbers = [float(limit) for limit in limits if isinstance(limit, (int, float))]
-    return clamping(*numbers) or "" if len(numbers) == 2 else ""
+    return with_parameters("clamp", *numbers) if len(numbers) == 2 and numbers[0] < numbers[1] else ""
 
 
 def spell_activations(graph: fx.Graph) -> None:
@@ -59,6 +77,10 @@ def spell_activations(graph: fx.Graph) -> None:
         if spelled is not None:
             target, x = spelled
             swap(node, target, (x,))
+    for node in calls(graph, _aten._prelu_kernel.default):
+        slope = _number(node.args[1])
+        if slope is not None:
+            swap(node, _aten.leaky_relu.default, (node.args[0], slope))
     graph.eliminate_dead_code()
 
 

@@ -15,6 +15,11 @@ from sepconv.compile.store import Constant, Store
 
 # A constant operation whose result is larger than its inputs by this many numbers is left to run each time.
 _MOST_GROWTH = 1 << 20
+_aten = torch.ops.aten
+_MADE_OF_NOTHING = (
+    _aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.linspace.default,
+    _aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default,
+)  # fmt: skip
 
 
 def constant(node: object) -> Constant | None:
@@ -33,18 +38,22 @@ def fold_constants(graph: fx.Graph, store: Store) -> None:
 
 
 def _foldable(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not node.all_input_nodes:
+    value, computed = node.meta.get("val"), _computed(node)
+    if not isinstance(value, Tensor) or not (computed.all_input_nodes or computed.target in _MADE_OF_NOTHING):
         return False
-    if node.target is operator.getitem:  # one of several results
-        [node] = node.all_input_nodes
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if torch.Tag.nondeterministic_seeded in getattr(computed.target, "tags", ()):
         return False
-    sources = [constant(source) for source in node.all_input_nodes]
+    sources = [constant(source) for source in computed.all_input_nodes]
     known = [source for source in sources if source is not None]
     if len(known) < len(sources):
         return False
-    return value.numel() <= _MOST_GROWTH + max(source.tensor.numel() for source in known)
+    return value.numel() <= _MOST_GROWTH + max((source.tensor.numel() for source in known), default=0)
+
+
+def _computed(node: fx.Node) -> fx.Node:
+    """The operation behind a value, which may be one of its several results."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, fx.Node) else node
 
 
 def _constant(node: fx.Node) -> Constant:
@@ -55,20 +64,20 @@ def _constant(node: fx.Node) -> Constant:
 
 
 def _key(node: fx.Node) -> Hashable:
-    if node.target is operator.getitem:
-        return ("result", node.args[1], _key(node.all_input_nodes[0]))
-    args, spec = pytree.tree_flatten((node.args, node.kwargs))
+    computed = _computed(node)
+    args, spec = pytree.tree_flatten((computed.args, computed.kwargs))
     leaves = (_constant(arg).key if isinstance(arg, fx.Node) else ("value", repr(arg)) for arg in args)
-    return (str(node.target), str(spec), *leaves)
+    part = () if computed is node else (node.args[1],)
+    return (str(computed.target), *part, str(spec), *leaves)
 
 
-def _evaluate(node: fx.Node) -> Any:
-    if node.target is operator.getitem:
-        several: Any = _evaluate(node.all_input_nodes[0])
-        return several[node.args[1]]
-    if isinstance(node.target, str):
-        raise TypeError(f"{node} calls no function but {node.target}")
-    args = fx.node.map_arg(node.args, lambda source: _constant(source).tensor)
-    kwargs = fx.node.map_arg(node.kwargs, lambda source: _constant(source).tensor)
+def _evaluate(node: fx.Node) -> Tensor:
+    computed = _computed(node)
+    if isinstance(computed.target, str):
+        raise TypeError(f"{node} calls no function but {computed.target}")
+    args = fx.node.map_arg(computed.args, lambda source: _constant(source).tensor)
+    kwargs = fx.node.map_arg(computed.kwargs, lambda source: _constant(source).tensor)
     with torch.no_grad():
-        return node.target(*args, **kwargs)
+        result: Any = computed.target(*args, **kwargs)
+    part: Tensor = result if computed is node else result[node.args[1]]
+    return part

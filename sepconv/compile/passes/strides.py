@@ -3,7 +3,7 @@
 A program (see ``steps``) gives values other strides than the model did, and ``recognise`` drops copies that only change
 them. What PyTorch offers to its users computes the same with any. Its internal operations (``mkldnn_rnn_layer``),
 custom ones and ``as_strided`` may not: their arguments pass through :func:`as_captured`. Others are called by functions
-that bring their arguments into order first (``native_group_norm``): :func:`without_gaps`. No rewriting looks through
+that bring their arguments into order first (``native_layer_norm``): :func:`without_gaps`. No rewriting looks through
 either.
 """
 
@@ -55,11 +55,12 @@ def _needed(target: object) -> Callable[[Tensor], Tensor] | None:
     return without_gaps if name.startswith(("_", "native_")) else None
 
 
-# What people's tensors reach as they are: the convolution of TorchScript, batch norms, views.
+# What people's tensors reach as they are: the convolution of TorchScript, batch norms, views, PReLU.
 _ANY = (
     _aten._convolution.default,
     _aten.native_batch_norm.default,
     _aten._native_batch_norm_legit_no_training.default,
     _aten._unsafe_view.default,
     _aten._to_copy.default,
+    _aten._prelu_kernel.default,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
-from sepconv.kernels.case import Geometry, Window
+from sepconv.kernels.case import Geometry, ResizeDetail, Window
 from sepconv.kernels.layout import is_channels_last, new_output
 
 Padding = Sequence[tuple[int, int]]
@@ -166,3 +166,19 @@ def pointwise_bf16(
     else:
         return pointwise_forward(x, weight, bias, activation, residual, stride)
     return ACTIVATIONS[activation].function(y if residual is None else y + residual)
+
+
+def resize(x: Tensor, size: Sequence[int], detail: ResizeDetail) -> Tensor:
+    """An image of another size; both it and the scale may be given, which F.interpolate does not allow."""
+    operation = _RESIZES[detail.mode]
+    options = (detail.align_corners,) if detail.mode in ("bilinear", "bicubic") else ()
+    y: Tensor = operation(x, size, *options, *detail.scales)
+    return y
+
+
+_RESIZES = {
+    "nearest": torch.ops.aten.upsample_nearest2d.default,
+    "nearest-exact": torch.ops.aten._upsample_nearest_exact2d.default,
+    "bilinear": torch.ops.aten.upsample_bilinear2d.default,
+    "bicubic": torch.ops.aten.upsample_bicubic2d.default,
+}

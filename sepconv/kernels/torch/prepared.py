@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
-from sepconv.kernels.case import Case
+from sepconv.kernels.case import Case, GroupNormDetail, ResizeDetail, RowNormDetail, Window
+from sepconv.kernels.expression import Expression
 from sepconv.kernels.torch import aten
 
 
@@ -96,15 +98,46 @@ def separable(case: Case) -> Callable[..., Tensor]:
 
 def pool(case: Case) -> Callable[..., Tensor]:
     keepdim = len(case.y.shape) > 2
-    return lambda x: x.mean(list(range(2, x.dim())), keepdim=keepdim)
+    dims = list(range(2, len(case.x.shape)))
+    if case.detail == "length":
+        return lambda x: torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
+    return lambda x: x.mean(dims, keepdim=keepdim)
+
+
+def elementwise(case: Case) -> Callable[..., Tensor]:
+    expression = case.detail
+    assert isinstance(expression, Expression)
+    return lambda *tensors: expression.of(tensors[:-1], tensors[-1])
+
+
+def row_norm(case: Case) -> Callable[..., Tensor]:
+    detail, length = case.detail, case.x.shape[-1]
+    assert isinstance(detail, RowNormDetail)
+    if detail.kind == "layer":
+        return lambda x, weight, bias: F.layer_norm(x, (length,), weight, bias, detail.eps)
+    return lambda x, weight, bias: F.normalize(x, dim=-1, eps=detail.eps)
+
+
+def resize(case: Case) -> Callable[[Tensor], Tensor]:
+    detail = case.detail
+    assert isinstance(detail, ResizeDetail)
+    return lambda x: aten.resize(x, case.result.shape[2:], detail)
+
+
+def group_norm(case: Case) -> Callable[..., Tensor]:
+    detail = case.detail
+    assert isinstance(detail, GroupNormDetail)
+    return lambda x, weight, bias: F.group_norm(x, detail.groups, weight, bias, detail.eps)
 
 
 def window(case: Case) -> Callable[..., Tensor]:
-    over, geometry = case.window, case.geometry
-    assert over is not None
+    over, geometry = case.detail, case.geometry
+    assert isinstance(over, Window)
     ceil = case.y.shape[2:] != geometry.output_size(case.x.shape[2:], over.size)
     return lambda x: aten.window(x, over, geometry, ceil)
 
 
 def shuffle(case: Case) -> Callable[..., Tensor]:
-    return lambda x, other=None: aten.shuffle(x, other, case.parts)
+    parts = case.detail
+    assert isinstance(parts, int)
+    return lambda x, other=None: aten.shuffle(x, other, parts)

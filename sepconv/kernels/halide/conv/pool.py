@@ -1,5 +1,7 @@
 """The mean over all pixels of each channel: in front of a classifier, and in squeeze-and-excitation (channels_last).
 
+Or the Euclidean length of each channel's pixels, as global response normalisation (ConvNeXt v2) asks for it.
+
 Rows are summed first and then the sums of the rows, so that rounding grows with height plus width and not with the
 number of pixels.
 """
@@ -24,18 +26,19 @@ from sepconv.kernels.halide.schedule.gemm import channel_lanes
 _SUMS = 8
 
 
-def build(lanes: int, vectors: int) -> tuple[Any, list[Any]]:
+def build(lanes: int, vectors: int, length: bool) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: x as channel, column, row, image. The output is channel, image."""
     x = hl.ImageParam(hl.Float(32), 4, "x")
     c, n, row = hl.Var("c"), hl.Var("n"), hl.Var("row")
     columns, rows = (hl.RDom([hl.Range(0, x.dim(d).extent())], f"r{d}") for d in (1, 2))
     row_sum, total, out = hl.Func("row_sum"), hl.Func("total"), hl.Func("pool")
     row_sum[c, row, n] = hl.f32(0.0)
-    row_sum[c, row, n] += x[c, columns.x, row, n]
+    value = x[c, columns.x, row, n]
+    row_sum[c, row, n] += value * value if length else value
     total[c, n] = hl.f32(0.0)
     total[c, n] += row_sum[c, rows.x, n]
     pixels = hl.cast(hl.Float(32), x.dim(1).extent() * x.dim(2).extent())
-    out[c, n] = total[c, n] / pixels
+    out[c, n] = hl.sqrt(total[c, n]) if length else total[c, n] / pixels
 
     block, task = hl.Var("block"), hl.Var("task")
     out.split(c, block, c, lanes * vectors, hl.TailStrategy.ShiftInwards).vectorize(c, lanes).unroll(c)
@@ -52,10 +55,11 @@ def build(lanes: int, vectors: int) -> tuple[Any, list[Any]]:
 
 
 class PoolPlan(NamedTuple):
-    """How many channels are added up at once: ``vectors`` of ``lanes`` numbers."""
+    """How many channels are added up at once: ``vectors`` of ``lanes`` numbers; ``length``: their squares."""
 
     lanes: int
     vectors: int
+    length: bool
 
     @property
     def variant(self) -> str:
@@ -67,7 +71,7 @@ def plan(case: Case) -> PoolPlan:
     """The kernel and its schedule for such tensors."""
     channels = case.x.shape[1]
     lanes = channel_lanes(machine.host(), channels)
-    return PoolPlan(lanes, min(_SUMS, channels // lanes))
+    return PoolPlan(lanes, min(_SUMS, channels // lanes), case.detail == "length")
 
 
 def supports(case: Case) -> str:

@@ -70,10 +70,17 @@ class ShufflePlan(NamedTuple):
         return "no weights"
 
 
+def _parts(case: Case) -> int:
+    if not isinstance(case.detail, int):
+        raise TypeError(f"a shuffle has a number of parts, got {case}")
+    return case.detail
+
+
 def plan(case: Case) -> ShufflePlan:
     """The kernel and its schedule for such tensors."""
     images, channels, rows, _ = case.y.shape
-    spec = ShuffleSpec(case.parts, channel_lanes(machine.host(), channels // case.parts))
+    parts = _parts(case)
+    spec = ShuffleSpec(parts, channel_lanes(machine.host(), channels // parts))
     return ShufflePlan(spec, runtime.per_thread(images * rows, case.threads))
 
 
@@ -92,8 +99,8 @@ def supports(case: Case) -> str:
 
 def slower(case: Case) -> str:
     """Why PyTorch's copy is expected to be faster, in a sentence; the empty string if it is not."""
-    if case.parts > _MOST_VECTORS:
-        return f"at most {_MOST_VECTORS} parts are interleaved in registers, got {case.parts}"
+    if _parts(case) > _MOST_VECTORS:
+        return f"at most {_MOST_VECTORS} parts are interleaved in registers, got {_parts(case)}"
     return ""
 
 

@@ -159,9 +159,9 @@ def plan(case: Case) -> WindowPlan:
 
 
 def _window(case: Case) -> Window:
-    if case.window is None:
+    if not isinstance(case.detail, Window):
         raise TypeError(f"a pool over windows has one, got {case}")
-    return case.window
+    return case.detail
 
 
 def supports(case: Case) -> str:

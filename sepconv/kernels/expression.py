@@ -1,0 +1,102 @@
+"""What is computed of several tensors number by number, as plain data: sums, products, activations, in order.
+
+An expression is a list of terms. The values that they take are numbered: the tensors first, then the constant numbers,
+then the results of earlier terms. Its last term is the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.activations import ACTIVATIONS, exponential
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """An operation on one or two numbers that is no activation.
+
+    Args:
+        function: PyTorch's own.
+        expression: the same in Halide: of the module ``halide`` and float32 expressions.
+    """
+
+    function: Callable[..., Tensor]
+    expression: Callable[..., Any]
+
+
+def _is_nan(hl: Any, x: Any) -> Any:
+    """By its bits: comparisons with itself are simplified away."""
+    return (hl.reinterpret(hl.UInt(32), x) & hl.u32(0x7FFFFFFF)) > hl.u32(0x7F800000)
+
+
+def _maximum(hl: Any, a: Any, b: Any) -> Any:
+    return hl.select(_is_nan(hl, a), a, hl.select(a > b, a, b))
+
+
+def _minimum(hl: Any, a: Any, b: Any) -> Any:
+    return hl.select(_is_nan(hl, a), a, hl.select(a < b, a, b))
+
+
+def _prelu(hl: Any, x: Any, slope: Any) -> Any:
+    return hl.select(x > hl.f32(0.0), x, x * slope)
+
+
+ARITHMETIC: dict[str, Arithmetic] = {
+    "add": Arithmetic(torch.add, lambda hl, a, b: a + b),
+    "sub": Arithmetic(torch.sub, lambda hl, a, b: a - b),
+    "mul": Arithmetic(torch.mul, lambda hl, a, b: a * b),
+    "div": Arithmetic(torch.div, lambda hl, a, b: a / b),
+    "maximum": Arithmetic(torch.maximum, _maximum),
+    "minimum": Arithmetic(torch.minimum, _minimum),
+    "neg": Arithmetic(torch.neg, lambda hl, a: -a),
+    "abs": Arithmetic(torch.abs, lambda hl, a: hl.abs(a)),
+    "sqrt": Arithmetic(torch.sqrt, lambda hl, a: hl.sqrt(a)),
+    "rsqrt": Arithmetic(torch.rsqrt, lambda hl, a: hl.f32(1.0) / hl.sqrt(a)),
+    "reciprocal": Arithmetic(torch.reciprocal, lambda hl, a: hl.f32(1.0) / a),
+    "exp": Arithmetic(torch.exp, exponential),
+    "prelu": Arithmetic(lambda x, slope: torch.where(x > 0, x, x * slope), _prelu),
+}
+
+
+class Term(NamedTuple):
+    """``operation``: a name in ``ARITHMETIC`` or of an activation; ``arguments``: numbers of values."""
+
+    operation: str
+    arguments: tuple[int, ...]
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        known = ARITHMETIC.get(self.operation)
+        return ACTIVATIONS[self.operation].function if known is None else known.function
+
+    @property
+    def expression(self) -> Callable[..., Any]:
+        known = ARITHMETIC.get(self.operation)
+        return ACTIVATIONS[self.operation].expression if known is None else known.expression
+
+
+class Expression(NamedTuple):
+    """So many tensors and so many constant numbers, and what becomes of them."""
+
+    tensors: int
+    numbers: int
+    terms: tuple[Term, ...]
+
+    def of(self, tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+        """By PyTorch."""
+        values = [*tensors, *numbers.unbind()]
+        for term in self.terms:
+            values.append(term.function(*[values[i] for i in term.arguments]))
+        return values[-1]
+
+    def in_halide(self, hl: Any, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
+        """The same of Halide's expressions. Strict, as LLVM would take sums for numbers, never NaN."""
+        values = [*tensors, *numbers]
+        for term in self.terms:
+            values.append(hl.strict_float(term.expression(hl, *[values[i] for i in term.arguments])))
+        return values[-1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case
@@ -77,6 +78,7 @@ class Backend:
         prepare: the kernel for a case; a BuildError is one reason more against it.
         describe: its schedule in words and numbers.
         binder: how ``compile`` uses it; None where it cannot.
+        numbers: the only ones that it is for, where a kernel before it in the list is for all others.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Backend:
     slower: Callable[[Case], str] = _never
     describe: Callable[[Case], dict[str, Any]] = _nothing
     binder: Binder | None = None
+    numbers: torch.dtype | None = None
 
 
 class InTurn:
@@ -113,15 +116,15 @@ def _slower_in_turn(case: Case) -> str:
     return "" if first is None or first.backend.binder else "; ".join(first.reasons.values())
 
 
-def _halide(kernel: ModuleType) -> Backend:
+def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
     """A module of ``halide.conv``, which all offer the same functions."""
     binder = Binder(kernel.plan, kernel.pack, kernel.bind, getattr(kernel, "SEVERAL", False))
-    return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder)
+    return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder, numbers)
 
 
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [_halide(depthwise), Backend("torch", prepared.depthwise)],
-    "pointwise": [_halide(pointwise), _halide(pointwise_tiles), Backend("torch", prepared.pointwise)],
+    "pointwise": [_halide(pointwise), _halide(pointwise_tiles, torch.bfloat16), Backend("torch", prepared.pointwise)],
     "normal": [_halide(stem), _halide(grouped), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],
@@ -160,6 +163,8 @@ class Choice:
 
     def _take_next(self) -> None:
         for backend in self._others:
+            if backend.numbers not in (None, self.case.x.dtype):
+                continue
             reason = backend.supports(self.case) or backend.slower(self.case)
             if not reason:
                 try:

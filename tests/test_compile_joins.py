@@ -131,6 +131,23 @@ def test_what_follows_a_join_is_done_to_its_parts(twice: bool, fused: tuple[str,
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Shared(nn.Module):
+    """The same convolution twice, with a norm that tells its results apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(torch.cat([self.conv(x), self.conv(x.flip(2))], 1))
+        return y
+
+
+def test_a_norm_behind_a_join_is_of_channels_and_not_of_weights() -> None:
+    model, x = randomise(Shared()), torch.randn(1, 3, 11, 13)
+    torch.testing.assert_close(compile(model, x)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def network_of(compiled: CompiledModel) -> PreparedNetwork:
     network = next(iter(compiled._networks.values()))
     assert isinstance(network, PreparedNetwork)

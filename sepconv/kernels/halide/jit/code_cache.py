@@ -2,7 +2,8 @@
 
 A file is named by a hash of everything that its code depends on: this library's kernels, activations and arithmetic as
 they stand, Halide's version, the target, and the key of the kernel. It starts with a hash of the rest; one that is
-damaged is made again. Machine code is taken only from a folder that belongs to this user and that nobody else can write to.
+damaged is made again. Machine code is taken only from a folder that belongs to this user and that nobody else can
+write to.
 """
 
 from __future__ import annotations

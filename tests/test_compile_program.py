@@ -182,3 +182,14 @@ def test_agreement_is_that_of_the_coarsest_numbers(monkeypatch: pytest.MonkeyPat
     assert agreement([FLOAT32, whole]) == agreement([]) == AGREEMENT[torch.float32]
     monkeypatch.setitem(AGREEMENT, torch.bfloat16, 0.05)
     assert agreement([FLOAT32, half]) == 0.05
+
+
+def test_pixels_made_of_channels_are_one_copy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 27, 1), nn.PixelShuffle(3), nn.ReLU(), nn.PixelUnshuffle(3), nn.Conv2d(27, 5, 1))
+    x = torch.randn(2, 3, 5, 7)
+    fast = compile(model.eval(), x)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not any(group.kind.startswith("aten") for group in fast.explain().groups)
+    volume = nn.PixelShuffle(2).eval()
+    x = torch.randn(8, 5, 7)
+    torch.testing.assert_close(compile(volume, x)(x), volume(x))

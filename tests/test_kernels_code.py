@@ -160,6 +160,19 @@ def test_the_name_follows_from_all_that_the_code_depends_on(folder: Path, monkey
         code_cache._sources.cache_clear()
 
 
+@pytest.mark.parametrize("module", ["sepconv.activations", "sepconv.kernels.expression"])
+def test_the_name_follows_from_what_expressions_are_made_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    first = code_cache.path("key", "target")
+    code_cache._sources.cache_clear()
+    monkeypatch.setattr(sys.modules[module], "__file__", __file__)
+    try:
+        assert code_cache.path("key", "target") != first
+    finally:
+        code_cache._sources.cache_clear()
+
+
 _CASE = """
 import torch, sepconv
 from sepconv.kernels.halide.jit import code_cache

@@ -78,6 +78,18 @@ def test_any_sizes_and_layouts(sizes: Sizes) -> None:
     check()
 
 
+def test_threads_share_rows(threads: int) -> None:
+    """More rows than tasks, and images that are tasks of their own."""
+    for shape in ((1, 19, 13, 11), (5, 3, 7, 2)):
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        gate, out = torch.randn(shape[0], shape[1], 1, 1), torch.empty_like(x)
+        known = case.elementwise([x, gate], out, FUSED).into(out)
+        assert known.threads == threads
+        found = elementwise.plan(known)
+        elementwise.bind(found, x, elementwise.pack(found, [torch.tensor([0.25])]), [gate], out.fill_(torch.nan))()
+        torch.testing.assert_close(out, (x * gate + 0.25).relu())
+
+
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 200.0, 88.8, 3.4e38, 1e-30]
 SPECIAL += [-number for number in SPECIAL[5:]]
 # Halide's exp gives no denormal numbers.

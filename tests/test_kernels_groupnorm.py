@@ -45,6 +45,16 @@ def test_groups(name: str) -> None:
     check()
 
 
+def test_threads_share_rows(threads: int) -> None:
+    x = torch.randn(3, 16, 7, 5).contiguous(memory_format=torch.channels_last)
+    out, weight, bias = torch.full_like(x, torch.nan), torch.rand(16), torch.randn(16)
+    known = case.group_norm(x, out, GroupNormDetail(4, 1e-5)).into(out)
+    assert known.threads == threads
+    found = groupnorm.plan(known)
+    groupnorm.bind(found, x, groupnorm.pack(found, (weight, bias)), None, out)()
+    torch.testing.assert_close(out, F.group_norm(x, 4, weight, bias))
+
+
 def test_refusals() -> None:
     detail = GroupNormDetail(2, 1e-5)
     x = Outline.channels_last_of((1, 16, 5, 7))

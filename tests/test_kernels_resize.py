@@ -55,6 +55,16 @@ def test_every_mode_is_pytorchs(name: str, detail: ResizeDetail) -> None:
     check()
 
 
+def test_threads_share_rows(threads: int) -> None:
+    x = torch.randn(3, 16, 7, 5).contiguous(memory_format=torch.channels_last)
+    out = torch.full((3, 16, 11, 9), torch.nan).contiguous(memory_format=torch.channels_last)
+    known = case.resize(x, out, ResizeDetail("bilinear", False, (None, None))).into(out)
+    assert known.threads == threads
+    found = resize.plan(known)
+    resize.bind(found, x, resize.pack(found, ()), None, out)()
+    torch.testing.assert_close(out, F.interpolate(x, (11, 9), mode="bilinear"), rtol=1e-5, atol=1e-5)
+
+
 def test_refusals() -> None:
     detail = ResizeDetail("bilinear", False, (None, None))
     x, y = Outline.channels_last_of((1, 17, 5, 7)), Outline.channels_last_of((1, 17, 9, 9))

@@ -71,6 +71,16 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Tensor
     return truth, terms * EPS * size
 
 
+def test_threads_share_rows(threads: int) -> None:
+    x = torch.randn(3, 7, 24)
+    out = torch.full_like(x, torch.nan)
+    known = case.row_norm(x, out, "layer", 1e-5).into(out)
+    assert known.threads == threads
+    found = rownorm.plan(known)
+    rownorm.bind(found, x, rownorm.pack(found, [None, None]), None, out)()
+    torch.testing.assert_close(out, F.layer_norm(x, (24,), eps=1e-5))
+
+
 def test_lengths_of_zero_and_numbers_that_are_none() -> None:
     x = torch.zeros(3, 17)
     x[1, 3], x[2, 5] = torch.nan, torch.inf

@@ -139,6 +139,8 @@ class _Walk:
             return self._group(node.target, out, read)
         if node in self._homes and is_call(node, _aten.cat.default):
             return self._join(node)
+        if node.target in (_aten.pixel_shuffle.default, _aten.pixel_unshuffle.default) and value(node).dim() == 4:
+            return self._shuffled(node, self._look(node.args[0]), value(node))
         if node.target in (as_captured, without_gaps):
             look = self._look(node.args[0])
             return self._in_layout(look, value(node) if node.target is as_captured else _without_gaps_like(look.meta))
@@ -205,6 +207,25 @@ class _Walk:
             for look in args
         ]
         return self._step(group, read, [written])[0]
+
+    def _shuffled(self, node: fx.Node, look: _Look, result: Tensor) -> _Look:
+        """Pixels made of channels or the other way round: the same numbers in other places, which is one copy."""
+        new, factor = self._new(result, _dense(result)), _number(node)
+        to_pixels = node.target is _aten.pixel_shuffle.default
+        of_pixels, of_channels = (new, look) if to_pixels else (look, new)
+        n, c, h, w = of_pixels.meta.stride()
+        image, deep, row, column = of_channels.meta.stride()
+        size = [*of_pixels.meta.shape[:2], of_channels.meta.shape[2], factor, of_channels.meta.shape[3], factor]
+        apart = (
+            _Look(of_pixels.meta.as_strided(size, [n, c, h * factor, h, w * factor, w]), of_pixels.memory),
+            _Look(
+                of_channels.meta.as_strided(size, [image, deep * factor**2, row, deep * factor, column, deep]),
+                of_channels.memory,
+            ),
+        )
+        written, read = apart if to_pixels else apart[::-1]
+        self._step(Copy(), [read], [written])
+        return new
 
     def _row_norm(self, group: RowNorm, result: Tensor, x: _Look) -> _Look:
         out = torch.empty(result.shape, dtype=result.dtype, device="meta")

@@ -143,8 +143,6 @@ def _table(mode: str, align_corners: bool, scale: float | None, before: int, aft
         source = at * torch.tensor((before - 1) / (after - 1) if after > 1 else 0.0, dtype=torch.float32)
     else:
         source = (at + 0.5) * step - 0.5
-    if mode == "bilinear":
-        source = source.clamp(min=0)
     first = source.floor()
     part = source - first
     weights = torch.stack([1 - part, part] if taps == 2 else _cubic(part), 1)

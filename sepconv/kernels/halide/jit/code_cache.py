@@ -1,8 +1,9 @@
 """Object code of kernels on disk, so that a second process need not compile them again.
 
-A file is named by a hash of everything that its code depends on: this library's kernels and activations as they stand,
-Halide's version, the target, and the key of the kernel. It starts with a hash of the rest; one that is damaged is made
-again. Machine code is taken only from a folder that belongs to this user and that nobody else can write to.
+A file is named by a hash of everything that its code depends on: this library's kernels, activations and arithmetic as
+they stand, Halide's version, the target, and the key of the kernel. It starts with a hash of the rest; one that is
+damaged is made again. Machine code is taken only from a folder that belongs to this user and that nobody else can
+write to.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import platformdirs
 
 from sepconv import activations
+from sepconv.kernels import expression
 from sepconv.system.files import replacing
 
 VARIABLE = "SEPCONV_CACHE_DIR"
@@ -63,7 +65,7 @@ def _sources() -> str:
     """A hash of all that builds kernels."""
     total = hashlib.sha256(version("halide").encode())
     own = sorted(Path(__file__).parents[1].rglob("*.py"))
-    for path in (Path(activations.__file__), *own):
+    for path in (Path(activations.__file__), Path(expression.__file__), *own):
         total.update(path.read_bytes())
     return total.hexdigest()
 

@@ -148,11 +148,11 @@ REFUSED = {
     "lock": (locked, r"lock of layer '2' \(ReLU\) cannot be copied \(TypeError: cannot pickle"),
     "fails": (
         lambda: Wrap(lambda y: y.view(3, 3)),
-        r"the model \(Wrap\) fails on images of shape \(2, 3, 7, 7\) \(Runti",
+        r"the model \(Wrap\) fails on inputs of shape \(2, 3, 7, 7\) \(Runti",
     ),
     "layer fails": (
         lambda: nn.Sequential(conv(4, 4)),
-        r"layer '0' \(Conv2d\) fails on images of shape \(2, 3, 7, 7\) \(R",
+        r"layer '0' \(Conv2d\) fails on inputs of shape \(2, 3, 7, 7\) \(R",
     ),
     "overflow": (
         lambda: with_layer(lambda c: c.weight.data.fill_(3e38)),
@@ -178,10 +178,8 @@ def test_refused_before_the_work(make: Callable[[], nn.Module], reason: str, mon
 def test_what_is_no_module_and_what_is_no_image() -> None:
     with pytest.raises(TypeError, match=r"got ExportedProgram; convert the module it was exported from"):
         convert(torch.export.export(net(), (X,)))
-    with pytest.raises(
-        TypeError, match=r"calibration must be .* got dict; wrap a model of other inputs in a module that"
-    ):
-        convert(net(), [{"x": X}])
+    with pytest.raises(TypeError, match=r"calibration must be a tensor or batches of tensors \(.*\), got str"):
+        convert(net(), ["x"])
     with pytest.raises(ValueError, match=r"calibration images have no values"):
         convert(net(), X.to("meta"))
     with pytest.raises(ValueError, match=r"calibration images must have shape \(N, C, \*\), got \(10,\)"):
@@ -203,7 +201,7 @@ def test_a_model_of_two_inputs_says_what_to_do() -> None:
         def forward(self, x: Tensor, *, other: Tensor) -> Tensor:
             return self.net(x + other)
 
-    with pytest.raises(ValueError, match=r"\(Two\) fails .*; wrap a model of several inputs in a module .*'other'"):
+    with pytest.raises(ValueError, match=r"\(Two\) fails .*; batches of a model of several inputs are dicts .*'other'"):
         convert(Two(), [(X, X)])
 
 

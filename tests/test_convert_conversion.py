@@ -14,6 +14,7 @@ from sepconv.convert.forms import FORMS
 from sepconv.convert.ranks import cost
 from sepconv.convert.ranks.cost import latencies
 from sepconv.convert.sites import find_sites, record
+from sepconv.leaves import Inputs
 
 STAYED = "the budget is better spent on other layers"
 
@@ -135,7 +136,7 @@ def test_latency_as_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_latency_is_measured() -> None:
-    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(conv(3, 4))), images(1, dtype=torch.float32))
+    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(conv(3, 4))), Inputs.of(images(1, dtype=torch.float32)))
     site.inputs, site.outputs = [(3, 9, 9)], [(4, 9, 9)]
     found = latencies(site, FORMS["separable"], [1, 3])
     assert list(found) == [0, 1, 3]

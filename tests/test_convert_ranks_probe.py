@@ -23,7 +23,7 @@ def test_a_probe_is_the_network_with_that_layer_changed(reason: str) -> None:
     with torch.no_grad():
         new[0].weight.copy_(weight.view(4, 3, 3, 3))
         new[0].bias += shift
-        expected = sum(float((old(x) - new(x)).square().sum()) for x in images.batches(256))
+        expected = sum(float((x.run(old) - x.run(new)).square().sum()) for x in images.batches(256))
     assert probe.error(first, weight, shift) == pytest.approx(expected)
     assert torch.equal(first.conv.weight, before)
     assert probe.error(first, before.flatten(2), torch.zeros(4)) == 0

@@ -16,7 +16,7 @@ ROOT = Path(sepconv.__file__).parent
 # Every folder stands on one level and may import from lower levels, and from its own level what is listed below. Two
 # files about the machine look up at what they report.
 LEVELS = [
-    ["reference", "activations", "norms", "system"],
+    ["reference", "activations", "norms", "system", "leaves"],
     ["kernels"],
     ["system.environment"],
     ["ops"],

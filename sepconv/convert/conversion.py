@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from sepconv.convert.forms import FORMS, AnyForm
 from sepconv.convert.frontier import follow
 from sepconv.convert.images import CalibrationImages
 from sepconv.convert.moments import LARGEST
+from sepconv.convert.outputs import output_scales
 from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.convert.ranks.budget import Costs, ranks_for_budget
 from sepconv.convert.ranks.cost import METRICS, costs, macs, weights
@@ -32,11 +33,12 @@ from sepconv.convert.ranks.sensitivity import IMAGES, norm_metric, output_metric
 from sepconv.convert.sites import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.stages import finish
 from sepconv.layers.borrowed import evaluating
+from sepconv.leaves import Inputs
 
 
 def convert(
     model: nn.Module,
-    calibration: Tensor | Iterable[Any] | None = None,
+    calibration: Tensor | Inputs | Iterable[Any] | None = None,
     budget: float = 1 / 8,
     *,
     metric: str = "conv_params",
@@ -45,6 +47,7 @@ def convert(
     depth_multiplier: int | None = None,
     skip: Skip = (),
     example_input: Any = None,
+    output_weights: Mapping[str, float] | None = None,
     reestimate_bn: bool = True,
     sweeps: int = 10,
     ridge: float = 1e-3,
@@ -56,11 +59,13 @@ def convert(
     model itself is left as it is. Fine-tune or distil the result for what a small budget loses.
 
     Args:
-        model: any module that takes a batch of images as its only argument; its ``nn.Conv1d/2d/3d`` layers with
-            groups=1 and more than one tap are candidates. Of what ``torch.compile`` returned, the module inside is
-            converted; bfloat16 and float16 are float32 meanwhile.
-        calibration: unlabelled images as the model takes them, a float tensor (N, C, *) or an iterable of batches; some
-            hundreds to thousands. None only with ``method="svd"``.
+        model: any module, with inputs and outputs of any structure; its ``nn.Conv1d/2d/3d`` layers with groups=1 and
+            more than one tap are candidates. Of what ``torch.compile`` returned, the module inside is converted;
+            bfloat16 and float16 are float32 meanwhile.
+        calibration: unlabelled data as the model takes it, some hundreds to thousands of samples: a float tensor
+            (N, C, *), or batches (an iterable, a ``DataLoader``). A batch is a tensor, a tuple of inputs and targets of
+            which the first counts, or a dict or dataclass of the model's arguments without "labels" and "targets";
+            several positional arguments are ``((left, right),)``. None only with ``method="svd"``.
         budget: part of the whole network's cost in ``metric`` that may remain, over 0 and at most 1.
         metric: "conv_params" (weights of all convolutions), "macs" (their multiply-adds) or "latency" (their measured
             time for one image on this machine).
@@ -70,7 +75,10 @@ def convert(
             on the original network's, "svd" uses the weights alone.
         depth_multiplier: one M for every candidate layer instead of a budget; a bottleneck has at most as many weights.
         skip: names of modules that stay as they are (with all they contain), or ``skip(name, module) -> bool``.
-        example_input: a batch of one or more images; needed where there is no calibration but the metric needs shapes.
+        example_input: a batch of one or more samples, a tuple of positional or a dict of keyword arguments; needed
+            where there is no calibration but the metric needs shapes.
+        output_weights: how much each floating point output counts, by its place in what the model returns, such as
+            "boxes" or "heads.0"; 1 where it is not named. The error of each is relative to its own variance.
         reestimate_bn: give batch norms behind converted layers the statistics of the converted network.
         sweeps: rounds of alternating least squares per layer; fewer for bottlenecks of many channels.
         ridge: how strongly directions that the images hardly show are held to the original weights.
@@ -96,14 +104,14 @@ def convert(
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         if on_progress is not None:
             fit.on_step = _counter(fit, {} if depth_multiplier else priced, on_progress)
-        notes += _prepare(fit, example)
+        notes += _prepare(fit, example, output_weights)
         ranks = (
             {site.name: manner.form.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
             if depth_multiplier
             else ranks_for_budget(fit, priced, budget, metric)
         )
         errors = fit.run(ranks)
-        stages = finish(fit, ranks, reestimate_bn)
+        stages = finish(fit, ranks, reestimate_bn, output_weights)
     if fit.courses.reason:
         notes.append(f"slower: the model ran from its beginning for each layer; not followed: {fit.courses.reason}")
     _finish_layers(old, new, sites, halves)
@@ -146,7 +154,7 @@ def _copies(model: nn.Module) -> _Copies:
     return _Copies(old, new, halves)
 
 
-def _prices(fit: Fit, metric: str, example: Tensor | None) -> Costs:
+def _prices(fit: Fit, metric: str, example: Inputs | None) -> Costs:
     """What each rank of each site costs, after all sites that must stay have got their reason."""
     if fit.calibration is not None:
         _leave_large(fit.sites)
@@ -169,12 +177,13 @@ def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -
     return step
 
 
-def _prepare(fit: Fit, example: Tensor | None) -> list[str]:
+def _prepare(fit: Fit, example: Inputs | None, output_weights: Mapping[str, float] | None) -> list[str]:
     """How the network is passed through and what errors cost, where images are used. Returns notes for the plan."""
     if fit.calibration is None or example is None:
         return []
+    fit.scales = output_scales(fit.old, fit.calibration.batches(IMAGES), output_weights)
     fit.courses = follow(fit.old, fit.candidates, example)
-    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(IMAGES))
+    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(IMAGES), scales=fit.scales)
     if all(site.name in fit.metrics for site in fit.candidates):
         return []
     fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
@@ -220,14 +229,16 @@ def _check_numbers(sweeps: int, ridge: float) -> None:
         raise ValueError(f"convert: ridge must be at least 0 and finite, got {ridge!r}")
 
 
-def _example(model: nn.Module, example_input: Any) -> Tensor | None:
+def _example(model: nn.Module, example_input: Any) -> Inputs | None:
     if example_input is None:
         return None
+    if isinstance(example_input, tuple):  # as for ``compile``: positional arguments
+        example_input = Inputs(example_input)
     return next(CalibrationImages.of(model, [example_input], "convert: example_input").batches(2))
 
 
 def _sites(
-    model: nn.Module, skip: Skip, example: Tensor | None, halves: dict[str, torch.dtype]
+    model: nn.Module, skip: Skip, example: Inputs | None, halves: dict[str, torch.dtype]
 ) -> tuple[list[Site], list[str]]:
     """The convolutions, recorded on an example if there is one, else traced; with what could not be found out."""
     sites = find_sites(model, skip)

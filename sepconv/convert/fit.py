@@ -58,8 +58,8 @@ class Fit:
     """One conversion under way.
 
     ``old`` and ``new`` are copies of the model; layers of ``new`` become separable as :meth:`run` goes. ``metrics``
-    holds, by site, what an error at its output costs, ``courses`` the ways through the network. ``on_step`` is called
-    after each fit, tried or kept.
+    holds, by site, what an error at its output costs, ``scales`` how much each of the network's outputs counts,
+    ``courses`` the ways through the network. ``on_step`` is called after each fit, tried or kept.
     """
 
     old: nn.Module
@@ -68,6 +68,7 @@ class Fit:
     images: CalibrationImages | None
     manner: Manner
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    scales: list[float] = field(default_factory=list)
     on_step: Callable[[], object] = lambda: None
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ def rank_errors(fit: Fit, candidates: dict[str, list[int]]) -> dict[str, dict[in
             ranks, weight = candidates[site.name], site.conv.weight.detach().double()
             errors[site.name] |= dict(zip(ranks, fit.form.dropped(weight, ranks, fit.scale(site)), strict=True))
         return errors
-    probe = Probe(fit.old, images, fit.courses)
+    probe = Probe(fit.old, images, fit.courses, fit.scales)
     found = gather([site.conv for site in sites], fit.old, images, one_draw=True)
     for site, moments in zip(sites, found, strict=True):
         with naming(site):

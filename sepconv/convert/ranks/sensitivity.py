@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import Hooks, run
 from sepconv.convert.sites import Site, norm_scale
+from sepconv.leaves import Inputs
 
 IMAGES = 256
 """Images whose gradients say how much each output channel matters."""
@@ -28,10 +29,15 @@ FLOOR = 1e-2
 
 
 def output_metrics(
-    model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor], draws: int = 2
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Inputs],
+    draws: int = 2,
+    scales: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """J^T J of every site, by site name, summed over its pixels: (O, O) each.
 
+    ``scales`` are those of the squared errors of the outputs; 1 where there are none.
     ``model`` must be in eval mode with frozen parameters. A site that the gradient does not reach is missing.
     """
     sums: dict[str, Tensor] = {}
@@ -58,9 +64,11 @@ def output_metrics(
             hooks.after(site.conv, watch(site))
         for x in batches:
             images += len(x)
-            outputs = [t for t in tensors(run(model, x)) if t.requires_grad]
+            found = tensors(run(model, x))
+            scaled = [(t, s) for t, s in zip(found, scales or [1.0] * len(found), strict=True) if t.requires_grad]
+            outputs = [t for t, _ in scaled]
             for draw in range(draws if outputs else 0):
-                signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in outputs]
+                signs = [(torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1) * s**0.5 for t, s in scaled]
                 torch.autograd.backward(outputs, signs, retain_graph=draw + 1 < draws)
     return {name: _floored(total / (images * draws)) for name, total in sums.items()}
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sepconv.data.augment import Augment, generator
-from sepconv.data.dataset import NO_AUGMENT, divided, in_batches
+from sepconv.data.dataset import NO_AUGMENT, Split, divided, in_batches
 from sepconv.data.images import one_ahead
 from sepconv.data.listing import Ignored, entries, files_below
 from sepconv.data.parts import readable
@@ -146,6 +146,11 @@ class LoaderSplit:
         return ((Inputs.of(batch), labels_of(batch)) for batch in self.loader)
 
 
+def as_samples(source: Samples | Iterable[Any]) -> Samples:
+    """A split as it is, anything else as the batches of a loader."""
+    return source if isinstance(source, Split | SampleFiles | LoaderSplit) else LoaderSplit.of(source)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class SampleData:
     """Samples for training and for testing, as :class:`sepconv.data.Data` is of images.
@@ -158,8 +163,8 @@ class SampleData:
 
     name: str
     train: SampleFiles | LoaderSplit
-    test: SampleFiles | LoaderSplit
-    val: SampleFiles | LoaderSplit | None = None
+    test: Samples
+    val: Samples | None = None
     notes: tuple[str, ...] = ()
     num_classes: int = 0
 

@@ -107,7 +107,7 @@ class Inputs:
 
         def move(t: Tensor) -> Tensor:
             t = t.to(device, dtype if t.is_floating_point() else None, non_blocking=True)
-            return t if memory_format is None or t.dim() != 4 else t.contiguous(memory_format=memory_format)
+            return t if memory_format is None or t.dim() != 4 else t.to(memory_format=memory_format)
 
         return self.map(move)
 

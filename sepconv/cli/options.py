@@ -78,7 +78,7 @@ DataSource = Annotated[
         "--data",
         parser=filled,
         metavar="D",
-        help="digits, a folder with one subfolder a class, *.parquet, an IDX folder, or a Hugging Face name.",
+        help="digits, a folder (of classes, loose images, .npy or .safetensors), *.parquet, IDX, a Hugging Face name.",
         show_default=False,
     ),
 ]

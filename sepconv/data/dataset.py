@@ -128,6 +128,9 @@ class Data:
     fit: Crop | None = None
     prepared_for: str = ""
 
+    items = "images"
+    """What they are called in sentences."""
+
     @property
     def num_classes(self) -> int:
         """0 where there are no labels."""

@@ -151,6 +151,18 @@ def as_samples(source: Samples | Iterable[Any]) -> Samples:
     return source if isinstance(source, Split | SampleFiles | LoaderSplit) else LoaderSplit.of(source)  # type: ignore[arg-type]
 
 
+def first_of(split: Samples, count: int) -> Inputs:
+    """So many samples from the beginning of a split, the first ones again where it has fewer."""
+    if isinstance(split, LoaderSplit):
+        found = split.first(count)
+        return found[torch.arange(count) % len(found)] if len(found) < count else found
+    chosen = torch.arange(count) % len(split)
+    if isinstance(split, Split):
+        return Inputs.of(split.normalise(split.images.take(chosen)))
+    assert isinstance(split, SampleFiles)
+    return split.take(chosen)
+
+
 @dataclass(frozen=True)
 class SampleData:
     """Samples for training and for testing, as :class:`sepconv.data.Data` is of images.
@@ -167,6 +179,9 @@ class SampleData:
     val: Samples | None = None
     notes: tuple[str, ...] = ()
     num_classes: int = 0
+
+    items = "samples"
+    """What they are called in sentences."""
 
     @property
     def classes(self) -> list[str]:

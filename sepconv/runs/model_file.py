@@ -21,7 +21,7 @@ from torch import nn
 
 from sepconv import models
 from sepconv.cost import count
-from sepconv.data import Data
+from sepconv.data import Data, SampleData
 from sepconv.models import weights as weight_files
 from sepconv.runs import card as cards
 from sepconv.runs import structure
@@ -79,7 +79,7 @@ def open_model(
     weights: Path | None = None,
     settings: dict[str, Any] | None = None,
     *,
-    data: Data | None = None,
+    data: Data | SampleData | None = None,
     seed: int = 0,
     trust: bool = False,
 ) -> tuple[nn.Module, Card]:
@@ -209,15 +209,16 @@ def _settings_of(card: Card) -> dict[str, Any]:
     return {name: value for name, value in card.settings.items() if name != "pretrained"}
 
 
-def _settings_from(name: str, data: Data | None) -> dict[str, Any]:
+def _settings_from(name: str, data: Data | SampleData | None) -> dict[str, Any]:
     """Channels and classes as the data has them; the user's own functions get what the user says and no more."""
-    if data is None:
+    if not isinstance(data, Data):
         return {}
+    classes = {"num_classes": data.num_classes} if data.classes else {}
     if name.startswith("torchvision/"):
-        return {"num_classes": data.num_classes}
+        return classes
     if name.startswith("timm/"):
-        return {"in_chans": data.channels, "num_classes": data.num_classes}
-    return {"in_channels": data.channels, "num_classes": data.num_classes} if name in models.BUILT_IN else {}
+        return {"in_chans": data.channels, **classes}
+    return {"in_channels": data.channels, **classes} if name in models.BUILT_IN else {}
 
 
 def model_path(name: str) -> Path | None:

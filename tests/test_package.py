@@ -117,7 +117,7 @@ def test_import_is_lean_and_modules_are_there_after_it() -> None:
 
 def test_test_files_are_named_after_what_they_test() -> None:
     """`test_FOLDER_SUBJECT.py`, or the name of something beside the folders of the package."""
-    beside = {"package", "names", "docs", "reference", "activations", "norms", "benchmarks", "newest"}
+    beside = {"package", "names", "docs", "examples", "reference", "activations", "norms", "benchmarks", "newest"}
     folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     subjects = {path.stem.split("_")[1]: path.name for path in Path(__file__).parent.glob("test_*.py")}
     assert [name for subject, name in subjects.items() if subject not in folders | beside] == []

@@ -188,3 +188,18 @@ def test_evaluation_needs_labels_or_a_teacher() -> None:
     with pytest.raises(ValueError, match=r"the model's output is dict but the data has 2 classes"):
         evaluate(Heads(), [(((torch.randn(2, 11), torch.randn(2, 11))), torch.tensor([0, 1]))])
     assert LoaderSplit.of([torch.ones(2)]).count == 1
+
+
+def test_a_model_in_evaluation_mode_stays_in_it_where_outputs_are_learnt() -> None:
+    """The statistics of batches would be noise in what is to be learnt; in training mode they are what is asked for."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Conv1d(4, 2, 1))
+    x = torch.randn(40, 1, 9)
+    for _ in range(30):
+        teacher(x)
+    for training in (False, True):
+        student = copy.deepcopy(teacher).train(training)
+        mean = student[1].running_mean.clone()
+        history = train(student, list(x.split(10)), RECIPE, teacher=teacher)
+        assert torch.equal(student[1].running_mean, mean) == (not training)
+        assert (history.error < 1e-3) == (not training)

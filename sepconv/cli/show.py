@@ -132,7 +132,7 @@ def files(screen: Screen, out: Path, model: str) -> None:
 
 
 def stages(screen: Screen, record: dict[str, Any]) -> None:
-    of_outputs = record["task"] == "outputs"
+    of_outputs = record.get("task") == "outputs"
     score, what = ("output error", "samples") if of_outputs else ("accuracy", "images")
     rows = [(stage["name"], _score(stage), f"{stage['seconds']:.1f}") for stage in record["stages"]]
     screen.table("Steps", ("step", score, "seconds"), rows)

@@ -57,7 +57,8 @@ def train(
     out, the main process alone writes the log and the checkpoints.
 
     With a teacher, data may be anything: where there are no classes, or the model's output is not one row of numbers
-    for them, the model learns to give the teacher's outputs, whatever their structure.
+    for them, the model learns to give the teacher's outputs, whatever their structure. A model in evaluation mode then
+    stays in it: batch norms keep their statistics, and nothing is dropped.
 
     Args:
         data: a data set, or batches, such as a ``DataLoader`` (see :meth:`sepconv.leaves.Inputs.of`): each epoch goes

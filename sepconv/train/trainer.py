@@ -54,7 +54,7 @@ class Trainer:
         self.process = processes()
         self.model, self.data, self.recipe, self.guide = model, data, recipe, guide
         self.classes = classes
-        self.modes = modes_in_training(model)
+        self.modes = modes_in_training(model) if classes or model.training else modes_as_used(model)
         self.on_progress = on_progress if self.process.is_main_process else None
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.batch_size = min(recipe.batch_size, len(data.train))
@@ -233,6 +233,11 @@ def modes_in_training(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Every module with the mode it is trained in: the caller's; training if the model itself is in evaluation mode."""
     modes = [(module, module.training or not model.training) for module in model.modules()]
     return [(module, mode and not _frozen(module)) for module, mode in modes]
+
+
+def modes_as_used(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Evaluation mode for every module: what a batch's statistics and dropout would add to the outputs is noise."""
+    return [(module, False) for module in model.modules()]
 
 
 def _frozen(module: nn.Module) -> bool:

@@ -201,7 +201,7 @@ def convert_command(
         job = replace(job, recipe=replace(recipe, optimizer=optimizer or "adamw", lr=OUTPUTS_LR if lr is None else lr))
     network, card = open_model(model, weights, given, data=images)
     if images.classes:
-        card = replace(card, classes=card.classes or names_of(model, images.classes))
+        card = replace(card, classes=card.classes or names_of(card.model, images.classes))
     keep_freed_memory()
     with threads_set_to(threads), resumable(out / CHECKPOINTS, context.obj), screen.progress() as on_progress:
         record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)

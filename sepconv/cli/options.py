@@ -44,7 +44,7 @@ Model = Annotated[
     typer.Argument(
         parser=filled,
         metavar="MODEL",
-        help="A built-in name, timm/NAME, torchvision/NAME, package.module:function, or a folder of train or convert.",
+        help="A built-in name, timm/NAME, torchvision/NAME, package.module:function, a folder of train, convert, timm.",
         show_default=False,
         autocompletion=_models,
     ),

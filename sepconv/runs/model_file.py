@@ -26,6 +26,7 @@ from sepconv.models import weights as weight_files
 from sepconv.runs import card as cards
 from sepconv.runs import structure
 from sepconv.runs.card import Card as Card
+from sepconv.runs.timm_folder import timm_folder
 from sepconv.system.files import name_for_libraries, replacing
 
 FILE = "model.safetensors"
@@ -86,7 +87,8 @@ def open_model(
     """A network by name, or from a folder or file that sepconv wrote, with its weights, in evaluation mode.
 
     Args:
-        name: as for ``models.create``, or a folder with ``model.safetensors``, or such a file.
+        name: as for ``models.create``, or a folder with ``model.safetensors``, or such a file; or a folder as timm
+            saves it for Hugging Face.
         weights: a file as for ``models.load_weights``. If it says that it is of the model `name`, it also gives
             settings and structure.
         settings: of the model; those given here overrule those of the file.
@@ -101,6 +103,9 @@ def open_model(
     path = model_path(name)
     if path is not None and (weights is not None or settings):
         raise ValueError(f"{name} is a trained network already: --weights and --set do not go with it")
+    if (folder := timm_folder(name)) is not None:
+        network, card = open_model(folder.model, folder.weights, folder.settings)
+        return network, replace(card, classes=folder.classes)
     weights = weights if path is None else path
     found = card_of(name, weights)
     if found is None:
@@ -134,6 +139,8 @@ def card_of(name: str, weights: Path | None = None) -> Card | None:
         ValueError: the file cannot be read, or `name` is a folder or file that does not say which network it is of.
     """
     path = model_path(name)
+    if timm_folder(name) is not None:
+        return None
     file = weights if path is None else path
     if file is None:
         return None

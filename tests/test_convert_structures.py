@@ -30,7 +30,7 @@ class TwoEyes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.eye, self.join, self.boxes, self.mask = conv(3, 6), conv(12, 8), conv(8, 4), conv(8, 2)
+        self.eye, self.join, self.boxes, self.mask = conv(3, 4), conv(8, 5), conv(5, 4), conv(5, 2)
 
     def forward(self, left: Tensor, right: Tensor, *, scale: Tensor | None = None) -> Found:
         both = torch.cat([torch.relu(self.eye(left)), torch.relu(self.eye(right))], 1)
@@ -61,7 +61,7 @@ def same(plan: Plan, other: Plan) -> bool:
 def test_a_network_of_several_inputs_and_outputs_from_a_loader() -> None:
     torch.manual_seed(0)
     model = TwoEyes().eval()
-    new, plan = sepconv.convert(model, DataLoader(Pairs(), batch_size=7), 1 / 2)
+    new, plan = sepconv.convert(model, DataLoader(Pairs(), batch_size=7), 1 / 2, sweeps=3)
     assert plan.images == 24
     assert [row.name for row in plan.layers] == ["eye", "join", "boxes", "mask"]
     assert not any("not followed" in note for note in plan.notes)
@@ -74,15 +74,15 @@ def test_a_network_of_several_inputs_and_outputs_from_a_loader() -> None:
     assert out.boxes.shape == (7, 4, 7, 7)
     # How a loader cuts the samples, and whether inputs have names, makes no difference.
     everything = {key: torch.cat([part[key] for part in pairs()]) for key in batch}
-    assert same(plan, sepconv.convert(model, [everything], 1 / 2)[1])
+    assert same(plan, sepconv.convert(model, [everything], 1 / 2, sweeps=3)[1])
 
 
 def test_positional_inputs_are_a_tuple_in_a_tuple() -> None:
     torch.manual_seed(0)
     model = TwoEyes().eval()
     left, right = torch.randn(2, 12, 3, 5, 5)
-    _, plan = sepconv.convert(model, [((left, right), None)], 1 / 2)
-    _, named = sepconv.convert(model, [{"left": left, "right": right}], 1 / 2)
+    _, plan = sepconv.convert(model, [((left, right), None)], 1 / 2, sweeps=1)
+    _, named = sepconv.convert(model, [{"left": left, "right": right}], 1 / 2, sweeps=1)
     assert same(plan, named)
     new, _ = sepconv.convert(model, None, 1 / 2, method="svd", metric="macs", example_input=(left, right))
     assert new(left, right).boxes.shape == (12, 4, 5, 5)
@@ -97,7 +97,7 @@ def test_errors_count_by_the_variance_of_each_output_and_by_its_weight() -> None
     data = [{key: batch[key] for key in ("left", "right")} for batch in pairs()]
     kept = {}
     for name in ("boxes", "heads.mask"):
-        new, plan = sepconv.convert(model, data, 0.35, output_weights={"boxes": 0, "heads.mask": 0, name: 1})
+        new, plan = sepconv.convert(model, data, 0.4, sweeps=3, output_weights={"boxes": 0, "heads.mask": 0, name: 1})
         batch = {key: torch.cat([part[key] for part in data]) for key in data[0]}
         with torch.no_grad():
             old_out, new_out = model(**batch), new(**batch)
@@ -191,3 +191,20 @@ def test_numbers_that_are_no_fractions_pass() -> None:
     new, plan = sepconv.convert(Text().eval(), [{"words": words}], 1 / 2)
     assert len(plan.converted) == 1
     assert new(words).shape == (40, 3)
+
+
+def test_networks_that_keep_what_they_computed() -> None:
+    """As those for optical flow keep their correlations: copies are made of them in between."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = conv(3, 4), conv(4, 4)
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = [self.first(x)]
+            return self.second(self.seen[0])
+
+    _, plan = sepconv.convert(Keeps().eval(), torch.randn(2, 3, 5, 5), depth_multiplier=2, sweeps=1)
+    assert len(plan.converted) == 2

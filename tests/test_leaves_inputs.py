@@ -58,7 +58,7 @@ def test_what_is_no_batch(batch: Any) -> None:
 
 
 def test_samples_are_taken_of_every_tensor_and_joined_again() -> None:
-    whole = Inputs.of({"left": A, "right": [B, 7]})
+    whole = Inputs.of({"left": A, "right": {"in": B, "scale": 7}})
     assert whole.divisible
     assert len(whole) == 3
     assert whole.values_per_sample == 7
@@ -69,7 +69,7 @@ def test_samples_are_taken_of_every_tensor_and_joined_again() -> None:
     again = joined(parts)
     torch.testing.assert_close((again.args, again.kwargs), (whole.args, whole.kwargs))
     assert whole[torch.tensor([2])].kwargs["left"].tolist() == A[2:].tolist()
-    assert whole.structure != Inputs.of({"left": A, "right": [B, 8]}).structure
+    assert whole.structure != Inputs.of({"left": A, "right": {"in": B, "scale": 8}}).structure
 
 
 def test_samples_that_cannot_be_told_apart_stay_together() -> None:
@@ -77,6 +77,9 @@ def test_samples_that_cannot_be_told_apart_stay_together() -> None:
         mixed = Inputs(args)
         assert not mixed.divisible
         assert mixed[:1] is mixed
+    images = Inputs(([A, A],))
+    assert not images.divisible
+    assert len(images) == 2
     assert len(Inputs((torch.tensor(0.5),))) == 1
     assert len(Inputs((3,))) == 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from sepconv.convert.batch_norm import reestimate
 from sepconv.convert.fit import Fit, Manner
 from sepconv.convert.images import CalibrationImages
 from sepconv.convert.passes import run
+from sepconv.layers.borrowed import copied
 from sepconv.leaves.closeness import OutputComparison
 
 
@@ -34,7 +34,7 @@ def finish(
     """Re-estimate batch norms if asked, and report the closed form with the same ranks, the method, and that."""
     if fit.images is None:
         return []
-    closed_form = Fit(fit.old, copy.deepcopy(fit.old), fit.sites, None, Manner(fit.form))
+    closed_form = Fit(fit.old, copied(fit.old, "convert"), fit.sites, None, Manner(fit.form))
     closed_form.run(ranks)
     stages = [("closed form", output_error(fit.old, closed_form.new, fit.images, weights))]
     if fit.manner.method != "svd":

@@ -18,7 +18,8 @@ TARGETS = ("label", "labels", "target", "targets")
 class Inputs:
     """Arguments of one call. The samples lie along the first dimension of every tensor.
 
-    Where the tensors have different first sizes, or one has none, the batch can be taken as a whole only.
+    Where the tensors have different first sizes, one has none, or some are in a list (as detectors take images), the
+    batch can be taken as a whole only.
     """
 
     args: tuple[Any, ...] = ()
@@ -65,6 +66,8 @@ class Inputs:
     def divisible(self) -> bool:
         """Whether samples can be taken out of the batch."""
         found = self.tensors
+        if any(isinstance(value, tuple | list) for value in (*self.args, *self.kwargs.values())):
+            return False
         return bool(found) and all(t.dim() > 0 and len(t) == len(found[0]) for t in found)
 
     @property
@@ -86,6 +89,9 @@ class Inputs:
 
     def __len__(self) -> int:
         found = self.tensors
+        listed = next((value for value in self.args if isinstance(value, tuple | list)), None)
+        if listed:
+            return len(listed)
         return len(found[0]) if found and found[0].dim() else min(1, len(found))
 
     def __getitem__(self, chosen: slice | Tensor) -> Inputs:

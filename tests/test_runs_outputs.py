@@ -103,6 +103,7 @@ def test_samples_of_several_inputs_and_outputs(code: str, tmp_path: Path) -> Non
     assert "Relative error of all outputs on 52 test samples" in ran.out
     assert "Output error of 20 samples held out" in ran.out
     assert "Error of the outputs through the stages" in page.text
+    assert "A network, looked at on pairs, had its normal convolutions replaced" in page.text
     assert ("table", {"class": "numbers", "data-outputs": None}) in page.elements
     opened = sepconv("count", f"{code}:pair", "--weights", out / "model.safetensors", "--input", "23")
     opened.failed_with(2, "fails")

@@ -26,12 +26,18 @@ from sepconv.convert.frontier import follow
 from sepconv.convert.images import CalibrationImages
 from sepconv.convert.moments import LARGEST
 from sepconv.convert.plan import LayerPlan, Plan
-from sepconv.convert.ranks.budget import Costs, ranks_for_budget
+from sepconv.convert.ranks.budget import Costs, ranks_for_budget, within_reach
 from sepconv.convert.ranks.cost import METRICS, costs, macs, weights
-from sepconv.convert.ranks.sensitivity import IMAGES, norm_metric, output_metrics
+from sepconv.convert.ranks.sensitivity import enough, norm_metric, output_metrics
 from sepconv.convert.sites import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.stages import finish
 from sepconv.layers.borrowed import evaluating
+
+HELD_OUT_OF, MOST_HELD_OUT = 16, 64
+"""One image of so many is not fitted to: the errors that the plan tells are of these. And that many at most."""
+
+ENOUGH_TO_HOLD_OUT = 64
+"""Of fewer images all are fitted to."""
 
 
 def convert(
@@ -91,11 +97,12 @@ def convert(
     manner = Manner(FORMS[form], method, sweeps, ridge)
     with undisturbed(old), evaluating(old, new):
         sites, notes = _sites(old, skip, example, halves)
-        fit = Fit(old, new, sites, images, manner)
+        fit = _fit(old, new, sites, images, manner)
         priced = _prices(fit, metric, example)
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         if on_progress is not None:
-            fit.on_step = _counter(fit, {} if depth_multiplier else priced, on_progress)
+            tried = {} if depth_multiplier else within_reach(priced, budget * sum(cost[0] for cost in priced.values()))
+            fit.on_step = _counter(fit, tried, on_progress)
         notes += _prepare(fit, example)
         ranks = (
             {site.name: manner.form.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
@@ -146,6 +153,14 @@ def _copies(model: nn.Module) -> _Copies:
     return _Copies(old, new, halves)
 
 
+def _fit(old: nn.Module, new: nn.Module, sites: list[Site], images: CalibrationImages | None, manner: Manner) -> Fit:
+    """With some of the images held out, if there are enough and any are fitted to."""
+    if images is None or manner.method == "svd" or images.count < ENOUGH_TO_HOLD_OUT:
+        return Fit(old, new, sites, images, manner)
+    fitted, held_out = images.divided(max(HELD_OUT_OF, math.ceil(images.count / MOST_HELD_OUT)))
+    return Fit(old, new, sites, fitted, manner, held_out)
+
+
 def _prices(fit: Fit, metric: str, example: Tensor | None) -> Costs:
     """What each rank of each site costs, after all sites that must stay have got their reason."""
     if fit.calibration is not None:
@@ -158,7 +173,8 @@ def _prices(fit: Fit, metric: str, example: Tensor | None) -> Costs:
 
 def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
     """Counts its calls; a layer that stays normal after all is not fitted, so the end may come early."""
-    total = len(fit.candidates) + sum(len(prices) - 1 for prices in trials.values())
+    tried = sum(len(fit.form.trials([rank for rank in prices if rank])) for prices in trials.values())
+    total = len(fit.candidates) + (0 if fit.calibration is None else tried)
     done = 0
 
     def step() -> None:
@@ -174,11 +190,13 @@ def _prepare(fit: Fit, example: Tensor | None) -> list[str]:
     if fit.calibration is None or example is None:
         return []
     fit.courses = follow(fit.old, fit.candidates, example)
-    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(IMAGES))
+    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(enough(example[0].numel())))
+    notes = [] if fit.held_out else [f"errors are of images that were fitted to: {fit.calibration.count} are few"]
     if all(site.name in fit.metrics for site in fit.candidates):
-        return []
+        return notes
+    fit.differentiable = False
     fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
-    return ["the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
+    return [*notes, "the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
 
 
 def _finish_layers(old: nn.Module, new: nn.Module, sites: list[Site], halves: dict[str, torch.dtype]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -35,8 +36,12 @@ class CalibrationImages:
             self._parts = [torch.cat(self._parts)]  # how the caller cut them makes no difference to the result
         if not self._parts:
             raise ValueError(f"{name} holds no images")
-        self._to = {"device": device, "dtype": dtype}
-        self.count = sum(len(part) for part in self._parts)
+        self._device, self._dtype = device, dtype
+        self._chosen = [torch.arange(len(part)) for part in self._parts]
+
+    @property
+    def count(self) -> int:
+        return sum(len(chosen) for chosen in self._chosen)
 
     @classmethod
     def of(cls, model: nn.Module, source: Tensor | Iterable[Any], name: str = NAME) -> CalibrationImages:
@@ -47,13 +52,21 @@ class CalibrationImages:
     def batches(self, limit: int | None = None) -> Iterator[Tensor]:
         """All images, or the first ``limit``."""
         left = self.count if limit is None else min(limit, self.count)
-        for part in self._parts:
+        for part, chosen in zip(self._parts, self._chosen, strict=True):
             size = max(8, min(128, (1 << 21) // max(1, math.prod(part.shape[1:]))))
-            for batch in part[:left].split(size):
-                yield batch.to(**self._to)
-            left -= min(left, len(part))
+            for places in chosen[:left].split(size) if len(chosen) else ():
+                yield part[places.to(part.device)].to(self._device, self._dtype)
+            left -= min(left, len(chosen))
             if not left:
                 return
+
+    def divided(self, every: int) -> tuple[CalibrationImages, CalibrationImages]:
+        """All but every so-manieth image, and those; nothing is copied."""
+        most, few = copy.copy(self), copy.copy(self)
+        number = torch.arange(self.count).split([len(chosen) for chosen in self._chosen])
+        most._chosen = [c[(n + 1) % every != 0] for c, n in zip(self._chosen, number, strict=True)]
+        few._chosen = [c[(n + 1) % every == 0] for c, n in zip(self._chosen, number, strict=True)]
+        return most, few
 
 
 def _check(part: Any, name: str) -> Tensor:

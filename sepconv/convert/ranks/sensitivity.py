@@ -10,7 +10,7 @@ The Kronecker form, E[g g^T] apart from E[p p^T], is that of K-FAC (Martens and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,19 @@ from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import Hooks, run
 from sepconv.convert.sites import Site, norm_scale
 
-IMAGES = 256
-"""Images whose gradients say how much each output channel matters."""
+VALUES = 1 << 19
+"""Input values in one pass backward."""
+
+FEWEST, MOST = 64, 256
+"""Images whose gradients say how much each output channel matters: the fewer, the larger they are."""
 
 FLOOR = 1e-2
 """Part of the mean sensitivity that every direction gets, so that none is free because few images were seen."""
+
+
+def enough(size: int) -> int:
+    """Images of so many values to take gradients of: large ones have more pixels in every layer."""
+    return min(MOST, max(FEWEST, 2 * VALUES // max(1, size)))
 
 
 def output_metrics(
@@ -41,8 +49,8 @@ def output_metrics(
         def add(gradient: Tensor | None) -> None:
             if gradient is None:  # what follows gives none, such as a quantized layer
                 return
-            g = gradient.transpose(0, 1).flatten(1).double()
-            sums[site.name] = sums.get(site.name, 0) + g @ g.T
+            g = gradient.transpose(0, 1).flatten(1)
+            sums[site.name] = sums.get(site.name, 0) + (g @ g.T).double()
 
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
@@ -56,13 +64,22 @@ def output_metrics(
     with Hooks() as hooks, torch.enable_grad():
         for site in sites:
             hooks.after(site.conv, watch(site))
-        for x in batches:
+        for x in small(batches):
             images += len(x)
             outputs = [t for t in tensors(run(model, x)) if t.requires_grad]
             for draw in range(draws if outputs else 0):
-                signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in outputs]
-                torch.autograd.backward(outputs, signs, retain_graph=draw + 1 < draws)
+                torch.autograd.backward(outputs, signs(outputs, generator), retain_graph=draw + 1 < draws)
     return {name: _floored(total / (images * draws)) for name, total in sums.items()}
+
+
+def signs(outputs: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    return [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in outputs]
+
+
+def small(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same images in batches that leave room for what a pass backward needs."""
+    for x in batches:
+        yield from x.split(max(1, VALUES // max(1, x[0].numel())))
 
 
 def _floored(metric: Tensor) -> Tensor:

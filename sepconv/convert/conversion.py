@@ -69,7 +69,7 @@ def convert(
             hundreds to thousands. None only with ``method="svd"``.
         budget: part of the whole network's cost in ``metric`` that may remain, over 0 and at most 1.
         metric: "conv_params" (weights of all convolutions), "macs" (their multiply-adds) or "latency" (their measured
-            time for one image on this machine).
+            time for one image on this machine, as ``compile`` runs them).
         form: "bottleneck" makes three layers of a convolution: a pointwise one that reduces the channels, a depthwise
             and a pointwise one; "separable" makes the last two. No norm or activation stands between them.
         method: "sequential" regresses each layer's original output on the converted network's input, "least_squares"
@@ -98,7 +98,7 @@ def convert(
     with undisturbed(old), evaluating(old, new):
         sites, notes = _sites(old, skip, example, halves)
         fit = _fit(old, new, sites, images, manner)
-        priced = _prices(fit, metric, example)
+        priced = _prices(fit, metric, example, halves)
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         if on_progress is not None:
             tried = {} if depth_multiplier else within_reach(priced, budget * sum(cost[0] for cost in priced.values()))
@@ -116,7 +116,8 @@ def convert(
     _finish_layers(old, new, sites, halves)
     rows = [_row(site, manner.form, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
     share = None if depth_multiplier else budget
-    return new, Plan(rows, form, method, metric, share, images.count if images else 0, stages, notes)
+    counts = [part.count if part else 0 for part in (images, fit.held_out)]
+    return new, Plan(rows, form, method, metric, share, counts[0], stages, notes, counts[1])
 
 
 def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.Module:
@@ -161,14 +162,14 @@ def _fit(old: nn.Module, new: nn.Module, sites: list[Site], images: CalibrationI
     return Fit(old, new, sites, fitted, manner, held_out)
 
 
-def _prices(fit: Fit, metric: str, example: Tensor | None) -> Costs:
+def _prices(fit: Fit, metric: str, example: Tensor | None, halves: dict[str, torch.dtype]) -> Costs:
     """What each rank of each site costs, after all sites that must stay have got their reason."""
     if fit.calibration is not None:
         _leave_large(fit.sites)
     if example is not None:
         leave_those_read(fit.new, fit.sites, fit.form, example)
         check_outputs(fit.old, fit.sites, example)
-    return {site.name: costs(site, fit.form, metric) for site in fit.sites}
+    return {site.name: costs(site, fit.form, metric, halves.get(f"{site.name}.weight")) for site in fit.sites}
 
 
 def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
@@ -191,12 +192,11 @@ def _prepare(fit: Fit, example: Tensor | None) -> list[str]:
         return []
     fit.courses = follow(fit.old, fit.candidates, example)
     fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(enough(example[0].numel())))
-    notes = [] if fit.held_out else [f"errors are of images that were fitted to: {fit.calibration.count} are few"]
     if all(site.name in fit.metrics for site in fit.candidates):
-        return notes
+        return []
     fit.differentiable = False
     fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
-    return [*notes, "the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
+    return ["the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
 
 
 def _finish_layers(old: nn.Module, new: nn.Module, sites: list[Site], halves: dict[str, torch.dtype]) -> None:

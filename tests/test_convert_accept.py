@@ -250,7 +250,7 @@ def test_a_layer_that_cannot_be_fitted_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"layer '3' \(Conv2d\) cannot be fitted \(linalg\.cholesky.*; raise ridge, or nam"
     ):
-        convert(net(), torch.zeros_like(X), ridge=0.0, form="bottleneck")
+        convert(net(), torch.zeros_like(X), ridge=0.0, form="bottleneck", depth_multiplier=3)
     with pytest.raises(ValueError, match=r"layer '0' \(Conv2d\) sees or passes back values too large for float32"):
         convert(nn.Sequential(conv(3, 6)), X * 1e25)
 

@@ -27,7 +27,7 @@ LEVELS = [
     ["bench"],
     ["cli"],
 ]
-BESIDE = {("convert", "cost"), ("compile", "cost")}
+BESIDE = {("convert", "cost"), ("convert", "compile"), ("compile", "cost")}
 MOST_LOOSE_FILES = 6
 PUBLIC = [
     *(f"{kind}Conv{d}d" for kind in ("Depthwise", "Pointwise", "Separable") for d in (1, 2, 3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,7 +39,11 @@ class CalibrationImages:
         if all(part.divisible for part in self._parts) and len({part.structure for part in self._parts}) == 1:
             self._parts = [joined(self._parts)]  # how the caller cut them makes no difference to the result
         self._device, self._dtype = device, dtype
-        self.count = sum(len(part) for part in self._parts)
+        self._chosen = [torch.arange(len(part)) for part in self._parts]
+
+    @property
+    def count(self) -> int:
+        return sum(len(chosen) for chosen in self._chosen)
 
     @classmethod
     def of(cls, model: nn.Module, source: Tensor | Inputs | Iterable[Any], name: str = NAME) -> CalibrationImages:
@@ -49,13 +54,26 @@ class CalibrationImages:
     def batches(self, limit: int | None = None) -> Iterator[Inputs]:
         """All samples, or the first ``limit``."""
         left = self.count if limit is None else min(limit, self.count)
-        for part in self._parts:
+        for part, chosen in zip(self._parts, self._chosen, strict=True):
             size = max(8, min(128, (1 << 21) // part.values_per_sample)) if part.divisible else len(part)
-            for start in range(0, min(left, len(part)), size):
-                yield part[start : min(start + size, left)].to(self._device, self._dtype)
-            left -= min(left, len(part))
+            for places in chosen[:left].split(size) if len(chosen) else ():
+                yield part[places].to(self._device, self._dtype)
+            left -= min(left, len(chosen))
             if not left:
                 return
+
+    def divided(self, every: int) -> tuple[CalibrationImages, CalibrationImages]:
+        """All but every so-manieth sample, and those; nothing is copied. What cannot be divided counts as one."""
+        most, few = copy.copy(self), copy.copy(self)
+        most._chosen, few._chosen = [], []
+        number = 0
+        for part, chosen in zip(self._parts, self._chosen, strict=True):
+            units = len(chosen) if part.divisible else 1
+            out = (torch.arange(number + 1, number + units + 1) % every == 0).expand(len(chosen))
+            most._chosen.append(chosen[~out])
+            few._chosen.append(chosen[out])
+            number += units
+        return most, few
 
 
 def _check(part: Any, name: str) -> Inputs:

@@ -37,6 +37,8 @@ def preparation(screen: Screen, data: Data | SampleData) -> None:
         screen.say(f"Images by the statistics of {data.name}; for others give --mean and --std:")
     for part in data.preprocessing.sentences():
         screen.say(f"  {part}")
+    if not data.classes and not data.prepared_for:
+        screen.say("  Without classes nothing shows whether the network was trained on such images.")
 
 
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:

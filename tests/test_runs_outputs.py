@@ -209,6 +209,7 @@ class Two(nn.Module):
         return {"wave": y, "more": {"mean": y.mean(2)}}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason="needs onnx")
 def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
     import onnx

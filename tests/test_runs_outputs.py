@@ -149,6 +149,15 @@ def test_wrong_options_are_one_line(code: str, tmp_path: Path, arguments: list[s
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_nobody_says_how_to_prepare_are_said_to_be(code: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", 3)
+    given = ("convert", f"{code}:mask", "--data", tmp_path / "pictures", "--budget", "0.001", "--out", tmp_path / "out")
+    ran = sepconv(*given)
+    ran.failed_with(2, "cannot be reached")
+    assert "Images by the statistics of pictures; for others give --mean and --std" in ran.out
+    assert "Without classes nothing shows whether the network was trained on such images" in ran.out
+
+
 def test_training_needs_labels(code: str, tmp_path: Path) -> None:
     write_images(tmp_path / "pictures", 3)
     ran = sepconv("train", f"{code}:mask", "--data", tmp_path / "pictures", "--out", tmp_path / "out")
@@ -200,6 +209,7 @@ class Two(nn.Module):
         return {"wave": y, "more": {"mean": y.mean(2)}}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason="needs onnx")
 def test_onnx_of_several_inputs_and_outputs(tmp_path: Path) -> None:
     import onnx

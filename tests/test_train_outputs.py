@@ -33,6 +33,11 @@ class Heads(nn.Module):
         return {"large": 100 * self.large(y), "rest": [self.small(y).mean(2), "name"]}
 
 
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
 def batches(count: int = 6) -> list[dict[str, Tensor]]:
     random = torch.Generator().manual_seed(0)
     return [{name: torch.randn(7, 11, generator=random) for name in ("left", "right")} for _ in range(count)]
@@ -185,6 +190,10 @@ def test_evaluation_needs_labels_or_a_teacher() -> None:
         evaluate(nn.Flatten(), [torch.randn(2, 3)])
     with pytest.raises(ValueError, match="evaluate: the networks have no floating point outputs to compare"):
         evaluate(nn.Identity(), [torch.ones(2).long()], teacher=nn.Identity())
+    with pytest.raises(ValueError, match=r"evaluate: the output of the teacher holds NaN or infinity"):
+        evaluate(nn.Identity(), [torch.zeros(2, 3)], teacher=Log())
+    with pytest.raises(ValueError, match=r"evaluate: the output of the model holds NaN or infinity"):
+        evaluate(Log(), [torch.zeros(2, 3)], teacher=nn.Identity())
     with pytest.raises(ValueError, match=r"the model's output is dict but the data has 2 classes"):
         evaluate(Heads(), [(((torch.randn(2, 11), torch.randn(2, 11))), torch.tensor([0, 1]))])
     assert LoaderSplit.of([torch.ones(2)]).count == 1

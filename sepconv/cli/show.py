@@ -37,6 +37,8 @@ def preparation(screen: Screen, data: Data | SampleData) -> None:
         screen.say(f"Images by the statistics of {data.name}; for others give --mean and --std:")
     for part in data.preprocessing.sentences():
         screen.say(f"  {part}")
+    if not data.classes and not data.prepared_for:
+        screen.say("  Without classes nothing shows whether the network was trained on such images.")
 
 
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
@@ -71,7 +73,7 @@ def outputs(screen: Screen, closeness: dict[str, Any]) -> None:
     rows = [
         (
             row["name"] or "the output",
-            f"{row['relative_error']:.4f}",
+            f"{row['relative_error']:.3g}",
             f"{row['psnr']:.2f} dB" if "psnr" in row else "",
             f"{row['agreement']:.2%}" if "agreement" in row else "",
         )
@@ -79,7 +81,7 @@ def outputs(screen: Screen, closeness: dict[str, Any]) -> None:
     ]
     screen.table("Outputs, compared with the original's", ("output", "relative error", "PSNR", "same class"), rows)
     screen.say(
-        f"Relative error of all outputs on {closeness['samples']} test samples: {closeness['relative_error']:.4f}"
+        f"Relative error of all outputs on {closeness['samples']} test samples: {closeness['relative_error']:.3g}"
     )
 
 
@@ -145,7 +147,7 @@ def stages(screen: Screen, record: dict[str, Any]) -> None:
 
 
 def _score(stage: dict[str, Any]) -> str:
-    return f"{stage['accuracy']:.2%}" if "accuracy" in stage else f"{stage['error']:.4f}"
+    return f"{stage['accuracy']:.2%}" if "accuracy" in stage else f"{stage['error']:.3g}"
 
 
 def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:

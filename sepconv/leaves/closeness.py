@@ -56,11 +56,11 @@ class Closeness:
 
     def __str__(self) -> str:
         rows = [f"{said(leaf.name)}: {_measured(leaf)}" for leaf in self.leaves]
-        return "\n".join([f"relative error {self.relative_error:.4f} on {self.samples} samples", *rows])
+        return "\n".join([f"relative error {self.relative_error:.3g} on {self.samples} samples", *rows])
 
 
 def _measured(leaf: LeafScore) -> str:
-    parts = [f"relative error {leaf.relative_error:.4f}"]
+    parts = [f"relative error {leaf.relative_error:.3g}"]
     parts += [] if leaf.psnr is None else [f"PSNR {leaf.psnr:.2f} dB"]
     return ", ".join(parts + ([] if leaf.agreement is None else [f"agreement {leaf.agreement:.1%}"]))
 

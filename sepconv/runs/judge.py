@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sepconv.data import Data, SampleData, Samples
 from sepconv.layers.borrowed import evaluating
-from sepconv.leaves import Closeness, Inputs
+from sepconv.leaves import Closeness, Inputs, leaves
+from sepconv.leaves.outputs import said
 from sepconv.train import Metrics, evaluate
 
 NEAR_CHANCE = 0.1
@@ -67,11 +68,15 @@ def answers_to(model: nn.Module, data: Data | SampleData) -> Any:
     given = Inputs.of(data.calibration(min(2, len(data.train)))).to(parameter.device)
     try:
         with torch.no_grad(), evaluating(model):
-            return given.run(model)
+            answer = given.run(model)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         shape = data.input_shape or given
         raise ValueError(f"convert: the model does not take images of shape {shape}: {reason}") from error
+    for name, leaf in leaves(answer).items():
+        if not leaf.isfinite().all():
+            raise ValueError(f"convert: {said(name)} of the network holds NaN or infinity on this data")
+    return answer
 
 
 def near_chance(accuracy: float, labels: Tensor) -> str:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from sepconv.data import LoaderSplit, Samples
 from sepconv.data.samples import as_samples
 from sepconv.layers.borrowed import evaluating
-from sepconv.leaves import Closeness, Inputs
+from sepconv.leaves import Closeness, Inputs, leaves
 from sepconv.leaves.closeness import OutputComparison
+from sepconv.leaves.outputs import said
 from sepconv.system.processes import add_up
 from sepconv.train.processes import processes
 
@@ -81,7 +82,7 @@ def evaluate(
 
     Raises:
         ValueError: the split is empty, it has no labels and there is no teacher, a label has no output, or the networks
-            have no outputs to compare.
+            have no outputs to compare, or such that are not finite.
     """
     samples = as_samples(split)
     if not len(samples):
@@ -99,11 +100,19 @@ def _compared(
         for batch, _ in batches:
             inputs = Inputs.of(batch)
             wanted, given = (placed(inputs, network, channels_last).run(network) for network in (teacher, model))
+            for whose, output in (("teacher", wanted), ("model", given)):
+                _check_finite(output, whose)
             comparison.add(wanted, given, len(inputs))
     found = comparison.result()
     if found is None:
         raise ValueError("evaluate: the networks have no floating point outputs to compare")
     return found
+
+
+def _check_finite(output: Any, whose: str) -> None:
+    for name, leaf in leaves(output).items():
+        if not leaf.isfinite().all():
+            raise ValueError(f"evaluate: {said(name)} of the {whose} holds NaN or infinity")
 
 
 def placed(inputs: Inputs, model: nn.Module, channels_last: bool) -> Inputs:

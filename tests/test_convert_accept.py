@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 import sepconv
 from sepconv.convert import Plan, closed_form, conversion
+from sepconv.convert.forms import bottleneck_fit
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -246,13 +247,17 @@ def test_degenerate_layers_and_images(case: str, budget: float | None, form: str
         torch.testing.assert_close(new(x).mean((0, 2, 3)), model(x).mean((0, 2, 3)), rtol=0.02, atol=0.02)
 
 
-def test_a_layer_that_cannot_be_fitted_is_named() -> None:
-    with pytest.raises(
-        ValueError, match=r"layer '3' \(Conv2d\) cannot be fitted \(linalg\.cholesky.*; raise ridge, or nam"
-    ):
-        convert(net(), torch.zeros_like(X), ridge=0.0, form="bottleneck", depth_multiplier=3)
+def test_a_layer_that_cannot_be_fitted_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Tensor:
+        return torch.linalg.cholesky(-torch.eye(3))
+
     with pytest.raises(ValueError, match=r"layer '0' \(Conv2d\) sees or passes back values too large for float32"):
         convert(nn.Sequential(conv(3, 6)), X * 1e25)
+    monkeypatch.setattr(bottleneck_fit, "solve", fails)
+    with pytest.raises(
+        ValueError, match=r"layer '0' \(Conv2d\) cannot be fitted \(linalg\.cholesky.*; raise ridge, or"
+    ):
+        convert(net(), X, form="bottleneck")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -216,8 +216,9 @@ def test_what_strays_from_its_course_runs_from_the_beginning() -> None:
     def which(x: Tensor) -> Tensor:
         return x.mean((1, 2, 3)) > -0.06
 
-    model, x = make(lambda net, x: net.c(x) + net.b(net.a(x)[which(x)]).mean()), images(256, 7)
-    first, second = (int(which(model.stem(part) * 1.5).sum()) for part in x.split(128))
+    model, x = make(lambda net, x: net.c(x) + net.b(net.a(x)[which(x)]).mean()), images(273, 7)
+    fitted = x[torch.arange(273) % 16 != 15]  # two batches of one shape; the others are held out
+    first, second = (int(which(model.stem(part) * 1.5).sum()) for part in fitted.split(128))
     assert first != second
     new, plan = convert(model, x, depth_multiplier=9)
     assert plan.notes[0].endswith("results of __getitem__ have other shapes on other images")

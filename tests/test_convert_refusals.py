@@ -166,7 +166,7 @@ def test_the_layers_that_the_model_reads_stay_and_the_others_do_not(form: str, m
     found = convert(model, images(), depth_multiplier=1, form=form, sweeps=1)[1]
     assert [row.rank > 0 for row in found.layers] == [True, False, False, True]
     assert all(type(model.get_submodule(row.name)) is nn.Conv2d for row in found.layers)
-    monkeypatch.setattr(fit.Fit, "_moments", lambda *_: pytest.fail("fitted"))
+    monkeypatch.setattr(fit.Fit, "_seen", lambda *_: pytest.fail("fitted"))
     with pytest.raises(
         ValueError, match=r"cannot be reached; .* of it stays as it is: 1\.conv: the model needs a normal c"
     ):

@@ -94,6 +94,15 @@ def test_each_round_of_the_fit_lowers_the_error(weighed: bool) -> None:
     assert errors[-1] < 0.8 * errors[1]
 
 
+def test_what_the_terms_see_follows_them() -> None:
+    given, weight = problem()
+    fit = bottleneck_fit._Fit(given, given.xx, bottleneck.decompose(weight, 6, sweeps=1))
+    fit.solve_expand()
+    fit.improve()
+    torch.testing.assert_close(fit.terms, bottleneck_fit.terms(fit.factors))
+    torch.testing.assert_close(fit.seen, fit.terms @ given.xx)
+
+
 def test_the_last_layer_is_the_least_squares_answer() -> None:
     given, weight = problem()
     best = calibrate(given, bottleneck.decompose(weight, 6), 2)

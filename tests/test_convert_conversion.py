@@ -155,7 +155,7 @@ def test_latency_is_that_of_what_compile_runs_at_the_precision_that_runs(monkeyp
         return {key: [0.5 + key] * rounds for key in calls}
 
     monkeypatch.setattr(cost, "in_turn", timed)
-    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(layer)), images(1, dtype=torch.float32))
+    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(layer)), Inputs.of(images(1, dtype=torch.float32)))
     site.inputs, site.outputs = [(8, 9, 9)], [(8, 9, 9)]
     found = latencies(site, FORMS["bottleneck"], [1, 2, 3, 4, 8])
     assert found == pytest.approx({0: 0.5, 1: 1.5, 2: 2.5, 3: 3.5, 4: 4.5, 8: 8.5})

@@ -8,6 +8,7 @@ from convertible import Shared
 from torch import Tensor, nn
 
 from sepconv.convert.ranks.first_order import Changes, draws, output_errors, weight_gradient
+from sepconv.leaves import Inputs
 
 
 def changes(conv: Any, count: int = 2) -> Changes:
@@ -39,7 +40,7 @@ def test_small_changes_move_the_outputs_by_what_is_foretold(kind: str) -> None:
     x = torch.randn(24, 3, 11, 11, dtype=torch.float64)
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     tried = [changes(conv) for conv in convs]
-    output_errors(model, tried, [x[:13], x[13:]], draws=200)
+    output_errors(model, tried, [Inputs.of(x[:13]), Inputs.of(x[13:])], draws=200)
     for each in tried:
         wanted = [really(model, each, place, x) for place in range(2)]
         assert each.errors.tolist() == pytest.approx(wanted, rel=0.15)
@@ -59,7 +60,7 @@ def test_what_the_network_does_in_place_changes_nothing() -> None:
     model = InPlace().double().requires_grad_(False)
     tried = changes(model.conv)
     x = torch.randn(16, 3, 7, 7, dtype=torch.float64)
-    output_errors(model, [tried], [x], draws=50)
+    output_errors(model, [tried], [Inputs.of(x)], draws=50)
     moved = nn.functional.conv2d(x, tried.weights[0].view(3, 3, 3, 3), tried.shifts[0], padding=1)
     assert float(tried.errors[0]) == pytest.approx(float(moved.square().sum() / 16), rel=0.15)
 

@@ -42,7 +42,17 @@ def test_images_are_divided_without_a_copy() -> None:
     x = [torch.arange(5.0).view(5, 1, 1), torch.arange(5.0, 12.0).view(7, 1, 1).expand(7, 1, 2)]
     whole = CalibrationImages(x, torch.device("cpu"), torch.float32)
     most, few = whole.divided(4)
-    firsts = [[int(v) for batch in part.batches() for v in batch[:, 0, 0]] for part in (whole, most, few)]
+    firsts = [[int(v) for batch in part.batches() for v in batch.tensors[0][:, 0, 0]] for part in (whole, most, few)]
     assert firsts == [list(range(12)), [0, 1, 2, 4, 5, 6, 8, 9, 10], [3, 7, 11]]
     assert (whole.count, most.count, few.count) == (12, 9, 3)
     assert [len(batch) for batch in most.batches(5)] == [4, 1]
+
+
+def test_batches_that_cannot_be_divided_stay_whole() -> None:
+    """Lists of images, as detectors take them: every fourth batch is held out, and none is cut."""
+    x = [([torch.full((3, 5, 5), float(i)), torch.full((3, 7, 5), float(i))],) for i in range(8)]
+    whole = CalibrationImages([((batch,),) for (batch,) in x], torch.device("cpu"), torch.float32)
+    most, few = whole.divided(4)
+    firsts = [[float(batch.tensors[0].flatten()[0]) for batch in part.batches()] for part in (most, few)]
+    assert firsts == [[0, 1, 2, 4, 5, 6], [3, 7]]
+    assert (most.count, few.count) == (12, 4)

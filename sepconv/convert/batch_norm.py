@@ -94,7 +94,7 @@ def reestimate(old: nn.Module, new: nn.Module, images: CalibrationImages) -> int
         for name, change in changes.items():
             hooks.before(old.get_submodule(name), change.note)
             hooks.after(change.norm, change.correct)
-        for x in images.batches(max(FEWEST, VALUES // max(1, next(images.batches(1)).numel()))):
+        for x in images.batches(max(FEWEST, VALUES // next(images.batches(1)).values_per_sample)):
             for change in changes.values():
                 change.before.clear()
             run(old, x)

@@ -136,6 +136,6 @@ def before_and_after() -> tuple[nn.Module, nn.Module, CalibrationImages]:
     old, new = make().double(), make().double()
     images = CalibrationImages(torch.randn(300, 3, 9, 9) * 2 + 1, torch.device("cpu"), torch.float64)
     for x in images.batches():
-        old(x[:64])
+        x[:64].run(old)
     new.load_state_dict(old.state_dict())
     return old.eval(), new.eval(), images

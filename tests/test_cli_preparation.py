@@ -11,7 +11,7 @@ from cli_run import sepconv, trained_folder
 from safetensors.torch import load_file
 
 from sepconv.data import load
-from sepconv.runs import workflow
+from sepconv.runs import judge
 
 DIGITS = ("--data", "digits")
 NO_TRAINING = ("--epochs", 0)
@@ -83,4 +83,4 @@ def test_names_of_another_number_of_outputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("right", "suspect"), [(0.1, True), (0.18, True), (0.21, False), (0.9, False)])
 def test_what_is_near_chance(right: float, suspect: bool) -> None:
     split = load("digits").train
-    assert bool(workflow._near_chance(right, split)) == suspect
+    assert bool(judge.near_chance(right, split.labels)) == suspect

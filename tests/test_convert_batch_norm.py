@@ -22,7 +22,7 @@ def test_reestimate_undoes_shifts_and_scales_of_channels() -> None:
         new[0].weight *= torch.tensor([0.5, 2, 1, 3])[:, None, None, None]
         new[0].bias.mul_(torch.tensor([0.5, 2, 1, 3])).add_(torch.tensor([1, 0, -2, 5]))
         new[3].weight *= 0.25
-    x = next(images.batches())
+    (x,) = next(images.batches()).args
     assert (old(x) - new(x)).abs().max() > 0.5
     reestimate(old, new, images)
     torch.testing.assert_close(new(x), old(x), rtol=1e-3, atol=1e-3)

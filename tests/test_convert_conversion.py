@@ -9,11 +9,13 @@ from convertible import NETWORKS, Shared, conv, convert, images, plain, resnet, 
 from torch import Tensor, nn
 
 from sepconv import SeparableConv1d, SeparableConv2d, SeparableConv3d
+from sepconv.compile import CompiledModel
 from sepconv.convert import Plan, closed_form
 from sepconv.convert.forms import FORMS
 from sepconv.convert.ranks import cost
 from sepconv.convert.ranks.cost import latencies
 from sepconv.convert.sites import find_sites, record
+from sepconv.leaves import Inputs
 
 STAYED = "the budget is better spent on other layers"
 
@@ -81,7 +83,9 @@ def test_closed_form_has_the_plans_ranks_and_its_error() -> None:
     simple = closed_form(model, plan, x[:2])
     ranks = {name: m.depthwise.depth_multiplier for name, m in simple.named_modules() if hasattr(m, "depthwise")}
     assert ranks == {row.name: row.rank for row in plan.converted}
-    want, have = model(x), simple(x)
+    assert (plan.images, plan.held_out) == (100, 6)
+    assert "errors are of 6 images held out" in str(plan)
+    want, have = model(x[15::16]), simple(x[15::16])
     error = (want - have).square().sum() / (want - want.mean(0)).square().sum()
     assert plan.stages[0] == {"name": "closed form", "output_error": pytest.approx(float(error), rel=1e-3)}
 
@@ -93,7 +97,8 @@ def test_later_layers_answer_for_earlier_errors() -> None:
     for method in ("svd", "least_squares", "sequential"):
         new, plan = convert(model, images(300), method=method, depth_multiplier=1, reestimate_bn=False)
         errors[method] = plan.stages[-1]["output_error"]
-        want, have = model(images(300)), new(images(300))
+        unseen = images(300)[15::16] if plan.held_out else images(300)[:256]
+        want, have = model(unseen), new(unseen)
         by_hand = (want - have).square().sum() / (want - want.mean(0)).square().sum()
         assert errors[method] == pytest.approx(float(by_hand))
     assert errors["sequential"] < 0.9 * errors["least_squares"]
@@ -135,11 +140,30 @@ def test_latency_as_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_latency_is_measured() -> None:
-    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(conv(3, 4))), images(1, dtype=torch.float32))
+    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(conv(3, 4))), Inputs.of(images(1, dtype=torch.float32)))
     site.inputs, site.outputs = [(3, 9, 9)], [(4, 9, 9)]
     found = latencies(site, FORMS["separable"], [1, 3])
     assert list(found) == [0, 1, 3]
     assert all(0 < seconds < 10 for seconds in found.values())
+
+
+def test_latency_is_that_of_what_compile_runs_at_the_precision_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, ran = conv(8, 8).train(), []
+
+    def timed(calls: dict[int, object], rounds: int) -> dict[int, list[float]]:
+        ran.extend(call.args[0] for call in calls.values())  # type: ignore[attr-defined]
+        return {key: [0.5 + key] * rounds for key in calls}
+
+    monkeypatch.setattr(cost, "in_turn", timed)
+    (site,) = record(nn.ReLU(), find_sites(nn.Sequential(layer)), Inputs.of(images(1, dtype=torch.float32)))
+    site.inputs, site.outputs = [(8, 9, 9)], [(8, 9, 9)]
+    found = latencies(site, FORMS["bottleneck"], [1, 2, 3, 4, 8])
+    assert found == pytest.approx({0: 0.5, 1: 1.5, 2: 2.5, 3: 3.5, 4: 4.5, 8: 8.5})
+    assert [type(layer) for layer in ran] == [CompiledModel] * 4
+    ran.clear()
+    latencies(site, FORMS["bottleneck"], [1, 2], torch.bfloat16)
+    assert [next(layer.parameters()).dtype for layer in ran] == [torch.bfloat16] * 3
+    assert layer.training
 
 
 def test_network_decoupling_without_any_image() -> None:

@@ -13,11 +13,11 @@ def test_images_are_cut_into_batches_that_fit() -> None:
     assert [len(batch) for batch in images.batches(10)] == [8, 2]
     small = CalibrationImages(iter([torch.randn(200, 1, 4, 4), (torch.randn(100, 1, 4, 4), None)]), CPU, torch.float64)
     assert [len(batch) for batch in small.batches()] == [128, 128, 44]
-    assert next(small.batches()).dtype == torch.float64
+    assert next(small.batches()).tensors[0].dtype == torch.float64
     assert small.count == 300
 
 
 def test_images_of_several_sizes_stay_apart() -> None:
     images = CalibrationImages([torch.randn(3, 1, 4, 4), torch.randn(5, 1, 6, 6)], CPU, torch.float32)
-    assert [tuple(batch.shape) for batch in images.batches()] == [(3, 1, 4, 4), (5, 1, 6, 6)]
+    assert [tuple(batch.tensors[0].shape) for batch in images.batches()] == [(3, 1, 4, 4), (5, 1, 6, 6)]
     assert [len(batch) for batch in images.batches(4)] == [3, 1]

@@ -92,3 +92,12 @@ def test_moments_take_the_pixels_asked_for() -> None:
     conv, x = make_conv(), smooth_images(5)
     assert gather(conv, x, pixels=17).count == 12 * 17
     assert gather(conv, x, pixels=1000).count == 12 * 121
+
+
+def test_products_in_float32_are_exact_enough_for_a_fit() -> None:
+    """Second moments of many patches of a float32 network, half of them mirrored, against float64."""
+    conv = nn.Conv2d(64, 5, 3, padding=1).requires_grad_(False)  # 576 values, more than one strip
+    x = smooth_images(64, count=24).float()
+    xx = gather(conv, x).problem(torch.eye(5, dtype=torch.float64), 0.0).xx
+    truth = torch.cov(F.unfold(x.double(), 3, padding=1).transpose(0, 1).flatten(1), correction=0)
+    assert float((xx - truth).norm() / truth.norm()) < 1e-6

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.convert.passes import calls
+from sepconv.leaves import Inputs
 
 
 def test_calls_stop_after_the_last_and_see_values_before_they_change() -> None:
@@ -24,7 +25,7 @@ def test_calls_stop_after_the_last_and_see_values_before_they_change() -> None:
             return x
 
     model, x = Twice(), torch.randn(2, 2, 3, 3)
-    seen = calls(model, model.conv, x, 2)
+    seen = calls(model, model.conv, Inputs.of(x), 2)
     assert model.later == 0
     assert not model.conv._forward_hooks
     torch.testing.assert_close(seen[0][1], nn.functional.conv2d(x, model.conv.weight, model.conv.bias).detach())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sepconv.convert.ranks import budget
-from sepconv.convert.ranks.budget import Option, choose, smallest
+from sepconv.convert.ranks.budget import Option, choose, smallest, within_reach
 
 LAYERS = st.lists(
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=4), min_size=1, max_size=5
@@ -47,3 +47,10 @@ def test_choose_stays_near_the_optimum_when_choices_are_thinned(monkeypatch: pyt
 def test_choose_says_what_cannot_be_reached() -> None:
     with pytest.raises(ValueError, match=r"the layers cost at least 7, the limit is 6\.5"):
         choose([[Option(1, 3, 1), Option(0, 5, 0)], [Option(1, 4, 1)]], 6.5)
+
+
+def test_ranks_that_no_choice_can_hold_are_out_of_reach() -> None:
+    costs = {"a": {0: 100.0, 1: 10.0, 2: 20.0}, "b": {0: 50.0, 1: 5.0, 3: 15.0}, "c": {0: 7.0}}
+    assert within_reach(costs, 32.0) == {"a": {1: 10.0, 2: 20.0}, "b": {1: 5.0, 3: 15.0}, "c": {0: 7.0}}
+    assert within_reach(costs, 31.9) == {"a": {1: 10.0}, "b": {1: 5.0}, "c": {0: 7.0}}
+    assert within_reach(costs, 200.0) == costs

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.convert.sites import find_sites, norm_scale, record, trace_norms
+from sepconv.leaves import Inputs
 
 
 class Norms(nn.Module):
@@ -35,7 +36,7 @@ FOLLOWERS = {"direct": "direct_bn", "active": "", "inplace": "", "bare": "", "se
 
 def test_record_finds_norms_that_directly_follow() -> None:
     model = Norms().eval()
-    sites = record(model, find_sites(model), torch.randn(2, 3, 7, 7))
+    sites = record(model, find_sites(model), Inputs.of(torch.randn(2, 3, 7, 7)))
     assert {site.name: site.norm for site in sites} == FOLLOWERS
 
 
@@ -66,7 +67,7 @@ def test_trace_says_why_it_is_not_possible() -> None:
 
 def test_record_orders_by_execution_and_keeps_shapes() -> None:
     model = Branching()
-    sites = record(model, find_sites(model), torch.randn(2, 3, 11, 9))
+    sites = record(model, find_sites(model), Inputs.of(torch.randn(2, 3, 11, 9)))
     assert [site.name for site in sites] == ["early", "late"]
     assert sites[0].inputs == [(3, 11, 9)]
     assert sites[1].outputs == [(3, 3, 2)]
@@ -76,8 +77,8 @@ def test_record_orders_by_execution_and_keeps_shapes() -> None:
 
 def test_record_removes_its_hooks_when_the_model_fails() -> None:
     model = Branching()
-    with pytest.raises(ValueError, match=r"layer 'early' \(Conv2d\) fails on images of shape \(2, 5, 11, 9\) \(Runt"):
-        record(model, find_sites(model), torch.randn(2, 5, 11, 9))
+    with pytest.raises(ValueError, match=r"layer 'early' \(Conv2d\) fails on inputs of shape \(2, 5, 11, 9\) \(Runt"):
+        record(model, find_sites(model), Inputs.of(torch.randn(2, 5, 11, 9)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -91,7 +92,7 @@ def test_a_convolution_without_batch_dimension_stays() -> None:
             return torch.stack([self.conv(image) for image in x])
 
     model = Unbatched()
-    (site,) = record(model, find_sites(model), torch.randn(2, 3, 5, 5))
+    (site,) = record(model, find_sites(model), Inputs.of(torch.randn(2, 3, 5, 5)))
     assert site.reason == "called without a batch dimension"
 
 
@@ -102,7 +103,7 @@ def test_norm_scale_is_what_the_norm_multiplies_with(make: Callable[[int], nn.Mo
     model.eval()
     if model[1].weight is not None:
         nn.init.normal_(model[1].weight)
-    (site,) = record(model, find_sites(model), torch.randn(2, 3, 7, 7, dtype=torch.float64))
+    (site,) = record(model, find_sites(model), Inputs.of(torch.randn(2, 3, 7, 7, dtype=torch.float64)))
     y = torch.randn(2, 5, 3, 3, dtype=torch.float64)
     slope = (model[1](y + 1) - model[1](y)).mean((0, 2, 3)).detach()
     torch.testing.assert_close(norm_scale(model, site), slope.abs())
@@ -110,7 +111,7 @@ def test_norm_scale_is_what_the_norm_multiplies_with(make: Callable[[int], nn.Mo
 
 def test_norm_without_statistics_weighs_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, track_running_stats=False))
-    (site,) = record(model, find_sites(model), torch.randn(4, 3, 7, 7))
+    (site,) = record(model, find_sites(model), Inputs.of(torch.randn(4, 3, 7, 7)))
     assert norm_scale(model, site) is None
     (site,) = find_sites(model)
     assert norm_scale(model, site) is None

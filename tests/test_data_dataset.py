@@ -284,6 +284,8 @@ def test_unusable_folders(tmp_path: Path) -> None:
         load(tmp_path)
     (tmp_path / "a.png").write_bytes(png(1))
     with pytest.raises(ValueError, match=r"no labels: .* no subfolders"):
+        load(tmp_path, labelled=True)
+    with pytest.raises(ValueError, match=r"a single image; two are the least"):
         load(tmp_path)
     write_images(tmp_path, {"rose": [png(1)] * 3})
     with pytest.raises(ValueError, match=r"only one class \(rose\)"):

@@ -63,7 +63,6 @@ def test_of_three_splits_the_third_is_kept_apart(tmp_path: Path, val: str) -> No
         (["bus/a", "car/a", "train/a"], r"looks like a training split .*if it is a class, give it another name"),
         (["train/cat", "Train/cat", "test/cat"], "2 train splits, Train and train: one is the most"),
         (["train/cat", "train/dog", "val/cat", "dev/dog"], "2 val splits, dev and val"),
-        (["Train", "Test"], r"no labels: \S*Train holds images but no subfolders"),
         (["train/cat", "train/dog", "test"], r"no images in \S*test \(1 ignored: images outside the class folders 1\)"),
         (["train/cat", "train/train", "test/cat"], "train/train looks like a split, and .*test has no such class"),
         (["cat/train", "cat/test", "dog/train", "dog/test"], "cat holds splits and is no class"),
@@ -232,3 +231,24 @@ def test_one_folder_too_high_says_which_to_give(tmp_path: Path) -> None:
     write_images(tmp_path / "archive", TWO)
     with pytest.raises(ValueError, match=r"only one class \(archive\).* give \S+archive"):
         load(tmp_path)
+
+
+def test_images_without_classes(tmp_path: Path) -> None:
+    """Loose images; in splits, in which there may be folders; or of any data set whose classes are left out."""
+    for place, count in {"flat": 10, "split/train": 3, "split/test": 2, "split/val": 1}.items():
+        (tmp_path / place / "empty").mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / place / f"{i}.png").write_bytes(png(i))
+    flat, split = load(tmp_path / "flat"), load(tmp_path / "split")
+    assert (flat.classes, flat.num_classes, len(flat.train), len(flat.test), flat.val) == ([], 0, 8, 2, None)
+    assert split.val is not None
+    assert (split.classes, len(split.train), len(split.test), len(split.val)) == ([], 3, 2, 1)
+    assert "test/ (2) for testing" in split.notes[0]
+    write_images(tmp_path / "sorted", TWO)
+    with_classes, without = load(tmp_path / "sorted"), load(tmp_path / "sorted", labelled=False)
+    assert (with_classes.classes, without.classes) == (["cat", "dog"], [])
+    assert len(without.train) + len(without.test) == 4
+    assert not without.train.labels.any()
+    assert load("digits", labelled=False).classes == []
+    with pytest.raises(ValueError, match=r"no images in \S*flat \(.*outside the class folders 10\): expected one subf"):
+        load(tmp_path / "flat", labelled=True)

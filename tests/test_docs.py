@@ -25,7 +25,7 @@ WRITTEN = [
 @pytest.mark.parametrize("document", WRITTEN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_are_there(document: Path) -> None:
     """Python files by their names, folders of the package by their paths."""
-    ours, text = ("sepconv", "tests", "benchmarks", "website"), document.read_text()
+    ours, text = ("sepconv", "tests", "benchmarks", "website", "examples"), document.read_text()
     files = {path.name for folder in ours for path in (ROOT / folder).rglob("*.py")}
     named = re.findall(r"`(?:\w+/)*([a-z0-9_]+\.py)`", text)
     folders = re.findall(r"`(sepconv/[\w/]*/)`", text)

@@ -16,7 +16,7 @@ ROOT = Path(sepconv.__file__).parent
 # Every folder stands on one level and may import from lower levels, and from its own level what is listed below. Two
 # files about the machine look up at what they report.
 LEVELS = [
-    ["reference", "activations", "norms", "system"],
+    ["reference", "activations", "norms", "system", "leaves"],
     ["kernels"],
     ["system.environment"],
     ["ops"],
@@ -27,7 +27,7 @@ LEVELS = [
     ["bench"],
     ["cli"],
 ]
-BESIDE = {("convert", "cost"), ("compile", "cost")}
+BESIDE = {("convert", "cost"), ("convert", "compile"), ("compile", "cost")}
 MOST_LOOSE_FILES = 6
 PUBLIC = [
     *(f"{kind}Conv{d}d" for kind in ("Depthwise", "Pointwise", "Separable") for d in (1, 2, 3)),
@@ -117,7 +117,7 @@ def test_import_is_lean_and_modules_are_there_after_it() -> None:
 
 def test_test_files_are_named_after_what_they_test() -> None:
     """`test_FOLDER_SUBJECT.py`, or the name of something beside the folders of the package."""
-    beside = {"package", "names", "docs", "reference", "activations", "norms", "benchmarks", "newest"}
+    beside = {"package", "names", "docs", "examples", "reference", "activations", "norms", "benchmarks", "newest"}
     folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     subjects = {path.stem.split("_")[1]: path.name for path in Path(__file__).parent.glob("test_*.py")}
     assert [name for subject, name in subjects.items() if subject not in folders | beside] == []

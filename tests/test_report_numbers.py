@@ -21,6 +21,14 @@ def test_confusions_of_many_classes_are_listed_by_frequency():
     ]
 
 
+def test_confusions_of_some_of_many_classes_have_their_names():
+    matrix = {"normal": [[3, 1], [0, 2]], "separable": [[4, 0], [0, 2]]}
+    found = facts.confusion({"confusion": matrix, "confusion_classes": [2, 700], "classes": ["a", "b", "c"] * 300})
+    assert found["names"] == ["c", "b"]
+    assert found["matrices"] == matrix
+    assert found["pairs"] == [{"label": "c", "predicted": "b", "counts": [1, 0]}]
+
+
 def test_curves_stand_where_their_numbers_are():
     loss, accuracy = plots.training(SMALL["curves"])
     assert [len(series.marks) for series in loss.series] == [2, 1]

@@ -9,6 +9,7 @@ from torch import nn
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.explain import Group, NetworkExplanation
 from sepconv.layers import SeparableConv2d
+from sepconv.leaves import Inputs
 from sepconv.ops import explain
 from sepconv.runs import latency as bench
 
@@ -19,7 +20,7 @@ def _network() -> nn.Module:
 
 def test_contenders_are_torchs_layers_and_the_compiled_network() -> None:
     network, x = _network(), torch.randn(1, 3, 9, 9)
-    found = bench.contenders(network, x)
+    found = bench.contenders(network, Inputs.of(x))
     assert list(found) == ["torch", "sepconv"]
     assert explain.explain(found["torch"], x) == []
     assert "separable_conv" in [choice.op for choice in explain.explain(network, x)]
@@ -41,7 +42,7 @@ def test_disagreeing_contender_is_refused_before_timing(monkeypatch: pytest.Monk
     other = _network()
     monkeypatch.setattr(bench, "_time", lambda entries, seconds: pytest.fail("was timed"))
     with pytest.raises(ValueError, match=r"latency_ms: b \(contiguous\) differs from a on the network n by"):
-        bench.latency_ms({"n": {"a": network, "b": other}}, torch.randn(2, 3, 9, 9), threads=1)
+        bench.latency_ms({"n": {"a": network, "b": other}}, Inputs.of(torch.randn(2, 3, 9, 9)), threads=1)
 
 
 def test_nan_is_a_disagreement() -> None:
@@ -50,11 +51,11 @@ def test_nan_is_a_disagreement() -> None:
             return x * float("nan")
 
     with pytest.raises(ValueError, match="differs"):
-        bench.latency_ms({"n": {"a": nn.Identity(), "b": Nan()}}, torch.randn(2, 3, 9, 9), threads=1)
+        bench.latency_ms({"n": {"a": nn.Identity(), "b": Nan()}}, Inputs.of(torch.randn(2, 3, 9, 9)), threads=1)
 
 
 def test_latency_of_each_contender_in_its_better_layout() -> None:
-    x = torch.randn(2, 3, 9, 9)
+    x = Inputs.of(torch.randn(2, 3, 9, 9))
     networks = {"n": bench.contenders(_network(), x), "other": {"torch": nn.Identity()}}
     before = torch.get_num_threads()
     found = bench.latency_ms(networks, x, threads=2, seconds=0.0)
@@ -79,7 +80,9 @@ def test_every_contender_is_called_equally_often_with_the_threads_asked_for() ->
             calls[self.name].append(torch.get_num_threads())
             return x
 
-    bench.latency_ms({"n": {"a": Counts("a"), "b": Counts("b")}}, torch.randn(1, 1, 2, 2), threads=2, seconds=0.0)
+    bench.latency_ms(
+        {"n": {"a": Counts("a"), "b": Counts("b")}}, Inputs.of(torch.randn(1, 1, 2, 2)), threads=2, seconds=0.0
+    )
     per_layout = 1 + bench.WARM_UP + bench.SAMPLES[0]
     assert calls["b"] == [2] * (2 * per_layout)
     assert calls["a"] == [2] * (2 * per_layout + 1)

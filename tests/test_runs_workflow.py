@@ -43,7 +43,7 @@ def unmeasured(without_onnx: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the two networks only the accuracies: times take seconds."""
 
     def accuracies(normal: Any, separable: Any, plan: Any, judged: Any, data: Data, batch: int) -> dict[str, Any]:
-        return {name: {"accuracy": found.accuracy} for name, found in judged.items()}
+        return {name: {"accuracy": found.score.accuracy} for name, found in judged.items()}
 
     monkeypatch.setattr(workflow.compare, "compare", accuracies)
 
@@ -119,7 +119,7 @@ def test_disagreements_are_the_images_with_two_answers() -> None:
             return self.scores.expand(len(x), 10)
 
     found = disagreements(Always(3), Always(5), data)
-    assert found["disagreement_count"] == found["test_images"] == len(data.test)
+    assert found["disagreement_count"] == len(data.test)
     assert len(found["disagreements"]) == 24
     first = found["disagreements"][0]
     assert (first["normal"], first["separable"], first["label"]) == (3, 5, int(data.test.labels[0]))

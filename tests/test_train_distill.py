@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.data import Data
+from sepconv.leaves import Inputs
 from sepconv.train import Distillation, Recipe, train
 from sepconv.train.distill import Guide, matching_features, softened_divergence
 
@@ -34,10 +35,11 @@ def test_guide_adds_the_parts_as_documented(data: Data) -> None:
         teacher[0].weight.add_(0.3)
     images, labels = next(data.train.batches(16))
     settings = Distillation(2.0, 0.7, [("0", "0"), ("2", "2")], feature_weight=0.4)
-    with Guide(student, teacher, settings, images) as guide:
+    inputs = Inputs.of(images)
+    with Guide(student, teacher, settings, inputs, classes=True) as guide:
         logits = student(images)
         label_loss = F.cross_entropy(logits, labels)
-        found = guide.loss(logits, images, label_loss)
+        found = guide.loss(logits, inputs, label_loss)
     teacher.eval()
     expected = 0.7 * hand_made_loss(logits, teacher(images), 2.0) + 0.3 * label_loss
     for layer in (1, 3):
@@ -71,7 +73,7 @@ def test_matching_features_are_the_last_of_each_size() -> None:
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, width, 1), nn.Conv2d(width, 3, 1), nn.Flatten()
         )
 
-    example = torch.randn(2, 1, 6, 6)
+    example = Inputs.of(torch.randn(2, 1, 6, 6))
     assert matching_features(net(5), net(7), example) == (("1", "1"), ("4", "4"))
     with pytest.raises(ValueError, match="no module has the same name and output shape"):
         matching_features(nn.Sequential(nn.Conv2d(1, 2, 1)), nn.Sequential(nn.Conv2d(1, 3, 1)), example)

@@ -13,6 +13,7 @@ MODULES = {
     "sepconv.models": "Networks as the papers describe them.",
     "sepconv.train": "Training and distillation, in one process or many.",
     "sepconv.data": "Data sets as batches.",
+    "sepconv.leaves": "What networks take and give, whatever its structure.",
     "sepconv.reference": "The mathematics in plain PyTorch: what every kernel is tested against, in float64.",
     "sepconv.runs.model_file": "Networks as files.",
     "sepconv.runs.onnx_file": "Networks as ONNX.",

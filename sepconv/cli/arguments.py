@@ -42,6 +42,32 @@ def _literal(text: str) -> Any:
         return text
 
 
+def parse_weights(pairs: Sequence[str]) -> dict[str, float] | None:
+    """`name=weight` pairs of outputs; None where there are none.
+
+    Example:
+        >>> parse_weights(["boxes=2", "heads.0=0.5"])
+        {'boxes': 2.0, 'heads.0': 0.5}
+    """
+    weights: dict[str, float] = {}
+    for pair in pairs:
+        name, equals, value = pair.rpartition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            weights[name] = math.nan
+        if not equals or not 0 <= weights[name] < math.inf:
+            raise ValueError(f"--output-weight needs name=weight, such as boxes=2, but got {pair!r}")
+    return weights or None
+
+
+def parse_task(text: str | None) -> bool | None:
+    """Whether the data's classes count; None where nobody says."""
+    if text not in (None, "classes", "outputs"):
+        raise ValueError(f"--task must be classes or outputs, but got {text!r}")
+    return None if text is None else text == "classes"
+
+
 def is_size(text: str, most: int) -> bool:
     """Whether this is a positive whole number in the digits 0 to 9."""
     return text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= most

@@ -194,7 +194,8 @@ def _bars() -> Progress:
 def _numbers(step: Step) -> str:
     loss = "" if step.loss is None else f"loss {step.loss:.3f} "
     accuracy = "" if step.accuracy is None or math.isnan(step.accuracy) else f"accuracy {step.accuracy:.1%}"
-    return (loss + accuracy).rstrip()
+    error = "" if step.error is None else f"output error {step.error:.3g}"
+    return (loss + accuracy + error).rstrip()
 
 
 class _Bars:

@@ -12,12 +12,14 @@ from sepconv.cli import arguments, options, show
 from sepconv.cli.app import app
 from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded, resumable
-from sepconv.data import Data, Preprocessing, load
+from sepconv.data import Data, Preprocessing, SampleData, load, load_samples
+from sepconv.data.samples import is_sample_folder
+from sepconv.models.registry import function_of
 from sepconv.runs.classes import names_of, read_classes
 from sepconv.runs.model_file import model_path, open_model
 from sepconv.runs.preprocessing import preprocessing_of
 from sepconv.runs.run_folder import CHECKPOINTS, FILES, claim
-from sepconv.runs.workflow import DISTILLATION_LR, Job, convert_model, demo, train_model
+from sepconv.runs.workflow import DISTILLATION_LR, OUTPUTS_LR, Job, convert_model, demo, train_model
 from sepconv.system.allocator import keep_freed_memory
 from sepconv.system.files import check_folder
 from sepconv.system.threads import threads_set_to
@@ -76,11 +78,16 @@ def convert_command(
         typer.Option(
             "--lr",
             callback=options.finite,
-            help="Highest learning rate: 0.02, separable form 0.05, if left out.",
+            help="Highest learning rate: 0.02, separable form 0.05, without classes 0.001, if left out.",
             show_default=False,
         ),
     ] = None,
-    optimizer: options.Optimizer = "sgd",
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer", help="sgd, adamw or rmsprop: sgd, adamw without classes, if left out.", show_default=False
+        ),
+    ] = None,
     flip: options.Flip = False,
     crop_padding: options.Crop = 0,
     cutout: options.Cutout = 0,
@@ -102,6 +109,42 @@ def convert_command(
     std: options.Std = None,
     bgr: options.Bgr = False,
     classes: options.Classes = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="classes or outputs: learn and compare right answers, or whatever the network puts out. Classes where "
+            "the data has any, if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    output_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--output-weight",
+            metavar="NAME=WEIGHT",
+            help="How much an output counts, 1 if left out; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    data_range: Annotated[
+        float | None,
+        typer.Option(
+            "--data-range",
+            callback=options.finite,
+            help="Of images that the network gives, such as 255.",
+            show_default=False,
+        ),
+    ] = None,
+    metric_function: Annotated[
+        str | None,
+        typer.Option(
+            "--metric-function",
+            metavar="M:F",
+            help="package.module:function of your own: takes a network, gives numbers by name.",
+            show_default=False,
+        ),
+    ] = None,
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
     batch: options.Batch = 1,
@@ -119,7 +162,7 @@ def convert_command(
             batch_size=batch_size,
             # A form that is not known is refused by the conversion, with the names of those that are.
             lr=DISTILLATION_LR.get(form, 0.02) if lr is None else lr,
-            optimizer=optimizer,
+            optimizer=optimizer or "sgd",
             flip=flip,
             crop_padding=crop_padding,
             cutout=cutout,
@@ -139,6 +182,8 @@ def convert_command(
         skip=tuple(skip or ()),
         batch=batch,
         classes=tuple(read_classes(classes)) if classes else (),
+        output_weights=arguments.parse_weights(output_weight or ()),
+        data_range=data_range,
         seed=seed,
         command=context.obj,
     )
@@ -147,10 +192,16 @@ def convert_command(
     screen = Screen(quiet, json_file)
     _claim(out, "convert", arguments.inputs(model, weights, data), json_file)
     wanted = typed.over(preprocessing_of(model, weights))
-    images = _load(screen, data, wanted, skip_broken)
+    images = _load(screen, data, wanted, skip_broken, arguments.parse_task(task))
     show.preparation(screen, images)
+    if metric_function is not None:
+        job = replace(job, metric_function=function_of(metric_function))
+    if not images.classes and recipe is not None:
+        # Errors relative to a variance have gradients of any size, which AdamW makes equal.
+        job = replace(job, recipe=replace(recipe, optimizer=optimizer or "adamw", lr=OUTPUTS_LR if lr is None else lr))
     network, card = open_model(model, weights, given, data=images)
-    card = replace(card, classes=card.classes or names_of(model, images.classes))
+    if images.classes:
+        card = replace(card, classes=card.classes or names_of(card.model, images.classes))
     keep_freed_memory()
     with threads_set_to(threads), resumable(out / CHECKPOINTS, context.obj), screen.progress() as on_progress:
         record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)
@@ -222,7 +273,8 @@ def train_command(
     _claim(out, "train", arguments.inputs(model, weights, data), json_file)
     # Of a network that begins with random weights nobody else has a say.
     known = preprocessing_of(model, weights) if weights or model_path(model) or given.get("pretrained") else None
-    images = _load(screen, data, typed.over(known), skip_broken)
+    images = _load(screen, data, typed.over(known), skip_broken, labelled=True)
+    assert isinstance(images, Data)
     network, card = open_model(model, weights, given, data=images, seed=seed)
     keep_freed_memory()
     with threads_set_to(threads), resumable(out, context.obj), screen.progress() as on_progress:
@@ -240,10 +292,17 @@ def _claim(out: Path, kind: str, read: list[Path], json_file: Path | None) -> No
     arguments.check_outputs(read, taken=[out / name for name in FILES], json=json_file)
 
 
-def _load(screen: Screen, source: str, wanted: Preprocessing | None, skip_broken: bool) -> Data:
+def _load(
+    screen: Screen, source: str, wanted: Preprocessing | None, skip_broken: bool, labelled: bool | None = None
+) -> Data | SampleData:
+    """What is in `source`: images, with or without classes, or samples, which have none."""
+    if labelled is not True and is_sample_folder(source):
+        samples = load_samples(source)
+        show.notes(screen, samples)
+        return samples
     folder = Path(source)
     doing = f"Looking for images below {folder.resolve()}" if folder.is_dir() else f"Reading {source}"
     with screen.says_if_slow(doing):
-        found = load(source, preprocessing=wanted, skip_broken=skip_broken)
+        found = load(source, preprocessing=wanted, skip_broken=skip_broken, labelled=labelled)
     show.notes(screen, found)
     return found

@@ -44,7 +44,7 @@ Model = Annotated[
     typer.Argument(
         parser=filled,
         metavar="MODEL",
-        help="A built-in name, timm/NAME, torchvision/NAME, package.module:function, or a folder of train or convert.",
+        help="A built-in name, timm/NAME, torchvision/NAME, package.module:function, a folder of train, convert, timm.",
         show_default=False,
         autocompletion=_models,
     ),
@@ -78,7 +78,7 @@ DataSource = Annotated[
         "--data",
         parser=filled,
         metavar="D",
-        help="digits, a folder with one subfolder a class, *.parquet, an IDX folder, or a Hugging Face name.",
+        help="digits, a folder (of classes, loose images, .npy or .safetensors), *.parquet, IDX, a Hugging Face name.",
         show_default=False,
     ),
 ]

@@ -9,7 +9,7 @@ from sepconv.bench.tables import Table
 from sepconv.bench.tune import Tuned
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
-from sepconv.data import Data
+from sepconv.data import Data, SampleData
 from sepconv.models import BUILT_IN
 from sepconv.runs.model_file import FILE
 from sepconv.runs.predict import Prediction
@@ -18,22 +18,27 @@ from sepconv.system.doctor import PROBE, Diagnosis
 NAMES = {"conv_params": "convolution weights", "params": "parameters", "macs": "multiply-adds"}
 
 
-def notes(screen: Screen, data: Data) -> None:
+def notes(screen: Screen, data: Data | SampleData) -> None:
     """What was left out of a data set, and which of its splits serves for what."""
     for note in data.notes:
         screen.say(note)
-    if data.skipped:
+    if isinstance(data, Data) and data.skipped:
         screen.say(f"Broken images left out: {len(data.skipped)} ({', '.join(data.skipped[:5])})")
 
 
-def preparation(screen: Screen, data: Data) -> None:
+def preparation(screen: Screen, data: Data | SampleData) -> None:
     """How the network's images are prepared, and who says so."""
+    if isinstance(data, SampleData):
+        screen.say(f"Samples as their files have them: {data.calibration(1)}")
+        return
     if data.prepared_for:
         screen.say(f"Images as {data.prepared_for} has them:")
     else:
         screen.say(f"Images by the statistics of {data.name}; for others give --mean and --std:")
     for part in data.preprocessing.sentences():
         screen.say(f"  {part}")
+    if not data.classes and not data.prepared_for:
+        screen.say("  Without classes nothing shows whether the network was trained on such images.")
 
 
 def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
@@ -42,16 +47,42 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows: list[tuple[str, str, str, str]] = [
         (name, f"{before[key]:,}", f"{after[key]:,}", _factor(before[key], after[key])) for key, name in NAMES.items()
     ]
-    points = 100 * (after["accuracy"] - before["accuracy"])
-    rows.append(("accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", f"{points:+.2f} points"))
+    if "accuracy" in after:
+        points = 100 * (after["accuracy"] - before["accuracy"])
+        rows.append(("accuracy", f"{before['accuracy']:.2%}", f"{after['accuracy']:.2%}", f"{points:+.2f} points"))
+    rows += [
+        (name, f"{old:.4g}", f"{(new := after['metrics'][name]):.4g}", f"{new - old:+.4g}")
+        for name, old in before.get("metrics", {}).items()
+    ]
     rows += _latency_rows(before, after)
     screen.table(f"{record['model']} on {record['data']}", ("", "normal", "separable", "change"), rows)
     threads, batch = after["threads"], after["latency_batch"]
-    screen.say(f"Accuracy of {record['test_images']} test images; time of {batch} image(s) on {threads} thread(s).")
+    if found := record.get("closeness"):
+        outputs(screen, found)
+        screen.say(f"Time of {batch} sample(s) on {threads} thread(s).")
+    else:
+        screen.say(f"Accuracy of {record['test_images']} test images; time of {batch} image(s) on {threads} thread(s).")
     onnx = record["onnx"]
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")
     files(screen, out, record["model"])
+
+
+def outputs(screen: Screen, closeness: dict[str, Any]) -> None:
+    """How close each output is to that of the original."""
+    rows = [
+        (
+            row["name"] or "the output",
+            f"{row['relative_error']:.3g}",
+            f"{row['psnr']:.2f} dB" if "psnr" in row else "",
+            f"{row['agreement']:.2%}" if "agreement" in row else "",
+        )
+        for row in closeness["outputs"]
+    ]
+    screen.table("Outputs, compared with the original's", ("output", "relative error", "PSNR", "same class"), rows)
+    screen.say(
+        f"Relative error of all outputs on {closeness['samples']} test samples: {closeness['relative_error']:.3g}"
+    )
 
 
 def _latency_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -103,14 +134,20 @@ def files(screen: Screen, out: Path, model: str) -> None:
 
 
 def stages(screen: Screen, record: dict[str, Any]) -> None:
-    rows = [(stage["name"], f"{stage['accuracy']:.2%}", f"{stage['seconds']:.1f}") for stage in record["stages"]]
-    screen.table("Steps", ("step", "accuracy", "seconds"), rows)
+    of_outputs = record.get("task") == "outputs"
+    score, what = ("output error", "samples") if of_outputs else ("accuracy", "images")
+    rows = [(stage["name"], _score(stage), f"{stage['seconds']:.1f}") for stage in record["stages"]]
+    screen.table("Steps", ("step", score, "seconds"), rows)
     if held := record["held_out_images"]:
-        screen.say(f"Accuracy of {held} images held out from conversion and distillation.")
+        screen.say(f"{score.capitalize()} of {held} {what} held out from conversion and distillation.")
     for note in record["notes"]:
         screen.say(note)
     if record["kept"] != rows[-1][0]:
         screen.say("The distillation ended below its start and was undone: the network is kept as converted.")
+
+
+def _score(stage: dict[str, Any]) -> str:
+    return f"{stage['accuracy']:.2%}" if "accuracy" in stage else f"{stage['error']:.3g}"
 
 
 def trained(screen: Screen, record: dict[str, Any], out: Path) -> None:

@@ -17,6 +17,7 @@ from sepconv.convert.passes import Hooks, in_words, run, telling_where
 from sepconv.convert.replace import replace
 from sepconv.convert.sites import Site
 from sepconv.layers.borrowed import copied, is_exported
+from sepconv.leaves import Inputs
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -110,13 +111,13 @@ def narrow(model: nn.Module, changed: dict[str, torch.dtype], sites: Sequence[Si
             tensor.data = tensor.data.to(dtype)
 
 
-def check_outputs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
+def check_outputs(model: nn.Module, sites: Sequence[Site], example: Inputs) -> None:
     """ValueError if the shapes of the outputs change as soon as layers do not answer exactly the same."""
 
     def worse(_: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         return 0.9 * output + 0.1 * output.std()
 
-    with telling_where(model, example.shape), torch.no_grad(), Hooks() as hooks:
+    with telling_where(model, example), torch.no_grad(), Hooks() as hooks:
         wanted = tensors(run(model, example))
         for site in sites:
             if not site.reason:
@@ -125,7 +126,7 @@ def check_outputs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> N
     difference(wanted, given, "a layer")
 
 
-def leave_those_read(model: nn.Module, sites: Sequence[Site], form: AnyForm, example: Tensor) -> None:
+def leave_those_read(model: nn.Module, sites: Sequence[Site], form: AnyForm, example: Inputs) -> None:
     """Give sites their reason to stay whose place a new layer cannot take, because of how the model uses them.
 
     Tried with layers that are like the new ones from outside and compute what the convolution does: all together, and
@@ -137,7 +138,7 @@ def leave_those_read(model: nn.Module, sites: Sequence[Site], form: AnyForm, exa
             site.reason = _refusal(model, [site], form, example)
 
 
-def _refusal(model: nn.Module, sites: Sequence[Site], form: AnyForm, example: Tensor) -> str:
+def _refusal(model: nn.Module, sites: Sequence[Site], form: AnyForm, example: Inputs) -> str:
     called: set[nn.Module] = set()
     originals: list[tuple[Site, Any]] = [(site, model.get_submodule(site.name)) for site in sites]
     try:

@@ -12,6 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sepconv.convert.images import CalibrationImages
 from sepconv.convert.passes import Hooks, run
 
+FEWEST, VALUES = 128, 1 << 24
+"""Images that statistics are taken of: so many, and of small ones more, up to so many input values."""
+
 
 class _Channels(NamedTuple):
     """Mean and variance of every channel in float64."""
@@ -91,7 +94,7 @@ def reestimate(old: nn.Module, new: nn.Module, images: CalibrationImages) -> int
         for name, change in changes.items():
             hooks.before(old.get_submodule(name), change.note)
             hooks.after(change.norm, change.correct)
-        for x in images.batches():
+        for x in images.batches(max(FEWEST, VALUES // next(images.batches(1)).values_per_sample)):
             for change in changes.values():
                 change.before.clear()
             run(old, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,18 +25,26 @@ from sepconv.convert.forms import FORMS, AnyForm
 from sepconv.convert.frontier import follow
 from sepconv.convert.images import CalibrationImages
 from sepconv.convert.moments import LARGEST
+from sepconv.convert.outputs import output_scales
 from sepconv.convert.plan import LayerPlan, Plan
-from sepconv.convert.ranks.budget import Costs, ranks_for_budget
+from sepconv.convert.ranks.budget import Costs, ranks_for_budget, within_reach
 from sepconv.convert.ranks.cost import METRICS, costs, macs, weights
-from sepconv.convert.ranks.sensitivity import IMAGES, norm_metric, output_metrics
+from sepconv.convert.ranks.sensitivity import enough, norm_metric, output_metrics
 from sepconv.convert.sites import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.stages import finish
 from sepconv.layers.borrowed import evaluating
+from sepconv.leaves import Inputs
+
+HELD_OUT_OF, MOST_HELD_OUT = 16, 64
+"""One image of so many is not fitted to: the errors that the plan tells are of these. And that many at most."""
+
+ENOUGH_TO_HOLD_OUT = 64
+"""Of fewer images all are fitted to."""
 
 
 def convert(
     model: nn.Module,
-    calibration: Tensor | Iterable[Any] | None = None,
+    calibration: Tensor | Inputs | Iterable[Any] | None = None,
     budget: float = 1 / 8,
     *,
     metric: str = "conv_params",
@@ -45,6 +53,7 @@ def convert(
     depth_multiplier: int | None = None,
     skip: Skip = (),
     example_input: Any = None,
+    output_weights: Mapping[str, float] | None = None,
     reestimate_bn: bool = True,
     sweeps: int = 10,
     ridge: float = 1e-3,
@@ -56,21 +65,26 @@ def convert(
     model itself is left as it is. Fine-tune or distil the result for what a small budget loses.
 
     Args:
-        model: any module that takes a batch of images as its only argument; its ``nn.Conv1d/2d/3d`` layers with
-            groups=1 and more than one tap are candidates. Of what ``torch.compile`` returned, the module inside is
-            converted; bfloat16 and float16 are float32 meanwhile.
-        calibration: unlabelled images as the model takes them, a float tensor (N, C, *) or an iterable of batches; some
-            hundreds to thousands. None only with ``method="svd"``.
+        model: any module, with inputs and outputs of any structure; its ``nn.Conv1d/2d/3d`` layers with groups=1 and
+            more than one tap are candidates. Of what ``torch.compile`` returned, the module inside is converted;
+            bfloat16 and float16 are float32 meanwhile.
+        calibration: unlabelled data as the model takes it, some hundreds to thousands of samples: a float tensor
+            (N, C, *), or batches (an iterable, a ``DataLoader``). A batch is a tensor, a tuple of inputs and targets of
+            which the first counts, or a dict or dataclass of the model's arguments without "labels" and "targets";
+            several positional arguments are ``((left, right),)``. None only with ``method="svd"``.
         budget: part of the whole network's cost in ``metric`` that may remain, over 0 and at most 1.
         metric: "conv_params" (weights of all convolutions), "macs" (their multiply-adds) or "latency" (their measured
-            time for one image on this machine).
+            time for one image on this machine, as ``compile`` runs them).
         form: "bottleneck" makes three layers of a convolution: a pointwise one that reduces the channels, a depthwise
             and a pointwise one; "separable" makes the last two. No norm or activation stands between them.
         method: "sequential" regresses each layer's original output on the converted network's input, "least_squares"
             on the original network's, "svd" uses the weights alone.
         depth_multiplier: one M for every candidate layer instead of a budget; a bottleneck has at most as many weights.
         skip: names of modules that stay as they are (with all they contain), or ``skip(name, module) -> bool``.
-        example_input: a batch of one or more images; needed where there is no calibration but the metric needs shapes.
+        example_input: a batch of one or more samples, a tuple of positional or a dict of keyword arguments; needed
+            where there is no calibration but the metric needs shapes.
+        output_weights: how much each floating point output counts, by its place in what the model returns, such as
+            "boxes" or "heads.0"; 1 where it is not named. The error of each is relative to its own variance.
         reestimate_bn: give batch norms behind converted layers the statistics of the converted network.
         sweeps: rounds of alternating least squares per layer; fewer for bottlenecks of many channels.
         ridge: how strongly directions that the images hardly show are held to the original weights.
@@ -91,25 +105,27 @@ def convert(
     manner = Manner(FORMS[form], method, sweeps, ridge)
     with undisturbed(old), evaluating(old, new):
         sites, notes = _sites(old, skip, example, halves)
-        fit = Fit(old, new, sites, images, manner)
-        priced = _prices(fit, metric, example)
+        fit = _fit(old, new, sites, images, manner)
+        priced = _prices(fit, metric, example, halves)
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         if on_progress is not None:
-            fit.on_step = _counter(fit, {} if depth_multiplier else priced, on_progress)
-        notes += _prepare(fit, example)
+            tried = {} if depth_multiplier else within_reach(priced, budget * sum(cost[0] for cost in priced.values()))
+            fit.on_step = _counter(fit, tried, on_progress)
+        notes += _prepare(fit, example, output_weights)
         ranks = (
             {site.name: manner.form.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
             if depth_multiplier
             else ranks_for_budget(fit, priced, budget, metric)
         )
         errors = fit.run(ranks)
-        stages = finish(fit, ranks, reestimate_bn)
+        stages = finish(fit, ranks, reestimate_bn, output_weights)
     if fit.courses.reason:
         notes.append(f"slower: the model ran from its beginning for each layer; not followed: {fit.courses.reason}")
     _finish_layers(old, new, sites, halves)
     rows = [_row(site, manner.form, ranks.get(site.name, 0), errors.get(site.name)) for site in sites]
     share = None if depth_multiplier else budget
-    return new, Plan(rows, form, method, metric, share, images.count if images else 0, stages, notes)
+    counts = [part.count if part else 0 for part in (images, fit.held_out)]
+    return new, Plan(rows, form, method, metric, share, counts[0], stages, notes, counts[1])
 
 
 def closed_form(model: nn.Module, plan: Plan, example_input: Any = None) -> nn.Module:
@@ -146,19 +162,30 @@ def _copies(model: nn.Module) -> _Copies:
     return _Copies(old, new, halves)
 
 
-def _prices(fit: Fit, metric: str, example: Tensor | None) -> Costs:
+def _fit(old: nn.Module, new: nn.Module, sites: list[Site], images: CalibrationImages | None, manner: Manner) -> Fit:
+    """With some of the images held out, if there are enough and any are fitted to."""
+    if images is None or manner.method == "svd" or images.count < ENOUGH_TO_HOLD_OUT:
+        return Fit(old, new, sites, images, manner)
+    fitted, held_out = images.divided(max(HELD_OUT_OF, math.ceil(images.count / MOST_HELD_OUT)))
+    if not held_out.count:  # batches that cannot be divided
+        return Fit(old, new, sites, images, manner)
+    return Fit(old, new, sites, fitted, manner, held_out)
+
+
+def _prices(fit: Fit, metric: str, example: Inputs | None, halves: dict[str, torch.dtype]) -> Costs:
     """What each rank of each site costs, after all sites that must stay have got their reason."""
     if fit.calibration is not None:
         _leave_large(fit.sites)
     if example is not None:
         leave_those_read(fit.new, fit.sites, fit.form, example)
         check_outputs(fit.old, fit.sites, example)
-    return {site.name: costs(site, fit.form, metric) for site in fit.sites}
+    return {site.name: costs(site, fit.form, metric, halves.get(f"{site.name}.weight")) for site in fit.sites}
 
 
 def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
     """Counts its calls; a layer that stays normal after all is not fitted, so the end may come early."""
-    total = len(fit.candidates) + sum(len(prices) - 1 for prices in trials.values())
+    tried = sum(len(fit.form.trials([rank for rank in prices if rank])) for prices in trials.values())
+    total = len(fit.candidates) + (0 if fit.calibration is None else tried)
     done = 0
 
     def step() -> None:
@@ -169,14 +196,17 @@ def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -
     return step
 
 
-def _prepare(fit: Fit, example: Tensor | None) -> list[str]:
+def _prepare(fit: Fit, example: Inputs | None, output_weights: Mapping[str, float] | None) -> list[str]:
     """How the network is passed through and what errors cost, where images are used. Returns notes for the plan."""
     if fit.calibration is None or example is None:
         return []
+    fit.scales = output_scales(fit.old, fit.calibration.batches(enough(example.values_per_sample)), output_weights)
     fit.courses = follow(fit.old, fit.candidates, example)
-    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(IMAGES))
+    few = enough(example.values_per_sample)
+    fit.metrics = output_metrics(fit.old, fit.candidates, fit.calibration.batches(few), scales=fit.scales)
     if all(site.name in fit.metrics for site in fit.candidates):
         return []
+    fit.differentiable = False
     fit.metrics = {site.name: norm_metric(fit.old, site) for site in fit.candidates}
     return ["the model's outputs are not differentiable: errors are weighed by batch norms, not by outputs"]
 
@@ -220,14 +250,16 @@ def _check_numbers(sweeps: int, ridge: float) -> None:
         raise ValueError(f"convert: ridge must be at least 0 and finite, got {ridge!r}")
 
 
-def _example(model: nn.Module, example_input: Any) -> Tensor | None:
+def _example(model: nn.Module, example_input: Any) -> Inputs | None:
     if example_input is None:
         return None
+    if isinstance(example_input, tuple):  # as for ``compile``: positional arguments
+        example_input = Inputs(example_input)
     return next(CalibrationImages.of(model, [example_input], "convert: example_input").batches(2))
 
 
 def _sites(
-    model: nn.Module, skip: Skip, example: Tensor | None, halves: dict[str, torch.dtype]
+    model: nn.Module, skip: Skip, example: Inputs | None, halves: dict[str, torch.dtype]
 ) -> tuple[list[Site], list[str]]:
     """The convolutions, recorded on an example if there is one, else traced; with what could not be found out."""
     sites = find_sites(model, skip)

@@ -8,7 +8,7 @@ at values (``if x.sum() > 0``) has no course, nor has one that uses tensors of u
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import EllipsisType, FunctionType, NoneType
@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import LayerCall, first_input
 from sepconv.convert.sites import Site
+from sepconv.leaves import Inputs
 
 ABOUT_SIZES = {
     *("__get__", "__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous"),
@@ -50,7 +51,7 @@ class Unfollowed(BaseException):
 
 @dataclass(frozen=True)
 class Value:
-    """The number of a tensor among those that the steps give; 0 is the input."""
+    """The number of a tensor among those that the steps give; the first are the inputs."""
 
     number: int
 
@@ -128,7 +129,7 @@ def _name(called: str | Callable[..., Any]) -> str:
     return f"layer {called!r}" if isinstance(called, str) else str(getattr(called, "__name__", called))
 
 
-def write_down(model: nn.Module, sites: Sequence[Site], x: Tensor) -> Course:
+def write_down(model: nn.Module, sites: Sequence[Site], x: Inputs) -> Course:
     """Run the model on a batch and write down its steps.
 
     Raises:
@@ -142,7 +143,7 @@ def write_down(model: nn.Module, sites: Sequence[Site], x: Tensor) -> Course:
                 stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True).remove)
                 stack.callback(module.register_forward_hook(recorder.leave(name)).remove)
             with recorder:
-                outputs = model(x)
+                outputs = model(*x.args, **x.kwargs)
     except Exception as error:  # what runs without a recorder may not with one
         raise Unfollowed(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     steps = recorder.steps
@@ -150,7 +151,7 @@ def write_down(model: nn.Module, sites: Sequence[Site], x: Tensor) -> Course:
     calls = {site.name: [i for i, step in enumerate(steps) if step.called == site.name] for site in sites}
     if any(len(calls[site.name]) != site.calls for site in sites):
         raise Unfollowed("it calls its layers in another way on other images")
-    return Course(steps, calls, returned, _unused(steps, returned))
+    return Course(steps, calls, returned, _unused(steps, returned, len(x.tensors)))
 
 
 def _outermost(model: nn.Module, layers: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -160,8 +161,8 @@ def _outermost(model: nn.Module, layers: set[nn.Module]) -> Iterator[tuple[str, 
             yield name, module
 
 
-def _unused(steps: Sequence[RecordedStep], outputs: Sequence[int]) -> list[list[int]]:
-    last = {0: 0}
+def _unused(steps: Sequence[RecordedStep], outputs: Sequence[int], inputs: int) -> list[list[int]]:
+    last = dict.fromkeys(range(inputs), 0)
     for place, step in enumerate(steps):
         last |= {step.first + i: place for i in range(len(step.kinds))}
         last |= dict.fromkeys(step.uses(), place)
@@ -177,13 +178,14 @@ class _StepRecorder(TorchFunctionMode):
     """Writes down the calls of functions, and those of modules that have its hooks."""
 
     model: nn.Module
-    x: Tensor
+    x: Inputs
     steps: list[RecordedStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._numbers = WeakTensorKeyDictionary({self.x: 0})
-        self._count = 1
+        given = self.x.tensors
+        self._numbers = WeakTensorKeyDictionary({tensor: number for number, tensor in enumerate(given)})
+        self._count = len(given)
         self._inside: list[tuple[Any, Any]] = []
         own = [leaf for module in self.model.modules() for leaf in tree_leaves(vars(module))]
         self._own = {id(leaf): leaf for leaf in own if isinstance(leaf, Tensor)}
@@ -243,7 +245,7 @@ class _StepRecorder(TorchFunctionMode):
 
 
 class Courses:
-    """The courses of one network, for every shape of a batch.
+    """The courses of one network, for every kind of batch.
 
     ``reason`` says why there are none, or not for all batches; "" if there are.
     """
@@ -251,20 +253,20 @@ class Courses:
     def __init__(self, model: nn.Module, sites: Sequence[Site], reason: str = "") -> None:
         self._model = model
         self._sites = sites
-        self._found: dict[Kind, Course] = {}
+        self._found: dict[Hashable, Course] = {}
         self.reason = reason
 
-    def of(self, x: Tensor) -> Course | None:
+    def of(self, x: Inputs) -> Course | None:
         """For batches like this one; None where a network must run from its beginning."""
-        if self.reason or kind(x) in self._found:
-            return self._found.get(kind(x))
+        if self.reason or x.kind in self._found:
+            return self._found.get(x.kind)
         try:
             if len(self._found) == MOST_COURSES:
                 raise Unfollowed(f"on batches of more than {MOST_COURSES} shapes")
-            self._found[kind(x)] = write_down(self._model, self._sites, x)
+            self._found[x.kind] = write_down(self._model, self._sites, x)
         except Unfollowed as error:
             self.give_up(str(error))
-        return self._found.get(kind(x))
+        return self._found.get(x.kind)
 
     def give_up(self, reason: str) -> None:
         """From now on networks run from their beginning."""

@@ -21,6 +21,7 @@ from sepconv.convert.course import Course, Courses, Unfollowed
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import Hooks, LayerCall, calls, run
 from sepconv.convert.sites import Site
+from sepconv.leaves import Inputs
 
 HELD_BYTES = 1 << 30
 """Values of one network held between two layers."""
@@ -55,17 +56,17 @@ class Frontier:
         self._held: dict[int, _Progress] = {}
         self._bytes: dict[int, int] = {}
 
-    def calls(self, number: int, x: Tensor, site: Site) -> list[LayerCall]:
+    def calls(self, number: int, x: Inputs, site: Site) -> list[LayerCall]:
         """Input and output of every call of a site on batch ``number``, whose images are ``x``."""
         found = self._followed(x, lambda course: self._calls(course, number, x, course.calls[site.name]))
         return found or calls(self._network, self._network.get_submodule(site.name), x, site.calls)
 
-    def outputs(self, number: int, x: Tensor, site: Site) -> list[Tensor]:
+    def outputs(self, number: int, x: Inputs, site: Site) -> list[Tensor]:
         """The floating point outputs on batch ``number``, whose images are ``x``, run from the site on."""
         found = self._followed(x, lambda course: self._outputs(course, number, x, course.calls[site.name][0]))
         return found or tensors(run(self._network, x))
 
-    def _followed(self, x: Tensor, take: Callable[[Course], list[Taken]]) -> list[Taken]:
+    def _followed(self, x: Inputs, take: Callable[[Course], list[Taken]]) -> list[Taken]:
         """What is taken along the course of a batch; nothing if it has none."""
         course = self._courses.of(x)
         if course is None:
@@ -78,7 +79,7 @@ class Frontier:
             self._held.clear()
             return []
 
-    def _calls(self, course: Course, number: int, x: Tensor, places: Sequence[int]) -> list[LayerCall]:
+    def _calls(self, course: Course, number: int, x: Inputs, places: Sequence[int]) -> list[LayerCall]:
         first, last = places[0], places[-1]
         values = self._reach(course, number, x, first)
         if not self._fixed:
@@ -98,7 +99,7 @@ class Frontier:
                 self._step(course, values, place)
         return seen
 
-    def _outputs(self, course: Course, number: int, x: Tensor, start: int) -> list[Tensor]:
+    def _outputs(self, course: Course, number: int, x: Inputs, start: int) -> list[Tensor]:
         values = self._reach(course, number, x, start)
         self._hold(number, start, values)
         values = copy.deepcopy(values)
@@ -106,12 +107,12 @@ class Frontier:
             self._step(course, values, place)
         return [values[output] for output in course.outputs]
 
-    def _reach(self, course: Course, number: int, x: Tensor, place: int) -> Values:
+    def _reach(self, course: Course, number: int, x: Inputs, place: int) -> Values:
         """The values in front of a step."""
         progress = self._held.pop(number, None)
         self._bytes.pop(number, None)
         if progress is None or progress.place > place:
-            progress = _Progress(0, {0: x.clone()})  # the network may change its input in place
+            progress = _Progress(0, dict(enumerate(x.clone().tensors)))  # the network may change its input in place
         for step in range(progress.place, place):
             self._step(course, progress.values, step)
         return progress.values
@@ -137,7 +138,7 @@ class Frontier:
             values.pop(unused, None)
 
 
-def follow(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Courses:
+def follow(model: nn.Module, sites: Sequence[Site], example: Inputs) -> Courses:
     """The courses of a network past these sites, tried on an example.
 
     Args:
@@ -149,7 +150,7 @@ def follow(model: nn.Module, sites: Sequence[Site], example: Tensor) -> Courses:
     return courses
 
 
-def _is_right(model: nn.Module, courses: Courses, sites: Sequence[Site], example: Tensor) -> bool:
+def _is_right(model: nn.Module, courses: Courses, sites: Sequence[Site], example: Inputs) -> bool:
     """Whether all sites see and give the same as in the network itself, and whether its outputs are the same."""
     real: dict[str, list[LayerCall]] = {site.name: [] for site in sites}
     with Hooks() as hooks, torch.no_grad():

@@ -30,13 +30,16 @@ SAMPLES = 16
 LEAST_PIXELS = 16
 """Pixels taken of every image at least."""
 
+STRIP = 512
+"""Rows of second moments that are added up at once, from their diagonal on; the other half is the same."""
+
 CONSTANT = 1e-9
 """Part of the mean square below which a variance is rounding."""
 
 LARGEST = 1 << 14
 """Values of a patch, C*k, that a layer may have: its second moments then take 2 GB."""
 
-GROUP_BYTES = 1 << 31
+GROUP_BYTES = 1 << 30
 """Second moments held at once; more layers than fit need another pass over the images."""
 
 
@@ -82,6 +85,7 @@ class Moments:
         self.x, self.r = new(features), new(outputs)
         self.x0, self.r0 = new(features), new(outputs)
         self.count = 0
+        self._half = False
 
     def add(self, x: Tensor, y: Tensor, target: Tensor | None, pixels: int, generator: torch.Generator) -> None:
         """Add ``pixels`` output pixels of every image.
@@ -98,7 +102,7 @@ class Moments:
             if not self.count:
                 self.x0 = p.mean(0, dtype=torch.float64).to(p.dtype).double()
             p = p - self.x0.to(p.dtype)
-            self.xx += (p.T @ p).double()
+            self._add_squares(p)
             self.x += p.sum(0, dtype=torch.float64)
             if target is not None:
                 index = chosen.to(y.device)
@@ -112,8 +116,15 @@ class Moments:
                 self.r += lack.sum(0, dtype=torch.float64)
             self.count += len(p)
 
+    def _add_squares(self, p: Tensor) -> None:
+        for start in range(0, len(self.xx), STRIP):
+            rows = slice(start, start + STRIP)
+            self.xx[rows, start:] += p[:, rows].T @ p[:, start:]
+        self._half = True
+
     def _from_zero(self) -> None:
         """Make the moments those of the values themselves, whatever they have counted from."""
+        self._mirror()
         for second, (left, left0), (right, right0) in (
             (self.xx, (self.x, self.x0), (self.x, self.x0)),
             (self.rx, (self.r, self.r0), (self.x, self.x0)),
@@ -123,6 +134,13 @@ class Moments:
         self.x += self.count * self.x0
         self.r += self.count * self.r0
         self.x0, self.r0 = torch.zeros_like(self.x0), torch.zeros_like(self.r0)
+
+    def _mirror(self) -> None:
+        """Fill in the half that was left out."""
+        for start in range(0, len(self.xx) if self._half else 0, STRIP):
+            rows = slice(start, start + STRIP)
+            self.xx[start + STRIP :, rows] = self.xx[rows, start + STRIP :].T
+        self._half = False
 
     def add_up(self) -> None:
         """Make the moments those of all processes' images."""
@@ -139,15 +157,15 @@ class Moments:
         """
         self._from_zero()
         n, x, r, w = self.count, self.x / self.count, self.r / self.count, self.weight
-        xx = self.xx / n - torch.outer(x, x)
+        xx = (self.xx / n).addr_(x, x, alpha=-1)
         rx = self.rx / n - torch.outer(r, x)
         rr = self.rr / n - torch.outer(r, r)
         # Patches that are all the same vary by the rounding of their mean alone, which says nothing.
         level = max(float(xx.diagonal().mean()), CONSTANT * float(x.square().mean())) or 1.0
         xx.diagonal().add_(ridge * level)
-        wr = w @ rx.T
-        yy = w @ xx @ w.T + wr + wr.T + rr
-        return LeastSquares(xx, w @ xx + rx, yy, metric, self.conv.in_channels)
+        wx, wr = w @ xx, w @ rx.T
+        yy = wx @ w.T + wr + wr.T + rr
+        return LeastSquares(xx, wx + rx, yy, metric, self.conv.in_channels)
 
     def bias(self, weight: Tensor) -> Tensor:
         """What to add to the original bias so that the mean output is right: (O,)."""
@@ -155,20 +173,23 @@ class Moments:
         return self.r / self.count + (self.weight - weight.flatten(1)) @ (self.x / self.count)
 
 
-def pixels_per_image(moments: Moments, images: int) -> int:
-    """Pixels to take of every image so that there are about ``SAMPLES`` patches for every value of a patch."""
-    return max(LEAST_PIXELS, math.ceil(SAMPLES * moments.xx.shape[0] / images))
+def pixels_per_image(moments: Moments, images: int, samples: int = SAMPLES) -> int:
+    """Pixels to take of every image so that there are about ``samples`` patches for every value of a patch."""
+    return max(LEAST_PIXELS, math.ceil(samples * moments.xx.shape[0] / images))
 
 
-def gather(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, one_draw: bool) -> Iterator[Moments]:
+def gather(
+    convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, samples: int = SAMPLES
+) -> Iterator[Moments]:
     """Second moments of layers on their inputs in one network, many layers from one pass over the images.
 
     Args:
-        one_draw: the layers of a pass draw their pixels one after the other from one random generator; if not, each
-            from its own.
+        samples: patches for every value of a patch.
     """
     for group in _groups(convs):
-        yield from _of_group(group, model, images, one_draw)
+        found = _of_group(group, model, images, samples)
+        while found:
+            yield found.pop(0)  # not held any longer
 
 
 def _groups(convs: Sequence[_ConvNd]) -> Iterator[list[_ConvNd]]:
@@ -186,12 +207,13 @@ def _groups(convs: Sequence[_ConvNd]) -> Iterator[list[_ConvNd]]:
         yield group
 
 
-def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, one_draw: bool) -> list[Moments]:
+def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, samples: int) -> list[Moments]:
+    """The layers of a pass draw their pixels one after the other from one random generator."""
     found = [Moments(conv) for conv in convs]
-    generators = [torch.Generator()] * len(found) if one_draw else [torch.Generator() for _ in found]
+    generator = torch.Generator()
 
-    def add(moments: Moments, generator: torch.Generator) -> Callable[..., None]:
-        pixels = pixels_per_image(moments, images.count)
+    def add(moments: Moments) -> Callable[..., None]:
+        pixels = pixels_per_image(moments, images.count, samples)
 
         def hook(_: nn.Module, x: Tensor, output: Tensor) -> None:
             moments.add(x, output, None, pixels, generator)
@@ -199,11 +221,10 @@ def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationIma
         return hook
 
     with Hooks() as hooks, torch.no_grad():
-        for moments, generator in zip(found, generators, strict=True):
-            hooks.after(moments.conv, add(moments, generator))
+        for moments in found:
+            hooks.after(moments.conv, add(moments))
         for x, drawn in share.mine(images.batches()):
-            for generator in generators:
-                generator.set_state(drawn.get_state())
+            generator.set_state(drawn.get_state())
             run(model, x)
     for moments in found:
         moments.add_up()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from sepconv.leaves import Inputs
 
 
 class Hooks(contextlib.ExitStack):
@@ -35,9 +37,9 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next(iter((*args, *kwargs.values())), None)
 
 
-def run(model: nn.Module, x: Tensor) -> Any:
-    """The model's outputs; it may change its input in place, so it gets images of its own."""
-    return model(x.clone())
+def run(model: nn.Module, x: Inputs) -> Any:
+    """The model's outputs; it may change its input in place, so it gets one of its own."""
+    return x.run(model)
 
 
 def in_words(name: str, module: nn.Module) -> str:
@@ -45,8 +47,8 @@ def in_words(name: str, module: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def telling_where(model: nn.Module, shape: Sequence[int], hint: str = "") -> Iterator[None]:
-    """Inside, the model runs on images of this shape: what it raises becomes a ValueError that names the layer."""
+def telling_where(model: nn.Module, x: Inputs, hint: str = "") -> Iterator[None]:
+    """Inside, the model runs on inputs like these: what it raises becomes a ValueError that names the layer."""
     names = {id(module): name for name, module in model.named_modules()}
     running: list[nn.Module] = []
 
@@ -62,12 +64,13 @@ def telling_where(model: nn.Module, shape: Sequence[int], hint: str = "") -> Ite
         except Exception as error:  # any code of the model may fail, in any way
             module = next((module for module in reversed(running) if names.get(id(module))), model)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            hint += ONE_INPUT if module is model and isinstance(error, TypeError) else ""
+            hint += SEVERAL if module is model and isinstance(error, TypeError) else ""
             layer = in_words(names[id(module)], module)
-            raise ValueError(f"convert: {layer} fails on images of shape {tuple(shape)}{hint} ({reason})") from error
+            shapes = f"inputs of shape {x}"
+            raise ValueError(f"convert: {layer} fails on {shapes}{hint} ({reason})") from error
 
 
-ONE_INPUT = ", the only thing it is called with; wrap a model of several inputs in a module that takes the images alone"
+SEVERAL = ", all that it is called with; batches of a model of several inputs are dicts of its arguments, or ((a, b),)"
 
 
 class _Stop(BaseException):
@@ -85,7 +88,7 @@ class LayerCall(NamedTuple):
         return LayerCall(self.input.clone(), self.output.clone())
 
 
-def calls(model: nn.Module, module: nn.Module, x: Tensor, times: int) -> list[LayerCall]:
+def calls(model: nn.Module, module: nn.Module, x: Inputs, times: int) -> list[LayerCall]:
     """Input and output of the first ``times`` calls of a module on a batch; the network runs no further than that."""
     seen: list[LayerCall] = []
 

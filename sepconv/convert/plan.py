@@ -35,7 +35,8 @@ class Plan:
     """The whole conversion: one row per convolution in the order they run, the budget, and the stages.
 
     ``budget`` is None where one depth multiplier was given for all layers. ``stages`` are dicts with "name" and
-    "output_error": the squared error of the network's output on the calibration images relative to its variance.
+    "output_error": the squared error of the network's output relative to its variance. Errors are those of ``held_out``
+    of the ``images``, which nothing was fitted to; where that is 0 there were too few to hold some out.
     """
 
     layers: list[LayerPlan]
@@ -46,6 +47,7 @@ class Plan:
     images: int
     stages: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    held_out: int = 0
 
     @property
     def conv_params(self) -> tuple[int, int]:
@@ -82,6 +84,9 @@ class Plan:
         total = ["total", "", "", "", f"{before:,}", f"{after:,}", _ratio(self.macs), "", ""]
         lines = _table([list(header), *rows, total], [row.reason for row in self.layers])
         lines.append(f"{self._aim()}: conv weights 1/{before / max(after, 1):.2f}{self._macs_part()}")
+        if self.stages:
+            of = f"{self.held_out} images held out" if self.held_out else "the images that were fitted to"
+            lines.append(f"errors are of {of}")
         lines += [f"{s['name']}: output error {s['output_error']:.4f}" for s in self.stages]
         return "\n".join(lines + [_short(note, WIDTH) for note in self.notes])
 

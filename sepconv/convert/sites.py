@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.prune import BasePruningMethod
 
 from sepconv.convert.passes import Hooks, in_words, run, telling_where
+from sepconv.leaves import Inputs
 from sepconv.norms import scale_and_shift_of
 
 Skip = Sequence[str] | Callable[[str, nn.Module], bool]
@@ -143,7 +144,7 @@ def _skipped(site: Site, skip: Skip) -> bool:
     return any(name == s or name.startswith(s + ".") for name in site.names for s in skip)
 
 
-def record(model: nn.Module, sites: list[Site], example: Tensor, hint: str = "") -> list[Site]:
+def record(model: nn.Module, sites: list[Site], example: Inputs, hint: str = "") -> list[Site]:
     """Run ``example`` once: fill in shapes, calls and followers, and put the sites in the order of their first call.
 
     A batch norm follows a convolution if it is called on the very tensor that the convolution returned, not changed in
@@ -153,7 +154,7 @@ def record(model: nn.Module, sites: list[Site], example: Tensor, hint: str = "")
         ValueError: the model fails, or a convolution's output is not finite; the message names the layer.
     """
     record = _Record()
-    with Hooks() as hooks, telling_where(model, example.shape, hint), torch.no_grad():
+    with Hooks() as hooks, telling_where(model, example, hint), torch.no_grad():
         for site in sites:
             hooks.after(site.conv, record.conv_ran(site))
         for name, module in model.named_modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 
 import torch
@@ -13,9 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from sepconv.cost.counter import Counter
 from sepconv.cost.result import Cost
+from sepconv.leaves import Inputs
 
 
-def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
+def count(model: nn.Module, input_shape: Sequence[int] | Inputs) -> Cost:
     """Parameters, multiply-adds and bytes of a network for one input, without computing anything.
 
     Every operation that reaches PyTorch's dispatcher is seen, whoever calls it: a module, a function, a fused
@@ -32,8 +34,9 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     do run.
 
     Args:
-        model: any module whose forward takes one tensor.
-        input_shape: shape of the input without the batch, such as (3, 224, 224).
+        model: any module.
+        input_shape: shape of the only input without the batch, such as (3, 224, 224); or an example of all inputs as
+            ``sepconv.leaves.Inputs``, of which one sample is counted.
 
     Raises:
         TypeError: ``model`` is no module, or a TorchScript one.
@@ -50,7 +53,8 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TypeError("count: a TorchScript module cannot be observed; count the module it was made from")
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
-    if not isinstance(input_shape, Sequence) or not all(map(_is_size, input_shape)):
+    is_shape = isinstance(input_shape, Sequence) and all(map(_is_size, input_shape))
+    if not is_shape and not isinstance(input_shape, Inputs):
         raise ValueError(f"count: input_shape must be positive integers without the batch, got {input_shape!r}")
     twins = {
         id(tensor): _twin(name, tensor)
@@ -59,13 +63,18 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     }
     counter = Counter(model, twins)
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    x = torch.empty((1, *map(int, input_shape)), dtype=next(dtypes, torch.get_default_dtype()), device="meta")
+    if isinstance(input_shape, Inputs):
+        given = input_shape[:1].map(partial(torch.empty_like, device="meta"))
+    else:
+        dtype = next(dtypes, torch.get_default_dtype())
+        given = Inputs((torch.empty((1, *map(int, input_shape)), dtype=dtype, device="meta"),))
     with _undisturbed(model, twins), _watched(counter):
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
-                model(x)
+                model(*given.args, **given.kwargs)
         except Exception as error:
-            shape = f"input_shape = {tuple(input_shape)}, to be given without the batch"
+            shape = f"input_shape = {given if isinstance(input_shape, Inputs) else tuple(input_shape)}"
+            shape += "" if isinstance(input_shape, Inputs) else ", to be given without the batch"
             raise ValueError(f"count: {counter.where()}: {_summary(error)} ({shape})") from error
     return counter.result()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from sepconv.data.augment import Augment, generator
 from sepconv.data.images import Images, TensorImages, one_ahead, read_images
-from sepconv.data.parts import Part
 from sepconv.data.preprocessing import Crop, Preprocessing, normalise
 from sepconv.data.sources import read_source
 from sepconv.data.uniform import uniform
@@ -53,6 +53,10 @@ class Split:
     def image_size(self) -> int:
         return self.images.shape[2]
 
+    def steps(self, batch_size: int) -> int:
+        """Batches in an epoch, incomplete ones left out."""
+        return len(self) // min(batch_size, len(self))
+
     def subset(self, indices: Tensor) -> Split:
         """These images alone, normalised as before."""
         return replace(self, images=self.images.subset(indices), labels=self.labels[indices])
@@ -79,15 +83,10 @@ class Split:
         """
         if batch_size < world:
             raise ValueError(f"batches: batch_size {batch_size} is less than 1 for each of {world} processes")
-        n, seed = len(self), shuffle_seed or 0
-        order = torch.arange(n)
-        if shuffle_seed is not None:
-            order = torch.randperm(n, generator=generator(seed, epoch))
-        flips = augment.flips(n, seed, epoch)
-        stop = n - n % batch_size if drop_last and n > batch_size else n
+        seed = shuffle_seed or 0
+        flips = augment.flips(len(self), seed, epoch)
 
-        def batch(number: int) -> tuple[Tensor, Tensor]:
-            chosen = order[number * batch_size : min((number + 1) * batch_size, stop)]
+        def batch(number: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
             draw = augment.draw(flips[chosen], generator(seed, epoch, number))
             mine = chosen[rank::world]
             images = self.images.take(mine)
@@ -95,7 +94,7 @@ class Split:
                 images = augment(images, draw[rank::world])
             return self.normalise(images), self.labels[mine]
 
-        made = map(batch, range(-(-stop // batch_size)))
+        made = starmap(batch, enumerate(in_batches(len(self), batch_size, shuffle_seed, epoch, drop_last)))
         return made if isinstance(self.images, TensorImages) else one_ahead(made)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -107,9 +106,11 @@ class Split:
 class Data:
     """A training and a test split of the same classes, channels and image size.
 
+    Without classes the images have no labels: what a network answers to them is compared with what another does.
+
     Args:
         name: what the data set is called.
-        classes: names of the classes, by label.
+        classes: names of the classes, by label; none where there are no labels.
         skipped: names of the broken images that were left out.
         notes: what else was left out and which split of the source serves for what, one line each.
         val: images that the source sets apart from both splits, if it does: for choices made after the training.
@@ -127,8 +128,12 @@ class Data:
     fit: Crop | None = None
     prepared_for: str = ""
 
+    items = "images"
+    """What they are called in sentences."""
+
     @property
     def num_classes(self) -> int:
+        """0 where there are no labels."""
         return len(self.classes)
 
     @property
@@ -176,6 +181,7 @@ def load(
     *,
     image_size: int | None = None,
     preprocessing: Preprocessing | None = None,
+    labelled: bool | None = None,
     skip_broken: bool = False,
     test_fraction: float = 0.2,
     seed: int = 0,
@@ -183,15 +189,18 @@ def load(
     """Load a data set.
 
     Args:
-        source: `digits` (in scikit-learn, no network); an image folder with one subfolder a class, or with
-            `train/` and `test/` or `val/` (and such names, in any case) of that form; `*.parquet` files or a folder of
-            them, with the columns image and label; a folder of IDX files (MNIST); or a Hugging Face data set name.
+        source: `digits` (in scikit-learn, no network); an image folder with one subfolder a class, or without classes,
+            or with `train/` and `test/` or `val/` (and such names, in any case) of that form; `*.parquet` files or a
+            folder of them, with the columns image and label; a folder of IDX files (MNIST); or a Hugging Face data set
+            name.
             Where there are all three splits, `val/` is kept apart from both as `Data.val`. Images are what Pillow
             opens; what else is in an image folder is counted in `Data.notes`.
         image_size: bring all images to squares of this side (short side resized, centre cropped).
         preprocessing: what a network that was trained elsewhere wants of images; what it leaves open, and everything
             without it, is as the data set has it: square images as they are, normalised by the training images' mean
             and deviation.
+        labelled: whether the images have classes; None to find out: a folder of images without subfolders has none.
+            False leaves the classes out where there are some.
         skip_broken: leave broken images out and list them in `Data.skipped`, instead of an error.
         test_fraction: share of each class that becomes the test split where the source has none.
         seed: of that choice.
@@ -213,15 +222,19 @@ def load(
     wanted = preprocessing or Preprocessing()
     if image_size is not None:
         wanted = replace(wanted, fit=Crop(image_size, image_size))
-    found = read_source(source)
-    if len(found.classes) < 2:
+    found = read_source(source, labelled)
+    if len(found.classes) == 1:
         raise ValueError(f"load: {source} has only one class ({', '.join(found.classes)}); two are the least")
     parts = [part for part in (found.train, found.test, found.val) if part is not None]
     parts, skipped = uniform(parts, wanted, skip_broken, str(source))
     empty = [name for i, name in enumerate(found.classes) if not (parts[0].labels == i).any()]
     if empty:
         raise ValueError(f"load: {source} has no training image of the class {empty[0]}")
-    train, test, *val = parts if found.test is not None else _divide(parts[0], test_fraction, seed)
+    if found.test is None:
+        parts = [parts[0].subset(chosen) for chosen in divided(parts[0].labels, test_fraction, seed)]
+    train, test, *val = parts
+    if not len(test.labels):
+        raise ValueError(f"load: {source} has a single image; two are the least, one for testing")
     missing = [name for i, name in enumerate(found.classes) if not (test.labels == i).any()]
     if missing:
         names = ", ".join(missing[:5])
@@ -241,16 +254,24 @@ def _numbers(wanted: Preprocessing, images: Images) -> tuple[Tensor, Tensor]:
     return (mean.flip(0), std.flip(0)) if wanted.bgr else (mean, std)
 
 
-def _divide(part: Part, fraction: float, seed: int) -> tuple[Part, Part]:
-    """Take `fraction` of each class for the test split: at least one image of two or more, never all."""
+def in_batches(count: int, batch_size: int, shuffle_seed: int | None, epoch: int, drop_last: bool) -> Iterator[Tensor]:
+    """Which of `count` samples are in each batch of an epoch."""
+    order = torch.arange(count)
+    if shuffle_seed is not None:
+        order = torch.randperm(count, generator=generator(shuffle_seed, epoch))
+    stop = count - count % batch_size if drop_last and count > batch_size else count
+    return iter(order[:stop].split(batch_size) if stop else ())
+
+
+def divided(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Which samples are for training and which for testing: `fraction` of each class, at least one of two or more."""
     random = generator(seed)
-    chosen = torch.zeros(len(part.labels), dtype=torch.bool)
-    for label in part.labels.unique().tolist():
-        members = (part.labels == label).nonzero().flatten()
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[torch.randperm(len(members), generator=random)[:count]]] = True
-    train, test = ((~chosen).nonzero().flatten(), chosen.nonzero().flatten())
-    return part.subset(train), part.subset(test)
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
 def _statistics(images: Images) -> tuple[Tensor, Tensor]:

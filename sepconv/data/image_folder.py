@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,11 @@ def holds_classes(folder: Path) -> bool:
     return next(filled, None) is not None and next(filled, None) is not None
 
 
-def read_image_folder(folder: Path) -> Source:
-    """One subfolder a class; or a training split and a test or validation split, or all three, of that form.
+def read_image_folder(folder: Path, labelled: bool | None = None) -> Source:
+    """One subfolder a class, or no classes; or a training and a test or validation split, or all three, of that form.
+
+    Args:
+        labelled: see :func:`sepconv.data.load`.
 
     Raises:
         ValueError: no images, no classes, or what looks like a split cannot serve as one.
@@ -33,11 +37,13 @@ def read_image_folder(folder: Path) -> Source:
     ignored = Ignored()
     splits = _splits(folder)
     train = splits.get("train", folder)
-    classes = _class_folders(train)
+    with_classes = labelled or (labelled is None and not _is_flat(train))
+    classes = _class_folders(train) if with_classes else []
     if splits:
         _check_classes_in_splits(classes, splits)
         _count_beside(folder, [path.name for path in splits.values()], ignored)
-    parts = {kind: _labelled(path, classes, ignored) for kind, path in {"train": train, **splits}.items()}
+    read = partial(_labelled, classes=classes) if with_classes else _unlabelled
+    parts = {kind: read(path, ignored=ignored) for kind, path in {"train": train, **splits}.items()}
     # Without images for testing, those for validation are.
     test, val = (parts.get("test"), parts.get("val")) if "test" in parts else (parts.get("val"), None)
     notes = (*_alike(classes), *_notes(folder, splits, parts, ignored))
@@ -94,6 +100,21 @@ def _check_classes_in_splits(classes: Sequence[str], splits: dict[str, Path]) ->
         lacking = [path for path in splits.values() if not (path / name).is_dir()]
         if lacking:
             raise ValueError(f"load: {splits['train'] / name} looks like a split, and {lacking[0]} has no such class")
+
+
+def _is_flat(root: Path) -> bool:
+    """Whether images lie in a folder itself and none in its subfolders."""
+    suffixes, ignored = readable_suffixes(), Ignored()
+    loose = any(path.is_file() and path.suffix.lower() in suffixes for path in entries(root, ignored))
+    return loose and not any(next(files_below(path, suffixes, ignored), None) for path in _subfolders(root))
+
+
+def _unlabelled(root: Path, ignored: Ignored) -> Part:
+    """All images in and below a folder."""
+    files = list(files_below(root, readable_suffixes(), ignored))
+    if not files:
+        raise ValueError(f"load: {no_images(root, ignored)}")
+    return Part(EncodedImages(lambda i: files[i].read_bytes(), list(map(str, files))), torch.zeros(len(files)).long())
 
 
 def _labelled(root: Path, classes: Sequence[str], ignored: Ignored) -> Part:

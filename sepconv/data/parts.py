@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sepconv.data.images import EncodedImages, TensorImages
@@ -20,12 +21,17 @@ class Part:
     def subset(self, indices: Tensor) -> Part:
         return Part(self.images.subset(indices), self.labels[indices])
 
+    def without_labels(self) -> Part:
+        """As if all were of one class."""
+        return Part(self.images, torch.zeros_like(self.labels))
+
 
 @dataclass(frozen=True)
 class Source:
     """A data set as it was found.
 
     Attributes:
+        classes: their names, none where there are no labels.
         test: None where the source has no test split.
         val: images set apart from both, where there is such a split beside a test split.
         notes: what was left out and which split serves for what, one line each.
@@ -37,6 +43,10 @@ class Source:
     test: Part | None
     val: Part | None = None
     notes: tuple[str, ...] = ()
+
+    def without_labels(self) -> Source:
+        test, val = (None if part is None else part.without_labels() for part in (self.test, self.val))
+        return replace(self, classes=[], train=self.train.without_labels(), test=test, val=val)
 
 
 def readable(name: str) -> str:

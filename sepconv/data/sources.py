@@ -20,13 +20,24 @@ POSSIBILITIES = (
 )
 
 
-def read_source(source: str | Path) -> Source:
-    """Find out what `source` is and read it; image files are not decoded yet."""
+def read_source(source: str | Path, labelled: bool | None = None) -> Source:
+    """Find out what `source` is and read it; image files are not decoded yet.
+
+    Args:
+        labelled: see :func:`sepconv.data.load`.
+    """
+    found = _read(source, labelled)
+    if labelled is True and not found.classes:
+        raise ValueError(f"load: no labels: {source} holds images but no subfolders, one a class")
+    return found.without_labels() if labelled is False else found
+
+
+def _read(source: str | Path, labelled: bool | None) -> Source:
     text, path = str(source), Path(source)
     if text == "digits":
         return read_digits()
     if path.is_dir():
-        return read_folder(path)
+        return read_folder(path, labelled)
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"load: {path} is a file but not *.parquet; known are {POSSIBILITIES}")
@@ -48,7 +59,7 @@ def read_digits() -> Source:
     return Source("digits", [str(digit) for digit in range(10)], part, None)
 
 
-def read_folder(folder: Path) -> Source:
+def read_folder(folder: Path, labelled: bool | None = None) -> Source:
     """A folder of IDX files, of images or of parquet files, whichever is in it; a stray file of another kind is not."""
     name = folder.resolve().name
     if is_idx_folder(folder):
@@ -57,7 +68,7 @@ def read_folder(folder: Path) -> Source:
         return Source(readable(name), classes, splits["train"], splits.get("test"))
     ignored = Ignored()
     if holds_classes(folder) or not (parquet := list(files_below(folder, {".parquet"}, ignored))):
-        return read_image_folder(folder)
+        return read_image_folder(folder, labelled)
     found = read_parquet(name, parquet, str(folder))
     notes = (f"{folder}: {len(parquet)} parquet files, {ignored}", *found.notes) if ignored else found.notes
     return replace(found, notes=notes)

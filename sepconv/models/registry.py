@@ -92,6 +92,17 @@ def _build(name: str, factory: Callable[..., Any], settings: dict[str, Any]) -> 
     return model
 
 
+def function_of(name: str) -> Callable[..., Any]:
+    """The user's own function of the name ``package.module:function``.
+
+    Raises:
+        ValueError: the name has another form, the module cannot be imported, or has no such function.
+    """
+    if not all(name.partition(":")):
+        raise ValueError(f"create: a function is named package.module:function, got {name!r}")
+    return _find(name)
+
+
 def _find(name: str) -> Callable[..., Any]:
     """The object behind ``package.module:function``; importing runs the user's code, which may fail in any way."""
     module_name, _, attribute = name.partition(":")

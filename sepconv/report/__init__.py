@@ -10,9 +10,12 @@ Read are, where they exist:
 model, data         names
 command             what makes the result again
 seconds             of the whole run
-normal, separable   {conv_params, params, macs, accuracy, latency_ms: {contender: number}, latency_batch, threads,
-                    kernels: {op: name}}; one of them alone, for example after a training, is shown without comparison
-stages              [{name, accuracy, seconds}], "original" first
+normal, separable   {conv_params, params, macs, accuracy, metrics: {name: number} of the user's own function,
+                    latency_ms: {contender: number}, latency_batch, threads, kernels: {op: name}}; one of them alone,
+                    for example after a training, is shown without comparison
+task                "classes", or "outputs": accuracies are replaced by errors of the outputs to the original's
+stages              [{name, accuracy or error, seconds}], "original" first where there are accuracies
+closeness           {relative_error, outputs: [{name, relative_error, psnr, agreement}]}, of the task "outputs"
 held_out_images     of how many images, held out from conversion and distillation, the accuracies of the stages
                     are; 0 where of all training images, which were too few; without it they are of the test images
 notes               sentences to go with them
@@ -21,9 +24,10 @@ layers              [{name, kind ("separable", or "normal" where it was left), k
                     macs: [b, a], bytes: [b, a], ms: [b, a], reason}]
 other_ms            [b, a]: time of everything that belongs to no layer
 curves              rows of the training log {epoch, phase, train_loss, train_accuracy, test_accuracy, ...}; every
-                    number whose name ends with "loss" or "accuracy" is a curve, for each "phase" one
+                    number whose name ends with "loss", "accuracy" or "error" is a curve, for each "phase" one
 classes             names
 confusion           {normal, separable}: matrices of counts, rows are labels, columns are predictions
+confusion_classes   numbers of the classes that the matrices have, where they do not have all
 test_images         how many images the accuracies and disagreements are of
 disagreement_count  how many of them the networks answer differently
 disagreements       [{image: "data:image/png;base64,...", name, label, normal, separable}], labels as class numbers

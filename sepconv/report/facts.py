@@ -23,7 +23,7 @@ class Comparison:
     """One quantity of the two networks.
 
     Attributes:
-        kind: how its numbers are written: "count", "percent" or "milliseconds".
+        kind: how its numbers are written: "count", "percent", "figures" or "milliseconds".
         change: the difference in words, such as "1/8.4".
         notes: what stands under the two numbers, such as the kernels that ran.
     """
@@ -38,8 +38,8 @@ class Comparison:
     @property
     def shares(self) -> tuple[float, float]:
         """Lengths of the two bars, in percent; accuracies are drawn from 0 to 100 %."""
-        longest = 1 if self.kind == "percent" else max(self.before, self.after) or 1
-        return 100 * self.before / longest, 100 * self.after / longest
+        longest = 1 if self.kind == "percent" else max(abs(self.before), abs(self.after)) or 1
+        return 100 * abs(self.before) / longest, 100 * abs(self.after) / longest
 
 
 def comparisons(result: dict[str, Any]) -> list[Comparison]:
@@ -57,6 +57,7 @@ def comparisons(result: dict[str, Any]) -> list[Comparison]:
         of = "" if tested is None else f"of {tested} test images"
         found.append(Comparison("Accuracy", "percent", before, after, formats.points(before, after), (of, of)))
     fastest = [min(latencies(network), default=None, key=lambda row: row[1]) for network in (normal, separable)]
+    found += _metrics(normal, separable)
     if fastest[0] and fastest[1]:
         (first, before), (second, after) = fastest[0], fastest[1]
         notes = (f"{first}{_threads(normal)}", f"{second}{_threads(separable)}")
@@ -64,6 +65,26 @@ def comparisons(result: dict[str, Any]) -> list[Comparison]:
         name = "Time per image" if batch == 1 else f"Time for {batch} images"
         found.append(Comparison(name, "milliseconds", before, after, formats.share(before, after), notes))
     return found
+
+
+def _metrics(normal: dict[str, Any], separable: dict[str, Any]) -> Iterator[Comparison]:
+    """The numbers of the user's own function."""
+    before, after = mapping(normal.get("metrics")), mapping(separable.get("metrics"))
+    for name in before:
+        old, new = number(before[name]), number(after.get(name))
+        if old is not None and new is not None:
+            yield Comparison(name, "figures", old, new, formats.difference(old, new))
+
+
+def outputs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """How close each output is to that of the original, of a run without classes."""
+    return [
+        {
+            "name": text(row.get("name")),
+            **{key: number(row.get(key)) for key in ("relative_error", "psnr", "agreement")},
+        }
+        for row in dicts(mapping(result.get("closeness")).get("outputs"))
+    ]
 
 
 def single(result: dict[str, Any]) -> list[tuple[str, str, Any]]:
@@ -129,19 +150,20 @@ def kernels(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": text(row.get("name")), "accuracy": number(row.get("accuracy")), "seconds": number(row.get("seconds"))}
+    rows = [
+        {"name": text(row.get("name")), **{key: number(row.get(key)) for key in ("accuracy", "error", "seconds")}}
         for row in dicts(result.get("stages"))
-        if number(row.get("accuracy")) is not None
     ]
+    return [row for row in rows if row["accuracy"] is not None or row["error"] is not None]
 
 
 def stages_of(result: dict[str, Any]) -> str:
     """Which images the accuracies of the stages are of, in words; records of before held none out."""
     held, tested = number(result.get("held_out_images")), number(result.get("test_images"))
+    what = "samples" if result.get("task") == "outputs" else "images"
     if held is None:
-        return "" if tested is None else f"{tested} test images"
-    return f"{held} images held out from conversion and distillation" if held else "the training images"
+        return "" if tested is None else f"{tested} test {what}"
+    return f"{held} {what} held out from conversion and distillation" if held else f"the training {what}"
 
 
 def layers(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -206,7 +228,8 @@ def confusion(result: dict[str, Any]) -> dict[str, Any]:
     found = {key: _matrix(mapping(result.get("confusion")).get(key)) for key in ("normal", "separable")}
     known = {key: matrix for key, matrix in found.items() if matrix}
     size = max((len(matrix) for matrix in known.values()), default=0)
-    names = [class_name(result, i) for i in range(size)]
+    shown = items(result.get("confusion_classes")) or range(size)
+    names = [class_name(result, i) for i in shown] if len(shown) == size else list(map(str, range(size)))
     drawn = known if size <= MATRIX_CLASSES else {}
     return {"names": names, "matrices": drawn, "pairs": list(_confused(found, names))}
 

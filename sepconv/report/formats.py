@@ -47,6 +47,18 @@ def count(value: Any) -> str:
     return figures(found)
 
 
+def difference(before: float, after: float) -> str:
+    """What a number gained or lost.
+
+    Example:
+        >>> print(difference(0.5, 0.75), difference(31.25, 30), difference(2, 2), sep=", ")
+        +0.250, \N{MINUS SIGN}1.25, 0
+    """
+    change = after - before
+    sign = "+" if change > 0 else MINUS if change < 0 else ""
+    return sign + figures(abs(change))
+
+
 def percent(value: Any) -> str:
     """A fraction in percent, with two decimals as accuracies are compared by.
 

@@ -15,9 +15,9 @@ _LEAST_LIMIT = 1e-9  # of a machine, in its billions a second
 
 
 def training(rows: Rows) -> list[Chart]:
-    """Loss and accuracy over the epochs; phases (training, distillation) one after the other."""
+    """Loss, and accuracy or error, over the epochs; phases (training, distillation) one after the other."""
     placed, dividers = _epochs(rows)
-    kinds = (("Loss", "loss", 1), ("Accuracy, %", "accuracy", 100))
+    kinds = (("Loss", "loss", 1), ("Accuracy, %", "accuracy", 100), ("Error of the outputs", "error", 1))
     drawn = [_curves(title, ending, factor, placed, dividers) for title, ending, factor in kinds]
     return [chart for chart in drawn if chart is not None]
 
@@ -56,7 +56,7 @@ def _curves(
     if not points:
         return None
     x = charts.linear([epoch for epoch, _ in points], "epoch", whole=True)
-    y = charts.linear([value for _, value in points], title, zero=ending == "loss")
+    y = charts.linear([value for _, value in points], title, zero=ending != "accuracy")
     series = [
         charts.series(
             key.replace("_", " "),

@@ -6,10 +6,10 @@ from typing import Any
 
 from sepconv.report import formats
 from sepconv.report.facts import Comparison
-from sepconv.report.records import number
+from sepconv.report.records import dicts, mapping, number
 
 
-def lead(found: list[Comparison]) -> str:
+def lead(found: list[Comparison], closeness: dict[str, Any]) -> str:
     """What was gained and what it cost, in one sentence; empty without numbers."""
     by_kind = {comparison.name: comparison for comparison in found}
     gains = [
@@ -24,19 +24,37 @@ def lead(found: list[Comparison]) -> str:
     if accuracy := by_kind.get("Accuracy"):
         before, after = formats.percent(accuracy.before), formats.percent(accuracy.after)
         parts.append(f"Accuracy stayed at {after}." if before == after else f"Accuracy went from {before} to {after}.")
+    if (error := number(closeness.get("relative_error"))) is not None:
+        parts.append(
+            f"Its outputs differ from the original's by {formats.figures(error)} of their variance{_more(closeness)}."
+        )
     if time := next((c for c in found if c.kind == "milliseconds"), None):
         before, after = formats.milliseconds(time.before), formats.milliseconds(time.after)
         parts.append(f"{time.name}: {before} before, {after} after.")
     return " ".join(parts)
 
 
+def _more(closeness: dict[str, Any]) -> str:
+    """What else is known of the first output for which anything is."""
+    for row in dicts(closeness.get("outputs")):
+        of = f" of {row['name']}" if row.get("name") else ""
+        if (psnr := number(row.get("psnr"))) is not None:
+            return f" (PSNR{of} {psnr:.2f} dB)"
+        if (same := number(row.get("agreement"))) is not None:
+            return f" (the same class{of} for {formats.percent(same)})"
+    return ""
+
+
 def costs(result: dict[str, Any], layers: list[dict[str, Any]], found: list[Comparison]) -> list[tuple[str, str]]:
     """What conversion took: accuracy, changed answers, layers left, time."""
     accuracy = next((c for c in found if c.kind == "percent"), None)
+    error = number(mapping(result.get("closeness")).get("relative_error"))
     changed, tested = number(result.get("disagreement_count")), number(result.get("test_images"))
     rows = []
     if accuracy:
         rows.append(("accuracy", accuracy.change))
+    if error is not None:
+        rows.append(("relative error of the outputs", formats.figures(error)))
     if changed is not None:
         rows.append(("answers that changed", f"{changed}" if tested is None else f"{changed} of {tested}"))
     left = sum(bool(row["reason"]) for row in layers)
@@ -62,11 +80,17 @@ def stages(rows: list[dict[str, Any]], kept: str) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     for row in rows:
         said = STAGES.get(row["name"], "")
-        if row["name"] == "distilled" and told and told[-1]["accuracy"] > row["accuracy"]:
+        if row["name"] == "distilled" and told and _is_better(told[-1], row):
             said += "; here it gained nothing"
             said += " and was undone" if kept == "converted" else ""
         told.append({**row, "words": said})
     return told
+
+
+def _is_better(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    if row["accuracy"] is not None and other["accuracy"] is not None:
+        return bool(row["accuracy"] > other["accuracy"])
+    return row["error"] is not None and other["error"] is not None and row["error"] < other["error"]
 
 
 def latencies(rows: list[tuple[str, float | None, float | None]]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv import models
-from sepconv.data import Data
+from sepconv.data import Data, SampleData
 from sepconv.data.preprocessing import INTERPOLATIONS, LARGEST_SIDE, Crop, Preprocessing, normalise
 from sepconv.runs import structure
 
@@ -56,12 +56,14 @@ class Card:
     squash: bool = False
     bgr: bool = False
 
-    def with_data(self, data: Data) -> Card:
+    def with_data(self, data: Data | SampleData) -> Card:
         """The same network, trained on `data`."""
+        if isinstance(data, SampleData):
+            return replace(self, input_shape=data.input_shape, data=data.name)
         return replace(
             self,
             input_shape=data.input_shape,
-            classes=data.classes,
+            classes=data.classes or self.classes,
             mean=data.mean.tolist(),
             std=data.std.tolist(),
             data=data.name,

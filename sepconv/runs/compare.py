@@ -1,8 +1,9 @@
-"""What is compared of two networks, as plain data: cost, accuracy, time, and where they disagree."""
+"""What is compared of two networks, as plain data: cost, score, time, and where they disagree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from sepconv.compile import CompiledModel
 from sepconv.convert.plan import LayerPlan, Plan
 from sepconv.cost import Cost, count
-from sepconv.data import Data, Split
+from sepconv.data import Data, SampleData, Split
+from sepconv.data.samples import first_of
 from sepconv.layers.borrowed import copied, evaluating
+from sepconv.leaves import Closeness
 from sepconv.runs import latency, png
 from sepconv.runs.latency import Latency
 from sepconv.runs.limits import limits
@@ -23,17 +26,30 @@ MOST_DISAGREEMENTS = 24
 BATCH = 256
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What was found of one network on the test samples: by the task, and by the user's own function."""
+
+    score: Metrics | Closeness
+    metrics: Mapping[str, float]
+
+
 def compare(
-    normal: nn.Module, separable: nn.Module, plan: Plan, metrics: Mapping[str, Metrics], data: Data, batch: int
+    normal: nn.Module,
+    separable: nn.Module,
+    plan: Plan,
+    judged: Mapping[str, Judged],
+    data: Data | SampleData,
+    batch: int,
 ) -> dict[str, Any]:
-    """Both networks as they stand in result.json: cost, accuracy and time, whole and by layer, on the CPU."""
+    """Both networks as they stand in result.json: cost, score and time, whole and by layer, on the CPU."""
     threads = torch.get_num_threads()
     before = limits(threads)
     networks = {"normal": normal, "separable": separable}
-    x = data.test.normalise(data.test.images.take(torch.arange(batch) % len(data.test)))
-    different = disagreements(normal, separable, data)
+    x = first_of(data.test, batch)
+    answers = _answers(normal, separable, judged, data)
     networks = {name: copied(model, "compare").cpu() for name, model in networks.items()}
-    costs = {name: count(model, data.input_shape) for name, model in networks.items()}
+    costs = {name: count(model, x) for name, model in networks.items()}
     contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
     latencies = latency.latency_ms(contenders, x, threads=threads)
     compiled = {name: found["sepconv"] for name, found in contenders.items()}
@@ -41,16 +57,37 @@ def compare(
     after = limits(threads)
     return {
         **{
-            name: network_record(costs[name], metrics[name], latencies[name], compiled[name], threads, batch)
+            name: network_record(costs[name], judged[name], latencies[name], compiled[name], threads, batch)
             for name in networks
         },
         "layers": [layer_record(layer, costs, layer_ms) for layer in plan.layers],
         "other_ms": [layer_ms[name].get("") for name in networks],
-        "confusion": {name: found.confusion.tolist() for name, found in metrics.items()},
-        **different,
+        "test_images": len(data.test),
+        **answers,
         # Another program may have had the cores during one of the two measurements.
         "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
     }
+
+
+def _answers(
+    normal: nn.Module, separable: nn.Module, judged: Mapping[str, Judged], data: Data | SampleData
+) -> dict[str, Any]:
+    """Where there are classes which are confused and where the networks disagree, else how close the outputs are."""
+    found = judged["separable"].score
+    if isinstance(found, Closeness):
+        return {"closeness": found.to_dict()}
+    assert isinstance(data, Data)
+    matrices = {name: one.score.confusion for name, one in judged.items() if isinstance(one.score, Metrics)}
+    return {**confusions(matrices, data.classes), **disagreements(normal, separable, data)}
+
+
+def confusions(matrices: Mapping[str, Tensor], classes: Sequence[str]) -> dict[str, Any]:
+    """The matrices, of the classes alone that images show or that a network names, and the names of those."""
+    seen = torch.stack([matrix.sum(0) + matrix.sum(1) for matrix in matrices.values()]).sum(0).nonzero().flatten()
+    if len(seen) == len(classes):
+        return {"confusion": {name: matrix.tolist() for name, matrix in matrices.items()}}
+    cut = {name: matrix[seen][:, seen].tolist() for name, matrix in matrices.items()}
+    return {"confusion": cut, "confusion_classes": seen.tolist()}
 
 
 def _largest(by_threads: dict[str, float]) -> float:
@@ -58,7 +95,7 @@ def _largest(by_threads: dict[str, float]) -> float:
 
 
 def network_record(
-    cost: Cost, metrics: Metrics, times: Mapping[str, Latency], compiled: CompiledModel, threads: int, batch: int
+    cost: Cost, judged: Judged, times: Mapping[str, Latency], compiled: CompiledModel, threads: int, batch: int
 ) -> dict[str, Any]:
     """One network's numbers as they stand in result.json."""
     return {
@@ -66,14 +103,20 @@ def network_record(
         "params": cost.params,
         "macs": cost.macs,
         "bytes": cost.bytes,
-        "accuracy": metrics.accuracy,
-        "loss": metrics.loss,
+        **scores(judged),
         "latency_ms": {name: measured.median_ms for name, measured in times.items()},
         "latency_batch": batch,
         "latency_layout": {name: measured.layout for name, measured in times.items()},
         "threads": threads,
         "kernels": kernels(compiled),
     }
+
+
+def scores(judged: Judged) -> dict[str, Any]:
+    """What a network is worth, as it stands in result.json: right answers of classes, the user's numbers."""
+    found = judged.score
+    right = {"accuracy": found.accuracy, "loss": found.loss} if isinstance(found, Metrics) else {}
+    return {**right, **({"metrics": judged.metrics} if judged.metrics else {})}
 
 
 def kernels(compiled: CompiledModel) -> dict[str, str]:
@@ -133,4 +176,4 @@ def disagreements(normal: nn.Module, separable: nn.Module, data: Data) -> dict[s
         }
         for index, image in zip(shown.tolist(), images, strict=True)
     ]
-    return {"test_images": len(data.test), "disagreement_count": len(different), "disagreements": rows}
+    return {"disagreement_count": len(different), "disagreements": rows}

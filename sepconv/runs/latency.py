@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sepconv.compile import CompiledModel, compile
 from sepconv.compile.explain import Group
 from sepconv.layers.borrowed import evaluating
+from sepconv.leaves import Inputs, leaves
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import in_turn, summary
 
@@ -26,7 +27,8 @@ SAMPLES = (10, 200)
 TOLERANCE = 1e-4
 """Largest difference allowed between the contenders of a network, relative to the largest output."""
 
-Contender = Callable[[Tensor], Tensor]
+Contender = Callable[..., Any]
+CPU = torch.device("cpu")
 _TORCH_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -51,7 +53,7 @@ class _Entry:
     contender: str
     layout: str
     call: Contender
-    x: Tensor
+    x: Inputs
     times: list[float]
 
 
@@ -66,15 +68,15 @@ def with_torch_layers(model: nn.Module) -> nn.Module:
     return plain
 
 
-def contenders(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """The network in PyTorch's layers as it stands in a program, and by ``sepconv.compile`` for images like `x`."""
+def contenders(model: nn.Module, x: Inputs) -> dict[str, Any]:
+    """The network in PyTorch's layers as it stands in a program, and by ``sepconv.compile`` for inputs like `x`."""
     with evaluating(model):
-        return {"torch": with_torch_layers(model), "sepconv": compile(model, x)}
+        return {"torch": with_torch_layers(model), "sepconv": compile(model, x.kwargs or x.args)}
 
 
 @torch.inference_mode()
 def latency_ms(
-    networks: Mapping[str, Mapping[str, Contender]], x: Tensor, *, threads: int, seconds: float = 3.0
+    networks: Mapping[str, Mapping[str, Contender]], x: Inputs, *, threads: int, seconds: float = 3.0
 ) -> dict[str, dict[str, Latency]]:
     """Median time of one call of every contender, after checking that contenders of a network agree.
 
@@ -83,7 +85,7 @@ def latency_ms(
 
     Args:
         networks: by name, the contenders for each network by name; the first one's output is what the others must give.
-        x: images (N, C, H, W).
+        x: what the networks are called with.
         threads: that PyTorch uses meanwhile.
         seconds: of measuring, in all; fewer where the most samples are reached before.
 
@@ -92,7 +94,7 @@ def latency_ms(
     """
     with threads_set_to(threads):
         entries = [
-            _Entry(network, contender, layout, _copied(call, fmt), x.contiguous(memory_format=fmt), [])
+            _Entry(network, contender, layout, _copied(call, fmt), x.to(CPU, memory_format=fmt), [])
             for network, contenders in networks.items()
             for contender, call in contenders.items()
             for layout, fmt in LAYOUTS.items()
@@ -146,16 +148,22 @@ def _copied(call: Contender, fmt: torch.memory_format) -> Contender:
     if not isinstance(call, nn.Module):
         return call
     module: nn.Module = copy.deepcopy(call).eval()
-    return module.to(memory_format=fmt)  # type: ignore[call-overload]
+    for tensor in module.parameters():
+        if tensor.dim() == 4:  # signals and volumes have no layout by this name
+            tensor.data = tensor.data.contiguous(memory_format=fmt)
+    return module
 
 
 def _verify(entries: list[_Entry]) -> None:
     first = entries[0]
-    expected = first.call(first.x)
-    limit = TOLERANCE * float(expected.abs().max().clamp_min(1e-30))
+    expected = leaves(first.x.run(first.call))
     for entry in entries:
-        error = float((entry.call(entry.x) - expected).abs().max())
-        if not error <= limit:
+        found = leaves(entry.x.run(entry.call))
+        for name, want in expected.items():
+            limit = TOLERANCE * float(want.abs().max().clamp_min(1e-30))
+            error = float((found[name] - want).abs().max())
+            if error <= limit:
+                continue
             raise ValueError(
                 f"latency_ms: {entry.contender} ({entry.layout}) differs from {first.contender} on the network "
                 f"{entry.network} by {error:.2g}, more than {limit:.2g}; nothing was timed"
@@ -163,7 +171,7 @@ def _verify(entries: list[_Entry]) -> None:
 
 
 def _time(entries: list[_Entry], seconds: float) -> None:
-    calls = {i: partial(entry.call, entry.x) for i, entry in enumerate(entries)}
+    calls = {i: partial(entry.call, *entry.x.args, **entry.x.kwargs) for i, entry in enumerate(entries)}
     in_turn(calls, WARM_UP)
     fewest, most = SAMPLES
     for i, times in in_turn(calls, most, fewest=fewest, budget=seconds).items():

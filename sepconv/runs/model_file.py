@@ -21,11 +21,12 @@ from torch import nn
 
 from sepconv import models
 from sepconv.cost import count
-from sepconv.data import Data
+from sepconv.data import Data, SampleData
 from sepconv.models import weights as weight_files
 from sepconv.runs import card as cards
 from sepconv.runs import structure
 from sepconv.runs.card import Card as Card
+from sepconv.runs.timm_folder import timm_folder
 from sepconv.system.files import name_for_libraries, replacing
 
 FILE = "model.safetensors"
@@ -79,14 +80,15 @@ def open_model(
     weights: Path | None = None,
     settings: dict[str, Any] | None = None,
     *,
-    data: Data | None = None,
+    data: Data | SampleData | None = None,
     seed: int = 0,
     trust: bool = False,
 ) -> tuple[nn.Module, Card]:
     """A network by name, or from a folder or file that sepconv wrote, with its weights, in evaluation mode.
 
     Args:
-        name: as for ``models.create``, or a folder with ``model.safetensors``, or such a file.
+        name: as for ``models.create``, or a folder with ``model.safetensors``, or such a file; or a folder as timm
+            saves it for Hugging Face.
         weights: a file as for ``models.load_weights``. If it says that it is of the model `name`, it also gives
             settings and structure.
         settings: of the model; those given here overrule those of the file.
@@ -101,6 +103,9 @@ def open_model(
     path = model_path(name)
     if path is not None and (weights is not None or settings):
         raise ValueError(f"{name} is a trained network already: --weights and --set do not go with it")
+    if (folder := timm_folder(name)) is not None:
+        network, card = open_model(folder.model, folder.weights, folder.settings)
+        return network, replace(card, classes=folder.classes)
     weights = weights if path is None else path
     found = card_of(name, weights)
     if found is None:
@@ -134,6 +139,8 @@ def card_of(name: str, weights: Path | None = None) -> Card | None:
         ValueError: the file cannot be read, or `name` is a folder or file that does not say which network it is of.
     """
     path = model_path(name)
+    if timm_folder(name) is not None:
+        return None
     file = weights if path is None else path
     if file is None:
         return None
@@ -209,15 +216,16 @@ def _settings_of(card: Card) -> dict[str, Any]:
     return {name: value for name, value in card.settings.items() if name != "pretrained"}
 
 
-def _settings_from(name: str, data: Data | None) -> dict[str, Any]:
+def _settings_from(name: str, data: Data | SampleData | None) -> dict[str, Any]:
     """Channels and classes as the data has them; the user's own functions get what the user says and no more."""
-    if data is None:
+    if not isinstance(data, Data):
         return {}
+    classes = {"num_classes": data.num_classes} if data.classes else {}
     if name.startswith("torchvision/"):
-        return {"num_classes": data.num_classes}
+        return classes
     if name.startswith("timm/"):
-        return {"in_chans": data.channels, "num_classes": data.num_classes}
-    return {"in_channels": data.channels, "num_classes": data.num_classes} if name in models.BUILT_IN else {}
+        return {"in_chans": data.channels, **classes}
+    return {"in_channels": data.channels, **classes} if name in models.BUILT_IN else {}
 
 
 def model_path(name: str) -> Path | None:

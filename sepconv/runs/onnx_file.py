@@ -8,14 +8,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sepconv.layers.borrowed import copied, evaluating
+from sepconv.leaves import Inputs, leaves
 from sepconv.system.files import replacing
 
 TOLERANCE = 1e-4
@@ -51,15 +54,15 @@ def missing() -> str:
     return ""
 
 
-def export_onnx(model: nn.Module, input_shape: Sequence[int], path: str | Path) -> Exported:
+def export_onnx(model: nn.Module, input_shape: Sequence[int] | Inputs, path: str | Path) -> Exported:
     """Write `model` in evaluation mode as an ONNX file with a batch of any size.
 
     Separable layers become two Conv nodes, so any runtime reads the file. Where ONNX Runtime is installed, the file is
     run on random batches of 1 and 3 and compared with PyTorch before it gets its name.
 
     Args:
-        model: takes a tensor (N, C, H, W) and returns a tensor; left as it was.
-        input_shape: of one input without the batch, (C, H, W).
+        model: with inputs and outputs of any structure that PyTorch exports; left as it was.
+        input_shape: of the only input without the batch, (C, H, W); or an example of all inputs.
         path: of the file; an existing one is replaced.
 
     Raises:
@@ -71,30 +74,60 @@ def export_onnx(model: nn.Module, input_shape: Sequence[int], path: str | Path) 
     if reason := missing():
         raise ModuleNotFoundError(f"export_onnx: {reason}")
     frozen = copied(model, "export_onnx").cpu()
+    example = input_shape if isinstance(input_shape, Inputs) else Inputs((torch.zeros(2, *input_shape),))
+    example = _of_batch(example, 2)
     with evaluating(frozen):
-        proto = _to_proto(frozen, torch.zeros(2, *input_shape))
+        proto = _to_proto(frozen, example)
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in proto.graph.node if node.domain})
     if foreign:
         raise ValueError(f"export_onnx: operators outside the ONNX standard: {', '.join(foreign)}")
     content = proto.SerializeToString()
     with evaluating(frozen):
-        checked_with, max_error = _check(frozen, content, input_shape)
+        checked_with, max_error = _check(frozen, content, example)
     with replacing(path) as file:
         file.write(content)
     convolutions = sum(node.op_type == "Conv" for node in proto.graph.node)
     return Exported(path, len(content), convolutions, max_error, checked_with)
 
 
-def _to_proto(model: nn.Module, example: Tensor) -> Any:
+def _of_batch(example: Inputs, samples: int) -> Inputs:
+    """As many samples as that, the first ones again where there are fewer."""
+    count = len(example)
+    return example if count == samples or not count else example[torch.arange(samples) % count]
+
+
+def _names(model: nn.Module, example: Inputs) -> tuple[list[str], list[str]]:
+    """Of inputs and outputs in the file; no names of outputs where some are no fractions."""
+    with torch.no_grad():
+        output = example.run(model)
+    found = leaves(output)
+    inputs = list(example.kwargs) or [f"input_{i}" for i in range(len(example.args))]
+    if example.tensor is not None and example.tensor.dim() == 4:
+        inputs = ["images"]
+    outputs = [name.replace(".", "_") or ("scores" if leaf.dim() == 2 else "output") for name, leaf in found.items()]
+    return inputs, outputs if len(found) == len(_tensors(output)) else []
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _to_proto(model: nn.Module, example: Inputs) -> Any:
+    inputs, outputs = _names(model, example)
+    if len(inputs) != len(example.tensors):
+        raise ValueError("export_onnx: every argument of the model must be a tensor")
+    batch = {0: torch.export.Dim("batch")}
+    sizes: Any = dict.fromkeys(example.kwargs, batch) if example.kwargs else (batch,) * len(example.args)
     with _quiet():
         try:
             program = torch.onnx.export(
                 model,
-                (example,),
+                example.args,
+                kwargs=example.kwargs or None,
                 dynamo=True,
-                input_names=["images"],
-                output_names=["scores"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=inputs,
+                output_names=outputs or None,
+                dynamic_shapes=sizes,
                 verbose=False,
             )
         except Exception as error:
@@ -121,8 +154,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _random(example: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of a normal distribution in the place of fractions; others, such as indices, as they are."""
+    return torch.randn(example.shape, generator=generator) if example.is_floating_point() else example
+
+
 @torch.inference_mode()
-def _check(model: nn.Module, content: bytes, input_shape: Sequence[int]) -> tuple[str, float | None]:
+def _check(model: nn.Module, content: bytes, example: Inputs) -> tuple[str, float | None]:
     """Name of the runtime and its largest absolute error; ("", None) where none is installed."""
     if find_spec("onnxruntime") is None:
         return "", None
@@ -134,14 +172,15 @@ def _check(model: nn.Module, content: bytes, input_shape: Sequence[int]) -> tupl
     random = torch.Generator().manual_seed(0)
     worst = 0.0
     for batch in CHECK_BATCHES:
-        x = torch.randn(batch, *input_shape, generator=random)
-        expected = model(x)
-        found = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-        error = float((found - expected).abs().max())
-        limit = TOLERANCE * float(expected.abs().max().clamp_min(1))
-        if not error <= limit:
-            raise ValueError(
-                f"export_onnx: ONNX Runtime's outputs differ from PyTorch's by {error:.2g}, more than {limit:.2g}"
-            )
-        worst = max(worst, error)
+        x = _of_batch(example, batch).map(partial(_random, generator=random))
+        names = [entry.name for entry in session.get_inputs()]
+        given = {name: tensor.numpy() for name, tensor in zip(names, x.tensors, strict=True)}
+        for want, have in zip(_tensors(x.run(model)), session.run(None, given), strict=True):
+            error = float((torch.from_numpy(have) - want).abs().max())
+            limit = TOLERANCE * float(want.abs().max().clamp_min(1))
+            if not error <= limit:
+                raise ValueError(
+                    f"export_onnx: ONNX Runtime's outputs differ from PyTorch's by {error:.2g}, more than {limit:.2g}"
+                )
+            worst = max(worst, error)
     return f"onnxruntime {onnxruntime.__version__}", worst

@@ -11,6 +11,7 @@ from typing import Any
 from sepconv.data import Crop, Preprocessing
 from sepconv.models.registry import library_of
 from sepconv.runs.model_file import card_of
+from sepconv.runs.timm_folder import timm_folder
 
 BESIDE_WEIGHTS = ("preprocessor_config.json", "config.json")
 """Files of Hugging Face: transformers' image processor, and timm's description."""
@@ -30,6 +31,8 @@ def preprocessing_of(name: str, weights: Path | None = None) -> Preprocessing | 
     Raises:
         ValueError: a description holds what no image can be prepared by; the message names its file or model.
     """
+    if (folder := timm_folder(name)) is not None:
+        name, weights = folder.model, folder.weights
     card = card_of(name, weights)
     if card is not None and card.preprocessing is not None:
         return card.preprocessing

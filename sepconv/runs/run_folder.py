@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from sepconv.data import Data
+from sepconv.data import Data, SampleData
+from sepconv.data.samples import first_of
 from sepconv.runs import model_file, onnx_file
 from sepconv.system import environment
 from sepconv.system.files import check_folder, nearest_folder, refuse_inputs, remove_partial_files, replacing
@@ -121,7 +122,7 @@ def remove_checkpoints(out: Path) -> None:
     processes().wait_for_everyone()
 
 
-def about(model: str, data: Data, kind: str, command: str, seconds: float) -> dict[str, Any]:
+def about(model: str, data: Data | SampleData, kind: str, command: str, seconds: float) -> dict[str, Any]:
     return {
         "kind": kind,
         "model": model,
@@ -129,16 +130,16 @@ def about(model: str, data: Data, kind: str, command: str, seconds: float) -> di
         "command": command,
         "seconds": round(seconds, 2),
         "classes": data.classes,
-        "skipped_images": len(data.skipped),
+        "skipped_images": len(data.skipped) if isinstance(data, Data) else 0,
         "machine": environment.machine(),
         "versions": environment.versions(),
     }
 
 
-def export_onnx(model: nn.Module, data: Data, out: Path) -> dict[str, Any]:
+def export_onnx(model: nn.Module, data: Data | SampleData, out: Path) -> dict[str, Any]:
     """What was exported, or the reason why not: the network is usable without it."""
     try:
-        exported = onnx_file.export_onnx(model, data.input_shape, out / ONNX)
+        exported = onnx_file.export_onnx(model, first_of(data.test, 2), out / ONNX)
     except (ModuleNotFoundError, ValueError) as error:
         return {"written": False, "reason": str(error)}
     return {

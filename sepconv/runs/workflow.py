@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import nn
 
 from sepconv.convert import Plan, closed_form, convert
 from sepconv.cost import count
-from sepconv.data import Data, Split, load
-from sepconv.layers.borrowed import copied, evaluating
+from sepconv.data import Data, SampleData, Split, load
+from sepconv.layers.borrowed import copied
+from sepconv.leaves import Inputs
 from sepconv.report import write_report
 from sepconv.runs import compare, layer_data, model_file
 from sepconv.runs.classes import matched
+from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
 from sepconv.runs.model_file import Card
 from sepconv.runs.run_folder import (
     CHECKPOINTS,
@@ -33,7 +35,7 @@ from sepconv.runs.run_folder import (
 )
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
-from sepconv.train import Distillation, Metrics, Progress, Recipe, evaluate, train
+from sepconv.train import Distillation, Progress, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
@@ -41,8 +43,8 @@ from sepconv.train.processes import processes
 DISTILLATION_LR = {"bottleneck": 0.02, "separable": 0.05}
 """Highest learning rate by form, unless told: a bottleneck starts nearer to the original and has more to lose."""
 
-NEAR_CHANCE = 0.1
-"""Share of the way from naming the most frequent class to no error, below which a network is suspect."""
+OUTPUTS_LR = 0.001
+"""Highest learning rate, of AdamW, where outputs are learnt and no classes, unless told."""
 
 DEMO_MODEL = "vgg_small"
 DEMO_SETTINGS: dict[str, Any] = {}
@@ -69,6 +71,8 @@ class Job:
         batch: images in one call while latency is measured.
         classes: names of the network's outputs in their order, by which the data's classes are found; those of the card
             where it is empty.
+        output_weights, data_range: of the outputs where there are no classes; see :func:`sepconv.train.evaluate`.
+        metric_function: the user's own numbers of a network, such as ``lambda network: {"iou": ...}``, told of both.
         seed: of the choice of calibration images.
         command: what the user typed, for the record.
         kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
@@ -83,6 +87,9 @@ class Job:
     skip: tuple[str, ...] = ()
     batch: int = 1
     classes: tuple[str, ...] = ()
+    output_weights: Mapping[str, float] | None = None
+    data_range: float | None = None
+    metric_function: MetricFunction | None = None
     seed: int = 0
     command: str = ""
     kind: str = "convert"
@@ -96,14 +103,15 @@ class Outcome:
     separable: nn.Module
     card: Card
     choices: Choices
+    judge: Judge
     stages: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     kept: str = "converted"
     """The stage whose network is written."""
 
     def finished(self, name: str, model: nn.Module, seconds: float) -> None:
-        accuracy = evaluate(model, self.choices.data.test).accuracy
-        self.stages.append({"name": name, "accuracy": accuracy, "seconds": round(seconds, 3)})
+        score = self.judge.stage(model, self.choices.data.test)
+        self.stages.append({"name": name, **score, "seconds": round(seconds, 3)})
 
     def learned(self, phase: str, records: list[dict[str, Any]]) -> None:
         self.curves += [{**self.choices.curve(record), "phase": phase} for record in records]
@@ -126,7 +134,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     choices = Choices.of(data)
     history = train(model, choices.data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))
     model.to(_device())
-    outcome = Outcome(model, model, card, choices)
+    outcome = Outcome(model, model, card, choices, Judge(model, classes=True))
     outcome.learned("original", history.records)
     outcome.finished("original", model, time.perf_counter() - started)
     recipe = replace(DEMO_DISTILLATION, seed=seed)
@@ -138,7 +146,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
 def convert_model(
     model: nn.Module,
     card: Card,
-    data: Data,
+    data: Data | SampleData,
     job: Job,
     out: Path,
     *,
@@ -149,6 +157,9 @@ def convert_model(
 
     Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
     ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
+
+    Where the data has classes, networks are judged by their right answers; where it has none, by how close their
+    outputs are to those of the original, which is then all that the separable network learns.
 
     The split for validation is held out, or a tenth of the training images (2,000 at most) where there is none: the
     accuracies on the way are of these, and by them a distillation is kept or undone. The test images are looked at in
@@ -171,17 +182,20 @@ def convert_model(
         The record that is written as ``result.json``.
     """
     model = copied(model, "convert").to(_device())
-    outputs = _check_fits(model, data)
-    if job.classes and len(job.classes) != outputs:
-        raise ValueError(f"convert: {len(job.classes)} classes are named but the network has {outputs} outputs")
-    data = matched(data, job.classes or card.classes, outputs)
+    answer = answers_to(model, data)
+    if isinstance(data, Data) and data.classes:
+        data = _with_classes_of(data, job, card, answer)
+    judge = Judge(model, bool(data.classes), job.output_weights, job.data_range, job.metric_function)
+    judge.metrics(model)  # what is wrong with the user's function shows before the work
     card.with_data(data).check()
     prepare(out, job.kind, model)
     started = time.perf_counter()
-    outcome = Outcome(model, model, card.with_data(data), Choices.of(data))
-    outcome.finished("original", model, 0.0)
-    if note := _near_chance(outcome.stages[-1]["accuracy"], outcome.choices.data.test):
-        warnings.warn(note, stacklevel=2)
+    outcome = Outcome(model, model, card.with_data(data), Choices.of(data), judge)
+    if judge.classes:
+        outcome.finished("original", model, 0.0)
+        held = outcome.choices.data.test
+        if isinstance(held, Split) and (note := near_chance(outcome.stages[-1]["accuracy"], held.labels)):
+            warnings.warn(note, stacklevel=2)
     return _run(outcome, data, job, out, resume, on_progress, started)
 
 
@@ -218,7 +232,7 @@ def train_model(
             "loss": metrics.loss,
         },
         "curves": [{**record, "phase": "original"} for record in history.records],
-        "confusion": {"normal": metrics.confusion.tolist()},
+        **compare.confusions({"normal": metrics.confusion}, data.classes),
         "test_images": len(data.test),
     }
     if processes().is_main_process:
@@ -228,34 +242,23 @@ def train_model(
     return record
 
 
-def _check_fits(model: nn.Module, data: Data) -> int:
-    """How many outputs the model has; ValueError unless it takes the data's images and has one for each class."""
-    parameter = next(model.parameters(), torch.empty(0))
-    if parameter.dtype != torch.float32:
-        raise ValueError(f"convert: the images are float32 but the model is {parameter.dtype}: convert model.float()")
-    try:
-        with torch.no_grad(), evaluating(model):
-            scores = model(data.calibration(2).to(parameter.device))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"convert: the model does not take images of shape {data.input_shape}: {reason}") from error
-    check_outputs(scores, data.num_classes)
-    return int(scores.shape[1])
-
-
-def _near_chance(accuracy: float, split: Split) -> str:
-    """A sentence where the network to convert knows hardly more than the most frequent class."""
-    chance = int(split.labels.bincount().max()) / len(split)
-    if accuracy >= chance + NEAR_CHANCE * (1 - chance):
-        return ""
-    return (
-        f"the original is right on {accuracy:.1%} of the held-out images, where naming one class always gives "
-        f"{chance:.1%}: are its weights, its classes and the preparation of its images right?"
-    )
+def _with_classes_of(data: Data, job: Job, card: Card, answer: Any) -> Data:
+    """The data with its classes matched to the network's outputs."""
+    check_outputs(answer, data.num_classes)
+    outputs = int(answer.shape[1])
+    if job.classes and len(job.classes) != outputs:
+        raise ValueError(f"convert: {len(job.classes)} classes are named but the network has {outputs} outputs")
+    return matched(data, job.classes or card.classes, outputs)
 
 
 def _run(
-    outcome: Outcome, data: Data, job: Job, out: Path, resume: bool, on_progress: OnProgress, started: float
+    outcome: Outcome,
+    data: Data | SampleData,
+    job: Job,
+    out: Path,
+    resume: bool,
+    on_progress: OnProgress,
+    started: float,
 ) -> dict[str, Any]:
     plan = _convert(outcome, job, on_progress)
     _distil(outcome, job, out, resume, on_progress)
@@ -274,15 +277,16 @@ def _run(
 
 
 def _write(
-    outcome: Outcome, measured: dict[str, Any], plan: Plan, data: Data, job: Job, out: Path, started: float
+    outcome: Outcome, measured: dict[str, Any], plan: Plan, data: Data | SampleData, job: Job, out: Path, started: float
 ) -> dict[str, Any]:
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)
     record = {
         **about(card.model, data, job.kind, job.command, time.perf_counter() - started),
+        "task": outcome.judge.task,
         "budget": job.budget,
         "metric": job.metric,
-        "preprocessing": data.preprocessing.as_dict(),
+        "preprocessing": data.preprocessing.as_dict() if isinstance(data, Data) else None,
         "form": job.form,
         **measured,
         "stages": outcome.stages,
@@ -292,9 +296,10 @@ def _write(
         "curves": outcome.curves,
         "onnx": export_onnx(outcome.separable, data, out),
     }
-    image = data.test.normalise(data.test.images.take(torch.tensor([0])))
-    label = data.classes[int(data.test.labels[0])]
-    write_json(out / EXPLANATION, layer_data.collect(outcome.original, outcome.separable, image, label=label))
+    if isinstance(data, Data):
+        image = data.test.normalise(data.test.images.take(torch.tensor([0])))
+        label = data.classes[int(data.test.labels[0])] if data.classes else ""
+        write_json(out / EXPLANATION, layer_data.collect(outcome.original, outcome.separable, image, label=label))
     write_json(out / RESULT, record)
     write_report(out)
     return record
@@ -320,14 +325,16 @@ def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
         metric=job.metric,
         form=job.form,
         skip=job.skip,
+        output_weights=job.output_weights,
         on_progress=relay,
     )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    simple = closed_form(outcome.original, plan, images[:2])
+    simple = closed_form(outcome.original, plan, Inputs.of(images)[:2])
     outcome.finished("closed form", simple, time.perf_counter() - started)
     outcome.finished("converted", outcome.separable, seconds)
-    on_progress(Step("convert", steps, steps, accuracy=outcome.stages[-1]["accuracy"]))
+    last = outcome.stages[-1]
+    on_progress(Step("convert", steps, steps, accuracy=last.get("accuracy"), error=last.get("error")))
     return plan
 
 
@@ -341,23 +348,24 @@ def _distil(outcome: Outcome, job: Job, out: Path, resume: bool, on_progress: On
         job.recipe,
         None if job.kind == "demo" else out / CHECKPOINTS,
         teacher=outcome.original,
-        distillation=job.distillation,
+        distillation=replace(job.distillation, output_weights=job.output_weights),
         resume=resume,
         on_progress=_relay(on_progress, "distil"),
     )
     outcome.learned("distilled", history.records)
     outcome.finished("distilled", outcome.separable, history.seconds)
-    before, after = (stage["accuracy"] for stage in outcome.stages[-2:])
-    if after < before and outcome.choices.held_out:
+    # Of too few images only outputs say something: right answers on what was learnt say nothing.
+    decides = outcome.choices.held_out or not outcome.judge.classes
+    if decides and is_worse(outcome.stages[-1], outcome.stages[-2]):
         outcome.separable.load_state_dict(converted)
     else:
         outcome.kept = "distilled"
 
 
-def _judge(outcome: Outcome, data: Data) -> dict[str, Metrics]:
-    """Both networks on all test images, which the processes share out."""
-    networks = {"normal": outcome.original, "separable": outcome.separable}
-    return {name: evaluate(model, data.test) for name, model in networks.items()}
+def _judge(outcome: Outcome, data: Data | SampleData) -> dict[str, compare.Judged]:
+    """Both networks on all test samples; images with classes are shared out by the processes."""
+    judge, networks = outcome.judge, {"normal": outcome.original, "separable": outcome.separable}
+    return {n: compare.Judged(judge.on(model, data.test), judge.metrics(model)) for n, model in networks.items()}
 
 
 def _device() -> torch.device:
@@ -372,6 +380,6 @@ def _relay(on_progress: OnProgress, stage: str) -> Callable[[Progress], None]:
     def relay(now: Progress) -> None:
         done = (now.epoch - 1) * now.steps + now.step
         accuracy = now.accuracy if now.test_accuracy is None else now.test_accuracy
-        on_progress(Step(stage, done, now.epochs * now.steps, now.loss, accuracy))
+        on_progress(Step(stage, done, now.epochs * now.steps, now.loss, accuracy, now.test_error))
 
     return relay

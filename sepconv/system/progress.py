@@ -15,6 +15,7 @@ class Step:
         done, total: steps of this stage; `done == total` is its end.
         loss: of the last batches, while training.
         accuracy: on held-out images, once known, from 0 to 1.
+        error: in its place without classes: of the outputs to the original's, relative to their variance.
     """
 
     stage: str
@@ -22,6 +23,7 @@ class Step:
     total: int
     loss: float | None = None
     accuracy: float | None = None
+    error: float | None = None
 
 
 OnProgress = Callable[[Step], None]

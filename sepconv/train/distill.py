@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv.layers.borrowed import evaluating
+from sepconv.leaves import Inputs
+from sepconv.train.matching import OutputMatch
 
 
 @dataclass(frozen=True)
 class Distillation:
     """What the student learns from the teacher.
 
-    Loss = alpha * T^2 * KL(teacher / T, student / T) + (1 - alpha) * cross-entropy
+    With classes, loss = alpha * T^2 * KL(teacher / T, student / T) + (1 - alpha) * cross-entropy
     + feature_weight * mean over the pairs of (squared error of the features / the teacher's variance).
+
+    Without, the first two terms give way to the weighted mean over the outputs of (squared error / the teacher's
+    variance), for outputs of any structure.
 
     Args:
         temperature: T, above 0; higher shows more of what the teacher thinks of the wrong classes.
@@ -27,6 +32,8 @@ class Distillation:
         features: pairs (module of the student, module of the teacher) by name, whose outputs have equal shapes; or
             "auto": the last module of each image size that has the same name and output shape in both.
         feature_weight: weight of the features' part.
+        output_weights: how much each floating point output counts, by its place in what the teacher returns, such as
+            "boxes" or "heads.0"; 1 where it is not named. Without classes alone.
 
     References: arXiv:1503.02531 (outputs), arXiv:1412.6550 (features).
     """
@@ -35,6 +42,7 @@ class Distillation:
     alpha: float = 0.9
     features: Sequence[tuple[str, str]] | str = ()
     feature_weight: float = 1.0
+    output_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
@@ -54,10 +62,12 @@ class Distillation:
 class Guide:
     """A teacher at work: gives the loss of a batch. A context manager, within which the modules are watched.
 
-    Networks may change their input in place, so each gets images of its own.
+    Networks may change their input in place, so each gets one of its own.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, distillation: Distillation, example: Tensor) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, distillation: Distillation, example: Inputs, classes: bool
+    ) -> None:
         self.teacher = teacher
         self.distillation = distillation
         if distillation.features == "auto":
@@ -70,7 +80,13 @@ class Guide:
             _watch(student, [name for name, _ in self.pairs], self.student_features, "student", stack)
             _watch(teacher, [name for _, name in self.pairs], self.teacher_features, "teacher", stack)
             stack.enter_context(evaluating(teacher))
-            self.variances = self._variances(student, example)
+            with torch.no_grad(), evaluating(student):
+                answer, target = example.run(student), example.run(teacher)
+            self.match = None if classes else OutputMatch(target, answer, distillation.output_weights)
+            if classes and answer.shape != target.shape:
+                mine, theirs = tuple(answer.shape), tuple(target.shape)
+                raise ValueError(f"train: the student's output has shape {mine}, the teacher's {theirs}")
+            self.variances = self._variances()
             self.cleanup = stack.pop_all()
 
     def __enter__(self) -> Guide:
@@ -79,28 +95,24 @@ class Guide:
     def __exit__(self, *error: object) -> None:
         self.cleanup.close()
 
-    def loss(self, logits: Tensor, images: Tensor, label_loss: Tensor) -> Tensor:
-        """The loss of a batch, after the student has seen `images` and answered with `logits`."""
+    def loss(self, answer: Any, inputs: Inputs, label_loss: Tensor | None) -> Tensor:
+        """The loss of a batch, after the student has seen `inputs` and given this answer."""
         with torch.no_grad():
-            target = self.teacher(images.clone()).float()
+            target = inputs.run(self.teacher)
         settings = self.distillation
-        total = settings.alpha * softened_divergence(logits, target, settings.temperature)
-        if settings.alpha < 1:
-            total = total + (1 - settings.alpha) * label_loss
+        if self.match is not None:
+            total = self.match(answer, target)
+        else:
+            total = settings.alpha * softened_divergence(answer, target.float(), settings.temperature)
+            if label_loss is not None and settings.alpha < 1:
+                total = total + (1 - settings.alpha) * label_loss
         for (student, teacher), variance in zip(self.pairs, self.variances, strict=True):
             error = F.mse_loss(self.student_features[student].float(), self.teacher_features[teacher].float())
             total = total + settings.feature_weight / len(self.pairs) * error / variance
         return total
 
-    @torch.no_grad()
-    def _variances(self, student: nn.Module, example: Tensor) -> list[Tensor]:
-        """Of each teacher feature over the example images, fixed for the whole training; checks the shapes."""
-        with evaluating(student):
-            answer, target = student(example.clone()), self.teacher(example.clone())
-        if answer.shape != target.shape:
-            raise ValueError(
-                f"train: the student's output has shape {tuple(answer.shape)}, the teacher's {tuple(target.shape)}"
-            )
+    def _variances(self) -> list[Tensor]:
+        """Of each teacher feature over the examples, fixed for the whole training; checks the shapes."""
         for name, teacher_name in self.pairs:
             mine, theirs = self.student_features[name], self.teacher_features[teacher_name]
             if mine.shape != theirs.shape:
@@ -119,7 +131,7 @@ def softened_divergence(logits: Tensor, target: Tensor, temperature: float) -> T
 
 
 @torch.no_grad()
-def matching_features(student: nn.Module, teacher: nn.Module, example: Tensor) -> tuple[tuple[str, str], ...]:
+def matching_features(student: nn.Module, teacher: nn.Module, example: Inputs) -> tuple[tuple[str, str], ...]:
     """For each image size the last module that runs once and has equal name and output shape in both networks."""
     mine, theirs = _output_shapes(student, example), _output_shapes(teacher, example)
     last = {shape[2:]: name for name, shape in theirs.items() if mine.get(name) == shape}
@@ -128,7 +140,7 @@ def matching_features(student: nn.Module, teacher: nn.Module, example: Tensor) -
     return tuple((name, name) for name in last.values())
 
 
-def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
+def _output_shapes(model: nn.Module, example: Inputs) -> dict[str, torch.Size]:
     """The output shape of each module, in the order they finish, that makes one image-like tensor in one call."""
     found: dict[str, list[torch.Size]] = {}
 
@@ -142,11 +154,11 @@ def _output_shapes(model: nn.Module, example: Tensor) -> dict[str, torch.Size]:
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
         with evaluating(model):
-            model(example.clone())
+            example.run(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1 and len(shapes[0]) == 4}
+    return {name: shapes[0] for name, shapes in found.items() if len(shapes) == 1 and len(shapes[0]) > 2}
 
 
 def _watch(model: nn.Module, names: Iterable[str], store: dict[str, Tensor], role: str, stack: ExitStack) -> None:

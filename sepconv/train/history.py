@@ -22,8 +22,9 @@ class Progress:
 
     Args:
         epoch, step: counted from 1, of `epochs` and, in this epoch, of `steps`.
-        loss, accuracy: means over the training images of this epoch so far.
-        test_accuracy: None until the epoch is over.
+        loss, accuracy: means over the training images of this epoch so far; no accuracy where there are no classes.
+        test_accuracy: None until the epoch is over, and without classes.
+        test_error: without classes, once the epoch is over: the relative error to the teacher's outputs.
         seconds: since the start of this call.
         remaining: seconds to the end, estimated.
     """
@@ -33,10 +34,11 @@ class Progress:
     step: int
     steps: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     test_accuracy: float | None
     seconds: float
     remaining: float
+    test_error: float | None = None
 
 
 @dataclass
@@ -46,6 +48,7 @@ class History:
     Args:
         records: one an epoch, with the keys epoch, step, lr, train_loss, train_accuracy, test_loss, test_accuracy,
             seconds, cpu_seconds (of this process, all threads) and images_per_second; the lines of `log.jsonl`.
+            Without classes test_error stands in the place of the accuracies and of test_loss.
         resumed_from: the epochs that an earlier run had finished.
     """
 
@@ -58,6 +61,11 @@ class History:
         return float(self.records[-1]["test_accuracy"])
 
     @property
+    def error(self) -> float:
+        """Without classes: relative error to the teacher's outputs on the test split after the last epoch."""
+        return float(self.records[-1]["test_error"])
+
+    @property
     def seconds(self) -> float:
         """Of all epochs, those before a resumption included."""
         return float(sum(record["seconds"] for record in self.records))
@@ -67,7 +75,8 @@ class History:
         if not isinstance(self.records, list) or not self.records:
             raise ValueError(f"the records are {self.records}")
         for epoch, record in enumerate(self.records, 1):
-            if record["epoch"] != epoch or not isinstance(record["seconds"] + record["test_accuracy"], float):
+            score = record["test_error"] if "test_error" in record else record["test_accuracy"]
+            if record["epoch"] != epoch or not isinstance(record["seconds"] + score, float):
                 raise ValueError(f"the record of epoch {epoch} is {record}")
 
     def write_log(self, folder: Path) -> None:

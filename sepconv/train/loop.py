@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from sepconv.data import Data
+from sepconv.data import Data, LoaderSplit, SampleData, Samples
+from sepconv.data.dataset import NO_AUGMENT
+from sepconv.data.samples import as_samples
 from sepconv.layers.borrowed import copied, evaluating
+from sepconv.leaves import Inputs
 from sepconv.system.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.system.processes import of_first
 from sepconv.train import checkpoint
@@ -34,10 +37,11 @@ COPIES_OF_WEIGHTS = {"sgd": 2, "adamw": 3, "rmsprop": 3}
 
 def train(
     model: nn.Module,
-    data: Data,
+    data: Data | SampleData | Iterable[Any],
     recipe: Recipe,
     out: Path | str | None = None,
     *,
+    val: Samples | Iterable[Any] | None = None,
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
     resume: bool = False,
@@ -52,7 +56,15 @@ def train(
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments: each batch is shared
     out, the main process alone writes the log and the checkpoints.
 
+    With a teacher, data may be anything: where there are no classes, or the model's output is not one row of numbers
+    for them, the model learns to give the teacher's outputs, whatever their structure. A model in evaluation mode then
+    stays in it: batch norms keep their statistics, and nothing is dropped.
+
     Args:
+        data: a data set, or batches, such as a ``DataLoader`` (see :meth:`sepconv.leaves.Inputs.of`): each epoch goes
+            through them as they are, so that size, order and augmentation are the loader's and not the recipe's.
+        val: batches for the log after each epoch, in the place of the data's test split; the training batches
+            themselves where there is neither.
         out: folder of `log.jsonl` (a line an epoch) and the last two checkpoints; None writes nothing.
         teacher: a trained network to learn from, by `distillation` (its defaults where that is None); left as it was.
         resume: go on after the newest good checkpoint in `out`; with one process the result is bit-equal to that of
@@ -66,14 +78,16 @@ def train(
         OSError: `out` cannot be written.
     """
     process = processes()
+    data = as_data(data, val)
     _check_arguments(data, recipe, out, teacher, distillation, resume, process)
-    example = data.calibration(min(EXAMPLES, len(data.train))).to(process.device)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    example = Inputs.of(data.calibration(min(EXAMPLES, len(data.train)))).to(process.device, memory_format=layout)
     _place(model, recipe, process.device)
-    _try_model(model, example, data)
+    classes = _try_model(model, example, data, teacher is not None)
     if recipe.whiten:
-        whiten_first_layer(model, data.calibration(min(WHITENED, len(data.train))))
-    with _guide(model, teacher, distillation, recipe, example) as guide:
-        trainer = Trainer(model, data, recipe, guide, on_progress)
+        whiten_first_layer(model, _only_tensor(data.calibration(min(WHITENED, len(data.train)))))
+    with _guide(model, teacher, distillation, recipe, example, classes) as guide:
+        trainer = Trainer(model, data, recipe, guide, on_progress, classes=classes)
         folder = None if out is None else Path(out)
         history = History()
         if folder is not None:
@@ -94,8 +108,25 @@ def train(
     return history
 
 
+def as_data(data: Data | SampleData | Iterable[Any], val: Samples | Iterable[Any] | None = None) -> Data | SampleData:
+    """Batches as a data set; a data set with other samples in the place of its test split."""
+    if isinstance(data, Data | SampleData):
+        return data if val is None else replace(data, test=as_samples(val))  # type: ignore[arg-type]
+    split = LoaderSplit.of(data)
+    labels = next(split.batches(1))[1]
+    classes = 0 if labels is None else int(labels.max()) + 1
+    return SampleData(type(data).__name__, split, split if val is None else as_samples(val), num_classes=classes)
+
+
+def _only_tensor(images: Tensor | Inputs) -> Tensor:
+    tensor = Inputs.of(images).tensor
+    if tensor is None:
+        raise ValueError("train: whitening is for networks of one input")
+    return tensor
+
+
 def _check_arguments(
-    data: Data,
+    data: Data | SampleData,
     recipe: Recipe,
     out: Path | str | None,
     teacher: nn.Module | None,
@@ -107,12 +138,16 @@ def _check_arguments(
         raise ValueError("train: distillation needs a teacher")
     if resume and out is None:
         raise ValueError("train: resume needs out, the folder of the run")
+    if isinstance(data.train, LoaderSplit) and process.num_processes > 1:
+        raise ValueError("train: several processes cannot share a loader's batches: give a data set of sepconv.data")
+    if isinstance(data, SampleData) and (recipe.augment != NO_AUGMENT or recipe.mix):
+        raise ValueError("train: flips, crops, cutout and mixing are for data sets of images: the loader may do them")
     if min(recipe.batch_size, len(data.train)) < process.num_processes:
         raise ValueError(
             f"train: {process.num_processes} processes cannot share batches of {recipe.batch_size} "
             f"from {len(data.train)} images"
         )
-    if recipe.crop_padding > min(data.input_shape[1:]):
+    if isinstance(data, Data) and recipe.crop_padding > min(data.input_shape[1:]):
         raise ValueError(
             f"train: crop_padding {recipe.crop_padding} is wider than the images of shape {data.input_shape}: some "
             "crops would show nothing of them"
@@ -123,20 +158,32 @@ def _check_arguments(
 def _place(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
     model.to(device)
     if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4:  # the layout is of images; volumes have none by this name
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
-def _try_model(model: nn.Module, example: Tensor, data: Data) -> None:
-    """ValueError unless the model takes the data's images and has an output for each class."""
+def _try_model(model: nn.Module, example: Inputs, data: Data | SampleData, taught: bool) -> bool:
+    """Whether the model learns classes, rather than a teacher's outputs.
+
+    Raises:
+        ValueError: it does not take the data, or has no output for each class, or there are no classes and no teacher.
+    """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("train: the model has no trainable parameters")
+    shape = data.input_shape if isinstance(data, Data) else example
     try:
         with torch.no_grad(), evaluating(model):
-            answer = model(example[:2])
-    except (RuntimeError, ValueError) as error:
+            answer = example[:2].run(model)
+    except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"train: the model does not take images of shape {data.input_shape}: {reason}") from error
-    check_outputs(answer, data.num_classes)
+        raise ValueError(f"train: the model does not take images of shape {shape}: {reason}") from error
+    if not data.num_classes and not taught:
+        raise ValueError("train: the data has no classes: give a teacher, whose outputs the model learns to give")
+    fits = isinstance(answer, Tensor) and answer.ndim == 2 and answer.shape[1] >= data.num_classes
+    if data.num_classes and (isinstance(data, Data) or not taught):
+        check_outputs(answer, data.num_classes)
+    return bool(data.num_classes) and fits
 
 
 def _guide(
@@ -144,20 +191,23 @@ def _guide(
     teacher: nn.Module | None,
     distillation: Distillation | None,
     recipe: Recipe,
-    example: Tensor,
+    example: Inputs,
+    classes: bool,
 ) -> Any:
     if teacher is None:
         return nullcontext()
     teacher = copied(teacher, "train")
-    _place(teacher, recipe, example.device)
-    return Guide(model, teacher, distillation or Distillation(), example)
+    _place(teacher, recipe, next((t.device for t in example.tensors), torch.device("cpu")))
+    return Guide(model, teacher, distillation or Distillation(), example, classes)
 
 
-def _identity(model: nn.Module, data: Data, recipe: Recipe, distillation: Distillation | None) -> dict[str, Any]:
+def _identity(
+    model: nn.Module, data: Data | SampleData, recipe: Recipe, distillation: Distillation | None
+) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
     return {
         "recipe": asdict(recipe),
-        "distillation": None if distillation is None else asdict(distillation),
+        "distillation": None if distillation is None else _settings(distillation),
         "data": {
             "train": len(data.train),
             "test": len(data.test),
@@ -166,6 +216,11 @@ def _identity(model: nn.Module, data: Data, recipe: Recipe, distillation: Distil
         },
         "model": checkpoint.describe(model),
     }
+
+
+def _settings(distillation: Distillation) -> dict[str, Any]:
+    """As checkpoints of before have them: the weights of outputs only where there are any."""
+    return {key: value for key, value in asdict(distillation).items() if key != "output_weights" or value}
 
 
 def _open_folder(folder: Path, model: nn.Module, recipe: Recipe, resume: bool) -> None:

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from sepconv.data import Data
+from sepconv.data import Data, SampleData
 from sepconv.data.augment import generator
+from sepconv.leaves import Inputs
 from sepconv.system.processes import add_up, average
 from sepconv.train.average import WeightAverage
 from sepconv.train.distill import Guide
-from sepconv.train.evaluate import Metrics, evaluate
+from sepconv.train.evaluate import evaluate
 from sepconv.train.history import Progress, TrainingStopped
 from sepconv.train.processes import processes
 from sepconv.train.recipe import Recipe
@@ -35,23 +36,29 @@ class Trainer:
     """Trains `model` epoch by epoch; its state can be saved and restored between epochs.
 
     Everything random in an epoch follows from the recipe's seed and the epoch's number, so no random state is saved.
+
+    Args:
+        classes: whether the data's labels count; if not, the guide alone says what is right.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        data: Data,
+        data: Data | SampleData,
         recipe: Recipe,
         guide: Guide | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        *,
+        classes: bool = True,
     ) -> None:
         self.process = processes()
         self.model, self.data, self.recipe, self.guide = model, data, recipe, guide
-        self.modes = modes_in_training(model)
+        self.classes = classes
+        self.modes = modes_in_training(model) if classes or model.training else modes_as_used(model)
         self.on_progress = on_progress if self.process.is_main_process else None
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.batch_size = min(recipe.batch_size, len(data.train))
-        self.steps = len(data.train) // self.batch_size
+        self.steps = data.train.steps(self.batch_size)
         self.mix = recipe.mix
         self.optimizer = recipe.make_optimizer(model)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
@@ -69,17 +76,16 @@ class Trainer:
         begin, work = time.perf_counter(), time.process_time()
         loss, accuracy = self._train_epoch(epoch)
         trained = time.perf_counter()
-        metrics = self._evaluate(epoch)
+        scores = self._evaluate(epoch)
         last = (epoch + 1) * self.steps
-        self._report(epoch, self.steps, loss, accuracy, metrics.accuracy)
+        self._report(epoch, self.steps, loss, accuracy, scores)
         return {
             "epoch": epoch + 1,
             "step": last,
             "lr": self.recipe.learning_rate(last - 1, self.steps),
             "train_loss": loss,
-            "train_accuracy": accuracy,
-            "test_loss": metrics.loss,
-            "test_accuracy": metrics.accuracy,
+            **({"train_accuracy": accuracy} if self.classes else {}),
+            **scores,
             "seconds": time.perf_counter() - begin,
             "cpu_seconds": time.process_time() - work,
             "images_per_second": self.steps * self.batch_size / (trained - begin),
@@ -126,29 +132,33 @@ class Trainer:
         )
         for step, (images, labels) in enumerate(batches):
             self._set_learning_rate(epoch * self.steps + step)
-            unseen.append(self._step(images, labels))
+            unseen.append(self._step(Inputs.of(images), labels))
             self.steps_done += 1
             if (step + 1) % look_every == 0 or step + 1 == self.steps:
                 totals = [a + b for a, b in zip(totals, self._look(unseen, epoch, step), strict=True)]
                 unseen = []
-                self._report(epoch, step + 1, totals[0] / (step + 1), totals[1] / (step + 1), None)
+                self._report(epoch, step + 1, totals[0] / (step + 1), totals[1] / (step + 1), {})
         return totals[0] / self.steps, totals[1] / self.steps
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, inputs: Inputs, labels: Tensor | None) -> Tensor:
         """One update of the weights; this process's share of the batch's mean loss and accuracy, shape (2,)."""
-        device = self.process.device
-        images = images.to(device, memory_format=self.memory_format, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        target = labels
-        if self.mix:
-            images, target = self.mix(images, labels, self.data.num_classes)
-            labels = target.argmax(1)
+        inputs = inputs.to(self.process.device, memory_format=self.memory_format)
+        target = labels = (
+            labels.to(self.process.device, non_blocking=True) if self.classes and labels is not None else None
+        )
+        if self.mix and labels is not None and inputs.tensor is not None:
+            images, target = self.mix(inputs.tensor, labels, self.data.num_classes)
+            inputs, labels = Inputs((images,)), target.argmax(1)
         with self._autocast():
-            logits = self.parallel(images if self.guide is None else images.clone())
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=self.recipe.label_smoothing)
+            given = inputs if self.guide is None else inputs.clone()
+            answer = self.parallel(*given.args, **given.kwargs)
+            loss = None
+            if target is not None:
+                loss = F.cross_entropy(answer.float(), target, label_smoothing=self.recipe.label_smoothing)
             if self.guide is not None:
-                loss = self.guide.loss(logits, images, loss)
-        share = len(images) / self.batch_size
+                loss = self.guide.loss(answer, inputs, loss)
+        assert loss is not None
+        share = len(inputs) / self.batch_size if self.process.num_processes > 1 else 1.0
         # The processes' gradients are averaged: weighted so that the mean is that over all images of the batch.
         weighted = loss if share == 1 else loss * (share * self.process.num_processes)
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,7 +167,9 @@ class Trainer:
         self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        accuracy = loss.new_zeros(()).float()
+        if labels is not None:
+            accuracy = (answer.detach().argmax(1) == labels).float().mean()
         return torch.stack([loss.detach().float(), accuracy]) * share
 
     def _look(self, unseen: list[Tensor], epoch: int, step: int) -> tuple[float, float]:
@@ -174,14 +186,21 @@ class Trainer:
         loss, accuracy = values.sum(0).tolist()
         return loss, accuracy
 
-    def _evaluate(self, epoch: int) -> Metrics:
+    def _evaluate(self, epoch: int) -> dict[str, float]:
         self._share_statistics()
         for name, value in self.model.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise TrainingStopped(f"train: {name} is not finite after epoch {epoch + 1}")
         model = self.model if self.average is None else self.average.module
+        layout = self.recipe.channels_last
         with self._autocast():
-            return evaluate(model, self.data.test, channels_last=self.recipe.channels_last)
+            if self.classes:
+                metrics = evaluate(model, self.data.test, channels_last=layout)
+                return {"test_loss": metrics.loss, "test_accuracy": metrics.accuracy}
+            assert self.guide is not None
+            teacher, weights = self.guide.teacher, self.guide.distillation.output_weights
+            found = evaluate(model, self.data.test, teacher=teacher, output_weights=weights, channels_last=layout)
+        return {"test_error": found.relative_error}
 
     def _share_statistics(self) -> None:
         """Average the norms' running statistics over the processes: each has seen its share of the images."""
@@ -198,20 +217,27 @@ class Trainer:
         dtype = torch.bfloat16 if self.recipe.mixed_precision == "bf16" else torch.float16
         return torch.autocast(self.process.device.type, dtype)
 
-    def _report(self, epoch: int, step: int, loss: float, accuracy: float, test: float | None) -> None:
+    def _report(self, epoch: int, step: int, loss: float, accuracy: float, scores: dict[str, float]) -> None:
         if self.on_progress is None:
             return
         seconds = time.perf_counter() - self.begin
         left = self.recipe.epochs * self.steps - (epoch * self.steps + step)
         remaining = seconds / max(1, self.steps_done) * left
         epochs, steps = self.recipe.epochs, self.steps
-        self.on_progress(Progress(epoch + 1, epochs, step, steps, loss, accuracy, test, seconds, math.ceil(remaining)))
+        known = (accuracy if self.classes else None), scores.get("test_accuracy")
+        times = seconds, math.ceil(remaining)
+        self.on_progress(Progress(epoch + 1, epochs, step, steps, loss, *known, *times, scores.get("test_error")))
 
 
 def modes_in_training(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Every module with the mode it is trained in: the caller's; training if the model itself is in evaluation mode."""
     modes = [(module, module.training or not model.training) for module in model.modules()]
     return [(module, mode and not _frozen(module)) for module, mode in modes]
+
+
+def modes_as_used(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Evaluation mode for every module: what a batch's statistics and dropout would add to the outputs is noise."""
+    return [(module, False) for module in model.modules()]
 
 
 def _frozen(module: nn.Module) -> bool:

@@ -5,47 +5,37 @@ Such a layer amounts to a normal convolution W[o, c, k] = sum over r of A[o, r] 
 pointwise one are the special case of R = C*M terms that see one input channel each; a term that sees all is worth more.
 
 :func:`decompose` looks at the weights alone: alternating least squares. :func:`calibrate` goes on with the patches that
-a layer really sees, as that of the separable form does (ours). Neither finds a global optimum; each step solves its
-block exactly. Everything is in float64.
+a layer really sees, as that of the separable form does (ours). Neither finds a global optimum; no step of either raises
+the error. Large products are in the precision of the weights, the factors and what they are solved from in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sepconv.convert.forms import separable
+from sepconv.convert.forms.bottleneck_fit import BottleneckFactors, calibrate, jitter, solve
+from sepconv.convert.forms.curve import spread
 from sepconv.convert.forms.form import relative_error
 from sepconv.convert.problem import LeastSquares
 from sepconv.convert.replace import Pointwise, SeparableLayer, empty_pointwise, empty_separable, fill, like
 
-SHARES = (1 / 24, 1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 6.5, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 2 / 3)
-"""Parts of a convolution's weights that its bottleneck is tried with."""
+SHARES = tuple(2 / 3 * 16 ** (-step / 14) for step in range(15))
+"""Parts of a convolution's weights that its bottleneck may have: from two thirds to a 24th, each a fifth less."""
 
 SWEEPS = 30
 """Rounds of alternating least squares on the weights."""
 
-READ = 5e11
-"""Bytes that the sweeps of one layer may read, about a minute: each term reads the second moments twice."""
+TRIALS = 3
+"""Ranks of a layer that are fitted before ranks are chosen."""
 
-_JITTER = 1e-9
-"""On the unit diagonals of `_solve`: keeps systems of dependent terms defined."""
-
-
-class BottleneckFactors(NamedTuple):
-    """What a bottleneck is made of.
-
-    Shape:
-        expand: (O, R), the last pointwise layer    reduce: (C, R), the first    filters: (R, k)
-    """
-
-    expand: Tensor
-    reduce: Tensor
-    filters: Tensor
+BRIEF_SWEEPS = 8
+"""Rounds for a trial, whose error only has to compare with others."""
 
 
 def compose(factors: BottleneckFactors) -> Tensor:
@@ -55,20 +45,21 @@ def compose(factors: BottleneckFactors) -> Tensor:
     return ((filters.T[:, None] * expand) @ reduce.T).permute(1, 2, 0).contiguous()
 
 
-def decompose(weight: Tensor, rank: int, scale: Tensor | None = None) -> BottleneckFactors:
+def decompose(weight: Tensor, rank: int, scale: Tensor | None = None, sweeps: int = SWEEPS) -> BottleneckFactors:
     """The bottleneck of the weights alone.
 
     Args:
+        weight: its precision is that of large products.
         scale: what each output channel is multiplied with afterwards; its square weighs the error of that channel.
 
     Shape:
         weight: (O, C, k), scale: (O,)
     """
-    weighed = weight if scale is None else weight * scale[:, None, None]
+    weighed = weight if scale is None else weight * scale[:, None, None].to(weight)
     generator = torch.Generator().manual_seed(0)
     expand, reduce, filters = (torch.randn(n, rank, generator=generator).to(weight) for n in weight.shape)
     taps_first = weighed.transpose(1, 2).contiguous()
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         expand = _factor(((taps_first @ reduce) * filters).sum(1), reduce, filters)
         # What both of the others need is computed once: no product of two factors is ever held whole.
         seen = _over_outputs(weighed, expand)
@@ -76,7 +67,7 @@ def decompose(weight: Tensor, rank: int, scale: Tensor | None = None) -> Bottlen
         filters = _factor((seen * reduce[:, None]).sum(0), expand, reduce)
     # Outputs of scale 0 get their best answer too.
     expand = _factor(((weight.transpose(1, 2) @ reduce) * filters).sum(1), reduce, filters)
-    return BottleneckFactors(expand, reduce, filters.T)
+    return BottleneckFactors(expand.double(), reduce.double(), filters.T.double())
 
 
 def _over_outputs(weight: Tensor, expand: Tensor) -> Tensor:
@@ -90,68 +81,8 @@ def _factor(products: Tensor, first: Tensor, second: Tensor) -> Tensor:
     Shape:
         products: (n, R), of the weight with the terms of the others; first: (a, R), second: (b, R)    ->    (n, R)
     """
-    return _solve((first.T @ first) * (second.T @ second), products.T).T
-
-
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """gram^-1 right, scaled to a unit diagonal."""
-    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
-    gram = scale[:, None] * gram * scale
-    gram.diagonal().add_(_JITTER)
-    return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, torch.linalg.cholesky(gram))
-
-
-def _terms(factors: BottleneckFactors) -> Tensor:
-    """What each of the R channels between sees of a patch: (R, C*k)."""
-    return (factors.reduce.T[:, :, None] * factors.filters[:, None]).flatten(1)
-
-
-def solve_expand(problem: LeastSquares, factors: BottleneckFactors) -> BottleneckFactors:
-    """The last pointwise layer by least squares over all R channels at once."""
-    terms = _terms(factors)
-    seen = terms @ problem.xx
-    return factors._replace(expand=_solve(seen @ terms.T, terms @ problem.yx.T).T)
-
-
-def sweep(problem: LeastSquares, factors: BottleneckFactors) -> BottleneckFactors:
-    """Improve what each of the R channels sees, one after the other, each against what all the others leave over.
-
-    In the metric G of the outputs the best term f for a column a is the one nearest, on the patches, to what the
-    gradient a^T G (yx - sum of the others) asks for; its two factors are solved for in turn.
-    """
-    c, k = problem.channels, problem.taps
-    expand, reduce, filters = factors.expand, factors.reduce.clone(), factors.filters.clone()
-    terms = _terms(factors)
-    seen = terms @ problem.xx
-    weighed = problem.metric @ expand
-    products, wanted = expand.T @ weighed, weighed.T @ problem.yx
-    rows = problem.xx.view(c, k * c * k)
-    for r in range(len(filters)):
-        own = products[r, r].clamp_min(1e-300)
-        target = ((wanted[r] - products[r] @ seen) / own + seen[r]).view(c, k)
-        if not bool(target.any()):
-            continue
-        by_filter = (problem.xx.view(c * k * c, k) @ filters[r]).view(c, k, c)
-        gram = torch.einsum("ckd,k->cd", by_filter, filters[r])
-        reduce[:, r] = _solve(gram, (target @ filters[r])[:, None])[:, 0]
-        by_channel = (reduce[:, r] @ rows).view(k, c * k)
-        gram = torch.einsum("kdl,d->kl", by_channel.view(k, c, k), reduce[:, r])
-        filters[r] = _solve(gram, (reduce[:, r] @ target)[:, None])[:, 0]
-        seen[r] = filters[r] @ by_channel
-    return BottleneckFactors(expand, reduce, filters)
-
-
-def calibrate(problem: LeastSquares, start: BottleneckFactors, sweeps: int) -> BottleneckFactors:
-    """From a decomposition of the weights: least squares, then rounds of sweep and least squares."""
-    factors = solve_expand(problem, start)
-    for _ in range(min(sweeps, affordable(problem.xx.shape[0], len(start.filters)))):
-        factors = solve_expand(problem, sweep(problem, factors))
-    return factors
-
-
-def affordable(values: int, rank: int) -> int:
-    """Sweeps of a layer of so many values in a patch."""
-    return int(READ / (rank * values**2 * 2 * 8))
+    gram = (first.T @ first) * (second.T @ second)
+    return solve(gram.double(), products.T.double(), jitter(products.dtype)).T.to(products)
 
 
 def balance(factors: BottleneckFactors) -> BottleneckFactors:
@@ -187,12 +118,15 @@ class BottleneckForm:
     """Its rank is the number of channels inside."""
 
     name: ClassVar[str] = "bottleneck"
-    trial_sweeps: ClassVar[int] = 0
+    trial_sweeps: ClassVar[int] = 1
 
     def ranks(self, conv: _ConvNd) -> list[int]:
         """Those that take certain parts of the convolution's weights."""
         whole, one = conv.weight.numel(), weights(conv, 1)
         return sorted({max(1, min(most(conv), int(share * whole / one))) for share in SHARES})
+
+    def trials(self, ranks: Sequence[int]) -> list[int]:
+        return spread(ranks, TRIALS)
 
     def of_multiplier(self, conv: _ConvNd, depth_multiplier: int) -> int:
         return max(1, min(most(conv), separable.weights(conv, depth_multiplier) // weights(conv, 1)))
@@ -204,14 +138,14 @@ class BottleneckForm:
         """The first layer works at the input's resolution, the others at the output's."""
         return weights(conv, rank) * outputs + rank * conv.in_channels * (inputs - outputs)
 
-    def start(self, weight: Tensor, rank: int, scale: Tensor | None) -> BottleneckFactors:
-        return decompose(weight.flatten(2), rank, scale)
+    def start(self, weight: Tensor, rank: int, scale: Tensor | None, brief: bool = False) -> BottleneckFactors:
+        return decompose(weight.flatten(2), rank, scale, BRIEF_SWEEPS if brief else SWEEPS)
 
     def dropped(self, weight: Tensor, ranks: Sequence[int], scale: Tensor | None) -> list[float]:
         return [relative_error(weight, compose(self.start(weight, rank, scale)), scale) for rank in ranks]
 
     def fit(self, problem: LeastSquares, weight: Tensor, start: BottleneckFactors, sweeps: int) -> BottleneckFactors:
-        return calibrate(problem, start, sweeps)
+        return calibrate(problem, start, sweeps, weight.dtype)
 
     def compose(self, factors: BottleneckFactors) -> Tensor:
         return compose(factors)

@@ -17,8 +17,8 @@ class Form(Protocol[Factors]):
     """A kind of layers for the place of a convolution, with one number, its rank, that says how large they are.
 
     Shape:
-        weight: (O, C, *kernel), the convolution's; scale: (O,), what its outputs are multiplied with afterwards, whose
-        square weighs their errors
+        weight: (O, C, *kernel), the convolution's, in whose precision large products are computed; scale: (O,), what
+        its outputs are multiplied with afterwards, whose square weighs their errors
     """
 
     name: ClassVar[str]
@@ -28,6 +28,9 @@ class Form(Protocol[Factors]):
     def ranks(self, conv: _ConvNd) -> list[int]:
         """Those worth a look."""
 
+    def trials(self, ranks: Sequence[int]) -> list[int]:
+        """Those of rising ranks, the first and the last among them, whose errors tell those of the others."""
+
     def of_multiplier(self, conv: _ConvNd, depth_multiplier: int) -> int:
         """The rank at the weights of a separable layer with so many filters a channel, or less."""
 
@@ -36,8 +39,8 @@ class Form(Protocol[Factors]):
     def macs(self, conv: _ConvNd, rank: int, inputs: int, outputs: int) -> int:
         """Multiply-adds at so many pixels of the input and of the output."""
 
-    def start(self, weight: Tensor, rank: int, scale: Tensor | None) -> Factors:
-        """What the weights alone give."""
+    def start(self, weight: Tensor, rank: int, scale: Tensor | None, brief: bool = False) -> Factors:
+        """What the weights alone give; ``brief``: as far as a trial needs it."""
 
     def dropped(self, weight: Tensor, ranks: Sequence[int], scale: Tensor | None) -> list[float]:
         """Squared error of the start of each rank, relative to the weight."""
@@ -61,7 +64,7 @@ def relative_error(weight: Tensor, other: Tensor, scale: Tensor | None) -> float
     Shape:
         weight: (O, C, *kernel), other: (O, C, k), scale: (O,)
     """
-    weight = weight.flatten(1)
+    weight = weight.double().flatten(1)
     scale = weight.new_ones(len(weight)) if scale is None else scale
     lack, whole = ((w * scale[:, None]).square().sum() for w in (weight - other.flatten(1), weight))
     return float(lack / whole.clamp_min(1e-300))

@@ -30,8 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sepconv.convert.forms.curve import spread
 from sepconv.convert.problem import LeastSquares
 from sepconv.convert.replace import empty_separable, fill, like
+
+TRIALS = 8
+"""Ranks of a layer, beside the last, that are fitted before ranks are chosen."""
 
 
 class SeparableFactors(NamedTuple):
@@ -209,6 +213,10 @@ class SeparableForm:
             found.append(min(most, found[-1] + found[-1] // 8))
         return found
 
+    def trials(self, ranks: Sequence[int]) -> list[int]:
+        # The last may be exact: no curve leads there.
+        return [*spread(ranks[:-1], TRIALS), ranks[-1]] if ranks else []
+
     def of_multiplier(self, conv: _ConvNd, depth_multiplier: int) -> int:
         return min(depth_multiplier, full_rank(conv.weight))
 
@@ -218,15 +226,15 @@ class SeparableForm:
     def macs(self, conv: _ConvNd, rank: int, inputs: int, outputs: int) -> int:
         return weights(conv, rank) * outputs
 
-    def start(self, weight: Tensor, rank: int, scale: Tensor | None) -> SeparableFactors:
-        return truncated_svd(weight, rank, scale)
+    def start(self, weight: Tensor, rank: int, scale: Tensor | None, brief: bool = False) -> SeparableFactors:
+        return truncated_svd(weight.double(), rank, scale)
 
     def dropped(self, weight: Tensor, ranks: Sequence[int], scale: Tensor | None) -> list[float]:
-        energy = dropped_energy(weight, scale)
+        energy = dropped_energy(weight.double(), scale)
         return [float(energy[rank] / energy[0].clamp_min(1e-300)) for rank in ranks]
 
     def fit(self, problem: LeastSquares, weight: Tensor, start: SeparableFactors, sweeps: int) -> SeparableFactors:
-        return calibrate(problem, weight.flatten(2), start.filters.shape[1], sweeps)
+        return calibrate(problem, weight.double().flatten(2), start.filters.shape[1], sweeps)
 
     def compose(self, factors: SeparableFactors) -> Tensor:
         return compose(*factors)

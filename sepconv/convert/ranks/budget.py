@@ -92,11 +92,19 @@ def ranks_for_budget(fit: Fit, costs: Costs, budget: float, metric: str) -> dict
             f"convert: budget {budget:.4g} of {METRICS[metric]} cannot be reached; the smallest reachable is "
             f"{math.ceil(least / total * 1e4) / 1e4:.4f} (1/{total / least:.2f}){_kept(fit.sites, costs, total)}"
         )
-    errors = rank_errors(fit, {name: [rank for rank in cost if rank] for name, cost in costs.items()})
-    layers = [[Option(rank, c, errors[name][rank]) for rank, c in cost.items()] for name, cost in costs.items()]
+    reached = within_reach(costs, budget * total)
+    errors = rank_errors(fit, {name: [rank for rank in cost if rank] for name, cost in reached.items()})
+    layers = [[Option(rank, c, errors[name][rank]) for rank, c in cost.items()] for name, cost in reached.items()]
     ranks = torch.tensor([option.rank for option in choose(layers, budget * total)])
     share.agree(ranks)
     return dict(zip(costs, ranks.tolist(), strict=True))
+
+
+def within_reach(costs: Costs, limit: float) -> dict[str, dict[int, float]]:
+    """Without the ranks that cost so much that even the least of all other layers would be over the limit."""
+    least = {name: min(cost.values()) for name, cost in costs.items()}
+    left = limit * (1 + 1e-12) - sum(least.values())
+    return {name: {r: c for r, c in cost.items() if c - least[name] <= left} for name, cost in costs.items()}
 
 
 def _kept(sites: Sequence[Site], costs: Costs, total: float) -> str:

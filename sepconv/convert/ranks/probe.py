@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ class Probe:
     are best asked about in the order in which they run: what lies before a site is not run again.
     """
 
-    def __init__(self, model: nn.Module, images: CalibrationImages, courses: Courses) -> None:
+    def __init__(
+        self, model: nn.Module, images: CalibrationImages, courses: Courses, scales: Sequence[float] = ()
+    ) -> None:
         self._frontier = Frontier(model, courses, fixed=True)
-        size = next(images.batches(1))[0].numel()
-        self._batches = list(images.batches(min(256, max(32, VALUES // max(1, size)))))
+        self._scales = scales
+        size = next(images.batches(1)).values_per_sample
+        self._batches = list(images.batches(min(256, max(32, VALUES // size))))
         with torch.no_grad():
             self._wanted = [tensors(run(model, x)) for x in self._batches]
 
@@ -56,7 +60,7 @@ class Probe:
             with Hooks() as hooks, torch.no_grad():
                 hooks.after(conv, add)
                 for number, (x, wanted) in enumerate(zip(self._batches, self._wanted, strict=True)):
-                    error += difference(wanted, self._frontier.outputs(number, x, site), site.name)
+                    error += difference(wanted, self._frontier.outputs(number, x, site), site.name, self._scales)
         finally:
             conv.weight.data = original
         return error

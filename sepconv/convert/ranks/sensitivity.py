@@ -10,8 +10,8 @@ The Kronecker form, E[g g^T] apart from E[p p^T], is that of K-FAC (Martens and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,33 @@ from torch import Tensor, nn
 from sepconv.convert.outputs import tensors
 from sepconv.convert.passes import Hooks, run
 from sepconv.convert.sites import Site, norm_scale
+from sepconv.leaves import Inputs
 
-IMAGES = 256
-"""Images whose gradients say how much each output channel matters."""
+VALUES = 1 << 19
+"""Input values in one pass backward."""
+
+FEWEST, MOST = 64, 256
+"""Images whose gradients say how much each output channel matters: the fewer, the larger they are."""
 
 FLOOR = 1e-2
 """Part of the mean sensitivity that every direction gets, so that none is free because few images were seen."""
 
 
+def enough(size: int) -> int:
+    """Images of so many values to take gradients of: large ones have more pixels in every layer."""
+    return min(MOST, max(FEWEST, 2 * VALUES // max(1, size)))
+
+
 def output_metrics(
-    model: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor], draws: int = 2
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Inputs],
+    draws: int = 2,
+    scales: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """J^T J of every site, by site name, summed over its pixels: (O, O) each.
 
+    ``scales`` are those of the squared errors of the outputs; 1 where there are none.
     ``model`` must be in eval mode with frozen parameters. A site that the gradient does not reach is missing.
     """
     sums: dict[str, Tensor] = {}
@@ -41,8 +55,8 @@ def output_metrics(
         def add(gradient: Tensor | None) -> None:
             if gradient is None:  # what follows gives none, such as a quantized layer
                 return
-            g = gradient.transpose(0, 1).flatten(1).double()
-            sums[site.name] = sums.get(site.name, 0) + g @ g.T
+            g = gradient.transpose(0, 1).flatten(1)
+            sums[site.name] = sums.get(site.name, 0) + (g @ g.T).double()
 
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
@@ -56,13 +70,40 @@ def output_metrics(
     with Hooks() as hooks, torch.enable_grad():
         for site in sites:
             hooks.after(site.conv, watch(site))
-        for x in batches:
+        for x in small(batches):
             images += len(x)
-            outputs = [t for t in tensors(run(model, x)) if t.requires_grad]
+            scaled = differentiable(tensors(run(model, x)), scales)
+            outputs = [output.values for output in scaled]
             for draw in range(draws if outputs else 0):
-                signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in outputs]
-                torch.autograd.backward(outputs, signs, retain_graph=draw + 1 < draws)
+                torch.autograd.backward(outputs, signs(scaled, generator), retain_graph=draw + 1 < draws)
     return {name: _floored(total / (images * draws)) for name, total in sums.items()}
+
+
+class Scaled(NamedTuple):
+    """An output of the network, and by what its squared errors are multiplied."""
+
+    values: Tensor
+    scale: float
+
+
+def differentiable(outputs: Sequence[Tensor], scales: Sequence[float]) -> list[Scaled]:
+    """Those that a gradient comes from."""
+    every = map(Scaled, outputs, scales or [1.0] * len(outputs))
+    return [output for output in every if output.values.requires_grad]
+
+
+def signs(outputs: Sequence[Scaled], generator: torch.Generator) -> list[Tensor]:
+    """Random ones, times the root of each output's scale."""
+    drawn = [torch.randint(0, 2, t.shape, generator=generator).to(t) for t, _ in outputs]
+    return [(t * 2 - 1) * scale**0.5 for t, (_, scale) in zip(drawn, outputs, strict=True)]
+
+
+def small(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """The same samples in batches that leave room for what a pass backward needs."""
+    for x in batches:
+        size = max(1, VALUES // x.values_per_sample) if x.divisible else max(1, len(x))
+        for start in range(0, len(x), size):
+            yield x[start : start + size]
 
 
 def _floored(metric: Tensor) -> Tensor:

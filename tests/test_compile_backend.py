@@ -94,7 +94,11 @@ def test_backend_speeds_up_what_lies_around_a_decision() -> None:
         close(result["y"], model(x)["y"])
     assert result["x"] is x
     kinds = [[group.kind for group in explained.groups] for explained in explain_graphs()]
-    assert sorted(kind for graph in kinds for kind in graph if "." not in kind) == ["depthwise", "normal"]
+    assert sorted(kind for graph in kinds for kind in graph if "." not in kind) == [
+        "depthwise",
+        "elementwise",
+        "normal",
+    ]
 
 
 def test_backend_says_why_a_graph_runs_through_pytorch() -> None:

@@ -200,7 +200,7 @@ def test_training_changes_every_parameter() -> None:
         (
             ValueError,
             "activation must be None, a callable",
-            lambda: sepconv.SeparableConv2d(4, 4, 3, activation="tanh"),
+            lambda: sepconv.SeparableConv2d(4, 4, 3, activation="selu"),
         ),
         (TypeError, "needs an nn.Conv2d, got Conv1d", lambda: sepconv.DepthwiseConv2d.from_conv(nn.Conv1d(4, 4, 3))),
         (ValueError, "has groups == in_channels", lambda: sepconv.DepthwiseConv2d.from_conv(nn.Conv2d(4, 4, 3))),

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 import sepconv
 from sepconv.data import Data
 from sepconv.layers.borrowed import copied, evaluating, in_training
+from sepconv.leaves import Inputs
 from sepconv.runs import compare, latency, layer_data, onnx_file, png
 from sepconv.runs.model_file import Card
 from sepconv.runs.predict import predict
@@ -175,7 +176,7 @@ WORK: dict[str, Callable[[nn.Module, Data, Path], object]] = {
     "answers": lambda model, data, _: compare.answers(model, data.test),
     "predict": lambda model, data, path: predict(model, _card(data), [_image(path)]),
     "predict compiled": lambda model, data, path: predict(model, _card(data), [_image(path)], compiled=True),
-    "contenders": lambda model, data, _: latency.contenders(model, data.calibration(1)),
+    "contenders": lambda model, data, _: latency.contenders(model, Inputs.of(data.calibration(1))),
     "count": lambda model, data, _: sepconv.count(model, data.input_shape),
     "convert": lambda model, data, _: sepconv.convert(model, data.calibration(9), depth_multiplier=1, sweeps=1),
     "explanation": lambda model, data, _: layer_data.collect(model, copied(model, "test"), data.calibration(1)),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from benchmarks import record
 from benchmarks.published.networks import Published, networks
@@ -25,10 +26,16 @@ from sepconv.system import environment
 from sepconv.system.allocator import keep_freed_memory
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import interleaved
+from sepconv.train import Recipe, train
 
 BUDGETS = {"1-2": 1 / 2, "1-4": 1 / 4, "1-8": 1 / 8}
 THREADS = 1
 SECONDS = 4.0
+
+
+EPOCHS, BATCH = 10, 16
+DISTILLED = "bottleneck, distilled"
+"""Afterwards the outputs are learned from the original's, on the images of the calibration."""
 
 
 def name_of(network: str, form: str, budget: str) -> str:
@@ -44,7 +51,7 @@ def relative_error(original: nn.Module, converted: nn.Module, inputs: Tensor) ->
 
 
 def run(network: Published, form: str, budget: float) -> dict[str, Any]:
-    """Convert without labels and training; what is left on inputs that took no part.
+    """Convert without labels; what is left on inputs that took no part.
 
     A rival gets as many weights in each layer as the bottleneck has there.
     """
@@ -55,6 +62,9 @@ def run(network: Published, form: str, budget: float) -> dict[str, Any]:
     if form in RIVALS:
         start = _cpu_seconds()
         converted = replaced(model, calibration, {row.name: row.weights_after for row in plan.converted}, RIVALS[form])
+    if form == DISTILLED:
+        recipe = Recipe(epochs=EPOCHS, optimizer="adamw", lr=0.001)
+        train(converted, DataLoader(calibration, BATCH, shuffle=True), recipe, teacher=model)  # type: ignore[arg-type]
     spent = _cpu_seconds() - start
     shape = tuple(test.shape[1:])
     return {
@@ -121,7 +131,7 @@ def main() -> None:
         for name, network in networks(options.cifar10)
         if not options.names or name.startswith(tuple(options.names))
     ]
-    for (name, network), budget, form in product(found, BUDGETS, (*FORMS, *RIVALS)):
+    for (name, network), budget, form in product(found, BUDGETS, (*FORMS, DISTILLED, *RIVALS)):
         title = name_of(name, form, budget)
         if record.path(title).exists():
             continue

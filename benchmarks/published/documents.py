@@ -15,7 +15,7 @@ def table() -> str:
     """One line per network, budget and form."""
     found = [record.read(path.stem) for path in sorted(record.RESULTS.glob("published-*.json"))]
     # Networks in the order of their names, mild budgets first.
-    found.sort(key=lambda one: (one["title"], -one["budget"], one["form"], one.get("epochs", 0)))
+    found.sort(key=lambda one: (one["title"], -one["budget"], one["form"]))
     rows = [_row(one, first=i == 0 or found[i - 1]["title"] != one["title"]) for i, one in enumerate(found)]
     header = ["network", "conv weights that may remain", "form", "conv weights", "multiply-adds", "score, original"]
     header += ["converted", "squared error / variance", "ms PyTorch, original", "sepconv, original"]
@@ -29,7 +29,7 @@ def _row(one: dict[str, Any], first: bool) -> list[str]:
     return [
         f"{one['title']} ({one['package']})" if first else "",
         _BUDGETS[one["budget"]],
-        one["form"] + (f", {one['epochs']} epochs" if one.get("epochs") else ""),
+        one["form"],
         f"1/{old['conv_params'] / new['conv_params']:.2f}",
         f"1/{old['macs'] / new['macs']:.2f}",
         score.format(old["score"]),

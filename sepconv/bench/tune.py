@@ -60,7 +60,8 @@ def problems(model: nn.Module, example: Tensor, threads: int) -> dict[str, Asked
 
 def _maker(case: Case) -> Callable[[], Ready]:
     """Makes the call with the schedule that is then chosen, on random numbers."""
-    [binder] = [backend.binder for backend in BACKENDS[case.op] if backend.name == "halide" and backend.binder]
+    kernels = [b for b in BACKENDS[case.op] if b.name == "halide" and b.numbers in (None, case.x.dtype)]
+    [binder] = [kernel.binder for kernel in kernels if kernel.binder]
     x, out = _random(case.x), Outline.dense(case.result.shape, case.x)
     residual = torch.randn(out.shape) if (case.then or case).residual else None
     first, *others = (case.weight, case.bias) if case.then is None else _weights(case, case.then)

@@ -148,7 +148,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row['network']} | {row['form']} | {row['size']} | {row['images']} | 1/{1 / row['budget']:g} | "
+            f"| {row['network']} | {row['form']} | {row['size']} | {row['images']} | {row['budget']:g} | "
             f"{row['cpu_seconds'] / 60:.1f} | {row['peak_mb'] / 1000:.1f} | {row['output_error']:.4f} | "
             f"{row['plan_output_error']:.4f} |"
         )

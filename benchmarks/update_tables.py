@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_times, record, sizes
+from benchmarks import compile_times, conversion_cost, record, sizes
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import speed, verdicts
+from benchmarks.published import documents as published
 from sepconv.bench import tables
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,7 @@ def documents() -> dict[Path, str]:
         put(compiled, "network", _networks(content))
     if record.path("zoo").exists():
         content = tables.read(record.path("zoo"))
+        put(readme, "zoo", tables.zoo_summary(content))
         put(compiled, "zoo", _zoo(content))
     if record.path("network-zen4").exists():
         put(compiled, "network-zen4", _networks(tables.read(record.path("network-zen4"))))
@@ -94,6 +96,9 @@ def documents() -> dict[Path, str]:
         if record.path(name).exists():
             put(kernels, name, make(record.read(name)))
     put(conversion, "evidence", evidence.conversion())
+    put(conversion, "published", published.table())
+    if record.path(conversion_cost.NAME).exists():
+        put(conversion, "conversion-cost", conversion_cost.table(record.read(conversion_cost.NAME)["rows"]))
     put(claims, "claims", verdicts.document())
     return found
 

@@ -82,3 +82,26 @@ class LeastAndLargest(nn.Module):
 def test_results_of_one_operation_are_told_apart() -> None:
     model, x = LeastAndLargest().eval(), torch.randn(4, 5)
     torch.testing.assert_close(compile(model, x)(x), model(x))
+
+
+class Positions(nn.Module):
+    """A convolution of a constant, added to the image behind reshapes: what comes out is no constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("grid", torch.randn(1, 3, 5, 7))
+        self.project, self.norm = nn.Conv2d(3, 16, 1), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.project(self.grid).reshape(1, -1, 35).permute(0, 2, 1)
+        return self.norm(x.reshape(len(x), 16, -1).permute(0, 2, 1) + places)
+
+
+def test_a_convolution_of_constants_is_one_itself_and_takes_nothing_in() -> None:
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(1, 16, 5, 7)
+    fast = compile(model, x)
+    assert fast.explain().reason == ""
+    assert "pointwise" not in {group.kind for group in fast.explain().groups}
+    for given in (x, torch.randn(1, 16, 5, 7)):
+        torch.testing.assert_close(fast(given), model(given), rtol=1e-5, atol=1e-5)

@@ -29,12 +29,18 @@ def constant(node: object) -> Constant | None:
 
 
 def fold_constants(graph: fx.Graph, store: Store) -> None:
-    """Evaluate what depends on constants alone; ``node.meta["constant"]`` becomes a :class:`Constant`."""
-    for node in graph.nodes:
+    """Evaluate what depends on constants alone; ``node.meta["constant"]`` becomes a :class:`Constant`.
+
+    An operation that was evaluated is none any more: no pass may let it take in what is no constant.
+    """
+    for node in list(graph.nodes):
         if node.op == "get_attr":
             node.meta["constant"] = store.frozen(node.meta["constant"])
         elif node.op == "call_function" and _foldable(node):
-            node.meta["constant"] = store.get(_key(node), partial(_evaluate, node))
+            with graph.inserting_before(node):
+                known = graph.get_attr(node.name)
+            known.meta.update(val=node.meta["val"], constant=store.get(_key(node), partial(_evaluate, node)))
+            node.replace_all_uses_with(known)
 
 
 def _foldable(node: fx.Node) -> bool:

@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.published", description=__doc__)
     parser.add_argument("names", nargs="*", help="beginnings of names of networks (default: all)")
     parser.add_argument("--cifar10", type=Path, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--budget", choices=BUDGETS, nargs="*", default=list(BUDGETS), help="parts of the weights")
     parser.add_argument("--threads", type=int, default=1, help="for the conversions; times are of one thread")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -131,7 +132,7 @@ def main() -> None:
         for name, network in networks(options.cifar10)
         if not options.names or name.startswith(tuple(options.names))
     ]
-    for (name, network), budget, form in product(found, BUDGETS, (*FORMS, DISTILLED, *RIVALS)):
+    for (name, network), budget, form in product(found, options.budget, (*FORMS, DISTILLED, *RIVALS)):
         title = name_of(name, form, budget)
         if record.path(title).exists():
             continue

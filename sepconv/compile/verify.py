@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,15 @@ from sepconv.compile.numbers import FLOAT32, NumberType
 from sepconv.kernels.torch import aten
 from sepconv.ops.schema import geometry_of
 
-# By the number type of a network's values, relative to the largest output. Rounding differs by far less; what the
-# capture cannot see (NumPy code on the values, a random number) changes results by more.
-AGREEMENT = {FLOAT32.storage: 1e-2}
+# By the number type of a network's values, relative to the largest output. In most networks rounding differs by far
+# less; defects, and what the capture cannot see (NumPy code on the values, a random number), change results by more.
+AGREEMENT = {FLOAT32.storage: 1e-4}
+
+MOST = 1e-2
+"""What is allowed at most where a network moves so much by rounding alone."""
+
+NOISE, MARGIN = 2.0**-22, 30.0
+"""Rounding at the input, and by how much more than that the rounding of all layers may move the result."""
 
 
 def agreement(numbers: Iterable[NumberType]) -> float:
@@ -76,6 +83,31 @@ def disagreement(got: Sequence[Any], expected: Sequence[Any], allowed: float = A
         if difference > allowed * scale:
             return f"the captured operations give other results than the model (by {difference / scale:.2g})"
     return ""
+
+
+def tolerance(usual: float, moved: Sequence[Any], expected: Sequence[Any]) -> float:
+    """How far results may be from ``expected``; ``moved`` are the model's own for an input rounded otherwise."""
+    return max(usual, min(MOST, MARGIN * _distance(moved, expected)))
+
+
+def _distance(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest difference of two results relative to the largest output; infinite where they cannot be compared."""
+    most = 0.0
+    for ours, models in zip(found, expected, strict=True):
+        if isinstance(models, Tensor) and models.is_floating_point() and models.numel():
+            if ours.shape != models.shape:
+                return math.inf
+            scale = models.abs().nan_to_num(0, 0, 0).max().item()
+            most = max(most, (ours - models).abs().nan_to_num(0, 0, 0).max().item() / max(scale, 1e-30))
+    return most
+
+
+def rounded(leaf: Any) -> Any:
+    """A float input with noise in its last bits."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    return (leaf * (1 + NOISE * noise.to(leaf.device))).to(leaf.dtype)
 
 
 def _form(x: Tensor) -> str:

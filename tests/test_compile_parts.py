@@ -122,6 +122,7 @@ def test_a_part_is_prepared_for_few_sizes() -> None:
         with torch.no_grad():
             torch.testing.assert_close(fast(x, numbers), model(x, numbers), rtol=1e-4, atol=1e-5)
     assert part.compiled.explain().reason == f"its inputs had {MOST_SIZES} sizes before"  # type: ignore[attr-defined]
+    assert fast.explain().reason.endswith(f"; stage runs through PyTorch: its inputs had {MOST_SIZES} sizes before")
     fast(x, torch.tensor([1]))
     assert part.compiled.explain().reason == ""
 

@@ -99,13 +99,14 @@ def explain_network(network: PreparedNetwork, measure: bool) -> NetworkExplanati
 
 
 def explain_parts(parts: Sequence[tuple[str, NetworkExplanation]], reason: str) -> NetworkExplanation:
-    """The steps of all parts, by the names of the whole model."""
+    """The steps of all parts, by the names of the whole model, and why a part ran through PyTorch last time."""
     groups = [
         replace(group, name=" + ".join(f"{part}.{name}" for name in group.name.split(" + ")) if group.name else part)
         for part, explanation in parts
         for group in explanation.groups
     ]
-    return NetworkExplanation(tuple(groups), reason)
+    said = [f"{part} runs through PyTorch: {explanation.reason}" for part, explanation in parts if explanation.reason]
+    return NetworkExplanation(tuple(groups), "; ".join([reason, *said]))
 
 
 def _explained(step: ProgramStep, call: BoundStep, seconds: float | None, peak: float) -> Group:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sepconv.compile.capture import first_line
-from sepconv.compile.groups import ComputedGroup, Convolution
+from sepconv.compile.cases import constants_of
+from sepconv.compile.groups import ComputedGroup
 from sepconv.compile.lower import TORCH, KernelStep, Lowered
+from sepconv.compile.numbers import NumberType
 from sepconv.compile.operations import operation_call
-from sepconv.compile.program import Copy, Operation, Work
+from sepconv.compile.program import Copy, Operation, ProgramStep
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, in_chains
@@ -53,24 +55,24 @@ class _Memory(NamedTuple):
 
 
 def bind_step(
-    work: Work, lowered: Lowered, inputs: Sequence[Tensor], outputs: Sequence[Tensor], store: Store
+    step: ProgramStep, lowered: Lowered, inputs: Sequence[Tensor], outputs: Sequence[Tensor], store: Store
 ) -> BoundStep:
     """The call that fills ``outputs`` from what is then in ``inputs``."""
+    work = step.work
     if isinstance(work, Copy):
         return BoundStep(partial(outputs[0].copy_, inputs[0]), lowered.kernel)
     if isinstance(work, Operation):
         return BoundStep(operation_call(work, inputs, outputs), lowered.kernel, lowered.reason)
-    return _bind_group(work, lowered, _Memory(inputs, outputs[0]), store)
+    return _bind_group(_InNumbers.of(step), lowered, _Memory(inputs, outputs[0]), store)
 
 
-def bind_direct(work: Work, lowered: Lowered, x: Tensor, out: Tensor, store: Store) -> BoundStep:
+def bind_direct(step: ProgramStep, lowered: Lowered, x: Tensor, out: Tensor, store: Store) -> BoundStep:
     """The same for the first step of a network; ``run(x)`` takes any tensor with the sizes and strides of ``x``."""
-    if not isinstance(work, Convolution):
-        raise TypeError(f"only convolutions read the caller's own image, got {work}")
-    step = _bind_group(work, lowered, _Memory([x], out), store)
-    if step.kernel == TORCH:
-        return step._replace(run=lambda given: _through_torch(work, _Memory([given], out)))
-    call = step.run
+    computed = _InNumbers.of(step)
+    bound = _bind_group(computed, lowered, _Memory([x], out), store)
+    if bound.kernel == TORCH:
+        return bound._replace(run=lambda given: _through_torch(computed, _Memory([given], out)))
+    call = bound.run
     if not isinstance(call, Bound):
         raise TypeError(f"{call} has no image to move")
     image = next(argument for argument in call.prepared.given if isinstance(argument, Buffer))
@@ -79,10 +81,24 @@ def bind_direct(work: Work, lowered: Lowered, x: Tensor, out: Tensor, store: Sto
         image.move(given.data_ptr())
         call()
 
-    return step._replace(run=run)
+    return bound._replace(run=run)
 
 
-def _bind_group(group: ComputedGroup, lowered: Lowered, memory: _Memory, store: Store) -> BoundStep:
+class _InNumbers(NamedTuple):
+    """A group, and the numbers of what it reads and of its result."""
+
+    group: ComputedGroup
+    read: tuple[NumberType, ...]
+    written: NumberType
+
+    @classmethod
+    def of(cls, step: ProgramStep) -> _InNumbers:
+        if step.group is None:
+            raise TypeError(f"no group is computed by {step}")
+        return cls(step.group, tuple(place.form.number for place in step.inputs), step.outputs[0].form.number)
+
+
+def _bind_group(computed: _InNumbers, lowered: Lowered, memory: _Memory, store: Store) -> BoundStep:
     reason = lowered.reason
     if lowered.kernels:
         try:
@@ -90,12 +106,13 @@ def _bind_group(group: ComputedGroup, lowered: Lowered, memory: _Memory, store: 
         except Exception as error:  # whatever goes wrong here is ours: the network runs all the same
             reason = str(error).splitlines()[0] if isinstance(error, BuildError) else first_line(error)
             warnings.warn(f"compile: a group runs through PyTorch: {reason}", stacklevel=2)
-    return BoundStep(partial(_through_torch, group, memory), TORCH, reason, _weights(group))
+    return BoundStep(partial(_through_torch, computed, memory), TORCH, reason, _weights(computed.group))
 
 
-def _through_torch(group: ComputedGroup, memory: _Memory) -> None:
+def _through_torch(computed: _InNumbers, memory: _Memory) -> None:
     with torch.no_grad():
-        memory.out.copy_(group(*memory.inputs))
+        given = [number.decode(tensor) for number, tensor in zip(computed.read, memory.inputs, strict=True)]
+        memory.out.copy_(computed.written.encode(computed.group(*given)))
 
 
 def _weights(group: ComputedGroup) -> list[Tensor]:
@@ -112,7 +129,7 @@ def _bind_kernels(lowered: Lowered, memory: _Memory, store: Store) -> BoundStep:
 
 
 def _bind_kernel(step: KernelStep, memory: _Memory, store: Store) -> BoundStep:
-    binder, constants = step.backend.binder, step.group.constants
+    binder, constants = step.backend.binder, constants_of(step.group, step.case, step.numbers)
     if binder is None:
         raise TypeError(f"{step.backend.name} cannot be bound to memory")
     plan = binder.plan(step.case)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
+from sepconv.compile.numbers import NumberType
 from sepconv.compile.store import Constant, name_of
 from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail, Window
 from sepconv.kernels.expression import Expression
@@ -130,10 +131,14 @@ class Convolution:
 
 @dataclass(frozen=True, eq=False)
 class SeparableGroup:
-    """A depthwise convolution and the pointwise one that reads it, and nothing else does."""
+    """A depthwise convolution and the pointwise one that reads it, and nothing else does.
+
+    ``between``: the numbers in which the model keeps what lies between them; None where it computes on.
+    """
 
     depthwise: Convolution
     pointwise: Convolution
+    between: NumberType | None = None
 
     @property
     def kind(self) -> str:
@@ -163,7 +168,10 @@ class SeparableGroup:
         return self.depthwise.macs(hidden) + self.pointwise.macs(output)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.pointwise(self.depthwise(x), residual)
+        hidden = self.depthwise(x)
+        if self.between is not None:
+            hidden = self.between.decode(self.between.encode(hidden))
+        return self.pointwise(hidden, residual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +244,16 @@ class Elementwise:
     expression: Expression
     numbers: Constant
 
-    kind: ClassVar[str] = "elementwise"
     name: ClassVar[str] = ""
+
+    @property
+    def kind(self) -> str:
+        """ "elementwise", or "convert" where nothing but the kind of numbers changes."""
+        return "convert" if self.is_conversion else "elementwise"
+
+    @property
+    def is_conversion(self) -> bool:
+        return not self.expression.terms
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -334,6 +350,21 @@ class GroupNormed:
 ComputedGroup = (
     Convolution | SeparableGroup | Pool | WindowPool | Shuffle | Elementwise | RowNorm | GroupNormed | Resize
 )
+
+
+def conversion() -> Elementwise:
+    """The same values in other numbers."""
+    return Elementwise(Expression(1, 0, ()), _NO_NUMBERS)
+
+
+_NO_NUMBERS = Constant(torch.zeros(0), ("numbers",))
+
+
+def keeps_numbers(group: ComputedGroup) -> bool:
+    """Whether every number of the result is one of those that are read."""
+    if isinstance(group, WindowPool):
+        return not group.window.mean
+    return isinstance(group, Shuffle) or (isinstance(group, Resize) and group.detail.mode.startswith("nearest"))
 
 
 def writes_channels(target: object) -> bool:

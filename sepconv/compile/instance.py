@@ -57,14 +57,14 @@ class Instance:
         outputs = [self.tensor(place, image) for place in step.outputs]
         if self._program.is_direct(i):
             return self._bind_direct(i, lowered, outputs[0], image)
-        return bind_step(step.work, lowered, [self.tensor(place, image) for place in step.inputs], outputs, self._store)
+        return bind_step(step, lowered, [self.tensor(place, image) for place in step.inputs], outputs, self._store)
 
     def _bind_direct(self, i: int, lowered: Lowered, out: Tensor, image: int | None) -> BoundStep:
-        work, like = self._program.steps[i].work, empty(self._program.given[self._direct])
+        step, like = self._program.steps[i], empty(self._program.given[self._direct])
         if image is None:
-            return bind_direct(work, lowered, like, out, self._store)
+            return bind_direct(step, lowered, like, out, self._store)
         part = slice(image, image + 1)
-        call = bind_direct(work, lowered, like[part], out, self._store)
+        call = bind_direct(step, lowered, like[part], out, self._store)
         return call._replace(run=lambda given: call.run(given[part]))
 
     def example(self) -> Tensor:

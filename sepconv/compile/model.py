@@ -17,11 +17,11 @@ from torch.utils._pytree import TreeSpec
 
 from sepconv.compile.copies import frozen_copy
 from sepconv.compile.explain import NetworkExplanation, explain_network, explain_parts
+from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.parts import CompiledPart, put_in_place
 from sepconv.compile.prepare import EMPTY, apart, as_captured, prepare
-from sepconv.compile.steps import is_channels_last
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.threads import alone
 from sepconv.layers.borrowed import in_training, is_exported

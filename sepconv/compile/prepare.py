@@ -18,9 +18,9 @@ from torch.utils._pytree import TreeSpec
 
 from sepconv.compile.capture import CaptureError, capture, first_line
 from sepconv.compile.copies import trial_copy
+from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.passes import rewrite
-from sepconv.compile.steps import is_channels_last
 from sepconv.compile.store import Store
 from sepconv.compile.verify import ThroughPyTorch, agreement, disagreement, rounded, shaken, tolerance
 

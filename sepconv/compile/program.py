@@ -102,11 +102,12 @@ Work = ComputedGroup | Operation | Copy
 
 @dataclass(frozen=True)
 class ProgramStep:
-    """Something to compute from values into others."""
+    """Something to compute from values into others. ``note``: why not in the numbers of the edges, "" if it is."""
 
     work: Work
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
+    note: str = ""
 
     @property
     def group(self) -> ComputedGroup | None:

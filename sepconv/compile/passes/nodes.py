@@ -31,6 +31,7 @@ _RESHAPES = (
 )
 # Key of ``node.meta`` under which a pass leaves why it made no group of an operation.
 _REASON = "why_no_group"
+_STORED = "stored_as"
 
 G = TypeVar("G")
 Target = Callable[..., Any]
@@ -50,6 +51,16 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 
 def number_of(node: fx.Node) -> NumberType:
     return NumberType(value(node).dtype)
+
+
+def store_as(node: fx.Node, number: NumberType) -> None:
+    """Let what a node computes be kept in other numbers than those that the model computes with."""
+    node.meta[_STORED] = number
+
+
+def stored_as(node: fx.Node) -> NumberType | None:
+    found = node.meta.get(_STORED)
+    return found if isinstance(found, NumberType) else None
 
 
 def refuse(node: fx.Node, reason: str) -> None:

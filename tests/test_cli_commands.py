@@ -165,21 +165,24 @@ def test_predict_compiled_answers_alike_by_kernels_of_ours(
 ) -> None:
     made: list[CompiledModel] = []
 
-    def watched(*arguments: Any) -> CompiledModel:
-        made.append(compile(*arguments))
+    def watched(*arguments: Any, **options: Any) -> CompiledModel:
+        made.append(compile(*arguments, **options))
         return made[-1]
 
     monkeypatch.setattr("sepconv.runs.predict.compile", watched)
     answers = []
-    for extra in ((), ("--compiled",)):
+    for extra in ((), ("--compiled",), ("--precision", "float32")):
         assert run("predict", converted, digit[0], digit[0], *extra, "--json", tmp_path / "answer.json").code == 0
         answers.append(json.loads((tmp_path / "answer.json").read_text()))
-    assert len(made) == 1
+    assert len(made) == 2
     assert made[0].explain().reason == ""
     assert any(group.kernel == "halide" for group in made[0].explain().groups)
-    for plain, compiled in zip(*answers, strict=True):
-        assert plain["classes"] == compiled["classes"]
-        assert plain["probabilities"] == pytest.approx(compiled["probabilities"], abs=1e-4)
+    for plain, *others in zip(*answers, strict=True):
+        for compiled in others:
+            assert plain["classes"] == compiled["classes"]
+            assert plain["probabilities"] == pytest.approx(compiled["probabilities"], abs=1e-4)
+    refused = run("predict", converted, digit[0], "--precision", "half")
+    refused.failed_with(2, "precision must be one of float32, bfloat16 or None, got 'half'")
 
 
 def test_predict_takes_classes_from_a_data_set(trained: Path, digit: tuple[Path, int], tmp_path: Path) -> None:

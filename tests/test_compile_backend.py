@@ -47,6 +47,19 @@ def test_backend_equals_the_model_at_every_size() -> None:
     assert {group.kernel for e in explain_graphs() for group in e.groups} == {"halide"}
 
 
+def test_backend_takes_a_precision() -> None:
+    model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
+    fast = torch.compile(model, backend="sepconv", options={"precision": "bfloat16"})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=0.05, atol=0.05)
+    [explanation] = explain_graphs()
+    assert explanation.precision == "bfloat16" or explanation.note or any(g.reason for g in explanation.groups)
+    with pytest.raises(TypeError, match="sepconv: precision must be a name or None, got int"):
+        backend(torch.fx.symbolic_trace(nn.ReLU()), [x], options={"precision": 16})
+    with pytest.raises(ValueError, match=r"""sepconv: the only option is "precision", got \['speed'\]"""):
+        backend(torch.fx.symbolic_trace(nn.ReLU()), [x], options={"speed": 2})
+
+
 def test_backend_sees_changed_weights() -> None:
     model, x = randomise(SamePadded()), torch.randn(1, 3, 17, 22)
     fast = torch.compile(model, backend=backend)

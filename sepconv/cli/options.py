@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sepconv.compile.precision import checked_precision
 from sepconv.models.registry import BUILT_IN
 from sepconv.system.threads import MOST as MOST_THREADS
 from sepconv.train.recipe import MOST_EPOCHS
@@ -34,6 +35,13 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def precision(text: str) -> str:
+    try:
+        return checked_precision(text, "--precision")
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("--precision: ")) from error
+
+
 def _models(begun: str) -> list[str]:
     """What the shell offers for MODEL; folders it knows itself."""
     return [name for name in BUILT_IN if name.startswith(begun)]
@@ -47,6 +55,16 @@ Model = Annotated[
         help="A built-in name, timm/NAME, torchvision/NAME, package.module:function, a folder of train, convert, timm.",
         show_default=False,
         autocompletion=_models,
+    ),
+]
+ComputedIn = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        parser=precision,
+        metavar="P",
+        help="float32 or bfloat16: what a compiled network computes in.",
+        show_default=False,
     ),
 ]
 Settings = Annotated[

@@ -67,6 +67,7 @@ def predict_command(
     image_size: options.ImageSize = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes to name for each image.")] = 3,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the network first: for many images.")] = False,
+    precision: options.ComputedIn = None,
     json_file: options.JsonFile = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -83,6 +84,6 @@ def predict_command(
     files = image_files(images, ignored := Ignored())
     if ignored:
         screen.say(f"{len(files)} images, {ignored}")
-    found = predict(network, card, files, top, compiled)
+    found = predict(network, card, files, top, compiled, precision)
     show.predictions(screen, found)
     screen.result([asdict(prediction) for prediction in found])

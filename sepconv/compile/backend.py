@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +16,37 @@ from torch import Tensor, fx, nn
 
 from sepconv.compile.explain import NetworkExplanation
 from sepconv.compile.model import CompiledModel
+from sepconv.compile.precision import FLOAT32, checked_precision
 
 _graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 
 
-def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Compile one graph for inference; where gradients are needed PyTorch runs it, and a warning says so."""
+def backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one graph for inference; where gradients are needed PyTorch runs it, and a warning says so.
+
+    Args:
+        options: "precision", as for :func:`compile`.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, or its value is.
+    """
+    precision = _precision(options or {})
     needs_grad = any(isinstance(value, Tensor) and value.requires_grad for value in example_inputs)
     if torch.is_grad_enabled() and needs_grad:
         warnings.warn("sepconv: a graph needs gradients and runs through PyTorch; use torch.no_grad()", stacklevel=2)
         return module.forward
-    graph = Graph(module, example_inputs)
+    graph = Graph(module, example_inputs, precision)
     _graphs.add(graph)
     return graph
+
+
+def _precision(options: Mapping[str, Any]) -> str:
+    unknown = sorted(set(options) - {"precision"})
+    if unknown:
+        raise ValueError(f'sepconv: the only option is "precision", got {unknown}')
+    return checked_precision(options.get("precision"), "sepconv")
 
 
 def explain_graphs(*, measure: bool = False) -> list[NetworkExplanation]:
@@ -61,9 +79,9 @@ class Graph:
     or by fused optimizers, nor of tensors made under ``torch.inference_mode``.
     """
 
-    def __init__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, example_inputs: Sequence[Any], precision: str = FLOAT32) -> None:
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-        self._module, self._names = module, [node.name for node in nodes]
+        self._module, self._names, self._precision = module, [node.name for node in nodes], precision
         static = ["_dynamo_static_input_type" in node.meta.get("tensor_dict", ()) for node in nodes]
         self._static = [i for i, fixed in enumerate(static) if fixed]
         self._free = [i for i, fixed in enumerate(static) if not fixed]
@@ -82,6 +100,9 @@ class Graph:
         if self.compiled is None or not same:
             self._seen = [(weight, weight.detach()) for weight in weights]
             frozen = _Frozen(self._module, dict(zip(self._static, weights, strict=True)), self._names)
-            self.compiled, self._state = CompiledModel(frozen, same_channels=False, what="sepconv: a graph"), state
+            self.compiled = CompiledModel(
+                frozen, precision=self._precision, same_channels=False, what="sepconv: a graph"
+            )
+            self._state = state
             self.compiled.prepare(*others)
         return self.compiled(*others)

@@ -10,6 +10,7 @@ import torch
 from sepconv.compile.bind import BoundStep
 from sepconv.compile.instance import filled
 from sepconv.compile.network import PreparedNetwork
+from sepconv.compile.precision import FLOAT32, precision_of
 from sepconv.compile.program import ProgramStep
 from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 
@@ -23,7 +24,7 @@ class Group:
     Attributes:
         name: the modules it comes from, "" if it has no parameters.
         kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "max_pool", "avg_pool",
-            "elementwise", "row_norm", "group_norm", "resize", "shuffle", "copy", or the ATen name.
+            "elementwise", "convert", "row_norm", "group_norm", "resize", "shuffle", "copy", or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
         kernel: "halide", "torch" or "copy".
         reason: why not Halide, or why two kernels in turn.
@@ -31,6 +32,7 @@ class Group:
         macs: multiply-adds, batch included.
         time_us: measured time, None if not asked for.
         share_of_peak: measured multiply-adds per second over the most that the processor can do.
+        number: in which numbers the result is kept: "float32", "bfloat16", or "uint8 x SCALE from ZERO_POINT".
     """
 
     name: str
@@ -42,17 +44,24 @@ class Group:
     macs: int
     time_us: float | None = None
     share_of_peak: float | None = None
+    number: str = FLOAT32
 
 
 @dataclass(frozen=True)
 class NetworkExplanation:
-    """The steps in order. ``reason`` says why the model was not captured as a whole, "" if it was.
+    """The steps in order.
 
-    Steps beside a reason are those of its parts, and PyTorch runs what is between them.
+    Attributes:
+        groups: beside a reason those of the model's parts; PyTorch runs what is between them.
+        reason: why the model was not captured as a whole, "" if it was.
+        precision: "float32"; "bfloat16" or "int8" where some values between layers are kept so.
+        note: why it is not the precision that was asked for, "" if it is.
     """
 
     groups: tuple[Group, ...]
     reason: str = ""
+    precision: str = FLOAT32
+    note: str = ""
 
     @property
     def macs(self) -> int:
@@ -67,17 +76,27 @@ class NetworkExplanation:
         if self.reason and not self.groups:
             return f"the whole model runs through PyTorch: {self.reason}"
         measured = self.time_us is not None
-        header = f"{'kind':10} {'result':>18} {'MACs':>13}" + (f" {'us':>8} {'peak':>5}" if measured else "")
+        wide = 0 if self.precision == FLOAT32 else max(len(group.number) for group in self.groups)
+        header = f"{'kind':10} {'result':>18} {_column('numbers', wide)}{'MACs':>13}"
+        header += f" {'us':>8} {'peak':>5}" if measured else ""
         lines = [f"in parts, and between them through PyTorch: {self.reason}"] if self.reason else []
         lines += [f"{header} kernel  name (fused)"]
         for g in self.groups:
             shape, fused = "x".join(map(str, g.shape)), f" ({', '.join(g.fused)})" if g.fused else ""
             time = "" if g.time_us is None else f" {g.time_us:8.1f} {_percent(g.share_of_peak):>5}"
             reason = f": {g.reason}" if g.reason else ""
-            lines.append(f"{g.kind:10} {shape:>18} {g.macs:13,}{time} {g.kernel:7} {g.name}{fused}{reason}")
+            number = _column(g.number, wide)
+            lines.append(f"{g.kind:10} {shape:>18} {number}{g.macs:13,}{time} {g.kernel:7} {g.name}{fused}{reason}")
         ours = sum(g.macs for g in self.groups if g.kernel == "halide")
         total = f", {self.time_us:,.1f} us" if measured else ""
-        return "\n".join([*lines, f"{self.macs:,} multiply-adds, {ours:,} of them by Halide kernels{total}"])
+        lines.append(f"{self.macs:,} multiply-adds, {ours:,} of them by Halide kernels{total}")
+        lines += [f"in {self.precision}" + (f": {self.note}" if self.note else "")] * bool(wide or self.note)
+        return "\n".join(lines)
+
+
+def _column(text: str, wide: int) -> str:
+    """Nothing where the column has no width."""
+    return f"{text:<{wide}} " if wide else ""
 
 
 def _percent(share: float | None) -> str:
@@ -95,7 +114,8 @@ def explain_network(network: PreparedNetwork, measure: bool) -> NetworkExplanati
         network.give_back(instance)
     peak = fma_peak_gflops(torch.get_num_threads()) * 1e9 if measure else 0.0
     steps = zip(network.program.steps, calls, times, strict=True)
-    return NetworkExplanation(tuple(_explained(step, call, seconds, peak) for step, call, seconds in steps))
+    groups = tuple(_explained(step, call, seconds, peak) for step, call, seconds in steps)
+    return NetworkExplanation(groups, precision=precision_of(network.program.numbers), note=network.note)
 
 
 def explain_parts(parts: Sequence[tuple[str, NetworkExplanation]], reason: str) -> NetworkExplanation:
@@ -106,7 +126,11 @@ def explain_parts(parts: Sequence[tuple[str, NetworkExplanation]], reason: str) 
         for group in explanation.groups
     ]
     said = [f"{part} runs through PyTorch: {explanation.reason}" for part, explanation in parts if explanation.reason]
-    return NetworkExplanation(tuple(groups), "; ".join([reason, *said]))
+    notes = dict.fromkeys(explanation.note for _, explanation in parts if explanation.note)
+    precisions = {explanation.precision for _, explanation in parts} - {FLOAT32}
+    return NetworkExplanation(
+        tuple(groups), "; ".join([reason, *said]), next(iter(sorted(precisions)), FLOAT32), "; ".join(notes)
+    )
 
 
 def _explained(step: ProgramStep, call: BoundStep, seconds: float | None, peak: float) -> Group:
@@ -115,4 +139,5 @@ def _explained(step: ProgramStep, call: BoundStep, seconds: float | None, peak: 
     name, fused = ("", ()) if group is None else (group.name, group.fused)
     time_us = None if seconds is None else seconds * 1e6
     share = 2 * macs / seconds / peak if seconds and peak else None
-    return Group(name, step.kind, fused, call.kernel, call.reason, shape, macs, time_us, share)
+    number = str(step.outputs[0].form.number) if step.outputs else ""
+    return Group(name, step.kind, fused, call.kernel, call.reason, shape, macs, time_us, share, number)

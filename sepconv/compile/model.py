@@ -21,7 +21,8 @@ from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.parts import CompiledPart, put_in_place
-from sepconv.compile.prepare import EMPTY, apart, as_captured, prepare
+from sepconv.compile.precision import FLOAT32, checked_precision
+from sepconv.compile.prepare import EMPTY, How, apart, as_captured, prepare
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.threads import alone
 from sepconv.layers.borrowed import in_training, is_exported
@@ -34,7 +35,14 @@ _Key = tuple[Hashable, ...]
 _SINGLE = pytree.tree_structure(((0,), {}))
 
 
-def compile(model: nn.Module, example_input: Any, *, threads: int | None = None, tune: bool = False) -> CompiledModel:
+def compile(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+    tune: bool = False,
+) -> CompiledModel:
     """A fast version of a trained network for inference on CPUs, with the same results up to rounding.
 
     Batch norms are folded into the convolutions, and convolutions are computed together with their activations,
@@ -45,13 +53,16 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
         model: in evaluation mode.
         example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Batch and image sizes
             may differ in later calls; each new size is prepared at its first call.
+        precision: "float32", which None means too, or "bfloat16": what layers hand to one another is kept in 16 bits,
+            weights too, and sums are in float32, as are inputs and outputs. Where the processor has no products of
+            bfloat16, or a layer would gain nothing, it is computed in float32, and ``explain()`` says why.
         threads: number of threads to run with; None follows ``torch.set_num_threads``.
         tune: measure alternatives for each group on the example (fused or not, our kernel or PyTorch's) and keep the
             fastest.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: the model is in training mode, or does not accept the example.
+        TypeError: ``model`` is no module, or ``precision`` no name.
+        ValueError: the model is in training mode, or does not accept the example; ``precision`` is another.
 
     Example:
         >>> import sepconv
@@ -67,6 +78,7 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
         raise ValueError(
             f"compile: threads must be None or a positive integer, got {threads!r} (the most are {MOST_THREADS})"
         )
+    wanted = checked_precision(precision)
     args, kwargs = _arguments(example_input)
     _warn_of_hooks(model)
     with torch.inference_mode(False), torch.no_grad():
@@ -75,7 +87,7 @@ def compile(model: nn.Module, example_input: Any, *, threads: int | None = None,
             frozen = frozen_copy(model)
         except ValueError as error:
             frozen, reason = model, f"{str(error).removeprefix('compile: ')}; later changes to it count"
-        compiled = CompiledModel(frozen, threads, tune, reason=reason)
+        compiled = CompiledModel(frozen, threads, tune, precision=wanted, reason=reason)
         compiled.prepare(*args, **kwargs)
     return compiled
 
@@ -129,6 +141,7 @@ class CompiledModel:
         threads: int | None = None,
         tune: bool = False,
         *,
+        precision: str = FLOAT32,
         same_channels: bool = True,
         what: str = "compile: the model",
         reason: str = "",
@@ -137,12 +150,14 @@ class CompiledModel:
         """
         Args:
             frozen: belongs to this object from now on.
+            precision: one of ``PRECISIONS``.
             same_channels: an image's channels may not change.
             what: it is called in warnings.
             reason: why it runs through PyTorch, if that is known already.
             part: of another model if not 0, for so many sizes: it warns of nothing and has no parts of its own.
         """
         self._frozen, self._threads, self._tune, self._what = frozen, threads, tune, what
+        self._precision = precision
         named = [*frozen.named_parameters(), *frozen.named_buffers()]
         self._store = Store(dict(named))
         self._reason = reason or _unsuitable([tensor for _, tensor in named])
@@ -234,7 +249,7 @@ class CompiledModel:
         """For inputs of a new size; parts of the model if that is not possible for all of it."""
         if self._most_new and len(self._networks) >= self._most_new:
             return f"its inputs had {self._most_new} sizes before"
-        network = prepare(self._frozen, leaves, spec, self._store, self._tune)
+        network = prepare(self._frozen, leaves, spec, self._store, How(self._precision, self._tune))
         if isinstance(network, str) and network != EMPTY and not self._most_new:
             with apart(), suppress(Exception):  # the whole runs through PyTorch, whatever its modules do on trial
                 self._parts = put_in_place(self._frozen, leaves, spec, self._as_part)
@@ -243,7 +258,7 @@ class CompiledModel:
         return network
 
     def _as_part(self, module: nn.Module, sizes: int) -> CompiledModel:
-        return CompiledModel(module, None, self._tune, same_channels=False, part=sizes)
+        return CompiledModel(module, None, self._tune, precision=self._precision, same_channels=False, part=sizes)
 
     def _warn(self, reason: str) -> None:
         """Once; nothing is lost where there is nothing to compute."""

@@ -28,6 +28,7 @@ class PreparedNetwork:
     """A program for one size of the inputs; ``take`` and ``give_back`` lend memory to run it in.
 
     ``results`` are the leaves that the model returns, of which tensors serve as examples, and ``spec`` their structure.
+    ``note``: why it is not in the numbers that were asked for, "" if it is.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PreparedNetwork:
         self._template = [None if isinstance(result, Tensor) else (result,) for result in results]
         self._spec, self._single = spec, spec.is_leaf() and self._template == [None]
         self._store = store
+        self.note = ""
         # Appending and popping of a deque are atomic: no lock that a fork could leave locked.
         self._free: deque[Instance] = deque()
         if tune:

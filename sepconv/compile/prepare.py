@@ -6,10 +6,10 @@ through PyTorch, and the reason is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,23 +20,38 @@ from sepconv.compile.capture import CaptureError, capture, first_line
 from sepconv.compile.copies import trial_copy
 from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
+from sepconv.compile.numbers import BFLOAT16
 from sepconv.compile.passes import rewrite
+from sepconv.compile.precision import FLOAT32, missing
 from sepconv.compile.store import Store
-from sepconv.compile.verify import ThroughPyTorch, agreement, disagreement, rounded, shaken, tolerance
+from sepconv.compile.verify import (
+    InBfloat16,
+    ThroughPyTorch,
+    agreement,
+    disagreement,
+    rounded,
+    shaken,
+    tolerance,
+    tolerance_of_bfloat16,
+)
 
 EMPTY = "the batch is empty"
 
 
-def prepare(
-    frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Store, tune: bool
-) -> PreparedNetwork | str:
+class How(NamedTuple):
+    """What is asked of a network: one of ``PRECISIONS``, and whether alternatives are measured for each group."""
+
+    precision: str = FLOAT32
+    tune: bool = False
+
+
+def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Store, how: How) -> PreparedNetwork | str:
     """A network for inputs of these sizes, or why the model runs through PyTorch as a whole.
 
     Args:
         frozen: the model, whose weights do not change any more.
         leaves: the arguments of a call, flat. spec: their structure.
         store: the constants of all sizes of this model.
-        tune: measure alternatives for each group.
 
     Raises:
         ValueError: the model does not accept these inputs.
@@ -49,23 +64,54 @@ def prepare(
             model = trial_copy(frozen, buffers=False)
         except Exception as error:
             return f"it cannot be copied ({first_line(error)})"
-        expected = _expected(model, [_copied(leaf) for leaf in leaves], spec)
-        try:
-            graph, result_spec = _captured(frozen, leaves, spec)
-        except CaptureError as error:
-            return f"the model cannot be captured: {error}"
-        except Exception as error:
-            return f"capturing it failed ({first_line(error)})"
-        try:
-            rewrite(graph, store)
-            network = PreparedNetwork(graph, store, expected, result_spec, tune)
-            # The second call has other numbers: zeros would hide most defects, and a model may count its calls.
-            others = [shaken(leaf) for leaf in leaves]
-            pairs = ((leaves, expected), (others, _expected(model, others, spec)))
-            run = partial(_expected, model, spec=spec)
-            return next(filter(None, (_disagreement(network, run, *pair) for pair in pairs)), network)
-        except Exception as error:
-            return f"preparing it failed ({first_line(error)})"
+        checks = _Checks(model, spec, [_Check(leaves, _expected(model, [_copied(leaf) for leaf in leaves], spec))])
+        note = missing(how.precision)
+        network = _built(frozen, checks, store, how._replace(precision=FLOAT32) if note else how)
+        if isinstance(network, str) and how.precision != FLOAT32 and not note:
+            note, network = network, _built(frozen, checks, store, how._replace(precision=FLOAT32))
+        if isinstance(network, PreparedNetwork):
+            network.note = note
+        return network
+
+
+class _Check(NamedTuple):
+    """Arguments, flat, and what the model gives for them."""
+
+    leaves: Sequence[Any]
+    expected: list[Any]
+
+
+class _Checks(NamedTuple):
+    """A copy of the model, the structure of its arguments, and some of them with its answers."""
+
+    model: nn.Module
+    spec: TreeSpec
+    known: list[_Check]
+
+    def all(self) -> Iterator[_Check]:
+        """The second has other numbers: zeros would hide most defects, and a model may count its calls."""
+        first = self.known[0]
+        yield first
+        if len(self.known) < 2:
+            others = [shaken(leaf) for leaf in first.leaves]
+            self.known.append(_Check(others, _expected(self.model, others, self.spec)))
+        yield self.known[1]
+
+
+def _built(frozen: nn.Module, checks: _Checks, store: Store, how: How) -> PreparedNetwork | str:
+    leaves, expected = checks.known[0]
+    try:
+        graph, result_spec = _captured(frozen, leaves, checks.spec)
+    except CaptureError as error:
+        return f"the model cannot be captured: {error}"
+    except Exception as error:
+        return f"capturing it failed ({first_line(error)})"
+    try:
+        rewrite(graph, store, how.precision)
+        network = PreparedNetwork(graph, store, expected, result_spec, how.tune)
+        return next(filter(None, (_disagreement(network, checks, pair) for pair in checks.all())), network)
+    except Exception as error:
+        return f"preparing it failed ({first_line(error)})"
 
 
 def as_captured(x: Tensor) -> Tensor:
@@ -100,16 +146,19 @@ def _expected(model: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> list[A
         raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
 
 
-def _disagreement(
-    network: PreparedNetwork, run: Callable[..., list[Any]], leaves: Sequence[Any], expected: Sequence[Any]
-) -> str:
+def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> str:
+    leaves, expected = check
     tensors = network.run([as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-    got = network.leaves(tensors)
-    usual = agreement({place.form.number for place in network.program.places})
+    got, usual = network.leaves(tensors), agreement(network.program.numbers)
     if not disagreement(got, expected, usual):
         return ""
     # Some networks multiply rounding errors: this one is asked only where it has to be.
-    return disagreement(got, expected, tolerance(usual, run([rounded(leaf) for leaf in leaves]), expected))
+    run = partial(_expected, checks.model, spec=checks.spec)
+    moved = [rounded(leaf) for leaf in leaves]
+    if BFLOAT16 in network.program.numbers:
+        with InBfloat16():
+            return disagreement(got, expected, tolerance_of_bfloat16([run(leaves), run(moved)], expected))
+    return disagreement(got, expected, tolerance(usual, run(moved), expected))
 
 
 def _copied(leaf: Any) -> Any:

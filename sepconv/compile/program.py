@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from sepconv.compile.groups import ComputedGroup, Numbers
+from sepconv.compile.groups import ComputedGroup, Elementwise, Numbers
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.store import Constant
 
@@ -114,6 +114,11 @@ class ProgramStep:
         return None if isinstance(self.work, (Operation, Copy)) else self.work
 
     @property
+    def is_conversion(self) -> bool:
+        """Whether nothing but the kind of numbers changes."""
+        return isinstance(self.work, Elementwise) and self.work.is_conversion
+
+    @property
     def kind(self) -> str:
         """The group's kind, "copy", or the name of the operation."""
         if isinstance(self.work, Copy):
@@ -161,6 +166,11 @@ class Program:
         """The values of all edges."""
         inside = [place for step in self.steps for place in (*step.inputs, *step.outputs)]
         return [*self.inputs, *inside, *(output.place for output in self.outputs)]
+
+    @property
+    def numbers(self) -> set[NumberType]:
+        """In which values are kept, constants aside."""
+        return {place.form.number for place in self.places if not isinstance(place.memory, Constant)}
 
     def __str__(self) -> str:
         returned = _listed([output.place for output in self.outputs])

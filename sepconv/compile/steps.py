@@ -41,9 +41,9 @@ from sepconv.compile.looks import (
     strides_for,
     without_gaps_like,
 )
-from sepconv.compile.numbers import FLOAT32, NumberType
+from sepconv.compile.numbers import BFLOAT16, FLOAT32, NumberType
 from sepconv.compile.passes.constants import constant
-from sepconv.compile.passes.nodes import as_node, is_call, number_of, refused, shape, source, stored_as, value
+from sepconv.compile.passes.nodes import as_node, is_call, number_of, refused, shape, source, store_as, stored_as, value
 from sepconv.compile.passes.strides import as_captured, without_gaps
 from sepconv.compile.program import NO_KERNEL, Copy, Input, Operation, Output, Program, TensorForm
 from sepconv.compile.storage import storage_for
@@ -54,20 +54,33 @@ from sepconv.kernels.halide.conv.stem import MAX_CHANNELS
 
 _aten = torch.ops.aten
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+_MOST_TRIES = 8
 # Views of other numbers than lie in the memory: computed instead.
 _NOT_IN_PLACE = (_aten.view.dtype, _aten._conj.default, _aten._neg_view.default)
 
 
 def write_program(graph: fx.Graph, results: Sequence[Tensor]) -> Program:
     """Put a rewritten graph in order; outputs get the strides of ``results``."""
-    walk = _Walk(homes(graph))
-    for node in graph.nodes:
-        walk.visit(node)
+    walk = _walked(graph)
+    for _ in range(_MOST_TRIES):
+        wasted = walk.wasted()
+        if not wasted:
+            break
+        for node in wasted:
+            store_as(node, FLOAT32)
+        walk = _walked(graph)
     outputs = [Output(look.place, _returned(like)) for look, like in zip(walk.outputs, results, strict=True)]
     return Program(
         tuple(walk.written.steps), tuple(look.place for look in walk.inputs), tuple(walk.given), tuple(outputs),
         tuple(walk.written.memories), walk.direct,
     )  # fmt: skip
+
+
+def _walked(graph: fx.Graph) -> _Walk:
+    walk = _Walk(homes(graph))
+    for node in graph.nodes:
+        walk.visit(node)
+    return walk
 
 
 def _returned(like: Tensor) -> TensorForm:
@@ -112,6 +125,13 @@ class _Walk:
             if not isinstance(returned, (list, tuple)):
                 raise TypeError(f"no list of outputs but {returned!r}")
             self.outputs = [self._unscaled(self._look(source)) for source in returned]
+
+    def wasted(self) -> list[fx.Node]:
+        """The values that are kept in bfloat16 for nobody who computes with them so."""
+        looks = {node: look for node, look in self._looks.items() if isinstance(look, ValueLook)}
+        used = {place.memory for step in self.written.steps for place in step.inputs if not step.is_conversion}
+        kept = {node: look for node, look in looks.items() if stored_as(node) == look.number == BFLOAT16}
+        return [node for node, look in kept.items() if look.memory not in used]
 
     def _look(self, argument: object) -> ValueLook:
         found = self._looks[as_node(argument)]

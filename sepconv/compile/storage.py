@@ -6,16 +6,20 @@ after the group, and the reason is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sepconv.compile.groups import ComputedGroup, Convolution, SeparableGroup
+from sepconv.compile.groups import ComputedGroup
 from sepconv.compile.lower import TORCH, lower_group
 from sepconv.compile.numbers import BFLOAT16, FLOAT32, NumberType
 from sepconv.compile.program import TensorForm
 
 Numbers = tuple[NumberType, ...]
+# To convert a number takes as long as so many multiply-adds in float32 over those in bfloat16, and the call of a
+# kernel as long as so many.
+_MACS_PER_CONVERSION, _FEW_MACS = 32, 100_000
 
 
 class Storage(NamedTuple):
@@ -31,23 +35,29 @@ def storage_for(group: ComputedGroup, read: Sequence[TensorForm], out: TensorFor
     given = tuple(form.number for form in read)
     plain = Storage((FLOAT32,) * len(given), FLOAT32)
     note = ""
-    for storage in _ways(group, given, out.number):
+    for storage in _ways(given, out.number, _pays(group, read, out)):
         if storage == plain:
             break
         forms = [replace(form, number=number) for form, number in zip(read, storage.read, strict=True)]
         lowered = lower_group(group, forms, replace(out, number=storage.written))
         if lowered.kernel != TORCH:
-            return storage
+            lost = any(now == FLOAT32 != before for before, now in zip(given, storage.read, strict=True))
+            return storage._replace(note=f"reads float32: {note}" if lost else "")
         note = note or lowered.reason
     return plain._replace(note=f"in float32: {note}" if note else "")
 
 
-def _ways(group: ComputedGroup, given: Numbers, wanted: NumberType) -> Iterator[Storage]:
+def _pays(group: ComputedGroup, read: Sequence[TensorForm], out: TensorForm) -> bool:
+    """Whether a product of bfloat16 gains more than is lost where what it reads is brought to it first."""
+    converted = sum(math.prod(form.shape) for form in read if form.number == FLOAT32)
+    return group.macs(out.shape) > max(_FEW_MACS, _MACS_PER_CONVERSION * converted)
+
+
+def _ways(given: Numbers, wanted: NumberType, pays: bool) -> Iterator[Storage]:
     """From the one with no conversions to that of converting everything."""
     yield Storage(given, wanted)
-    low = BFLOAT16 in (*given, wanted)
-    if low and isinstance(group, (Convolution, SeparableGroup)):
-        halves = tuple(BFLOAT16 if number == FLOAT32 else number for number in given)
+    halves = tuple(BFLOAT16 if number == FLOAT32 else number for number in given)
+    if BFLOAT16 in (*given, wanted) and pays:
         yield Storage(halves, wanted)
         if wanted == FLOAT32:
             yield Storage(halves, BFLOAT16)

@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sepconv.compile.numbers import FLOAT32, NumberType
+from sepconv.compile.numbers import BFLOAT16, FLOAT32, NumberType
 from sepconv.kernels.torch import aten
 from sepconv.ops.schema import geometry_of
 
 # By the number type of a network's values, relative to the largest output. In most networks rounding differs by far
 # less; defects, and what the capture cannot see (NumPy code on the values, a random number), change results by more.
-AGREEMENT = {FLOAT32.storage: 1e-4}
+AGREEMENT = {FLOAT32.storage: 1e-4, BFLOAT16.storage: 2.0**-8}
 
 MOST = 1e-2
 """What is allowed at most where a network moves so much by rounding alone."""
+
+MOST_OF_BFLOAT16, MARGIN_OF_BFLOAT16 = 0.25, 4.0
+"""The same for bfloat16, and by how much more than the model with all its tensors rounded ours may differ."""
 
 NOISE, MARGIN = 2.0**-22, 30.0
 """Rounding at the input, and by how much more than that the rounding of all layers may move the result."""
@@ -66,6 +70,22 @@ class ThroughPyTorch(TorchDispatchMode):
         return plain({**dict(zip(names, args, strict=False)), **(kwargs or {})})
 
 
+class InBfloat16(TorchDispatchMode):
+    """Rounds what operations read, weights too, to bfloat16: what keeping all values in 16 bits does to a model.
+
+    Operations that write into what they read, or give views of it, take it as it is.
+    """
+
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if all(argument.alias_info is None for argument in op._schema.arguments):
+            args, kwargs = pytree.tree_map_only(Tensor, _in_bfloat16, (args, kwargs or {}))
+        return op(*args, **(kwargs or {}))
+
+
+def _in_bfloat16(x: Tensor) -> Tensor:
+    return x.bfloat16().float() if x.dtype is torch.float32 else x
+
+
 def disagreement(got: Sequence[Any], expected: Sequence[Any], allowed: float = AGREEMENT[FLOAT32.storage]) -> str:
     """In a sentence, how results differ from the model's by more than is ``allowed``; "" if they do not."""
     for ours, models in zip(got, expected, strict=True):
@@ -88,6 +108,12 @@ def disagreement(got: Sequence[Any], expected: Sequence[Any], allowed: float = A
 def tolerance(usual: float, moved: Sequence[Any], expected: Sequence[Any]) -> float:
     """How far results may be from ``expected``; ``moved`` are the model's own for an input rounded otherwise."""
     return max(usual, min(MOST, MARGIN * _distance(moved, expected)))
+
+
+def tolerance_of_bfloat16(moved: Sequence[Sequence[Any]], expected: Sequence[Any]) -> float:
+    """The same, where ``moved`` are the model's own results with its tensors rounded, in some ways."""
+    most = max(_distance(found, expected) for found in moved)
+    return max(AGREEMENT[BFLOAT16.storage], min(MOST_OF_BFLOAT16, MARGIN_OF_BFLOAT16 * most))
 
 
 def _distance(found: Sequence[Any], expected: Sequence[Any]) -> float:

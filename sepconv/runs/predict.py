@@ -30,7 +30,12 @@ class Prediction:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, card: Card, paths: Sequence[str | Path], top: int = 3, compiled: bool = False
+    model: nn.Module,
+    card: Card,
+    paths: Sequence[str | Path],
+    top: int = 3,
+    compiled: bool = False,
+    precision: str | None = None,
 ) -> list[Prediction]:
     """Classify images.
 
@@ -41,6 +46,7 @@ def predict(
             cropped to the network's input.
         top: classes named for each image.
         compiled: run the network by ``sepconv.compile``: takes seconds first, pays for itself with many images.
+        precision: as ``sepconv.compile`` has it; one that is named compiles the network.
 
     Raises:
         ValueError: the card says nothing about images, a file is no image or a folder has none (it is named).
@@ -51,9 +57,10 @@ def predict(
         raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
     files = image_files(paths)
     scores_of: Callable[[Tensor], Tensor] = partial(_scores, model)
-    if compiled:
+    if compiled or precision is not None:
         with evaluating(model):
-            scores_of = compile(model, torch.zeros(min(len(files), BATCH), *card.input_shape))
+            zeros = torch.zeros(min(len(files), BATCH), *card.input_shape)
+            scores_of = compile(model, zeros, precision=precision)
     found: list[Prediction] = []
     for start in range(0, len(files), BATCH):
         chunk = files[start : start + BATCH]

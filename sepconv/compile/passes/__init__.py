@@ -8,13 +8,15 @@ from torch import fx
 from sepconv.compile.passes.absorb import absorb
 from sepconv.compile.passes.constants import fold_constants
 from sepconv.compile.passes.elementwise import fuse_elementwise
+from sepconv.compile.passes.precision import store_in_bfloat16
 from sepconv.compile.passes.recognise import recognise
 from sepconv.compile.passes.strides import keep_strides
 from sepconv.compile.passes.trim import trim
+from sepconv.compile.precision import BFLOAT16, FLOAT32
 from sepconv.compile.store import Store
 
 
-def rewrite(graph: fx.Graph, store: Store) -> None:
+def rewrite(graph: fx.Graph, store: Store, precision: str = FLOAT32) -> None:
     """Rewrite a captured graph into groups and what is left for PyTorch, in place."""
     graph.eliminate_dead_code()
     keep_strides(graph)
@@ -24,3 +26,5 @@ def rewrite(graph: fx.Graph, store: Store) -> None:
     absorb(graph, store)
     graph.eliminate_dead_code()
     fuse_elementwise(graph, store)
+    if precision == BFLOAT16:
+        store_in_bfloat16(graph)

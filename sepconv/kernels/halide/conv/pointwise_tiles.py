@@ -129,7 +129,7 @@ def _step(image: Outline) -> int:
 def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     given = (case.x, case.weight, *(part for part in (case.bias, case.residual) if part is not None))
-    reason = runtime.missing() or runtime.unsuitable(*given, numbers=(torch.bfloat16,))
+    reason = runtime.missing() or runtime.unsuitable(*given, case.result, numbers=(torch.bfloat16,))
     reason = reason or amx.missing() or runtime.too_large(case.result.shape)
     if reason:
         return reason

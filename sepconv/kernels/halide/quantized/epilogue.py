@@ -1,0 +1,136 @@
+"""What becomes of the sums of a quantised convolution: scaled, with residual and activation, and quantised again.
+
+Every step is rounded as ``reference.quantized_conv`` says, so that results are equal in every bit. x's zero point is
+taken off with the bias: ``sum of (x - zero) * w`` is ``sum of x * w - zero * sum of w``, if padding holds the zero
+point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.activations import ACTIVATIONS
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.conv.gemm import dense
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer
+from sepconv.kernels.halide.jit.runtime import hl
+
+KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
+"""Numbers of x, y and residual."""
+# In the order in which kernels are given them.
+_NAMES = ("low", "high", "inverse", "zero", "residual_zero", "residual_scale", "x_zero", "x_inverse")
+# Added to a number of less than 22 bits it leaves the nearest whole one in the last bits, of two as near the even one.
+_ROUNDS = 1.5 * 2.0**23
+
+
+class Epilogue(NamedTuple):
+    """What the code depends on; ``residual`` is the kind of its numbers, "" where there is none."""
+
+    activation: str
+    residual: str
+    out: str
+
+    @classmethod
+    def of(cls, case: Case) -> Epilogue:
+        residual = "" if case.residual is None else KINDS[case.residual.dtype]
+        return cls(case.activation, residual, KINDS[case.y.dtype])
+
+
+def halide_type(kind: str) -> Any:
+    return {"float32": hl.Float(32), "uint8": hl.UInt(8)}[kind]
+
+
+class Constants:
+    """The parameters of a kernel that belong to its sums: bias, scale and numbers, as :func:`pack` makes them."""
+
+    def __init__(self, outputs: int, prefix: str = "") -> None:
+        self.bias = hl.ImageParam(hl.Int(32), 1, f"{prefix}bias")
+        self.scale = hl.ImageParam(hl.Float(32), 1, f"{prefix}scale")
+        self._numbers = hl.ImageParam(hl.Float(32), 1, f"{prefix}numbers")
+        dense(self.bias, outputs)
+        dense(self.scale, outputs)
+        dense(self._numbers, len(_NAMES))
+        self.parameters = [self.bias, self.scale, self._numbers]
+
+    def number(self, name: str) -> Any:
+        return self._numbers[_NAMES.index(name)]
+
+    def byte(self, name: str) -> Any:
+        return hl.cast(hl.UInt(8), self.number(name))
+
+
+def finished(spec: Epilogue, sums: Any, o: Any, given: Constants, residual: Any = None) -> Any:
+    """What is stored for the sums of output channel ``o``, which have no bias yet."""
+    value = hl.cast(hl.Float(32), sums + given.bias[o]) * given.scale[o]
+    if spec.residual == "uint8":
+        value += (hl.cast(hl.Float(32), residual) - given.number("residual_zero")) * given.number("residual_scale")
+    elif spec.residual:
+        value += residual
+    value = ACTIVATIONS[spec.activation].expression(hl, value)
+    if spec.out == "float32":
+        return hl.strict_float(value)
+    return quantized(value, given.number("inverse"), given.number("low"), given.number("high"), given.byte("zero"))
+
+
+def quantized(value: Any, inverse: Any, low: Any, high: Any, zero: Any) -> Any:
+    """The byte for a float32 number. What lies between ``low`` and ``high``, -zero and 255 - zero, is rounded; NaN
+    counts as ``low``."""
+    scaled = value * inverse
+    scaled = hl.select(scaled > low, scaled, low)
+    scaled = hl.select(scaled < high, scaled, high)
+    bits = hl.reinterpret(hl.UInt(32), hl.strict_float(scaled + hl.f32(_ROUNDS)))
+    return hl.cast(hl.UInt(8), bits) + zero
+
+
+def quantized_image(value: Any, given: Constants) -> Any:
+    """The byte for a number of a float32 x."""
+    zero = given.number("x_zero")
+    return quantized(value, given.number("x_inverse"), -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
+
+
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor, numbers: Tensor) -> list[Tensor]:
+    """Bias, scale and numbers for :class:`Constants`, copied."""
+    x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = numbers.double().tolist()
+    given = {
+        "low": -zero, "high": 255 - zero, "inverse": inverse, "zero": zero, "residual_zero": residual_zero,
+        "residual_scale": residual_scale, "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
+    }  # fmt: skip
+    sums = -int(x_zero) * weight.detach().long().flatten(1).sum(1)
+    offset = sums if bias is None else sums + bias.detach().long()
+    return [offset.int(), scale.detach().clone(), torch.tensor([given[name] for name in _NAMES])]
+
+
+def buffers(tensors: Sequence[Tensor]) -> list[Buffer]:
+    return [buffer(tensor) for tensor in tensors]
+
+
+def unsuitable(case: Case) -> str:
+    """Why no kernel of this folder can compute a case, in a sentence; the empty string if one may."""
+    if not case.quantized:
+        return f"the kernel multiplies by weights of int8 but got {case.weight.dtype}"
+    if not case.bound:
+        return "the kernel is bound to memory by compile"
+    if not case.result.elements:
+        return "the result is empty"
+    if case.which != "forward":
+        return "there are no gradients of whole numbers"
+    images = [image for image in (case.x, case.residual, case.result) if image is not None]
+    weights = [case.weight] if case.bias is None else [case.weight, case.bias]
+    return (
+        runtime.missing()
+        or runtime.unsuitable(*images, numbers=tuple(KINDS))
+        or runtime.unsuitable(*weights, numbers=(torch.int8, torch.int32))
+    )
+
+
+def prepare(case: Case) -> Callable[..., Tensor]:
+    """
+    Raises:
+        TypeError: always: quantised convolutions are bound to memory.
+    """
+    raise TypeError(f"a quantised {case.op} convolution is bound to memory, not called")

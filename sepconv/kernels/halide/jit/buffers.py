@@ -88,7 +88,7 @@ def pixels(image: Tensor) -> Buffer:
     by_image, by_channel, by_row, by_column = image.stride()
     # The step of a single channel says nothing; kernels for channels_last images expect neighbours.
     strides = (by_image, by_row, by_column, 1 if c == 1 else by_channel)
-    return Buffer((n, h, w, c), strides, image.data_ptr(), FLOAT32, image)
+    return Buffer((n, h, w, c), strides, image.data_ptr(), CODES[image.dtype], image)
 
 
 def check_pixels(what: str, out: Tensor, residual: Tensor | None = None) -> list[Tensor]:

@@ -19,6 +19,7 @@ from sepconv.kernels.halide.conv.gemm import dense
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.layout import pixel_step
 
 KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
 """Numbers of x, y and residual."""
@@ -81,9 +82,8 @@ def quantized(value: Any, inverse: Any, low: Any, high: Any, zero: Any) -> Any:
     """The byte for a float32 number. What lies between ``low`` and ``high``, -zero and 255 - zero, is rounded; NaN
     counts as ``low``."""
     scaled = value * inverse
-    scaled = hl.select(scaled > low, scaled, low)
-    scaled = hl.select(scaled < high, scaled, high)
-    bits = hl.reinterpret(hl.UInt(32), hl.strict_float(scaled + hl.f32(_ROUNDS)))
+    number = hl.strict_float(hl.select(scaled > low, scaled, low))
+    bits = hl.reinterpret(hl.UInt(32), hl.min(number, high) + hl.f32(_ROUNDS))
     return hl.cast(hl.UInt(8), bits) + zero
 
 
@@ -126,6 +126,18 @@ def unsuitable(case: Case) -> str:
         or runtime.unsuitable(*images, numbers=tuple(KINDS))
         or runtime.unsuitable(*weights, numbers=(torch.int8, torch.int32))
     )
+
+
+def no_pixels(case: Case) -> str:
+    """Why an image is not one of pixels with their channels side by side."""
+    x = case.x
+    if x.dims != 2:
+        return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
+    if x.stride[1] != 1 or (x.shape[1] > 1 and x.stride[3] == 1 and x.shape[3] > 1):
+        return f"the kernel reads channels_last images only (strides {x.stride})"
+    if not pixel_step(case.result.shape, case.result.stride):
+        return f"the kernel writes channels_last images only (strides {case.result.stride})"
+    return ""
 
 
 def prepare(case: Case) -> Callable[..., Tensor]:

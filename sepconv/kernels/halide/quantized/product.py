@@ -21,6 +21,7 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 
 TILES, QUADS, PAIRS = "tiles", "quads", "pairs"
+NAMES = {TILES: "AMX tiles", QUADS: "VNNI", PAIRS: "pairs of 16 bits"}
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +84,7 @@ def product(way: str, terms: int, outputs: int, pixels: int) -> Product:
         steps = -(-terms // amx.ROW_BYTES)
         blocks = -(-outputs // 128)
         wide = -(-outputs // (amx.ROWS * blocks)) * amx.ROWS
-        return Product(way, terms, outputs, steps, -(-terms // (4 * steps)) * 4, wide, min(32, pixels), amx.ROWS)
+        return Product(way, terms, outputs, steps, -(-terms // (4 * steps)) * 4, wide, min(128, pixels), amx.ROWS)
     lanes, registers = machine.host().lanes, machine.host().registers
     group = 4 if way == QUADS else 2
     vectors = min(4 if registers == 32 else 2, -(-outputs // lanes))
@@ -93,8 +94,7 @@ def product(way: str, terms: int, outputs: int, pixels: int) -> Product:
 
 def describe(spec: Product) -> dict[str, Any]:
     """The product in words and numbers."""
-    names = {TILES: "AMX tiles", QUADS: "VNNI", PAIRS: "pairs of 16 bits"}
-    return {"product": names[spec.way], "steps": spec.steps, "wide": spec.wide, "tall": spec.tall}
+    return {"product": NAMES[spec.way], "steps": spec.steps, "wide": spec.wide, "tall": spec.tall}
 
 
 def compiled(spec: Product, key: Hashable, build: runtime.Build) -> Kernel:

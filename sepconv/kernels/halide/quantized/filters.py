@@ -140,7 +140,10 @@ def schedule(given: FilterSpec, stages: Filtered) -> None:
     """What lies inside of the stages, after compute_at."""
     sums, tap = stages.sums, stages.tap
     c, column, within, part, n = sums.args()
+    for stage in (sums, stages.beside):
+        stage.bound_extent(part, 1).bound_extent(n, 1)
     lanes = min(given.lanes, machine.host().lanes)
+    sums.store_in(hl.MemoryType.Register)
     sums.bound_extent(c, given.lanes).bound_extent(column, given.columns).bound_extent(within, given.rows)
     sums.vectorize(c, lanes).unroll(c).unroll(column).unroll(within)
     vector, lane = hl.Var("vector"), hl.Var("lane")

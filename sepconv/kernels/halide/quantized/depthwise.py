@@ -44,7 +44,7 @@ def build(spec: DepthwiseSpec8) -> tuple[Any, list[Any]]:
     share, top, left = (hl.Param(hl.Int(32), name) for name in ("share", "top", "left"))
     x = channels_inside(hl.ImageParam(hl.UInt(8), 4, "x"), given.channels // given.multiplier)
     weight, constants = filters.weight_param(given), Constants(given.channels)
-    stages = filters.filtered(given, x, weight, (top, left), constants.byte("x_zero"))
+    stages = filters.filtered(given, x, [weight, constants.bias], (top, left), constants.byte("x_zero"))
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
     out = hl.Func("depthwise8")
     sums = stages.sums[c, column, row % given.rows, row // given.rows, n]
@@ -116,7 +116,7 @@ def pack(found: DepthwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer
     assert weight is not None
     assert scale is not None
     assert numbers is not None
-    constants = epilogue.pack(weight, bias, scale, numbers)
+    constants = epilogue.pack(found.spec.epilogue, weight, bias, scale, numbers)
     return [filters.pack(found.spec.filter, weight), *epilogue.buffers(constants)]
 
 

@@ -7,6 +7,7 @@ point.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,10 @@ KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
 # In the order in which kernels are given them.
 _NAMES = ("low", "high", "inverse", "zero", "residual_zero", "residual_scale", "x_zero", "x_inverse")
 # Added to a number of less than 22 bits it leaves the nearest whole one in the last bits, of two as near the even one.
+# The bits of larger sums are larger, too.
 _ROUNDS = 1.5 * 2.0**23
+_ROUNDS_BITS = 0x4B400000
+_BYTE = 255
 
 
 class Epilogue(NamedTuple):
@@ -40,6 +44,14 @@ class Epilogue(NamedTuple):
     def of(cls, case: Case) -> Epilogue:
         residual = "" if case.residual is None else KINDS[case.residual.dtype]
         return cls(case.activation, residual, KINDS[case.y.dtype])
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Between which the activation keeps its input and does nothing else, where that can be left to the rounding:
+        a limit of float32 numbers, all of which are numbers, becomes one of bytes."""
+        if self.out == "float32" or self.residual == "float32":
+            return None
+        return ACTIVATIONS[self.activation].limits if self.activation else (-math.inf, math.inf)
 
 
 def halide_type(kind: str) -> Any:
@@ -66,43 +78,50 @@ class Constants:
 
 
 def finished(spec: Epilogue, sums: Any, o: Any, given: Constants, residual: Any = None) -> Any:
-    """What is stored for the sums of output channel ``o``, which have no bias yet."""
-    value = hl.cast(hl.Float(32), sums + given.bias[o]) * given.scale[o]
+    """What is stored for the sums of output channel ``o``."""
+    value = hl.cast(hl.Float(32), sums) * given.scale[o]
     if spec.residual == "uint8":
         value += (hl.cast(hl.Float(32), residual) - given.number("residual_zero")) * given.number("residual_scale")
     elif spec.residual:
         value += residual
-    value = ACTIVATIONS[spec.activation].expression(hl, value)
+    if spec.limits is None:
+        value = ACTIVATIONS[spec.activation].expression(hl, value)
     if spec.out == "float32":
         return hl.strict_float(value)
-    return quantized(value, given.number("inverse"), given.number("low"), given.number("high"), given.byte("zero"))
+    scaled = hl.strict_float(value * given.number("inverse"))
+    whole = spec.limits is None or spec.limits[1] == math.inf
+    high = hl.u32(_BYTE) if whole else hl.cast(hl.UInt(32), given.number("high"))
+    return _rounded(scaled, given.number("low"), given.number("zero"), high)
 
 
-def quantized(value: Any, inverse: Any, low: Any, high: Any, zero: Any) -> Any:
-    """The byte for a float32 number. What lies between ``low`` and ``high``, -zero and 255 - zero, is rounded; NaN
-    counts as ``low``."""
-    scaled = value * inverse
+def _rounded(scaled: Any, low: Any, zero: Any, high: Any) -> Any:
+    """The byte for a float32 number, that which belongs to ``low`` for smaller ones and NaN, ``high`` for larger ones."""
     number = hl.strict_float(hl.select(scaled > low, scaled, low))
-    bits = hl.reinterpret(hl.UInt(32), hl.min(number, high) + hl.f32(_ROUNDS))
-    return hl.cast(hl.UInt(8), bits) + zero
+    bits = hl.reinterpret(hl.UInt(32), hl.strict_float(number + hl.f32(_ROUNDS)))
+    place = bits + (hl.cast(hl.UInt(32), zero) - hl.u32(_ROUNDS_BITS))
+    return hl.cast(hl.UInt(8), hl.min(place, high))
 
 
 def quantized_image(value: Any, given: Constants) -> Any:
     """The byte for a number of a float32 x."""
     zero = given.number("x_zero")
-    return quantized(value, given.number("x_inverse"), -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
+    return _rounded(hl.strict_float(value * given.number("x_inverse")), -zero, zero, hl.u32(_BYTE))
 
 
-def pack(weight: Tensor, bias: Tensor | None, scale: Tensor, numbers: Tensor) -> list[Tensor]:
+def pack(
+    spec: Epilogue, weight: Tensor, bias: Tensor | None, scale: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bias, scale and numbers for :class:`Constants`, copied."""
     x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = numbers.double().tolist()
+    low, high = ((torch.tensor(limit) * numbers[3]).item() for limit in spec.limits or (-math.inf, math.inf))
     given = {
-        "low": -zero, "high": 255 - zero, "inverse": inverse, "zero": zero, "residual_zero": residual_zero,
-        "residual_scale": residual_scale, "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
+        "low": max(low, -zero), "high": min(max(round(high) if high < _BYTE else _BYTE, -zero) + zero, _BYTE),
+        "inverse": inverse, "zero": zero, "residual_zero": residual_zero, "residual_scale": residual_scale,
+        "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
     }  # fmt: skip
     sums = -int(x_zero) * weight.detach().long().flatten(1).sum(1)
     offset = sums if bias is None else sums + bias.detach().long()
-    return [offset.int(), scale.detach().clone(), torch.tensor([given[name] for name in _NAMES])]
+    return offset.int(), scale.detach().clone(), torch.tensor([given[name] for name in _NAMES])
 
 
 def buffers(tensors: Sequence[Tensor]) -> list[Buffer]:

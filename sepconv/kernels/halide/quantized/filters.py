@@ -115,8 +115,10 @@ class Filtered(NamedTuple):
     tap: Any
 
 
-def filtered(given: FilterSpec, x: Any, weight: Any, before: tuple[Any, Any], zero: Any) -> Filtered:
-    """``x``: channel, column, row, image; ``before``: rows and columns of padding, which reads as ``zero``."""
+def filtered(given: FilterSpec, x: Any, weights: list[Any], before: tuple[Any, Any], zero: Any) -> Filtered:
+    """``x``: channel, column, row, image; ``weights``: filters and bias; ``before``: rows and columns of padding, which
+    reads as ``zero``."""
+    weight, bias = weights
     i, c, column, j, within, part, n = (hl.Var(name) for name in ("i", "c", "column", "j", "within", "part", "n"))
     beside, sums = hl.Func("beside"), hl.Func("filtered")
     row = part * given.step + (j * given.group + i) * given.apart - before[0]
@@ -129,7 +131,7 @@ def filtered(given: FilterSpec, x: Any, weight: Any, before: tuple[Any, Any], ze
 
     tap = hl.RDom([hl.Range(0, extent) for extent in (given.group, given.kernel_size[1], given.groups)], "tap")
     read = beside[tap.x, c, column * given.stride[1] + tap.y * given.dilation[1], tap.z, part, n]
-    sums[c, column, within, part, n] = hl.i32(0)
+    sums[c, column, within, part, n] = bias[c]
     sums[c, column, within, part, n] += hl.cast(hl.Int(32), read) * hl.cast(
         hl.Int(32), weight[tap.x, c, tap.y, tap.z, within]
     )

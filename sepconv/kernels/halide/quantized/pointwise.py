@@ -52,14 +52,14 @@ def build(spec: PointwiseSpec8) -> tuple[Any, list[Any]]:
     x, weight, given = _rows("x", "uint8", multiply.terms), product.weight_param(multiply), Constants(multiply.outputs)
     o, p = hl.Var("o"), hl.Var("p")
     rows = x if multiply.in_place else _copied(multiply, x)
-    sums, k = product.sums_of(multiply, rows, weight, [o, p])
+    sums, k = product.sums_of(multiply, rows, weight, [o, p], given.bias)
     arguments, residual = [share, x, weight, *given.parameters], None
     if spec.epilogue.residual:
         added = _rows("residual", spec.epilogue.residual, multiply.outputs)
         residual = added[o, p]
         arguments.append(added)
     out = hl.Func("pointwise8")
-    out[o, p] = epilogue.finished(spec.epilogue, sums[o, p], o, given, residual)
+    out[o, p] = epilogue.finished(spec.epilogue, product.whole_sums(multiply, sums, [o, p], given.bias), o, given, residual)
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
     ragged = multiply.outputs % multiply.wide
@@ -161,7 +161,7 @@ def pack(found: PointwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer
     assert numbers is not None
     multiply = found.spec.product
     rows = weight.reshape(multiply.outputs, multiply.terms)
-    return [product.pack(multiply, rows), *epilogue.buffers(epilogue.pack(weight, bias, scale, numbers))]
+    return [product.pack(multiply, rows), *epilogue.buffers(epilogue.pack(found.spec.epilogue, weight, bias, scale, numbers))]
 
 
 def bind(found: PointwisePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

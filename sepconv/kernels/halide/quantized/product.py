@@ -121,8 +121,11 @@ def weight_param(spec: Product, name: str = "weight") -> Any:
     return weight
 
 
-def sums_of(spec: Product, rows: Any, weight: Any, at: list[Any]) -> tuple[Any, Any]:
-    """The sums over ``rows[k, pixel, ...]``, and their reduction over k; ``at``: output, pixel and further dimensions."""
+def sums_of(spec: Product, rows: Any, weight: Any, at: list[Any], bias: Any) -> tuple[Any, Any]:
+    """The sums over ``rows[k, pixel, ...]``, and their reduction over k; ``at``: output, pixel and further dimensions.
+
+    Those of registers begin with the bias, where it has no more outputs than whole blocks.
+    """
     sums = hl.Func("sums")
     if spec.way == TILES:
         steps = [hl.ExternFuncArgument(hl.Expr(count)) for count in (spec.steps, spec.depth)]
@@ -131,10 +134,16 @@ def sums_of(spec: Product, rows: Any, weight: Any, at: list[Any]) -> tuple[Any, 
         return sums, None
     k = hl.RDom([hl.Range(0, spec.whole)], "k")
     o, lanes = at[0], spec.lanes
-    sums[at] = hl.i32(0)
+    sums[at] = bias[o] if spec.outputs == spec.padded_outputs else hl.i32(0)
     packed = weight[k.x % spec.group, o % lanes, k.x / spec.group, o / lanes]
     sums[at] += hl.cast(hl.Int(32), rows[[k.x, *at[1:]]]) * hl.cast(hl.Int(32), packed)
     return sums, k
+
+
+def whole_sums(spec: Product, sums: Any, at: list[Any], bias: Any) -> Any:
+    """The sums with the bias."""
+    begun = spec.way != TILES and spec.outputs == spec.padded_outputs
+    return sums[at] if begun else sums[at] + bias[at[0]]
 
 
 def schedule(spec: Product, sums: Any, k: Any, at: list[Any]) -> None:

@@ -27,10 +27,10 @@ KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
 # In the order in which kernels are given them.
 _NAMES = ("low", "high", "inverse", "zero", "residual_zero", "residual_scale", "x_zero", "x_inverse")
 # Added to a number of less than 22 bits it leaves the nearest whole one in the last bits, of two as near the even one.
-# The bits of larger sums are larger, too.
+# The bits of a larger sum are more, and those of a smaller one less, as signed numbers of 32 bits.
 _ROUNDS = 1.5 * 2.0**23
 _ROUNDS_BITS = 0x4B400000
-_BYTE = 255
+_SMALLEST = -1e9
 
 
 class Epilogue(NamedTuple):
@@ -89,23 +89,28 @@ def finished(spec: Epilogue, sums: Any, o: Any, given: Constants, residual: Any 
     if spec.out == "float32":
         return hl.strict_float(value)
     scaled = hl.strict_float(value * given.number("inverse"))
-    whole = spec.limits is None or spec.limits[1] == math.inf
-    high = hl.u32(_BYTE) if whole else hl.cast(hl.UInt(32), given.number("high"))
-    return _rounded(scaled, given.number("low"), given.number("zero"), high)
+    if spec.residual == "float32":
+        scaled = _without_nan(scaled)
+    return _rounded(scaled, given.number("low"), given.number("high"), given.byte("zero"))
 
 
-def _rounded(scaled: Any, low: Any, zero: Any, high: Any) -> Any:
-    """The byte for a float32 number, that which belongs to ``low`` for smaller ones and NaN, ``high`` for larger ones."""
-    number = hl.strict_float(hl.select(scaled > low, scaled, low))
-    bits = hl.reinterpret(hl.UInt(32), hl.strict_float(number + hl.f32(_ROUNDS)))
-    place = bits + (hl.cast(hl.UInt(32), zero) - hl.u32(_ROUNDS_BITS))
-    return hl.cast(hl.UInt(8), hl.min(place, high))
+def _without_nan(value: Any) -> Any:
+    return hl.strict_float(hl.select(value > hl.f32(_SMALLEST), value, hl.f32(_SMALLEST)))
+
+
+def _rounded(scaled: Any, low: Any, high: Any, zero: Any) -> Any:
+    """The byte for a float32 number: the nearest whole one, not beyond ``low`` and ``high``, and the zero point."""
+    bits = hl.reinterpret(hl.Int(32), hl.strict_float(scaled + hl.f32(_ROUNDS)))
+    least, most = (hl.cast(hl.Int(32), limit) + hl.i32(_ROUNDS_BITS) for limit in (low, high))
+    # The last byte of what was added for rounding is 0.
+    return hl.cast(hl.UInt(8), hl.min(hl.max(bits, least), most)) + zero
 
 
 def quantized_image(value: Any, given: Constants) -> Any:
     """The byte for a number of a float32 x."""
     zero = given.number("x_zero")
-    return _rounded(hl.strict_float(value * given.number("x_inverse")), -zero, zero, hl.u32(_BYTE))
+    scaled = _without_nan(hl.strict_float(value * given.number("x_inverse")))
+    return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
 
 
 def pack(
@@ -113,15 +118,20 @@ def pack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bias, scale and numbers for :class:`Constants`, copied."""
     x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = numbers.double().tolist()
-    low, high = ((torch.tensor(limit) * numbers[3]).item() for limit in spec.limits or (-math.inf, math.inf))
+    low, high = (_byte(limit * numbers[3], zero) for limit in spec.limits or (-math.inf, math.inf))
     given = {
-        "low": max(low, -zero), "high": min(max(round(high) if high < _BYTE else _BYTE, -zero) + zero, _BYTE),
+        "low": low, "high": high,
         "inverse": inverse, "zero": zero, "residual_zero": residual_zero, "residual_scale": residual_scale,
         "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
     }  # fmt: skip
     sums = -int(x_zero) * weight.detach().long().flatten(1).sum(1)
     offset = sums if bias is None else sums + bias.detach().long()
     return offset.int(), scale.detach().clone(), torch.tensor([given[name] for name in _NAMES])
+
+
+def _byte(limit: Tensor, zero: float) -> float:
+    """The whole number that a limit of numbers becomes, before the zero point is added."""
+    return limit.round().clamp(-zero, 255 - zero).item()
 
 
 def buffers(tensors: Sequence[Tensor]) -> list[Buffer]:

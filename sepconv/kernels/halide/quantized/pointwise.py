@@ -89,10 +89,10 @@ def fix_rows(param: Any, channels: int) -> None:
 
 
 def _copied(multiply: Product, x: Any) -> Any:
-    """The rows as the product reads them, zeros behind them."""
+    """The rows as the product reads them. What is behind them is multiplied by weights that are 0."""
     k, p = hl.Var("k"), hl.Var("p")
     rows, channel = hl.Func("rows"), hl.RDom([hl.Range(0, multiply.terms)], "channel")
-    rows[k, p] = hl.cast(multiply.row_type, 0)
+    rows[k, p] = hl.undef(multiply.row_type)
     rows[channel.x, p] = hl.cast(multiply.row_type, x[channel.x, p])
     return rows
 
@@ -100,7 +100,7 @@ def _copied(multiply: Product, x: Any) -> Any:
 def _schedule_copied(multiply: Product, rows: Any) -> None:
     k, _ = rows.args()
     lanes = 4 * machine.host().lanes // (2 if multiply.way == product.PAIRS else 1)
-    rows.bound_extent(k, multiply.whole).vectorize(k, lanes, hl.TailStrategy.GuardWithIf)
+    rows.bound_extent(k, multiply.whole)
     whole, lane = hl.RVar("whole"), hl.RVar("lane")
     update = rows.update().allow_race_conditions()
     update.split(rows.rvars(0)[0], whole, lane, lanes, hl.TailStrategy.GuardWithIf).vectorize(lane)

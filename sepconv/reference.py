@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,6 +142,65 @@ def separable_conv(
     hidden = depthwise_conv(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
     hidden = ACTIVATIONS[depthwise_activation](hidden)
     return ACTIVATIONS[activation](pointwise_conv(hidden, pointwise_weight, pointwise_bias))
+
+
+class Quantized(NamedTuple):
+    """The constants of a quantised convolution.
+
+    Attributes:
+        weight: int8, from -127 to 127; its zero point is 0.
+        bias: int32, in units of the scale; or None.
+        scale: of the sums, float32, one per output channel: x's scale times that of the channel's weights.
+        numbers: float32: zero point of x, zero point and scale of the residual, 1 / scale and zero point of y; behind
+            them 1 / scale of x where x is float32. Those that are not needed are 0.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    numbers: Tensor
+
+
+def quantize(x: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
+    """The uint8 number that stands for each float32 one: the nearest, of two as near the even one before the zero point
+    is added; 0 for NaN."""
+    return (torch.round(x * inverse) + zero).clamp(0, 255).nan_to_num(0).to(torch.uint8)
+
+
+def quantized_conv(
+    x: Tensor,
+    given: Quantized,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    activation: str = "",
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.uint8,
+) -> Tensor:
+    """Quantised convolution of any number of groups: exact sums of whole numbers, then float32, rounded at each step.
+
+    Padding counts as x's zero point, which is 0 in the sum. Sums beyond 32 bits wrap around. A float32 x is quantised
+    first. ``dtype`` is that of y: uint8, or float32, which is not quantised.
+
+    Shape:
+        x: (N, C, H, W)    weight: (O, C / groups, kH, kW)    residual: like y    ->    (N, O, Ho, Wo)
+    """
+    zero, residual_zero, residual_scale, inverse, y_zero = given.numbers[:5]
+    whole = quantize(x, given.numbers[5], zero) if x.dtype is torch.float32 else x
+    centred, weight = whole.long() - zero.long(), given.weight.long()
+    depth, groups = weight.shape[1], x.shape[1] // weight.shape[1]
+    maps = []
+    for o in range(weight.shape[0]):
+        first = o // (weight.shape[0] // groups) * depth
+        filtered = [filter_image(centred[:, first + c], weight[o, c], stride, padding, dilation) for c in range(depth)]
+        total = torch.stack(filtered).sum(0)
+        maps.append((total if given.bias is None else total + given.bias[o].long()).int().float() * given.scale[o])
+    value = torch.stack(maps, dim=1)
+    if residual is not None:
+        added = residual if residual.dtype is torch.float32 else (residual.float() - residual_zero) * residual_scale
+        value = value + added
+    value = ACTIVATIONS[activation](value)
+    return value if dtype is torch.float32 else quantize(value, inverse, y_zero)
 
 
 def max_pool(

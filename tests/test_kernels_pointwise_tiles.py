@@ -137,12 +137,12 @@ def test_what_they_cannot_compute_they_refuse(x: Tensor, reason: str) -> None:
 
 
 def test_without_tiles_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amx, "missing", lambda: "the processor has no tiles of bfloat16 (AMX)")
+    monkeypatch.setattr(amx, "missing", lambda stage=amx.BF16: "the processor has no tiles of bfloat16 (AMX)")
     x, weight = image(1, 32, 4, 4), torch.zeros(16, 32, 1, 1).bfloat16()
     asked = case.pointwise(Outline.of(x), Outline.of(weight))
     assert kernel.supports(asked) in (runtime.missing(), "the processor has no tiles of bfloat16 (AMX)")
     with pytest.raises(RuntimeError, match="the processor has no tiles"):
-        machine_code._define_runtime(amx.BF16.encode())
+        machine_code._define_runtime(amx.BF16.name.encode())
 
 
 def test_weights_in_tiles() -> None:

@@ -14,6 +14,11 @@ about before there is any memory. A kernel that was prepared for a case is calle
     elementwise               x, others, numbers
     row_norm, group_norm      x, weight, bias
 
+A convolution whose weight is int8 is quantised (``reference.quantized_conv``): x is uint8, or float32 that is quantised
+as it is read, bias is int32, y and residual are uint8 or float32. Scales and zero points are constants, which kernels
+get with the weights, and no part of the case: weight, bias, scale, numbers; of "separable" depthwise weight, pointwise
+weight, both biases, both scales, both numbers. Between its halves lies uint8.
+
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
 
@@ -227,6 +232,11 @@ class Case:
         return self.x.shape[1] // max(1, self.weight.shape[1])
 
     @property
+    def quantized(self) -> bool:
+        """Whether it is a convolution of whole numbers."""
+        return self.weight.dtype is torch.int8
+
+    @property
     def first(self) -> Case:
         """Of a separable convolution the depthwise one alone."""
         return replace(self, op="depthwise", then=None)
@@ -261,6 +271,8 @@ def _convolution(
     image, filters = Outline.of(x), Outline.of(weight)
     size = geometry.output_size(image.shape[2:], filters.shape[2:])
     y = Outline.dense((image.shape[0], filters.shape[0], *size), image)
+    if filters.dtype is torch.int8:
+        y = y._replace(dtype=torch.uint8)
     after, added = _or_none(bias), _or_none(residual)
     return Case(op, image, filters, y, geometry, bias=after, residual=added, activation=activation)
 

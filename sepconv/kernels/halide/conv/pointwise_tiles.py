@@ -71,7 +71,7 @@ def build(spec: TileSpec) -> tuple[Any, list[Any]]:
     sums, out = hl.Func("sums"), hl.Func("pointwise_tiles")
     steps = [hl.ExternFuncArgument(hl.Expr(count)) for count in (spec.channels // spec.depth, 2 * spec.depth)]
     given = [hl.ExternFuncArgument(x), hl.ExternFuncArgument(weight), *steps]
-    sums.define_extern(amx.BF16, given, hl.Float(32), [o, p], hl.NameMangling.C)
+    sums.define_extern(amx.BF16.name, given, hl.Float(32), [o, p], hl.NameMangling.C)
 
     result, arguments = sums[o, p] + bias[o], [share, x, weight, bias]
     if spec.residual:

@@ -137,10 +137,11 @@ def _define_runtime(code: bytes) -> None:
         llvm.define("halide_do_par_for", threads.loop())
         _defined.add("halide_do_par_for")
         _define_memory()
-    if amx.BF16.encode() in code:
-        if amx.missing():
-            raise RuntimeError(amx.missing())
-        amx.define()
+    for stage in amx.STAGES:
+        if stage.name.encode() in code:
+            if amx.missing(stage):
+                raise RuntimeError(amx.missing(stage))
+            amx.define(stage)
     unknown = sorted({name.decode() for name in _CALLED.findall(code)} - _defined)
     if unknown:
         raise RuntimeError(f"the code calls {', '.join(unknown)}, for which there is no function")

@@ -84,14 +84,15 @@ def pack(weight: Tensor, panel: int, block: int, multiplier: int = 1) -> Tensor:
 
 
 def pack_tiles(weight: Tensor, depth: int, tile: int = 16) -> Tensor:
-    """(O, C, 1, ...) of 16 bits -> (O / tile, C / depth, depth / 2, tile, 2): pairs of channels of ``tile`` outputs.
+    """(O, C, 1, ...) of 16 or 8 bits -> (O / tile, C / depth, depth / group, tile, group).
 
-    Zeros after the last output channel; ``depth`` channels, a divisor of C, are one step of a product of tiles.
+    A group is as many channels as lie in 32 bits. Zeros after the last output channel; ``depth`` channels, a divisor of
+    C, are one step of a product of tiles.
     """
-    length, channels = weight.shape[:2]
+    (length, channels), group = weight.shape[:2], 4 // weight.element_size()
     rows = weight.new_zeros(-(-length // tile) * tile, channels)
     rows[:length] = weight.detach().reshape(length, channels)
-    return rows.view(-1, tile, channels // depth, depth // 2, 2).permute(0, 2, 3, 1, 4).contiguous()
+    return rows.view(-1, tile, channels // depth, depth // group, group).permute(0, 2, 3, 1, 4).contiguous()
 
 
 def pack_bias(bias: Tensor | None, weight: Tensor) -> Tensor:

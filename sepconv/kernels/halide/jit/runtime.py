@@ -87,8 +87,10 @@ _cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
-def compiled(key: Hashable, build: Build) -> Kernel:
+def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
     """The kernel for ``key``, compiled on first use; the thread count is brought up to date as well.
+
+    ``old`` code does without the processor's products of bytes; ``key`` says so, too.
 
     ``key`` must hold everything that ``build`` depends on, apart from the target and from :func:`parallel`, and be
     equal in writing in every process: its code is kept on disk. ``build()`` returns the output Func and the arguments
@@ -104,18 +106,18 @@ def compiled(key: Hashable, build: Build) -> Kernel:
                 _cache.popitem(last=False)
         else:
             _cache.move_to_end(place)
-    kernel = entry.kernel or _load(entry, place, build)
+    kernel = entry.kernel or _load(entry, place, build, old)
     threads.follow_torch()
     return kernel
 
 
-def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build) -> Kernel:
+def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build, old: bool) -> Kernel:
     with forks.undivided(), entry.lock:
         if entry.error is not None:
             raise entry.error
         if entry.kernel is None:
             try:
-                entry.kernel = Kernel(_object_code(place, build), _name(place[0]))
+                entry.kernel = Kernel(_object_code(place, build, old_target() if old else target()), _name(place[0]))
             except OSError as error:  # a disk may have room again later
                 raise BuildError(f"Halide cannot build {place[0]}: {error}") from error
             except (hl.HalideError, RuntimeError) as error:
@@ -129,13 +131,13 @@ def _name(key: Hashable) -> str:
     return str(key[0]) if type(key) is tuple else key if isinstance(key, str) else type(key).__name__
 
 
-def _object_code(place: tuple[Hashable, bool], build: Build) -> bytes:
+def _object_code(place: tuple[Hashable, bool], build: Build, machine: Any) -> bytes:
     """From disk where it was kept there, else compiled and kept."""
-    file = code_cache.path(place, str(target()))
+    file = code_cache.path(place, str(machine))
     code = None if file is None else code_cache.read(file)
     if code is None:
         func, arguments = build()
-        code = machine_code.compile_object(hl.Pipeline(func), arguments, target())
+        code = machine_code.compile_object(hl.Pipeline(func), arguments, machine)
         if file is not None:
             code_cache.write(file, code)
     return code
@@ -183,6 +185,22 @@ def target() -> Any:
     host = hl.get_host_target()
     features = (hl.TargetFeature.NoRuntime, hl.TargetFeature.NoAsserts, hl.TargetFeature.UserContext)
     return reduce(lambda made, feature: made.with_feature(feature), features, host)
+
+
+_PRODUCTS_OF_BYTES = ("AVX512_Zen4", "AVX512_Zen5", "AVX512_SapphireRapids", "AVX10_1", "AVXVNNI")
+
+
+def multiplies_bytes() -> bool:
+    """Whether the processor adds up products of four bytes at a time (VNNI), and Halide knows how."""
+    zen4 = ("AVX512_Zen4", "AVX512_Zen5", "AVX512_SapphireRapids")
+    return any(target().has_feature(getattr(hl.TargetFeature, name)) for name in zen4)
+
+
+@lru_cache(maxsize=1)
+def old_target() -> Any:
+    """The same machine without products of bytes, as others like it are."""
+    features = [getattr(hl.TargetFeature, name) for name in _PRODUCTS_OF_BYTES]
+    return reduce(lambda made, feature: made.without_feature(feature), features, target())
 
 
 @forks.in_child

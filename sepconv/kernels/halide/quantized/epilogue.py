@@ -1,0 +1,177 @@
+"""What becomes of the sums of a quantised convolution: scaled, with residual and activation, and quantised again.
+
+Every step is rounded as ``reference.quantized_conv`` says, so that results are equal in every bit. x's zero point is
+taken off with the bias: ``sum of (x - zero) * w`` is ``sum of x * w - zero * sum of w``, if padding holds the zero
+point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.activations import ACTIVATIONS
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.conv.gemm import dense
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.buffers import Buffer, buffer
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.layout import pixel_step
+
+KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
+"""Numbers of x, y and residual."""
+# In the order in which kernels are given them.
+_NAMES = ("low", "high", "inverse", "zero", "residual_zero", "residual_scale", "x_zero", "x_inverse")
+# Added to a number of less than 22 bits it leaves the nearest whole one in the last bits, of two as near the even one.
+# The bits of a larger sum are more, and those of a smaller one less, as signed numbers of 32 bits.
+_ROUNDS = 1.5 * 2.0**23
+_ROUNDS_BITS = 0x4B400000
+_SMALLEST = -1e9
+
+
+class Epilogue(NamedTuple):
+    """What the code depends on; ``residual`` is the kind of its numbers, "" where there is none."""
+
+    activation: str
+    residual: str
+    out: str
+
+    @classmethod
+    def of(cls, case: Case) -> Epilogue:
+        residual = "" if case.residual is None else KINDS[case.residual.dtype]
+        return cls(case.activation, residual, KINDS[case.y.dtype])
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Between which the activation keeps its input and does nothing else, where that can be left to the rounding:
+        a limit of float32 numbers, all of which are numbers, becomes one of bytes."""
+        if self.out == "float32" or self.residual == "float32":
+            return None
+        return ACTIVATIONS[self.activation].limits if self.activation else (-math.inf, math.inf)
+
+
+def halide_type(kind: str) -> Any:
+    return {"float32": hl.Float(32), "uint8": hl.UInt(8)}[kind]
+
+
+class Constants:
+    """The parameters of a kernel that belong to its sums: bias, scale and numbers, as :func:`pack` makes them."""
+
+    def __init__(self, outputs: int, prefix: str = "") -> None:
+        self.bias = hl.ImageParam(hl.Int(32), 1, f"{prefix}bias")
+        self.scale = hl.ImageParam(hl.Float(32), 1, f"{prefix}scale")
+        self._numbers = hl.ImageParam(hl.Float(32), 1, f"{prefix}numbers")
+        dense(self.bias, outputs)
+        dense(self.scale, outputs)
+        dense(self._numbers, len(_NAMES))
+        self.parameters = [self.bias, self.scale, self._numbers]
+
+    def number(self, name: str) -> Any:
+        return self._numbers[_NAMES.index(name)]
+
+    def byte(self, name: str) -> Any:
+        return hl.cast(hl.UInt(8), self.number(name))
+
+
+def finished(spec: Epilogue, sums: Any, o: Any, given: Constants, residual: Any = None) -> Any:
+    """What is stored for the sums of output channel ``o``."""
+    value = hl.cast(hl.Float(32), sums) * given.scale[o]
+    if spec.residual == "uint8":
+        value += (hl.cast(hl.Float(32), residual) - given.number("residual_zero")) * given.number("residual_scale")
+    elif spec.residual:
+        value += residual
+    if spec.limits is None:
+        value = ACTIVATIONS[spec.activation].expression(hl, value)
+    if spec.out == "float32":
+        return hl.strict_float(value)
+    scaled = hl.strict_float(value * given.number("inverse"))
+    if spec.residual == "float32":
+        scaled = _without_nan(scaled)
+    return _rounded(scaled, given.number("low"), given.number("high"), given.byte("zero"))
+
+
+def _without_nan(value: Any) -> Any:
+    return hl.strict_float(hl.select(value > hl.f32(_SMALLEST), value, hl.f32(_SMALLEST)))
+
+
+def _rounded(scaled: Any, low: Any, high: Any, zero: Any) -> Any:
+    """The byte for a float32 number: the nearest whole one, not beyond ``low`` and ``high``, and the zero point."""
+    bits = hl.reinterpret(hl.Int(32), hl.strict_float(scaled + hl.f32(_ROUNDS)))
+    least, most = (hl.cast(hl.Int(32), limit) + hl.i32(_ROUNDS_BITS) for limit in (low, high))
+    # The last byte of what was added for rounding is 0.
+    return hl.cast(hl.UInt(8), hl.min(hl.max(bits, least), most)) + zero
+
+
+def quantized_image(value: Any, given: Constants) -> Any:
+    """The byte for a number of a float32 x."""
+    zero = given.number("x_zero")
+    scaled = _without_nan(hl.strict_float(value * given.number("x_inverse")))
+    return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
+
+
+def pack(
+    spec: Epilogue, weight: Tensor, bias: Tensor | None, scale: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bias, scale and numbers for :class:`Constants`, copied."""
+    x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = numbers.double().tolist()
+    low, high = (_byte(limit * numbers[3], zero) for limit in spec.limits or (-math.inf, math.inf))
+    given = {
+        "low": low, "high": high,
+        "inverse": inverse, "zero": zero, "residual_zero": residual_zero, "residual_scale": residual_scale,
+        "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
+    }  # fmt: skip
+    sums = -int(x_zero) * weight.detach().long().flatten(1).sum(1)
+    offset = sums if bias is None else sums + bias.detach().long()
+    return offset.int(), scale.detach().clone(), torch.tensor([given[name] for name in _NAMES])
+
+
+def _byte(limit: Tensor, zero: float) -> float:
+    """The whole number that a limit of numbers becomes, before the zero point is added."""
+    return limit.round().clamp(-zero, 255 - zero).item()
+
+
+def buffers(tensors: Sequence[Tensor]) -> list[Buffer]:
+    return [buffer(tensor) for tensor in tensors]
+
+
+def unsuitable(case: Case) -> str:
+    """Why no kernel of this folder can compute a case, in a sentence; the empty string if one may."""
+    if not case.quantized:
+        return f"the kernel multiplies by weights of int8 but got {case.weight.dtype}"
+    if not case.bound:
+        return "the kernel is bound to memory by compile"
+    if not case.result.elements:
+        return "the result is empty"
+    if case.which != "forward":
+        return "there are no gradients of whole numbers"
+    images = [image for image in (case.x, case.residual, case.result) if image is not None]
+    weights = [case.weight] if case.bias is None else [case.weight, case.bias]
+    return (
+        runtime.missing()
+        or runtime.unsuitable(*images, numbers=tuple(KINDS))
+        or runtime.unsuitable(*weights, numbers=(torch.int8, torch.int32))
+    )
+
+
+def no_pixels(case: Case) -> str:
+    """Why an image is not one of pixels with their channels side by side."""
+    x = case.x
+    if x.dims != 2:
+        return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
+    if x.stride[1] != 1 or (x.shape[1] > 1 and x.stride[3] == 1 and x.shape[3] > 1):
+        return f"the kernel reads channels_last images only (strides {x.stride})"
+    if not pixel_step(case.result.shape, case.result.stride):
+        return f"the kernel writes channels_last images only (strides {case.result.stride})"
+    return ""
+
+
+def prepare(case: Case) -> Callable[..., Tensor]:
+    """
+    Raises:
+        TypeError: always: quantised convolutions are bound to memory.
+    """
+    raise TypeError(f"a quantised {case.op} convolution is bound to memory, not called")

@@ -1,0 +1,231 @@
+"""Separable convolution of bytes in one pass: depthwise, quantised to bytes, then the product (channels_last).
+
+A few output rows are filtered into a scratch array that stays in the cache, pixel after pixel, and the product reads
+them there. Image size, rows per tile and batch are not compiled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.machine_code import Bound, Chain
+from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.quantized import epilogue, filters, product
+from sepconv.kernels.halide.quantized.depthwise import channels_inside
+from sepconv.kernels.halide.quantized.epilogue import Constants, Epilogue
+from sepconv.kernels.halide.quantized.filters import FilterSpec, Filtered
+from sepconv.kernels.halide.quantized.product import Product
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.layout import pixel_step
+
+# Pixels of a tile: so many that reading the weights takes a small part of multiplying by them.
+_PIXELS = 192
+
+
+class SeparableSpec8(NamedTuple):
+    """All that the code of one kernel depends on."""
+
+    filter: FilterSpec
+    between: Epilogue
+    product: Product
+    epilogue: Epilogue
+
+
+class Tiles8(NamedTuple):
+    """What one call computes: so many tiles of so many groups of rows each, from a group on; ``rows``: of a tile."""
+
+    tiles: int
+    parts: int
+    first: int
+    rows: int
+    share: int
+
+
+class SeparablePlan8(NamedTuple):
+    """The kernel for one input; ``before``: padding (top, left)."""
+
+    spec: SeparableSpec8
+    width: int
+    before: tuple[int, int]
+    calls: tuple[Tiles8, ...]
+
+    @property
+    def variant(self) -> tuple[FilterSpec, Product, tuple[Epilogue, Epilogue]]:
+        """What packed weights depend on besides their numbers."""
+        return self.spec.filter, self.spec.product, (self.spec.between, self.spec.epilogue)
+
+
+def build(spec: SeparableSpec8) -> tuple[Any, list[Any]]:
+    """The pipeline; arguments: width, groups of rows per tile, first group, tiles per thread, top and left padding, x,
+    filters, weights, bias, scale and numbers of both, [residual]. The output is channel, pixel in tile, tile, image."""
+    names = ("width", "parts", "first", "share", "top", "left")
+    width, parts, first, share, top, left = (hl.Param(hl.Int(32), name) for name in names)
+    given, multiply = spec.filter, spec.product
+    x = channels_inside(hl.ImageParam(hl.UInt(8), 4, "x"), given.channels // given.multiplier)
+    taps, weight = filters.weight_param(given, "taps"), product.weight_param(multiply)
+    inner, outer = Constants(given.channels, "depthwise_"), Constants(multiply.outputs)
+    stages = filters.filtered(given, x, [taps, inner.bias], (top, left), inner.byte("x_zero"))
+    o, q, t, n = at = [hl.Var(name) for name in ("o", "q", "t", "n")]
+    hidden, place = _hidden(spec, stages, inner, (width, parts, first), at[1:])
+
+    sums, k = product.sums_of(multiply, hidden, weight, at, outer.bias)
+    arguments, residual = [x, taps, weight, *inner.parameters, *outer.parameters], None
+    if spec.epilogue.residual:
+        added = channels_inside(hl.ImageParam(epilogue.halide_type(spec.epilogue.residual), 4, "residual"), multiply.outputs)
+        arguments.append(added)
+        residual = added[at]
+    out = hl.Func("separable8")
+    whole = product.whole_sums(multiply, sums, at, outer.bias)
+    out[at] = epilogue.finished(spec.epilogue, whole, o, outer, residual)
+    channels_inside(out.output_buffer(), multiply.outputs)
+
+    task = _schedule_product(spec, share, out, sums, k)
+    hidden.compute_at(out, task)
+    _schedule_hidden(spec, hidden, place, stages)
+    return out, [width, parts, first, share, top, left, *arguments]
+
+
+def _hidden(spec: SeparableSpec8, stages: Filtered, inner: Constants, walk: tuple[Any, ...], at: list[Any]) -> Any:
+    """The bytes between the two convolutions, ``hidden[channel, pixel in tile, tile, image]``, and the loops that make
+    them. The last vectors of channels and columns overlap those before; rows below the image are made and not read."""
+    (width, parts, first), (q, t, n), given = walk, at, spec.filter
+    vectors = -(-given.channels // given.block)
+    steps = (width + given.columns - 1) // given.columns
+    extents = (given.lanes, given.columns, given.rows, steps, given.block // given.lanes, vectors, parts)
+    place = hl.RDom([hl.Range(0, extent) for extent in extents], "place")
+    lane, column_in, within, step, vector, block, part_in = (place[i] for i in range(7))
+    channel = hl.min(block * given.block, given.channels - given.block) + vector * given.lanes + lane
+    column = hl.min(step * given.columns, width - given.columns) + column_in
+    part = first + t * parts + part_in
+    k, hidden = hl.Var("k"), hl.Func("hidden")
+    hidden[k, q, t, n] = hl.undef(spec.product.row_type)
+    made = epilogue.finished(spec.between, stages.sums[channel, column, within, part, n], channel, inner)
+    hidden[channel, column + width * (part_in * given.rows + within), t, n] = hl.cast(spec.product.row_type, made)
+    return hidden, place
+
+
+def _schedule_product(spec: SeparableSpec8, share: Any, out: Any, sums: Any, k: Any) -> Any:
+    """Loops: tile, block of output channels, step of pixels; returns the loop that makes one tile."""
+    multiply, (o, q, t, n) = spec.product, out.args()
+    block, o_in, step, q_in, task = (hl.Var(name) for name in ("block", "o_in", "step", "q_in", "task"))
+    ragged = multiply.outputs % multiply.wide
+    out.bound(o, 0, multiply.outputs)
+    out.split(o, block, o_in, multiply.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    out.split(q, step, q_in, multiply.tall, hl.TailStrategy.ShiftInwards)
+    out.reorder(o_in, q_in, step, block, t, n).fuse(t, n, task).never_partition([task, step, block])
+    out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
+    runtime.share(out, task, share)
+    product.schedule(multiply, sums.compute_at(out, step), k, [o, q])
+    return task
+
+
+def _schedule_hidden(spec: SeparableSpec8, hidden: Any, place: Any, stages: Filtered) -> None:
+    lane, column_in, within, step, vector, block, part_in = (place[i] for i in range(7))
+    hidden.bound_extent(hidden.args()[0], max(spec.product.whole, spec.filter.channels))
+    fill = hidden.update()
+    # Each result has a place of its own, which Halide cannot see; where vectors overlap they hold the same values.
+    fill.allow_race_conditions().reorder(lane, column_in, within, step, vector, block, part_in)
+    fill.vectorize(lane).unroll(column_in).unroll(within).never_partition([step, vector, block, part_in])
+    stages.sums.compute_at(hidden, step)
+    stages.beside.compute_at(hidden, block)
+    filters.schedule(spec.filter, stages)
+
+
+def plan(case: Case) -> SeparablePlan8:
+    """The kernel and its schedule for such tensors."""
+    return planned(case, product.ways()[0])
+
+
+def planned(case: Case, way: str) -> SeparablePlan8:
+    """The kernel that multiplies in one of ``product.ways()``."""
+    then = case.then
+    assert then is not None
+    given = filters.spec(case.first, product.PAIRS if way == product.PAIRS else product.QUADS)
+    images, outputs, height, width = then.y.shape
+    parts = -(-height // given.rows)
+    most = max(1, -(-_PIXELS // (width * given.rows)))
+    if case.threads > images:
+        most = min(most, -(-parts // -(-case.threads // images)))
+    tiles = -(-parts // most)
+    each = -(-parts // tiles)
+    whole, left = divmod(height, each * given.rows)
+    calls = [Tiles8(whole, each, 0, each * given.rows, runtime.per_thread(images * whole, case.threads))] * (whole > 0)
+    if left:
+        calls.append(Tiles8(1, -(-left // given.rows), whole * each, left, runtime.per_thread(images, case.threads)))
+    multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * width)
+    spec = SeparableSpec8(given, Epilogue(case.activation, "", "uint8"), multiply, Epilogue.of(then))
+    (top, _), (before, _) = case.geometry.padding
+    return SeparablePlan8(spec, width, (top, before), tuple(calls))
+
+
+def supports(case: Case) -> str:
+    """Why this kernel cannot run, in a sentence; the empty string if it can."""
+    then = case.then
+    assert then is not None
+    return epilogue.unsuitable(case) or epilogue.unsuitable(then) or epilogue.no_pixels(case)
+
+
+def slower(case: Case) -> str:
+    """Never: what lies between is never written to memory."""
+    return ""
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """The schedule in words and numbers."""
+    found = plan(case)
+    return {
+        "layout": "channels_last",
+        **product.describe(found.spec.product),
+        "rows": [call.rows for call in found.calls],
+        "depthwise_lanes": found.spec.filter.lanes,
+    }
+
+
+def pack(found: SeparablePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
+    """Copies of filters, weights, biases, scales and numbers as the kernel takes them."""
+    taps, weight, first_bias, bias, first_scale, scale, first_numbers, numbers = weights
+    assert taps is not None
+    assert weight is not None
+    assert first_scale is not None
+    assert scale is not None
+    assert first_numbers is not None
+    assert numbers is not None
+    spec = found.spec
+    rows = weight.reshape(spec.product.outputs, spec.product.terms)
+    first = epilogue.pack(spec.between, taps, first_bias, first_scale, first_numbers)
+    second = epilogue.pack(spec.epilogue, weight, bias, scale, numbers)
+    packed = [filters.pack(spec.filter, taps), product.pack(spec.product, rows)]
+    return [*packed, *epilogue.buffers([*first, *second])]
+
+
+def bind(found: SeparablePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound | Chain:
+    """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory."""
+    images = check_pixels("separable.bind", out, residual)
+    spec = found.spec
+    kernel = product.compiled(spec.product, ("separable8", spec), lambda: build(spec))
+    calls = []
+    for call in found.calls:
+        views = [_tiles(image, call) for image in images]
+        numbers = (found.width, call.parts, call.first, call.share, *found.before)
+        calls.append(kernel.bind(*numbers, pixels(x), *packed, *views))
+    return calls[0] if len(calls) == 1 else Chain(calls)
+
+
+def _tiles(image: Tensor, call: Tiles8) -> Buffer:
+    """(N, O, Ho, Wo) from the first row of a call on as (N, tile, pixel in tile, O)."""
+    images, channels, height, width = image.shape
+    step = pixel_step(image.shape, image.stride())
+    first = (height - call.rows) if call.first else 0
+    shape = (images, call.tiles, call.rows * width, channels)
+    strides = (height * width * step, call.rows * width * step, step, 1)
+    return Buffer(shape, strides, image.data_ptr() + first * width * step * image.element_size(), CODES[image.dtype], image)
+
+
+prepare = epilogue.prepare

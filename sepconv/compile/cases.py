@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from sepconv.compile.groups import (
     WindowPool,
 )
 from sepconv.compile.numbers import NumberType
-from sepconv.compile.store import Constant
+from sepconv.compile.quantized import later, quantized_constants
+from sepconv.compile.store import Constant, QuantizedConstant
 from sepconv.kernels import case
 from sepconv.kernels.case import Case, Outline
 
@@ -37,6 +38,7 @@ class WeightNumbers(NamedTuple):
 _PLAIN = WeightNumbers(torch.float32, torch.float32)
 # By the numbers of the image: what kernels may want, tried in this order.
 _WANTED = {
+    torch.uint8: (WeightNumbers(torch.int8, torch.int32),),
     torch.bfloat16: (
         WeightNumbers(torch.bfloat16, torch.float32),
         _PLAIN,
@@ -45,11 +47,20 @@ _WANTED = {
 }
 
 
+def is_quantized(group: Convolution | SeparableGroup) -> bool:
+    """Whether its weights are whole numbers, and the model rounds what lies between two convolutions."""
+    if isinstance(group, SeparableGroup):
+        return is_quantized(group.depthwise) and is_quantized(group.pointwise) and group.between is not None
+    return isinstance(group.weight, QuantizedConstant)
+
+
 def cases_of(group: ComputedGroup, read: Sequence[Outline], out: Outline) -> list[Case]:
     """A group on such tensors, with its weights in each kind of numbers that a kernel may take them in."""
     if not isinstance(group, (Convolution, SeparableGroup)):
         return [_without_weights(group, read, out).into(out)]
     wanted = _WANTED.get(read[0].dtype, (_PLAIN,))
+    if read[0].dtype is torch.uint8 and not is_quantized(group):
+        return []
     return [_with_weights(group, read, numbers).into(out) for numbers in wanted]
 
 
@@ -90,6 +101,8 @@ def _without_weights(group: ComputedGroup, read: Sequence[Outline], out: Outline
 def constants_of(group: ComputedGroup, known: Case, numbers: Sequence[NumberType]) -> tuple[Constant | None, ...]:
     """What is packed for a case, in the order in which its kernel takes it; ``numbers``: of what is read, then of the
     result."""
+    if isinstance(group, (Convolution, SeparableGroup)) and known.quantized:
+        return quantized_constants(group, numbers)
     if isinstance(group, SeparableGroup):
         assert known.then is not None
         first, second = _stored(group.depthwise, known), _stored(group.pointwise, known.then)
@@ -110,7 +123,7 @@ def _stored(conv: Convolution, known: Case) -> tuple[Constant | None, Constant |
 def _cast(constant: Constant | None, dtype: torch.dtype | None) -> Constant | None:
     if constant is None or dtype is None or constant.number.storage is dtype:
         return constant
-    return _later(("as", str(dtype), constant.key), partial(_as, constant, dtype))
+    return later(("as", str(dtype), constant.key), partial(_as, constant, dtype))
 
 
 def _as(constant: Constant, dtype: torch.dtype) -> Tensor:
@@ -120,8 +133,4 @@ def _as(constant: Constant, dtype: torch.dtype) -> Tensor:
 def _table(numbers: Sequence[NumberType]) -> Constant:
     """Scale and zero point of every tensor, one row each."""
     rows = tuple((number.scale or 1.0, float(number.zero_point)) for number in numbers)
-    return _later(("numbers", rows), lambda: torch.tensor(rows, dtype=torch.float32))
-
-
-def _later(key: tuple[object, ...], make: Callable[[], Tensor]) -> Constant:
-    return Constant(make(), key, make)
+    return later(("numbers", rows), lambda: torch.tensor(rows, dtype=torch.float32))

@@ -89,7 +89,8 @@ def lower_group(group: ComputedGroup, read: Sequence[TensorForm], out: TensorFor
         _lower_case(KernelGroup(group, numbers), known, choice)
         for known in cases_of(group, [_outline(form) for form in read], _outline(out))
     ]
-    return next((found for found in lowered if found.kernels), lowered[0])
+    unknown = Lowered(TORCH, "its weights are not quantised")
+    return next((found for found in lowered if found.kernels), lowered[0] if lowered else unknown)
 
 
 class KernelGroup(NamedTuple):

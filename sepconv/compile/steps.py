@@ -303,7 +303,8 @@ class _Walk:
         )
         work = Operation(operation.target, args, kwargs, tuple(outs) if several else None, refused(node) or NO_KERNEL)
         self.written.step(work, read, list(outs.values()))
-        return outs if several else outs[0]
+        kept = stored_as(node)
+        return outs if several else outs[0] if kept is None else self.written.converted(outs[0], kept)
 
     def _as_computed(self, node: fx.Node) -> ValueLook | Several:
         """A value in the numbers that the model computes with."""

@@ -49,6 +49,18 @@ class Constant:
         return found
 
 
+class QuantizedConstant(Constant):
+    """A weight that is ``whole * scale``: numbers of int8, and a float32 factor for each output channel."""
+
+    def __init__(self, whole: Constant, scale: Constant, key: Hashable) -> None:
+        self.whole, self.scale = whole, scale
+        super().__init__(self._multiplied(), key, self._multiplied)
+
+    def _multiplied(self) -> Tensor:
+        whole = self.whole.tensor
+        return whole * self.scale.tensor.view(-1, *[1] * (whole.dim() - 1))
+
+
 class Store:
     """Constants by key, shared by all graphs of a model and dropped with the last of them that uses one."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from sepconv.compile.passes.absorb import absorb
+from sepconv.compile.passes.absorb import absorb, pair
 from sepconv.compile.passes.constants import fold_constants
 from sepconv.compile.passes.elementwise import fuse_elementwise
 from sepconv.compile.passes.precision import store_in_bfloat16
+from sepconv.compile.passes.quantize import keep_quantized
 from sepconv.compile.passes.recognise import recognise
 from sepconv.compile.passes.strides import keep_strides
 from sepconv.compile.passes.trim import trim
@@ -26,5 +27,8 @@ def rewrite(graph: fx.Graph, store: Store, precision: str = FLOAT32) -> None:
     absorb(graph, store)
     graph.eliminate_dead_code()
     fuse_elementwise(graph, store)
+    keep_quantized(graph)
+    pair(graph)
+    graph.eliminate_dead_code()
     if precision == BFLOAT16:
         store_in_bfloat16(graph)

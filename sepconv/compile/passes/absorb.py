@@ -28,6 +28,8 @@ from sepconv.compile.passes.nodes import (
     refuse,
     replace,
     shape,
+    store_as,
+    stored_as,
     swap,
     undo,
     undo_on_tensor,
@@ -58,7 +60,6 @@ def absorb(graph: fx.Graph, store: Store) -> None:
                 _absorb_residual(node)
         elif activation_of(node):
             _absorb_activation(node)
-    _pair(graph)
 
 
 def _absorb_pads(graph: fx.Graph) -> None:
@@ -294,8 +295,8 @@ def _absorb_residual(node: fx.Node) -> None:
         return
 
 
-def _pair(graph: fx.Graph) -> None:
-    """Depthwise convolutions of images and the pointwise ones behind them."""
+def pair(graph: fx.Graph) -> None:
+    """Depthwise convolutions of images and the pointwise ones behind them become one group, in place."""
     for node in list(graph.nodes):
         pointwise = group_of(node, Convolution)
         if pointwise is None or pointwise.kind != "pointwise":
@@ -304,4 +305,7 @@ def _pair(graph: fx.Graph) -> None:
         depthwise = group_of(source, Convolution)
         if depthwise is None or depthwise.kind != "depthwise" or depthwise.dims != 2 or len(source.users) > 1:
             continue
-        swap(node, SeparableGroup(depthwise, pointwise), (source.args[0], *node.args[1:]))
+        both = swap(node, SeparableGroup(depthwise, pointwise, stored_as(source)), (source.args[0], *node.args[1:]))
+        kept = stored_as(node)
+        if kept is not None:
+            store_as(both, kept)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.store import Constant, Store
+from sepconv.compile.store import Constant, QuantizedConstant, Store
+from sepconv.ops.quantized import FAKE_QUANTIZE, MOST
 
 # A constant operation whose result is larger than its inputs by this many numbers is left to run each time.
 _MOST_GROWTH = 1 << 20
@@ -28,6 +29,12 @@ def constant(node: object) -> Constant | None:
     return found if isinstance(found, Constant) else None
 
 
+def turned(node: object) -> QuantizedConstant | None:
+    """The weight that a node is the transpose of; None if it is none."""
+    found = node.meta.get("turned") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, QuantizedConstant) else None
+
+
 def fold_constants(graph: fx.Graph, store: Store) -> None:
     """Evaluate what depends on constants alone; ``node.meta["constant"]`` becomes a :class:`Constant`.
 
@@ -39,8 +46,36 @@ def fold_constants(graph: fx.Graph, store: Store) -> None:
         elif node.op == "call_function" and _foldable(node):
             with graph.inserting_before(node):
                 known = graph.get_attr(node.name)
-            known.meta.update(val=node.meta["val"], constant=store.get(_key(node), partial(_evaluate, node)))
+            made = _quantized(node, store) or store.get(_key(node), partial(_evaluate, node))
+            known.meta.update(val=node.meta["val"], constant=made)
+            if node.target is _aten.t.default:
+                known.meta["turned"] = constant(node.args[0])
             node.replace_all_uses_with(known)
+
+
+def _quantized(node: fx.Node, store: Store) -> QuantizedConstant | None:
+    """A weight on whole numbers around zero, a scale for each output channel; None if a node makes no such weight."""
+    if node.target is not FAKE_QUANTIZE:
+        return None
+    weight, scale, zero = map(constant, node.args[:3])
+    axis, *limits = node.args[3:]
+    if weight is None or scale is None or zero is None:
+        return None
+    if limits != [-MOST, MOST] or bool(zero.tensor.any()) or axis not in (0, -1):
+        return None
+    key = ("quantized", weight.key, scale.key, axis)
+    spread = scale if axis == 0 else store.derived((*key, "scale"), partial(_spread, weight, scale))
+    whole = store.derived((*key, "whole"), partial(_whole, weight, spread))
+    return store.keep(("constant", key), lambda: QuantizedConstant(whole, spread, key))
+
+
+def _spread(weight: Constant, scale: Constant) -> Tensor:
+    return scale.tensor.reshape(1).expand(weight.shape[0]).contiguous()
+
+
+def _whole(weight: Constant, scale: Constant) -> Tensor:
+    inverse = scale.tensor.float().reciprocal().view(-1, *[1] * (len(weight.shape) - 1))
+    return (weight.tensor.float() * inverse).round_().clamp_(-MOST, MOST).to(torch.int8)
 
 
 def _foldable(node: fx.Node) -> bool:

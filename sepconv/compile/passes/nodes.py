@@ -134,6 +134,11 @@ def called(node: object, *targets: object) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and calls else None
 
 
+def is_reshape(node: fx.Node) -> bool:
+    """Whether a node gives another shape to the same numbers, in a way that can be undone."""
+    return is_call(node, *_RESHAPES)
+
+
 def operands(node: fx.Node) -> tuple[tuple[object, object], tuple[object, object]]:
     """Both arguments of an operation that takes two, in either order."""
     first, second = node.args[0], node.args[1]

@@ -11,7 +11,7 @@ from torch import fx
 from sepconv.compile.groups import Convolution, Epilogue, GroupNormed, Pool, Resize, RowNorm
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
-from sepconv.compile.passes.constants import constant
+from sepconv.compile.passes.constants import constant, turned
 from sepconv.compile.passes.nodes import (
     NodeArguments,
     called,
@@ -189,8 +189,8 @@ def _linear(node: fx.Node) -> None:
     if offset is not None and tuple(offset.shape) != (matrix.shape[1],):
         return
     # Constant rows of another matrix keep their name through the key.
-    turned = Constant(matrix.tensor.t(), ("t", matrix.key))
-    swap(node, Convolution(turned, Epilogue(offset), Geometry.of_pixels(0)), (x,))
+    weight = turned(given["mat2"]) or Constant(matrix.tensor.t(), ("t", matrix.key))
+    swap(node, Convolution(weight, Epilogue(offset), Geometry.of_pixels(0)), (x,))
 
 
 def _pool(node: fx.Node) -> None:

@@ -20,6 +20,7 @@ from sepconv.compile.groups import (
     SeparableGroup,
     Shuffle,
     WindowPool,
+    rounds_inside,
 )
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.quantized import later, quantized_constants
@@ -35,10 +36,10 @@ class WeightNumbers(NamedTuple):
     bias: torch.dtype
 
 
-_PLAIN = WeightNumbers(torch.float32, torch.float32)
+_PLAIN, _WHOLE = WeightNumbers(torch.float32, torch.float32), WeightNumbers(torch.int8, torch.int32)
 # By the numbers of the image: what kernels may want, tried in this order.
 _WANTED = {
-    torch.uint8: (WeightNumbers(torch.int8, torch.int32),),
+    torch.uint8: (_WHOLE,),
     torch.bfloat16: (
         WeightNumbers(torch.bfloat16, torch.float32),
         _PLAIN,
@@ -58,8 +59,8 @@ def cases_of(group: ComputedGroup, read: Sequence[Outline], out: Outline) -> lis
     """A group on such tensors, with its weights in each kind of numbers that a kernel may take them in."""
     if not isinstance(group, (Convolution, SeparableGroup)):
         return [_without_weights(group, read, out).into(out)]
-    wanted = _WANTED.get(read[0].dtype, (_PLAIN,))
-    if read[0].dtype is torch.uint8 and not is_quantized(group):
+    wanted = _WANTED.get(torch.uint8 if rounds_inside(group) else read[0].dtype, (_PLAIN,))
+    if _WHOLE in wanted and not is_quantized(group):
         return []
     return [_with_weights(group, read, numbers).into(out) for numbers in wanted]
 

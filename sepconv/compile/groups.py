@@ -53,6 +53,7 @@ class Convolution:
     Attributes:
         weight: (O, C / groups, ...), batch norms and factors folded into it.
         fused: what became part of it, in order: "norm", "scale", "pad", "add" and names of activations.
+        reads: to which numbers the model rounds the image, where that is part of it.
     """
 
     weight: Constant
@@ -60,6 +61,7 @@ class Convolution:
     geometry: Geometry
     groups: int = 1
     fused: tuple[str, ...] = ()
+    reads: NumberType | None = None
 
     @property
     def constants(self) -> tuple[Constant | None, ...]:
@@ -122,6 +124,7 @@ class Convolution:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bias = None if self.epilogue.bias is None else self.epilogue.bias.tensor
+        x = x if self.reads is None else self.reads.rounded(x)
         if self.dims == 0:
             y = F.linear(x, self.weight.tensor, bias)
         else:
@@ -170,7 +173,7 @@ class SeparableGroup:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         hidden = self.depthwise(x)
         if self.between is not None:
-            hidden = self.between.decode(self.between.encode(hidden))
+            hidden = self.between.rounded(hidden)
         return self.pointwise(hidden, residual)
 
 
@@ -358,6 +361,14 @@ def conversion() -> Elementwise:
 
 
 _NO_NUMBERS = Constant(torch.zeros(0), ("numbers",))
+
+
+def rounds_inside(group: ComputedGroup) -> bool:
+    """Whether it rounds values that it computes with, so that a kernel must do so too."""
+    return (
+        isinstance(group, SeparableGroup | Convolution)
+        and (group.between if isinstance(group, SeparableGroup) else group.reads) is not None
+    )
 
 
 def keeps_numbers(group: ComputedGroup) -> bool:

@@ -36,6 +36,10 @@ class NumberType:
         steps = (values.float() * self.inverse).round() + self.zero_point
         return steps.clamp(_LOWEST, _HIGHEST).nan_to_num(0.0).to(self.storage)
 
+    def rounded(self, values: Tensor) -> Tensor:
+        """What is left of values that are stored so."""
+        return self.decode(self.encode(values))
+
     @property
     def inverse(self) -> float:
         """One over the scale, as a number of 32 bits."""

@@ -40,6 +40,7 @@ def quantized_constants(
 
 def _constants(conv: Convolution, x: NumberType, residual: Sequence[NumberType], y: NumberType) -> _Constants:
     weight, bias = conv.weight, conv.epilogue.bias
+    x = conv.reads or x
     if not isinstance(weight, QuantizedConstant) or x.scale is None:
         raise TypeError(f"no whole numbers in {conv.name}")
     scale = later(("scale", weight.key, x.scale), partial(_scale, weight, x.scale))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +23,8 @@ from sepconv.compile.groups import (
     Convolution,
     Elementwise,
     RowNorm,
+    SeparableGroup,
+    conversion,
     keeps_numbers,
     writes_channels,
 )
@@ -86,6 +89,14 @@ def _walked(graph: fx.Graph) -> _Walk:
 def _returned(like: Tensor) -> TensorForm:
     strides = like if has_no_gaps(like) else torch.empty(like.shape, device="meta")
     return form_of(like, strides, NumberType(like.dtype))
+
+
+class _Wanted(NamedTuple):
+    """The result of a group: its size, its numbers, and the place in a concatenation where it belongs."""
+
+    result: Tensor
+    number: NumberType
+    home: ValueLook | None = None
 
 
 class _Walk:
@@ -177,40 +188,59 @@ class _Walk:
         return several[_number(node)]
 
     def _group(self, node: fx.Node, group: ComputedGroup, read: list[ValueLook]) -> ValueLook:
+        same = all(look.number == read[0].number for look in read)
+        number = stored_as(node) or (read[0].number if same and keeps_numbers(group) else number_of(node))
+        wanted = _Wanted(value(node), number, self._home(node) if writes_channels(group) else None)
+        if isinstance(group, Elementwise) and group.is_conversion:
+            return self._conversion(group, read[0], wanted)
+        return self._computed(group, read, wanted)
+
+    def _computed(self, group: ComputedGroup, read: list[ValueLook], wanted: _Wanted) -> ValueLook:
         """What the kernel cannot read as it lies is copied first; what it cannot read or write in its numbers is
         converted."""
-        same = all(look.number == read[0].number for look in read)
-        wanted = stored_as(node) or (read[0].number if same and keeps_numbers(group) else number_of(node))
-        home = self._home(node) if writes_channels(group) else None
-        if isinstance(group, Elementwise) and group.is_conversion:
-            return self._conversion(group, read[0], wanted, home)
-        out = _result_strides(group, value(node), read) if home is None else home.meta
+        result, number, home = wanted
+        out = _result_strides(group, result, read) if home is None else home.meta
         likes, direct = _likes(group, read, out), self._reads_input(group, read[0])
         forms = [form_of(look.meta, like, look.number) for look, like in zip(read, likes, strict=True)]
         if direct is not None:
             forms[0] = self.given[direct]
-        storage = storage_for(group, forms, form_of(value(node), out, wanted))
+        storage = storage_for(group, forms, form_of(result, out, number))
+        if storage is None:
+            return self._in_turn(group, read, wanted)
         if direct is not None and storage.read[0] == read[0].number:
             self.direct = direct
             inputs = read
         else:
             changed = zip(read, storage.read, likes, strict=True)
-            inputs = [self.written.converted(look, number, like) for look, number, like in changed]
-        later = home is not None and home.number == wanted
+            inputs = [self.written.converted(look, kind, like) for look, kind, like in changed]
+        later = home is not None and home.number == number
         if home is None or home.number != storage.written:
-            home = self.written.new(value(node), dense(value(node)) if home is not None else out, storage.written)
+            home = self.written.new(result, dense(result) if home is not None else out, storage.written)
         [found] = self.written.step(group, inputs, [home], storage.note)
         # A scale is what the model says; other numbers are only a way to keep the value.
-        return found if wanted.scale is None or later else self.written.converted(found, wanted, found.meta)
+        return found if number.scale is None or later else self.written.converted(found, number, found.meta)
 
-    def _conversion(self, group: Elementwise, x: ValueLook, wanted: NumberType, home: ValueLook | None) -> ValueLook:
-        """The network's input as the caller holds it, where nothing else was read yet."""
-        direct = self._reads_input(group, x)
-        if x.number == wanted or direct is None:
-            home = home if home is not None and home.number == wanted else None
-            return self.written.converted(x, wanted) if home is None else self.written.put(x, home)
+    def _in_turn(self, group: ComputedGroup, read: list[ValueLook], wanted: _Wanted) -> ValueLook:
+        """A group that rounds in the middle and has no kernel, as two steps."""
+        if isinstance(group, SeparableGroup) and group.between is not None:
+            first = group.depthwise
+            size = first.geometry.output_size(read[0].meta.shape[2:], first.kernel_size)
+            hidden = torch.empty(len(read[0].meta), first.out_channels, *size, device="meta")
+            between = self._computed(first, read[:1], _Wanted(hidden, group.between))
+            return self._computed(group.pointwise, [between, *read[1:]], wanted)
+        if isinstance(group, Convolution) and group.reads is not None:
+            x = self._conversion(conversion(), read[0], _Wanted(read[0].meta, group.reads))
+            return self._computed(replace(group, reads=None), [x, *read[1:]], wanted)
+        raise TypeError(f"{group} is no group that rounds in the middle")
+
+    def _conversion(self, group: Elementwise, x: ValueLook, wanted: _Wanted) -> ValueLook:
+        """Of the network's input as the caller holds it, where nothing else was read yet."""
+        direct, number, home = self._reads_input(group, x), wanted.number, wanted.home
+        if x.number == number or direct is None:
+            home = home if home is not None and home.number == number else None
+            return self.written.converted(x, number) if home is None else self.written.put(x, home)
         self.direct = direct
-        out = self.written.new(x.meta, without_gaps_like(self.given[direct].meta), wanted)
+        out = self.written.new(x.meta, without_gaps_like(self.given[direct].meta), number)
         return self.written.step(group, [x], [out])[0]
 
     def _home(self, node: fx.Node) -> ValueLook | None:

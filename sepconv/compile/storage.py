@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from sepconv.compile.groups import ComputedGroup
+from sepconv.compile.groups import ComputedGroup, rounds_inside
 from sepconv.compile.lower import TORCH, lower_group
 from sepconv.compile.numbers import BFLOAT16, FLOAT32, NumberType
 from sepconv.compile.program import TensorForm
@@ -30,13 +30,16 @@ class Storage(NamedTuple):
     note: str = ""
 
 
-def storage_for(group: ComputedGroup, read: Sequence[TensorForm], out: TensorForm) -> Storage:
-    """How a group is computed on such edges; ``out`` has the numbers that its result is wanted in."""
+def storage_for(group: ComputedGroup, read: Sequence[TensorForm], out: TensorForm) -> Storage | None:
+    """How a group is computed on such edges; ``out`` has the numbers that its result is wanted in.
+
+    None for one that rounds in the middle and that no kernel computes: it is more than one step.
+    """
     given = tuple(form.number for form in read)
     plain = Storage((FLOAT32,) * len(given), FLOAT32)
     note = ""
     for storage in _ways(given, out.number, _pays(group, read, out)):
-        if storage == plain:
+        if storage == plain and not rounds_inside(group):
             break
         forms = [replace(form, number=number) for form, number in zip(read, storage.read, strict=True)]
         lowered = lower_group(group, forms, replace(out, number=storage.written))
@@ -44,6 +47,8 @@ def storage_for(group: ComputedGroup, read: Sequence[TensorForm], out: TensorFor
             lost = any(now == FLOAT32 != before for before, now in zip(given, storage.read, strict=True))
             return storage._replace(note=f"reads float32: {note}" if lost else "")
         note = note or lowered.reason
+    if rounds_inside(group):
+        return None
     return plain._replace(note=f"in float32: {note}" if note else "")
 
 

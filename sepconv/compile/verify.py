@@ -18,7 +18,7 @@ from sepconv.ops.schema import geometry_of
 
 # By the number type of a network's values, relative to the largest output. In most networks rounding differs by far
 # less; defects, and what the capture cannot see (NumPy code on the values, a random number), change results by more.
-AGREEMENT = {FLOAT32.storage: 1e-4, BFLOAT16.storage: 2.0**-8}
+AGREEMENT = {FLOAT32.storage: 1e-4, BFLOAT16.storage: 2.0**-8, torch.uint8: 2.0**-7}
 
 MOST = 1e-2
 """What is allowed at most where a network moves so much by rounding alone."""

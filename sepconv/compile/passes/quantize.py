@@ -7,16 +7,19 @@ still; which kernels multiply whole numbers, ``storage`` asks.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import fx
 
-from sepconv.compile.groups import ComputedGroup, conversion
+from sepconv.compile.groups import ComputedGroup, Convolution, conversion
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import (
     NodeArguments,
     called,
     calls,
+    group_of,
     is_reshape,
     replace,
     source,
@@ -24,6 +27,7 @@ from sepconv.compile.passes.nodes import (
     stored_as,
     swap,
 )
+from sepconv.compile.store import QuantizedConstant
 from sepconv.ops.quantized import FAKE_QUANTIZE, HIGH, LOW
 
 _CAT = torch.ops.aten.cat.default
@@ -48,6 +52,17 @@ def keep_quantized(graph: fx.Graph) -> None:
         else:
             known[x, number] = swap(node, conversion(), (x,))
             store_as(known[x, number], number)
+    for kept in known.values():
+        _read_at_once(kept)
+
+
+def _read_at_once(kept: fx.Node) -> None:
+    """Let the convolution that alone reads an input of the network round it as it reads."""
+    x, number, users = source(kept), stored_as(kept), list(kept.users)
+    conv = group_of(users[0], Convolution) if len(users) == 1 and x.op == "placeholder" else None
+    if conv is not None and isinstance(conv.weight, QuantizedConstant) and users[0].args == (kept,):
+        users[0].target = dataclasses.replace(conv, reads=number)
+        replace(kept, x)
 
 
 def _number_of(node: fx.Node) -> NumberType | None:

@@ -14,6 +14,9 @@ about before there is any memory. A kernel that was prepared for a case is calle
     elementwise               x, others, numbers
     row_norm, group_norm      x, weight, bias
 
+The last six read and write images of float32, bfloat16 and uint8, each its own. Where one of these (``Case.images``) is
+uint8, a last tensor ``numbers`` (float32) has a row (scale, zero point) for each of them, (1, 0) for one that is not.
+
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
 
@@ -217,6 +220,12 @@ class Case:
         after = () if self.then is None else self.then.given[1:]
         found = (*reads[self.which], self.bias, self.residual, *self.others, *after)
         return tuple(outline for outline in found if outline is not None and outline != NO_WEIGHT)
+
+    @property
+    def images(self) -> tuple[Outline, ...]:
+        """What is no constant: x, what is added or else read, and the result."""
+        read = (self.x, self.residual, *self.others, self.result)
+        return tuple(outline for outline in read if outline is not None)
 
     @property
     def kernel_size(self) -> Sizes:

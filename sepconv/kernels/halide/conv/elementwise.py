@@ -165,9 +165,9 @@ def describe(case: Case) -> dict[str, Any]:
 
 def pack(found: ElementwisePlan, numbers: Sequence[Tensor | None]) -> list[Buffer]:
     """The constant numbers, one that is not read where there are none; and the scales."""
-    [known], table = edges.split(numbers, found.spec.kinds)
+    [known] = edges.constants(found.spec.kinds, numbers)
     constants = torch.zeros(1) if known is None or not known.numel() else known.detach().float().contiguous()
-    return [buffer(constants), *edges.pack(found.spec.kinds, table)]
+    return [buffer(constants), *edges.pack(found.spec.kinds, numbers)]
 
 
 def _buffer(tensor: Tensor, size: tuple[int, ...], steps: tuple[int, ...], spread: bool) -> Buffer:

@@ -12,12 +12,13 @@ from sepconv.kernels import case
 from sepconv.kernels.case import Case, Geometry
 from sepconv.kernels.halide.conv import depthwise, pointwise
 
-MARGIN = 64
+MARGIN, POISON = 64, 173
 
 
-def image(shape: tuple[int, ...], channels_last: bool) -> Tensor:
+def image(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random numbers, as a view of the middle channels of a larger image."""
-    whole = torch.randn(shape[0], shape[1] + 3, *shape[2:])
+    size = (shape[0], shape[1] + 3, *shape[2:])
+    whole = torch.randn(size).to(dtype) if dtype.is_floating_point else torch.randint(0, 256, size, dtype=dtype)
     if channels_last:
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         whole = whole.contiguous(memory_format=formats[len(shape)])
@@ -25,15 +26,35 @@ def image(shape: tuple[int, ...], channels_last: bool) -> Tensor:
 
 
 def poisoned(like: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """An output full of NaN inside a larger memory full of NaN, and the check that nothing was written beside it."""
-    memory = torch.full((like.numel() + 2 * MARGIN,), torch.nan)
+    """An output full of NaN inside a larger memory full of NaN, and the check that nothing was written beside it.
+
+    Numbers without NaN are all ``POISON``.
+    """
+    poison = torch.nan if like.is_floating_point() else POISON
+    memory = torch.full((like.numel() + 2 * MARGIN,), poison, dtype=like.dtype)
     out = memory.as_strided(like.shape, like.stride(), MARGIN)
 
     def check() -> None:
         margins = torch.cat([memory[:MARGIN], memory[-MARGIN:]])
-        assert bool(margins.isnan().all())
+        assert bool((margins.isnan() if like.is_floating_point() else margins == POISON).all())
 
     return out, check
+
+
+def stored_as(values: Tensor, dtype: torch.dtype, steps: tuple[float, float]) -> Tensor:
+    """What is stored for float32 values, by the definition: each product rounded to float32, as float64 holds it."""
+    if dtype is not torch.uint8:
+        return values.to(dtype)
+    inverse = torch.tensor(1 / torch.tensor(steps[0], dtype=torch.float32).double().item(), dtype=torch.float32)
+    counts = (values.double() * inverse.double()).float().double().round() + steps[1]
+    return torch.where(counts.isnan(), 0.0, counts.clamp(0, 255)).to(torch.uint8)
+
+
+def value_of(stored: Tensor, steps: tuple[float, float]) -> Tensor:
+    """The float32 value of a stored number, by the definition."""
+    if stored.dtype is not torch.uint8:
+        return stored.float()
+    return ((stored.double() - steps[1]) * torch.tensor(steps[0], dtype=torch.float32).double()).float()
 
 
 def double(*tensors: Tensor | None) -> list[Tensor | None]:

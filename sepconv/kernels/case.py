@@ -19,6 +19,9 @@ as it is read, bias is int32, y and residual are uint8 or float32. Scales and ze
 get with the weights, and no part of the case: weight, bias, scale, numbers; of "separable" depthwise weight, pointwise
 weight, both biases, both scales, both numbers. Between its halves lies uint8.
 
+The last six read and write images of float32, bfloat16 and uint8, each its own. Where one of these (``Case.images``) is
+uint8, a last tensor ``numbers`` (float32) has a row (scale, zero point) for each of them, (1, 0) for one that is not.
+
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
 """
 
@@ -222,6 +225,12 @@ class Case:
         after = () if self.then is None else self.then.given[1:]
         found = (*reads[self.which], self.bias, self.residual, *self.others, *after)
         return tuple(outline for outline in found if outline is not None and outline != NO_WEIGHT)
+
+    @property
+    def images(self) -> tuple[Outline, ...]:
+        """What is no constant: x, what is added or else read, and the result."""
+        read = (self.x, self.residual, *self.others, self.result)
+        return tuple(outline for outline in read if outline is not None)
 
     @property
     def kernel_size(self) -> Sizes:

@@ -100,3 +100,7 @@ class Expression(NamedTuple):
         for term in self.terms:
             values.append(hl.strict_float(term.expression(hl, *[values[i] for i in term.arguments])))
         return values[-1]
+
+
+IDENTITY = Expression(1, 0, ())
+"""A tensor as it is: between numbers of two kinds, a conversion."""

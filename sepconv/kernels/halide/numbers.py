@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from sepconv.kernels.halide.jit.buffers import BITS16, FLOAT16, FLOAT32
+from sepconv.kernels.halide.jit.buffers import BITS8, BITS16, FLOAT16, FLOAT32
 from sepconv.kernels.halide.jit.runtime import hl
 
-CODES = {"float32": FLOAT32, "bfloat16": BITS16, "float16": FLOAT16}
+CODES = {"float32": FLOAT32, "bfloat16": BITS16, "float16": FLOAT16, "uint8": BITS8}
 """Kind -> how a buffer of such numbers is called. Halide would round a NaN of bfloat16, so that we use the bits."""
 DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, kind) for kind in CODES}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 def halide_type(kind: str) -> Any:
-    return {"float32": hl.Float(32), "bfloat16": hl.UInt(16), "float16": hl.Float(16)}[kind]
+    return {"float32": hl.Float(32), "bfloat16": hl.UInt(16), "float16": hl.Float(16), "uint8": hl.UInt(8)}[kind]
 
 
 def read(kind: str, stored: Any) -> Any:

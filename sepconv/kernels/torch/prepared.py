@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, GroupNormDetail, ResizeDetail, RowNormDetail, Window
 from sepconv.kernels.expression import Expression
-from sepconv.kernels.torch import aten
+from sepconv.kernels.torch import aten, numbers
 
 
 def depthwise(case: Case) -> Callable[..., Tensor]:
@@ -96,48 +96,78 @@ def separable(case: Case) -> Callable[..., Tensor]:
     return run
 
 
+_CONVERTED = (torch.bfloat16, torch.uint8)
+
+
+def _in_float32(case: Case, run: Callable[..., Tensor], moves: bool = False) -> Callable[..., Tensor]:
+    """``run``, where images have 16 or 8 bits of their values in float32.
+
+    ``moves``: of numbers that are all of one kind and count the same steps it takes those that are stored.
+    """
+    kinds = [image.dtype for image in case.images]
+    if not any(kind in _CONVERTED for kind in kinds):
+        return run
+    counted, read, result = torch.uint8 in kinds, len(kinds) - 1, kinds[-1]
+
+    def converted(*tensors: Tensor) -> Tensor:
+        table = tensors[-1] if counted else None
+        rest = tensors[read:-1] if counted else tensors[read:]
+        if moves and len(set(kinds)) == 1 and (table is None or bool((table == table[0]).all())):
+            return run(*tensors[:read], *rest)
+        steps = [None] * len(kinds) if table is None else list(table)
+        values = [numbers.read(tensor, steps[i]) for i, tensor in enumerate(tensors[:read])]
+        return numbers.write(run(*values, *rest), result, steps[-1])
+
+    return converted
+
+
 def pool(case: Case) -> Callable[..., Tensor]:
     keepdim = len(case.y.shape) > 2
     dims = list(range(2, len(case.x.shape)))
-    if case.detail == "length":
-        return lambda x: torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
-    return lambda x: x.mean(dims, keepdim=keepdim)
+
+    def run(x: Tensor) -> Tensor:
+        if case.detail == "length":
+            return torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
+        return x.mean(dims, keepdim=keepdim)
+
+    return _in_float32(case, run)
 
 
 def elementwise(case: Case) -> Callable[..., Tensor]:
     expression = case.detail
     assert isinstance(expression, Expression)
-    return lambda *tensors: expression.of(tensors[:-1], tensors[-1])
+    return _in_float32(case, lambda *tensors: expression.of(tensors[:-1], tensors[-1]))
 
 
 def row_norm(case: Case) -> Callable[..., Tensor]:
     detail, length = case.detail, case.x.shape[-1]
     assert isinstance(detail, RowNormDetail)
     if detail.kind == "layer":
-        return lambda x, weight, bias: F.layer_norm(x, (length,), weight, bias, detail.eps)
-    return lambda x, weight, bias: F.normalize(x, dim=-1, eps=detail.eps)
+        return _in_float32(case, lambda x, weight, bias: F.layer_norm(x, (length,), weight, bias, detail.eps))
+    return _in_float32(case, lambda x, weight, bias: F.normalize(x, dim=-1, eps=detail.eps))
 
 
-def resize(case: Case) -> Callable[[Tensor], Tensor]:
+def resize(case: Case) -> Callable[..., Tensor]:
     detail = case.detail
     assert isinstance(detail, ResizeDetail)
-    return lambda x: aten.resize(x, case.result.shape[2:], detail)
+    nearest = detail.mode in ("nearest", "nearest-exact")
+    return _in_float32(case, lambda x: aten.resize(x, case.result.shape[2:], detail), moves=nearest)
 
 
 def group_norm(case: Case) -> Callable[..., Tensor]:
     detail = case.detail
     assert isinstance(detail, GroupNormDetail)
-    return lambda x, weight, bias: F.group_norm(x, detail.groups, weight, bias, detail.eps)
+    return _in_float32(case, lambda x, weight, bias: F.group_norm(x, detail.groups, weight, bias, detail.eps))
 
 
 def window(case: Case) -> Callable[..., Tensor]:
     over, geometry = case.detail, case.geometry
     assert isinstance(over, Window)
     ceil = case.y.shape[2:] != geometry.output_size(case.x.shape[2:], over.size)
-    return lambda x: aten.window(x, over, geometry, ceil)
+    return _in_float32(case, lambda x: aten.window(x, over, geometry, ceil))
 
 
 def shuffle(case: Case) -> Callable[..., Tensor]:
     parts = case.detail
     assert isinstance(parts, int)
-    return lambda x, other=None: aten.shuffle(x, other, parts)
+    return _in_float32(case, lambda x, other=None: aten.shuffle(x, other, parts), moves=True)

@@ -3,6 +3,8 @@
 Neighbouring dimensions that lie in memory alike for all tensors become one. What is left are rows: a number along a row
 is a vector's, and a tensor that has one number for all of a row (a gate per channel of a contiguous image, a factor per
 pixel of a channels_last one) gives that. One kernel serves all sizes, batches and layouts.
+
+Every tensor has numbers of its own kind: an expression that is its only tensor converts from one to another.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.expression import Expression
+from sepconv.kernels.halide import edges
+from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer
+from sepconv.kernels.halide.jit.buffers import OF_TENSORS, Buffer, buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
@@ -34,20 +38,23 @@ class ElementwiseSpec(NamedTuple):
     """
 
     expression: Expression
+    kinds: Kinds
     spread: tuple[bool, ...]
     short: bool
 
 
 def build(spec: ElementwiseSpec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: rows per task, tasks per thread, the tensors, the numbers."""
+    """The pipeline; arguments: rows per task, tasks per thread, the tensors, the numbers, the scales."""
     rows, share = (hl.Param(hl.Int(32), name) for name in ("rows", "share"))
-    tensors = [hl.ImageParam(hl.Float(32), _DIMS, f"x{i}") for i in range(spec.expression.tensors)]
+    ends = Edges(spec.kinds)
+    tensors = [ends.image(i, _DIMS, f"x{i}") for i in range(spec.expression.tensors)]
     numbers = hl.ImageParam(hl.Float(32), 1, "numbers")
     i, r, s, t = (hl.Var(name) for name in ("i", "r", "s", "t"))
-    read = [x[0 if spread else i, r, s, t] for x, spread in zip(tensors, spec.spread, strict=True)]
+    stored = [x[0 if spread else i, r, s, t] for x, spread in zip(tensors, spec.spread, strict=True)]
+    read = [ends.read(k, number) for k, number in enumerate(stored)]
     constants = [numbers[k] for k in range(spec.expression.numbers)]
     out = hl.Func("elementwise")
-    out[i, r, s, t] = spec.expression.in_halide(hl, read, constants)
+    out[i, r, s, t] = ends.write(spec.expression.in_halide(hl, read, constants))
 
     chunk, task = hl.Var("chunk"), hl.Var("task")
     tail = hl.TailStrategy.GuardWithIf if spec.short else hl.TailStrategy.ShiftInwards
@@ -58,7 +65,7 @@ def build(spec: ElementwiseSpec) -> tuple[Any, list[Any]]:
         for d in range(param.dimensions()):
             param.dim(d).set_min(0)
         param.dim(0).set_stride(1)
-    return out, [rows, share, *tensors, numbers]
+    return out, [rows, share, *tensors, numbers, *ends.params]
 
 
 class Rows(NamedTuple):
@@ -114,12 +121,13 @@ def plan(case: Case) -> ElementwisePlan:
     assert isinstance(expression, Expression)
     short = found.size[-1] < machine.host().lanes
     spread = tuple(found.size[-1] != 1 and steps[-1] == 0 for steps in found.steps[:-1])
+    spec = ElementwiseSpec(expression, edges.kinds(case), spread, short)
     size = (*[1] * (_DIMS - len(found.size)), *found.size)
     steps = tuple((*[0] * (_DIMS - len(own)), *own) for own in found.steps)
     groups = size[0] * size[1]
     rows = size[2] if groups >= case.threads else runtime.per_thread(size[2], case.threads)
     share = runtime.per_thread(-(-size[2] // rows) * groups, case.threads)
-    return ElementwisePlan(ElementwiseSpec(expression, spread, short), Rows(size, steps), (rows, share))
+    return ElementwisePlan(spec, Rows(size, steps), (rows, share))
 
 
 def _rows(case: Case) -> Rows:
@@ -130,7 +138,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(case.x, *case.others, case.result)
+    reason = edges.unsuitable(case)
     return reason or unreadable((case.x, *case.others), case.result)
 
 
@@ -156,15 +164,16 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def pack(found: ElementwisePlan, numbers: Sequence[Tensor | None]) -> list[Buffer]:
-    """The constant numbers; one that is not read where there are none."""
-    [known] = numbers
-    return [buffer(torch.zeros(1) if known is None or not known.numel() else known.detach().float().contiguous())]
+    """The constant numbers, one that is not read where there are none; and the scales."""
+    [known] = edges.constants(found.spec.kinds, numbers)
+    constants = torch.zeros(1) if known is None or not known.numel() else known.detach().float().contiguous()
+    return [buffer(constants), *edges.pack(found.spec.kinds, numbers)]
 
 
 def _buffer(tensor: Tensor, size: tuple[int, ...], steps: tuple[int, ...], spread: bool) -> Buffer:
     if spread:
         size, steps = (*size[:-1], 1), (*steps[:-1], 1)
-    return Buffer(size, steps, tensor.data_ptr(), holds=tensor)
+    return Buffer(size, steps, tensor.data_ptr(), OF_TENSORS[tensor.dtype], tensor)
 
 
 def bind(found: ElementwisePlan, x: Tensor, packed: list[Buffer], others: Sequence[Tensor], out: Tensor) -> Bound:
@@ -176,13 +185,12 @@ def bind(found: ElementwisePlan, x: Tensor, packed: list[Buffer], others: Sequen
 
 
 def prepare(case: Case) -> Callable[..., Tensor]:
-    """The expression for tensors of these sizes and strides; the last argument holds the numbers."""
-    found, result = plan(case), case.result
+    """The expression for tensors of these sizes and strides; constant numbers and scales follow the tensors."""
+    found, result, count = plan(case), case.result, len(case.others)
 
     def run(x: Tensor, *rest: Tensor) -> Tensor:
-        *others, numbers = rest
         out = torch.empty_strided(result.shape, result.stride, dtype=result.dtype)
-        bind(found, x, pack(found, [numbers]), others, out)()
+        bind(found, x, pack(found, rest[count:]), rest[:count], out)()
         return out
 
     return run

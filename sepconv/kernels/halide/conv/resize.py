@@ -1,8 +1,7 @@
 """Images of another size: nearest, bilinear and bicubic, for channels_last images.
 
 Which rows and columns a pixel is made of, and with which weights, is computed once for a size and read from tables: the
-kernel is the same for every scale and alignment. Each input row is brought to the new width once for a few rows of the
-result.
+kernel is the same for every scale and alignment. Numbers of one kind are moved as they are by "nearest".
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case, ResizeDetail
+from sepconv.kernels.halide import edges
+from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
@@ -22,6 +23,7 @@ from sepconv.kernels.halide.schedule import machine
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "bilinear": 2, "bicubic": 4}
 MODES = tuple(_TAPS)
+_TABLES = 4
 # Of the cubic convolution, as PyTorch has it.
 _SHARPNESS = -0.75
 
@@ -30,13 +32,17 @@ class ResizeSpec(NamedTuple):
     """All that the code of one kernel depends on. ``short``: fewer channels than a vector has lanes."""
 
     taps: int
+    kinds: Kinds
+    moved: bool
+    lanes: int
     short: bool
 
 
 def build(spec: ResizeSpec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: tasks per thread, x, rows and columns that are read, their weights."""
+    """The pipeline; arguments: tasks per thread, x, rows and columns that are read, their weights, the scales."""
     share = hl.Param(hl.Int(32), "share")
-    x = hl.ImageParam(hl.Float(32), 4, "x")
+    ends = Edges(spec.kinds)
+    x = ends.image(0, 4, "x")
     places = [hl.ImageParam(hl.Int(32), 2, name) for name in ("rows", "columns")]
     weights = [hl.ImageParam(hl.Float(32), 2, name) for name in ("row_weights", "column_weights")]
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
@@ -52,10 +58,15 @@ def build(spec: ResizeSpec) -> tuple[Any, list[Any]]:
         return sum(parts[1:], parts[0])
 
     out = hl.Func("resize")
-    out[c, column, row, n] = mixed(0, row, lambda y: mixed(1, column, lambda at: x[c, at, y, n]))
+
+    def value(at: Any, y: Any) -> Any:
+        return x[c, at, y, n] if spec.moved else ends.count(0, x[c, at, y, n])
+
+    result = mixed(0, row, lambda y: mixed(1, column, lambda at: value(at, y)))
+    out[c, column, row, n] = result if spec.moved else ends.write(ends.value(0, result))
 
     task = hl.Var("task")
-    out.vectorize(c, machine.host().lanes, hl.TailStrategy.GuardWithIf if spec.short else hl.TailStrategy.ShiftInwards)
+    out.vectorize(c, spec.lanes, hl.TailStrategy.GuardWithIf if spec.short else hl.TailStrategy.ShiftInwards)
     runtime.share(out.fuse(row, n, task), task, share)
     for param in (x, *places, *weights, out.output_buffer()):
         for d in range(param.dimensions()):
@@ -64,7 +75,7 @@ def build(spec: ResizeSpec) -> tuple[Any, list[Any]]:
     for table in (*places, *weights):
         table.dim(0).set_extent(spec.taps)
         table.dim(1).set_stride(spec.taps)
-    return out, [share, x, *places, *weights]
+    return out, [share, x, *places, *weights, *([] if spec.moved else ends.params)]
 
 
 class ResizePlan(NamedTuple):
@@ -86,7 +97,11 @@ def plan(case: Case) -> ResizePlan:
     detail = case.detail
     assert isinstance(detail, ResizeDetail)
     (_, channels, *before), (images, _, *after) = case.x.shape, case.result.shape
-    spec = ResizeSpec(_TAPS[detail.mode], channels < machine.host().lanes)
+    taps, kinds = _TAPS[detail.mode], edges.kinds(case)
+    moved = taps == 1 and edges.moved(kinds)
+    lanes = edges.wide(kinds).lanes if moved else machine.host().lanes
+    lanes = lanes if channels >= lanes else machine.host().lanes
+    spec = ResizeSpec(taps, kinds, moved, lanes, channels < lanes)
     sizes = ((before[0], after[0]), (before[1], after[1]))
     return ResizePlan(spec, runtime.per_thread(after[0] * images, case.threads), detail, sizes)
 
@@ -95,7 +110,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if not case.result.elements or not case.x.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(case.x, case.result)
+    reason = edges.unsuitable(case)
     if reason:
         return reason
     for outline in (case.x, case.result):
@@ -116,12 +131,14 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def pack(found: ResizePlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
-    """The tables of rows and columns; there are no weights to be trained."""
+    """The tables of rows and columns, and the scales where numbers are not only moved."""
     axes = [
         _table(found.detail.mode, found.detail.align_corners, scale, *sizes)
         for scale, sizes in zip(found.detail.scales, found.sizes, strict=True)
     ]
-    return [buffer(axis.places.numpy()) for axis in axes] + [buffer(axis.weights) for axis in axes]
+    tables = [buffer(axis.places.numpy()) for axis in axes] + [buffer(axis.weights) for axis in axes]
+    scales = edges.pack_moved if found.spec.moved else edges.pack
+    return tables + scales(found.spec.kinds, weights)
 
 
 class _Table(NamedTuple):
@@ -165,17 +182,18 @@ def _cubic(part: Tensor) -> list[Tensor]:
 
 def bind(found: ResizePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x``; both are channels_last."""
-    kernel = runtime.compiled(("resize", found.spec), lambda: build(found.spec))
+    spec = found.spec._replace(moved=found.spec.moved and len(packed) == _TABLES)
+    kernel = runtime.compiled(("resize", spec), lambda: build(spec))
     return kernel.bind(found.share, pixels(x), *packed, pixels(out))
 
 
-def prepare(case: Case) -> Callable[[Tensor], Tensor]:
+def prepare(case: Case) -> Callable[..., Tensor]:
     """Images of this size brought to another."""
     found, result = plan(case), case.result
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, *scales: Tensor) -> Tensor:
         out = torch.empty_strided(result.shape, result.stride, dtype=result.dtype)
-        bind(found, x, pack(found, ()), None, out)()
+        bind(found, x, pack(found, scales), None, out)()
         return out
 
     return run

@@ -1,6 +1,7 @@
 """Channel shuffle of channels_last images: the k-th channels of several parts of an image come to lie side by side.
 
 Each vector of a part is read once and the vectors of all parts are interleaved in registers. Sizes are not compiled in.
+Numbers of one kind are moved as they are.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case
+from sepconv.kernels.halide import edges
+from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.buffers import OF_TENSORS, Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
-from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
 from sepconv.kernels.layout import pixel_step
 
@@ -25,20 +27,30 @@ _MOST_VECTORS = 4
 
 
 class ShuffleSpec(NamedTuple):
-    """All that the code of one kernel depends on: ``lanes`` channels of each of ``parts`` at once."""
+    """All that the code of one kernel depends on: ``lanes`` channels of each of ``parts`` at once.
+
+    ``whole``: all parts are one image's.
+    """
 
     parts: int
     lanes: int
+    kinds: Kinds
+    moved: bool
+    whole: bool
 
 
 def build(spec: ShuffleSpec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: rows of a thread, then the parts as channel, column, row, image. The output is part,
-    channel of the part, column, row, image."""
+    """The pipeline; arguments: rows of a thread, the parts as channel, column, row, image, the scales. The output is
+    part, channel of the part, column, row, image."""
     share = hl.Param(hl.Int(32), "share")
-    parts = [hl.ImageParam(hl.Float(32), 4, f"part_{i}") for i in range(spec.parts)]
+    ends, images = Edges(spec.kinds), [0 if spec.whole else i for i in range(spec.parts)]
+    parts = [ends.image(image, 4, f"part_{i}") for i, image in enumerate(images)]
     g, c, column, row, n = (hl.Var(name) for name in ("g", "c", "column", "row", "n"))
     read, out = hl.Func("read"), hl.Func("shuffle")
-    read[c, g, column, row, n] = hl.mux(g, [part[c, column, row, n] for part in parts])
+    stored = [part[c, column, row, n] for part in parts]
+    if not spec.moved:
+        stored = [ends.write(ends.read(image, number)) for image, number in zip(images, stored, strict=True)]
+    read[c, g, column, row, n] = hl.mux(g, stored)
     out[g, c, column, row, n] = read[c, g, column, row, n]
 
     block, task = hl.Var("block"), hl.Var("task")
@@ -55,7 +67,7 @@ def build(spec: ShuffleSpec) -> tuple[Any, list[Any]]:
     result.dim(1).set_stride(spec.parts)
     for d in range(5):
         result.dim(d).set_min(0)
-    return out, [share, *parts]
+    return out, [share, *parts, *([] if spec.moved else ends.params)]
 
 
 class ShufflePlan(NamedTuple):
@@ -79,8 +91,9 @@ def _parts(case: Case) -> int:
 def plan(case: Case) -> ShufflePlan:
     """The kernel and its schedule for such tensors."""
     images, channels, rows, _ = case.y.shape
-    parts = _parts(case)
-    spec = ShuffleSpec(parts, channel_lanes(machine.host(), channels // parts))
+    parts, kinds = _parts(case), edges.kinds(case)
+    lanes = channel_lanes(edges.wide(kinds), channels // parts)
+    spec = ShuffleSpec(parts, lanes, kinds, edges.moved(kinds), case.residual is None)
     return ShufflePlan(spec, runtime.per_thread(images * rows, case.threads))
 
 
@@ -88,7 +101,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(*case.given, case.y)
+    reason = edges.unsuitable(case)
     if reason:
         return reason
     for image in (*case.given, case.y):
@@ -110,8 +123,8 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def pack(found: ShufflePlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
-    """There are none."""
-    return []
+    """There are none, but scales where numbers are not only moved."""
+    return edges.pack_moved(found.spec.kinds, weights)
 
 
 def bind(found: ShufflePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
@@ -125,19 +138,24 @@ def bind(found: ShufflePlan, x: Tensor, packed: list[Buffer], residual: Tensor |
     n, channels, h, w = result.shape
     by_image, _, by_row, by_column = result.stride()
     view = Buffer(
-        (n, h, w, channels // count, count), (by_image, by_row, by_column, count, 1), out.data_ptr(), holds=out
+        (n, h, w, channels // count, count),
+        (by_image, by_row, by_column, count, 1),
+        out.data_ptr(),
+        OF_TENSORS[out.dtype],
+        out,
     )
-    kernel = runtime.compiled(("shuffle", found.spec), lambda: build(found.spec))
-    return kernel.bind(found.share, *map(pixels, parts), view)
+    spec = found.spec._replace(moved=found.spec.moved and not packed)
+    kernel = runtime.compiled(("shuffle", spec), lambda: build(spec))
+    return kernel.bind(found.share, *map(pixels, parts), *packed, view)
 
 
 def prepare(case: Case) -> Callable[..., Tensor]:
     """The shuffle of images of this size."""
-    found, shape = plan(case), case.result.shape
+    found, result = plan(case), case.result
 
-    def run(x: Tensor, other: Tensor | None = None) -> Tensor:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        bind(found, x, [], other, out)()
+    def run(x: Tensor, other: Tensor | None = None, *scales: Tensor) -> Tensor:
+        out = torch.empty(result.shape, dtype=result.dtype, memory_format=torch.channels_last)
+        bind(found, x, pack(found, scales), other, out)()
         return out
 
     return run

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case, Window
+from sepconv.kernels.halide import edges
+from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
@@ -30,11 +32,16 @@ _NOT_FINITE = 0x7F800000
 
 
 class WindowSpec(NamedTuple):
-    """All that the code of one kernel depends on. ``mean``: the average, else the maximum."""
+    """All that the code of one kernel depends on. ``mean``: the average, else the maximum.
+
+    ``moved``: of numbers as they are stored, which must have no NaN.
+    """
 
     mean: bool
     lanes: int
     vectors: int
+    kinds: Kinds
+    moved: bool
 
 
 class _Axis:
@@ -57,23 +64,30 @@ class _Axis:
 
 def build(spec: WindowSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: output rows in a task, tasks of a thread, divisor of the average (0: the count), then of
-    either axis, y first, what ``_Axis`` names; x as channel, column, row, image."""
+    either axis, y first, what ``_Axis`` names; x as channel, column, row, image; the scales."""
     rows, share, divisor = (hl.Param(hl.Int(32), name) for name in ("rows", "share", "divisor"))
     y, x_axis = _Axis("y"), _Axis("x")
-    x = hl.ImageParam(hl.Float(32), 4, "x")
+    ends = Edges(spec.kinds)
+    x = ends.image(0, 4, "x")
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
     at = [c, column, row, n]
 
-    along, taps_x = _pooled("along", spec, x_axis, x, at, 1, x.dim(1).extent())
+    def first(place: list[Any]) -> Any:
+        if spec.moved:
+            return x[place]
+        return ends.addend(0, x[place]) if spec.mean else ends.read(0, x[place])
+
+    how = _Pooling(spec.mean, spec.moved, ends.nothing(0))
+    along, taps_x = _pooled("along", how, x_axis, first, at, 1, x.dim(1).extent())
     lines = hl.Func("lines")
-    lines[at] = _value(spec, along[at])
-    down, taps_y = _pooled("down", spec, y, lines, at, 2, x.dim(2).extent())
+    lines[at] = how.value(along[at])
+    down, taps_y = _pooled("down", how, y, lambda place: lines[place], at, 2, x.dim(2).extent())
     out = hl.Func("window")
-    value = _value(spec, down[at])
+    value = how.value(down[at])
     if spec.mean:
         count = hl.select(divisor > 0, divisor, y.count(row) * x_axis.count(column))
-        value = value / hl.cast(hl.Float(32), count)
-    out[at] = value
+        value = ends.mean(0, value, hl.cast(hl.Float(32), count))
+    out[at] = value if spec.moved else ends.write(value)
 
     group, task = hl.Var("group"), hl.Var("task")
     out.split(row, group, row, rows, hl.TailStrategy.GuardWithIf)
@@ -89,7 +103,7 @@ def build(spec: WindowSpec) -> tuple[Any, list[Any]]:
         for d in range(4):
             param.dim(d).set_min(0)
         param.dim(0).set_stride(1)
-    return out, [rows, share, divisor, *y.params, *x_axis.params, x]
+    return out, [rows, share, divisor, *y.params, *x_axis.params, x, *([] if spec.moved else ends.params)]
 
 
 def _by_blocks(spec: WindowSpec, func: Any, along: tuple[Any, Any]) -> None:
@@ -100,32 +114,52 @@ def _by_blocks(spec: WindowSpec, func: Any, along: tuple[Any, Any]) -> None:
     func.never_partition_all()
 
 
-def _pooled(name: str, spec: WindowSpec, axis: _Axis, source: Any, at: list[Any], d: int, size: Any) -> tuple[Any, Any]:
+class _Pooling(NamedTuple):
+    """A sum, or a maximum: of numbers as they are stored, or of float32 with what tells whether one was NaN.
+
+    ``nothing``: the sum of no numbers.
+    """
+
+    mean: bool
+    moved: bool
+    nothing: Any
+
+    @property
+    def start(self) -> Any:
+        if self.mean:
+            return self.nothing
+        return hl.u8(0) if self.moved else (hl.f32(float("-inf")), hl.i32(0))
+
+    def more(self, pooled: Any, read: Any) -> Any:
+        if self.mean:
+            return pooled + read
+        if self.moved:
+            return hl.max(pooled, read)
+        # Vector units drop NaN from a maximum: the largest bits without sign tell whether there was one.
+        return hl.max(pooled[0], read), hl.max(pooled[1], _bits(read))
+
+    def value(self, pooled: Any) -> Any:
+        if self.mean or self.moved:
+            return pooled
+        nan = hl.reinterpret(hl.Float(32), hl.i32(0x7FC00000))
+        return hl.select(pooled[1] > hl.i32(_NOT_FINITE), nan, pooled[0])
+
+
+def _pooled(
+    name: str, how: _Pooling, axis: _Axis, source: Callable[[list[Any]], Any], at: list[Any], d: int, size: Any
+) -> tuple[Any, Any]:
     """Sums or maxima of ``source`` along dimension ``d``, and the reduction; pixels outside the image are left out."""
     taps = hl.RDom([hl.Range(0, axis.kernel)], f"taps_{name}")
     place = axis.first(at[d]) + taps.x * axis.dilation
     taps.where((place >= 0) & (place < size))
-    read = source[[*at[:d], hl.clamp(place, 0, size - 1), *at[d + 1 :]]]
     pooled = hl.Func(name)
-    if spec.mean:
-        pooled[at] = hl.f32(0.0)
-        pooled[at] += read
-    else:
-        # Vector units drop NaN from a maximum: the largest bits without sign tell whether there was one.
-        pooled[at] = (hl.f32(float("-inf")), hl.i32(0))
-        pooled[at] = (hl.max(pooled[at][0], read), hl.max(pooled[at][1], _bits(read)))
+    pooled[at] = how.start
+    pooled[at] = how.more(pooled[at], source([*at[:d], hl.clamp(place, 0, size - 1), *at[d + 1 :]]))
     return pooled, taps
 
 
 def _bits(number: Any) -> Any:
     return hl.reinterpret(hl.Int(32), number) & hl.i32(0x7FFFFFFF)
-
-
-def _value(spec: WindowSpec, pooled: Any) -> Any:
-    if spec.mean:
-        return pooled
-    nan = hl.reinterpret(hl.Float(32), hl.i32(0x7FC00000))
-    return hl.select(pooled[1] > hl.i32(_NOT_FINITE), nan, pooled[0])
 
 
 class WindowPlan(NamedTuple):
@@ -144,8 +178,10 @@ def plan(case: Case) -> WindowPlan:
     """The kernel and its schedule for such tensors."""
     (_, channels, *image), (images, _, out_rows, columns) = case.x.shape, case.y.shape
     (stride, padding, dilation), over = case.geometry, _window(case)
-    lanes = channel_lanes(machine.host(), channels)
-    spec = WindowSpec(over.mean, lanes, min(_VECTORS, channels // lanes))
+    kinds = edges.kinds(case)
+    moved = not over.mean and set(kinds) == {edges.COUNTED}
+    lanes = channel_lanes(edges.wide(kinds) if moved else machine.host(), channels)
+    spec = WindowSpec(over.mean, lanes, min(_VECTORS, channels // lanes), kinds, moved)
     fitting = machine.host().l2_bytes // _ROWS_SHARE // (4 * channels * columns)
     rows = max(1, min(out_rows, (fitting - dilation[0] * (over.size[0] - 1)) // stride[0]))
     if images < case.threads:
@@ -168,7 +204,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(case.x, case.y)
+    reason = edges.unsuitable(case)
     if reason:
         return reason
     for image in (case.x, case.y):
@@ -189,24 +225,27 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def pack(found: WindowPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
-    """There are none."""
-    return []
+    """There are none, but scales where numbers are not only moved."""
+    return (edges.pack_moved if found.spec.moved else edges.pack)(found.spec.kinds, weights)
 
 
 def bind(found: WindowPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` with the pools of what is then in ``x``; both are channels_last."""
     [result] = check_pixels("window.bind", out)
-    kernel = runtime.compiled(("window", found.spec), lambda: build(found.spec))
-    return kernel.bind(*found.numbers, pixels(x), pixels(result))
+    spec = found.spec
+    if spec.moved and packed:
+        spec = spec._replace(moved=False, vectors=1)
+    kernel = runtime.compiled(("window", spec), lambda: build(spec))
+    return kernel.bind(*found.numbers, pixels(x), *packed, pixels(result))
 
 
-def prepare(case: Case) -> Callable[[Tensor], Tensor]:
+def prepare(case: Case) -> Callable[..., Tensor]:
     """The pools of images of this size."""
-    found, shape = plan(case), case.result.shape
+    found, result = plan(case), case.result
 
-    def run(x: Tensor) -> Tensor:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        bind(found, x, [], None, out)()
+    def run(x: Tensor, *scales: Tensor) -> Tensor:
+        out = torch.empty(result.shape, dtype=result.dtype, memory_format=torch.channels_last)
+        bind(found, x, pack(found, scales), None, out)()
         return out
 
     return run

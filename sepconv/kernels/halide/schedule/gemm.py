@@ -199,7 +199,7 @@ class SeparableSchedule(NamedTuple):
 
 def channel_lanes(machine: Machine, channels: int) -> int:
     """Lanes of a vector along the channels: shorter ones where fewer of them are wasted on the last vector."""
-    lengths = [n for n in (32, 16, 8, 4, 2, 1) if n <= min(machine.lanes, channels)]
+    lengths = [n for n in (64, 32, 16, 8, 4, 2, 1) if n <= min(machine.lanes, channels)]
     return min(lengths, key=lambda n: round_up(channels, n) * machine.half_vector_cost ** lengths.index(n))
 
 

@@ -26,7 +26,7 @@ def image(shape: tuple[int, ...], channels_last: bool) -> Tensor:
 
 def poisoned(like: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """An output full of NaN inside a larger memory full of NaN, and the check that nothing was written beside it."""
-    memory = torch.full((like.numel() + 2 * MARGIN,), torch.nan)
+    memory = torch.full((like.numel() + 2 * MARGIN,), torch.nan, dtype=like.dtype)
     out = memory.as_strided(like.shape, like.stride(), MARGIN)
 
     def check() -> None:
@@ -34,6 +34,16 @@ def poisoned(like: Tensor) -> tuple[Tensor, Callable[[], None]]:
         assert bool(margins.isnan().all())
 
     return out, check
+
+
+def whole_numbers(shape: tuple[int, ...], most: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers from -most to most, whose sums and products are exact."""
+    return torch.randint(-most, most + 1, shape).to(dtype)
+
+
+def within(whole: Tensor, first: int, channels: int) -> Tensor:
+    """Some channels of an image that lies in channels_last."""
+    return whole.contiguous(memory_format=torch.channels_last)[:, first : first + channels]
 
 
 def double(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -219,6 +219,11 @@ class Case:
         return tuple(outline for outline in found if outline is not None and outline != NO_WEIGHT)
 
     @property
+    def numbers(self) -> frozenset[torch.dtype]:
+        """The types of all that is read and written."""
+        return frozenset(outline.dtype for outline in (*self.given, self.result))
+
+    @property
     def kernel_size(self) -> Sizes:
         return self.weight.shape[2:]
 

@@ -221,7 +221,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if case.bound and not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(*case.given) or runtime.too_large(case.result.shape)
+    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result) or runtime.too_large(case.result.shape)
     if reason:
         return reason
     x = case.x

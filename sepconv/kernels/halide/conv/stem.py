@@ -169,7 +169,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if case.bound and not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(*case.given)
+    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result)
     if reason:
         return reason
     x = case.x

@@ -21,7 +21,8 @@ BF16 = "sepconv_tiles_bf16"
 """The stage: ``(x, weight, steps, step bytes, sums)`` -> ``sums[o, p] = sum of weight[o, k] * x[k, p]`` in float32.
 
 x has its channels side by side, weight is laid out by :func:`sepconv.kernels.halide.jit.packing.pack_tiles`. The sums
-are asked for 16 outputs at a time, and for multiples of 16 pixels or for fewer than 16.
+are asked for 16 outputs at a time, and for any number of pixels. Further dimensions of x and of the sums are one step
+long.
 """
 ROWS, ROW_BYTES = 16, 64
 
@@ -71,32 +72,61 @@ end:
 """
 
 # What is asked for lies in the head of the buffer of sums: from, extent and step of outputs and of pixels. A question
-# about sizes comes without memory, and needs no answer: sizes are fixed.
+# about sizes comes without memory: the answer is the same pixels, with all their channels.
 _STAGE = """
 define i32 @{name}(ptr %x, ptr %w, i32 %steps.32, i32 %xk.32, ptr %out) #0 {{
   %x.host.at = getelementptr %buffer, ptr %x, i32 0, i32 2
   %w.host.at = getelementptr %buffer, ptr %w, i32 0, i32 2
   %y.host.at = getelementptr %buffer, ptr %out, i32 0, i32 2
+  %x.dims.at = getelementptr %buffer, ptr %x, i32 0, i32 6
+  %y.dims.at = getelementptr %buffer, ptr %out, i32 0, i32 6
   %x.host = load ptr, ptr %x.host.at
   %w.host = load ptr, ptr %w.host.at
   %y.host = load ptr, ptr %y.host.at
+  %x.dims = load ptr, ptr %x.dims.at
+  %y.dims = load ptr, ptr %y.dims.at
+  %x.kind.at = getelementptr %buffer, ptr %x, i32 0, i32 4
+  %x.kind = load i32, ptr %x.kind.at
+  %x.kind.bits = lshr i32 %x.kind, 8
+  %x.bits = and i32 %x.kind.bits, 255
+  %x.bytes = lshr i32 %x.bits, 3
   %x.none = icmp eq ptr %x.host, null
+  br i1 %x.none, label %answer, label %given
+answer:
+  %channel.bytes = mul i32 %steps.32, %xk.32
+  %channels = sdiv i32 %channel.bytes, %x.bytes
+  %c.extent.at = getelementptr %dimension, ptr %x.dims, i32 0, i32 1
+  store i32 0, ptr %x.dims
+  store i32 %channels, ptr %c.extent.at
+  %count.at = getelementptr %buffer, ptr %x, i32 0, i32 5
+  %count = load i32, ptr %count.at
+  br label %same
+same:
+  %d = phi i32 [ 1, %answer ], [ %d.next, %same ]
+  %x.min.to = getelementptr %dimension, ptr %x.dims, i32 %d, i32 0
+  %x.extent.to = getelementptr %dimension, ptr %x.dims, i32 %d, i32 1
+  %y.min.of = getelementptr %dimension, ptr %y.dims, i32 %d, i32 0
+  %y.extent.of = getelementptr %dimension, ptr %y.dims, i32 %d, i32 1
+  %asked.min = load i32, ptr %y.min.of
+  %asked.extent = load i32, ptr %y.extent.of
+  store i32 %asked.min, ptr %x.min.to
+  store i32 %asked.extent, ptr %x.extent.to
+  %d.next = add i32 %d, 1
+  %d.more = icmp slt i32 %d.next, %count
+  br i1 %d.more, label %same, label %leave
+given:
   %w.none = icmp eq ptr %w.host, null
   %y.none = icmp eq ptr %y.host, null
-  %some.none = or i1 %x.none, %w.none
-  %question = or i1 %some.none, %y.none
+  %question = or i1 %w.none, %y.none
   br i1 %question, label %leave, label %go
 leave:
   ret i32 0
 go:
-  %x.dims.at = getelementptr %buffer, ptr %x, i32 0, i32 6
-  %y.dims.at = getelementptr %buffer, ptr %out, i32 0, i32 6
-  %x.dims = load ptr, ptr %x.dims.at
-  %y.dims = load ptr, ptr %y.dims.at
 {loads}
   %steps = sext i32 %steps.32 to i64
   %xk = sext i32 %xk.32 to i64
-  %xs = mul i64 %x.stride, 2
+  %x.bytes.64 = zext i32 %x.bytes to i64
+  %xs = mul i64 %x.stride, %x.bytes.64
   %ys = mul i64 %p.stride, 4
   %p.from = sub i64 %p.min, %x.min
   %x.skip = mul i64 %p.from, %xs
@@ -107,18 +137,49 @@ go:
   %o.first = sdiv i64 %o.min, 16
   %w.skip = mul i64 %o.first, %ws
   %w.first = getelementptr i8, ptr %w.host, i64 %w.skip
-  %few = icmp slt i64 %p.extent, 16
-  %rows = select i1 %few, i64 %p.extent, i64 16
-  %rows.8 = trunc i64 %rows to i8
   %xk.16 = trunc i64 %xk to i16
   %wrows.8 = trunc i64 %rows.16 to i8
   %config = alloca [64 x i8], align 64
   call void @llvm.memcpy.p0.p0.i64(ptr %config, ptr @sizes, i64 64, i1 false)
 {config}
+  %p.whole = and i64 %p.extent, -32
+  %p.rest = and i64 %p.extent, 31
+  %some.whole = icmp sgt i64 %p.whole, 0
+  br i1 %some.whole, label %whole, label %rest
+whole:
   call void @llvm.x86.ldtilecfg(ptr %config)
+  call void @span({whole})
+  %some.rest = icmp sgt i64 %p.rest, 0
+  br i1 %some.rest, label %rest, label %done
+rest:
+  %high.least = call i64 @llvm.smin.i64(i64 %p.rest, i64 16)
+  %low.least = sub i64 %p.rest, %high.least
+  %none.low = icmp eq i64 %low.least, 0
+  %low = select i1 %none.low, i64 1, i64 %low.least
+  %high.8 = trunc i64 %high.least to i8
+  %low.8 = trunc i64 %low to i8
+{rows}
+  call void @llvm.x86.ldtilecfg(ptr %config)
+  %x.more = mul i64 %p.whole, %xs
+  %x.rest = getelementptr i8, ptr %x.first, i64 %x.more
+  %y.more = mul i64 %p.whole, %ys
+  %y.rest = getelementptr i8, ptr %y.host, i64 %y.more
+  call void @span({rest})
+  br label %done
+done:
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}}
+declare i64 @llvm.smin.i64(i64, i64)
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1 immarg)
+"""
+# All outputs of multiples of 32 pixels, or of fewer, which the sizes of the tiles say.
+_SPAN = """
+define internal void @span(ptr %x.first, i64 %xs, ptr %w.first, i64 %ws, ptr %y.host, i64 %ys,
+    i64 %steps, i64 %xk, i64 %wk, i64 %p.extent, i64 %o.extent) #0 {{
   br label %outputs
 outputs:
-  %o = phi i64 [ 0, %go ], [ %o.next, %outputs.end ]
+  %o = phi i64 [ 0, %0 ], [ %o.next, %outputs.end ]
   %o.left = sub i64 %o.extent, %o
   %o.two = icmp sge i64 %o.left, 32
   %o.tile = sdiv i64 %o, 16
@@ -130,7 +191,7 @@ outputs:
 pixels:
   %p = phi i64 [ 0, %outputs ], [ %p.next, %pixels.end ]
   %p.left = sub i64 %p.extent, %p
-  %p.two = icmp sge i64 %p.left, 32
+  %p.two = icmp sgt i64 %p.left, 16
   %x.at = mul i64 %p, %xs
   %x.here = getelementptr i8, ptr %x.first, i64 %x.at
   %y.row = mul i64 %p, %ys
@@ -142,20 +203,17 @@ one:
   br i1 %o.two, label %call_1_2, label %call_1_1
 {calls}
 pixels.end:
-  %p.step = select i1 %p.two, i64 32, i64 16
-  %p.next = add i64 %p, %p.step
+  %p.next = add i64 %p, 32
   %p.more = icmp slt i64 %p.next, %p.extent
   br i1 %p.more, label %pixels, label %outputs.end
 outputs.end:
   %o.step = select i1 %o.two, i64 32, i64 16
   %o.next = add i64 %o, %o.step
   %o.more = icmp slt i64 %o.next, %o.extent
-  br i1 %o.more, label %outputs, label %done
-done:
-  call void @llvm.x86.tilerelease()
-  ret i32 0
+  br i1 %o.more, label %outputs, label %end
+end:
+  ret void
 }}
-declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1 immarg)
 """
 # Of dimension 0 (outputs) and 1 (pixels) of the sums, and of the pixels of x.
 _FIELDS = (
@@ -181,23 +239,31 @@ def _block(pixels: int, outputs: int) -> str:
 
 
 def _code() -> str:
-    loads, config, calls = [], [], []
+    loads, config, rows, calls = [], [], [], []
     for name, of, dimension, field in _FIELDS:
         loads.append(f"  %{name}.at = getelementptr %dimension, ptr %{of}.dims, i32 {dimension}, i32 {field}")
         loads.append(f"  %{name}.32 = load i32, ptr %{name}.at")
         loads.append(f"  %{name} = sext i32 %{name}.32 to i64")
     for tile in range(8):
-        rows = "%wrows.8" if tile >= 6 else "%rows.8"
         config.append(f"  %rows.{tile} = getelementptr i8, ptr %config, i64 {48 + tile}")
-        config.append(f"  store i8 {rows}, ptr %rows.{tile}")
+        if tile >= 6:
+            config.append(f"  store i8 %wrows.8, ptr %rows.{tile}")
+        else:
+            rows.append(f"  store i8 {'%high.8' if tile in (0, 1, 4) else '%low.8'}, ptr %rows.{tile}")
     for tile in (4, 5):
         config.append(f"  %bytes.{tile} = getelementptr i8, ptr %config, i64 {16 + 2 * tile}")
         config.append(f"  store i16 %xk.16, ptr %bytes.{tile}")
+    given = "ptr %x.{0}, i64 %xs, ptr %w.{1}, i64 %ws, ptr %y.{2}, i64 %ys, i64 %steps, i64 %xk, i64 %wk"
     for p, o in product((1, 2), (1, 2)):
-        given = "ptr %x.here, i64 %xs, ptr %w.here, i64 %ws, ptr %y.here, i64 %ys, i64 %steps, i64 %xk, i64 %wk"
-        calls.append(f"call_{p}_{o}:\n  call void @block_{p}_{o}({given})\n  br label %pixels.end")
-    parts = {name: "\n".join(lines) for name, lines in (("loads", loads), ("config", config), ("calls", calls))}
-    return _HEAD + "".join(_block(p, o) for p, o in product((1, 2), (1, 2))) + _STAGE.format(name=BF16, **parts)
+        block = given.format("here", "here", "here")
+        calls.append(f"call_{p}_{o}:\n  call void @block_{p}_{o}({block})\n  br label %pixels.end")
+    spans = {
+        "whole": given.format("first", "first", "host") + ", i64 %p.whole, i64 %o.extent",
+        "rest": given.format("rest", "first", "rest") + ", i64 %p.rest, i64 %o.extent",
+    }
+    parts = {name: "\n".join(lines) for name, lines in (("loads", loads), ("config", config), ("rows", rows))}
+    blocks = "".join(_block(p, o) for p, o in product((1, 2), (1, 2)))
+    return _HEAD + blocks + _SPAN.format(calls="\n".join(calls)) + _STAGE.format(name=BF16, **parts, **spans)
 
 
 @lru_cache(maxsize=1)

@@ -57,6 +57,16 @@ def value_of(stored: Tensor, steps: tuple[float, float]) -> Tensor:
     return ((stored.double() - steps[1]) * torch.tensor(steps[0], dtype=torch.float32).double()).float()
 
 
+def whole_numbers(shape: tuple[int, ...], most: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers from -most to most, whose sums and products are exact."""
+    return torch.randint(-most, most + 1, shape).to(dtype)
+
+
+def within(whole: Tensor, first: int, channels: int) -> Tensor:
+    """Some channels of an image that lies in channels_last."""
+    return whole.contiguous(memory_format=torch.channels_last)[:, first : first + channels]
+
+
 def double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.double() for tensor in tensors]
 

@@ -26,6 +26,7 @@ from sepconv.kernels.halide.conv import (
     resize,
     rownorm,
     separable,
+    separable_tiles,
     shuffle,
     stem,
     window,
@@ -78,7 +79,7 @@ class Backend:
         prepare: the kernel for a case; a BuildError is one reason more against it.
         describe: its schedule in words and numbers.
         binder: how ``compile`` uses it; None where it cannot.
-        numbers: the only ones that it is for, where a kernel before it in the list is for all others.
+        numbers: the type that some tensor must have, where a kernel before it in the list is for all others.
     """
 
     name: str
@@ -116,10 +117,15 @@ def _slower_in_turn(case: Case) -> str:
     return "" if first is None or first.backend.binder else "; ".join(first.reasons.values())
 
 
+def _unprepared(*given: Any) -> Any:
+    raise TypeError("a choice for given memory is bound to it by backend.binder, not called")
+
+
 def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
     """A module of ``halide.conv``, which all offer the same functions."""
     binder = Binder(kernel.plan, kernel.pack, kernel.bind, getattr(kernel, "SEVERAL", False))
-    return Backend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, binder, numbers)
+    prepare: Callable[[Case], Prepared] = getattr(kernel, "prepare", _unprepared)  # some are for given memory only
+    return Backend("halide", prepare, kernel.supports, kernel.slower, kernel.describe, binder, numbers)
 
 
 BACKENDS: dict[str, list[Backend]] = {
@@ -135,15 +141,12 @@ BACKENDS: dict[str, list[Backend]] = {
     "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],
     "separable": [
         _halide(separable),
+        _halide(separable_tiles, torch.bfloat16),
         Backend("depthwise, then pointwise", InTurn, slower=_slower_in_turn),
         Backend("torch", prepared.separable),
     ],
 }
 """By operation; which devices and numbers a backend is for, it says itself."""
-
-
-def _unprepared(*tensors: Tensor | None) -> Tensor:
-    raise TypeError("a choice for given memory is bound to it by backend.binder, not called")
 
 
 class Choice:
@@ -163,7 +166,7 @@ class Choice:
 
     def _take_next(self) -> None:
         for backend in self._others:
-            if backend.numbers not in (None, self.case.x.dtype):
+            if backend.numbers is not None and backend.numbers not in self.case.numbers:
                 continue
             reason = backend.supports(self.case) or backend.slower(self.case)
             if not reason:

@@ -233,6 +233,11 @@ class Case:
         return tuple(outline for outline in read if outline is not None)
 
     @property
+    def numbers(self) -> frozenset[torch.dtype]:
+        """The types of all that is read and written."""
+        return frozenset(outline.dtype for outline in (*self.given, self.result))
+
+    @property
     def kernel_size(self) -> Sizes:
         return self.weight.shape[2:]
 

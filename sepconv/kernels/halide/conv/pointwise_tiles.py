@@ -1,8 +1,9 @@
 """Pointwise convolution of bfloat16 images on the processor's tiles (AMX): sums in float32, then bias, residual and
 activation in the same pass.
 
-Only for images whose pixels lie one after the other (channels_last, or rows of a matrix). The number of pixels is not
-compiled in where it is 16 or more.
+Only for images whose pixels lie one after the other (channels_last, or rows of a matrix); x, residual and result may be
+float32, each by itself. Images of bfloat16 are multiplied where they lie; of float32, or where the channels do not fill
+equal steps, a part of the pixels is first brought into the cache, rounded. The number of pixels is not compiled in.
 """
 
 from __future__ import annotations
@@ -14,89 +15,93 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide import numbers
-from sepconv.kernels.halide.conv.gemm import bias_param
-from sepconv.kernels.halide.jit import amx, packing, runtime
-from sepconv.kernels.halide.jit.buffers import BITS16, Buffer, buffer
+from sepconv.kernels.halide.conv import tiles
+from sepconv.kernels.halide.conv.tiles import Product
+from sepconv.kernels.halide.jit import amx, runtime
+from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.numbers import KINDS, PAIRS
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.gemm import channel_lanes
+from sepconv.kernels.halide.schedule.tiles import pixels_of, wide_of
 from sepconv.kernels.layout import like, pixel_step
 
-_KIND = "bfloat16"
 _DEEPEST = amx.ROW_BYTES // 2
 _SHALLOWEST = 16
-"""Channels in a step: fewer leave most of a tile empty."""
-_WIDEST = 128
+"""Channels in a step where an image is multiplied in place: fewer leave most of a tile empty."""
 # Measured on Granite Rapids beside PyTorch's own product on tiles: to see whether the weights changed costs more than
 # is gained on 28 x 28 pixels (0.9 times its speed; half on 7 x 7); from 56 x 56 on 1.1 to 1.2 times its speed is left.
 # Steps of fewer channels than a tile is deep lose as much.
 _LEAST_PIXELS = 1024
-_LANES = 32
 
 
 class TileSpec(NamedTuple):
-    """All that the code of one kernel depends on. ``pixels``: in one part of the sums."""
+    """All that the code of one kernel depends on.
+
+    ``numbers``: the kind of x; ``hidden``: that of its copy, "" where it is multiplied in place; ``parallel``: whether
+    threads share out pixels or channels.
+    """
 
     channels: int
-    out_channels: int
-    depth: int
-    wide: int
-    pixels: int
-    activation: str
-    residual: bool
+    numbers: str
+    hidden: str
+    parallel: str
+    product: Product
 
 
 class TilePlan(NamedTuple):
-    """The kernel for one input; ``share``: parts of the pixels for one thread."""
+    """The kernel for one input: so many ``pixels``, in one ``part`` of the sums; ``share``: parts for one thread."""
 
     spec: TileSpec
     share: int
+    part: int
     pixels: int
-    step: int
 
     @property
-    def variant(self) -> tuple[str, int]:
+    def variant(self) -> tuple[Any, ...]:
         """What packed weights depend on besides their numbers."""
-        return "tiles", self.spec.depth
+        return self.spec.product.variant
 
 
 def build(spec: TileSpec) -> tuple[Any, list[Any]]:
-    """The pipeline; arguments: share, x, packed weights, bias, [residual]."""
-    share = hl.Param(hl.Int(32), "share")
-    x, weight = (hl.ImageParam(numbers.halide_type(_KIND), dims, name) for dims, name in ((2, "x"), (1, "weight")))
-    bias, o, p = bias_param("bias", spec.out_channels), hl.Var("o"), hl.Var("p")
-    sums, out = hl.Func("sums"), hl.Func("pointwise_tiles")
-    steps = [hl.ExternFuncArgument(hl.Expr(count)) for count in (spec.channels // spec.depth, 2 * spec.depth)]
-    given = [hl.ExternFuncArgument(x), hl.ExternFuncArgument(weight), *steps]
-    sums.define_extern(amx.BF16.name, given, hl.Float(32), [o, p], hl.NameMangling.C)
-
-    result, arguments = sums[o, p] + bias[o], [share, x, weight, bias]
-    if spec.residual:
-        residual = hl.ImageParam(numbers.halide_type(_KIND), 2, "residual")
-        _rows(residual, spec.out_channels)
-        result += numbers.read(_KIND, residual[o, p])
-        arguments.append(residual)
-    out[o, p] = numbers.write(_KIND, ACTIVATIONS[spec.activation].expression(hl, result))
-
-    block, o_in, part, p_in = (hl.Var(name) for name in ("block", "o_in", "part", "p_in"))
-    out.bound(o, 0, spec.out_channels)
-    ragged = spec.out_channels % spec.wide
-    out.split(o, block, o_in, spec.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
-    out.split(p, part, p_in, spec.pixels, hl.TailStrategy.ShiftInwards)
-    runtime.share(out.reorder(o_in, p_in, block, part).vectorize(o_in, min(_LANES, spec.wide)), part, share)
-    sums.compute_at(out, block).align_bounds(o, amx.ROWS).bound_extent(p, spec.pixels)
-    _rows(x, spec.channels)
-    weight.dim(0).set_min(0)
-    _rows(out.output_buffer(), spec.out_channels)
-    return out, arguments
+    """The pipeline; arguments: share, pixels, x, packed weights, bias, [residual]."""
+    share, pixels = (hl.Param(hl.Int(32), name) for name in ("share", "pixels"))
+    x, o, p = hl.ImageParam(numbers.halide_type(spec.numbers), 2, "x"), hl.Var("o"), hl.Var("p")
+    tiles.rows(x, spec.channels // numbers.parts(spec.numbers))
+    source = _copied(spec, x, p) if spec.hidden else x
+    out, sums, parameters = tiles.build(spec.product, source, [o, p])
+    part, (o_in, p_in, block, _) = tiles.schedule(spec.product, out, sums, pixels)
+    if spec.parallel == "channels":
+        runtime.share(out.reorder(o_in, p_in, part, block), block, share)
+    else:
+        runtime.share(out.reorder(o_in, p_in, block, part), part, share)
+    if spec.hidden:
+        source.compute_at(out, part).bound_extent(source.args()[0], spec.product.whole // numbers.parts(spec.hidden))
+    return out, [share, pixels, x, *parameters]
 
 
-def _rows(param: Any, channels: int) -> None:
-    param.dim(0).set_min(0).set_extent(channels).set_stride(1)
-    param.dim(1).set_min(0)
+def _copied(spec: TileSpec, x: Any, p: Any) -> Any:
+    """``hidden[k, p]``: the channels of x in bfloat16, then zeros."""
+    parts, k = numbers.parts(spec.hidden), hl.Var("k")
+    stored, whole = spec.channels // parts, spec.product.whole // parts
+    lanes = channel_lanes(machine.host(), stored)
+    place = hl.RDom([hl.Range(0, lanes), hl.Range(0, -(-stored // lanes))], "place")
+    channel = hl.min(place.y * lanes, stored - lanes) + place.x
+    of_parts = [channel] * parts if spec.numbers == spec.hidden else [parts * channel + part for part in range(parts)]
+    values = [numbers.read(spec.numbers, x[at, p], part) for part, at in enumerate(of_parts)]
+    hidden = hl.Func("hidden")
+    hidden[k, p] = hl.undef(numbers.halide_type(spec.hidden))
+    hidden[channel, p] = numbers.write(spec.hidden, *values, quiet=tiles.quiet("", spec.numbers))
+    hidden.update().allow_race_conditions().reorder(place.x, place.y, p).vectorize(place.x)
+    if whole > stored:
+        behind = hl.RDom([hl.Range(0, whole - stored)], "behind")
+        hidden[stored + behind.x, p] = numbers.zero(spec.hidden)
+        hidden.update(1).unscheduled()
+    return hidden
 
 
 def depth_of(channels: int) -> int:
@@ -107,14 +112,21 @@ def depth_of(channels: int) -> int:
 
 def plan(case: Case) -> TilePlan:
     """The kernel for such tensors."""
-    channels, out_channels = case.x.shape[1], case.weight.shape[0]
-    count = case.x.elements // channels
-    # Fewer than 16 are one part; else whole tiles.
-    pixels = next((size for size in (32, 16) if count >= size), count)
-    wide = min(_WIDEST, -(-out_channels // amx.ROWS) * amx.ROWS)
-    residual = case.residual is not None
-    spec = TileSpec(channels, out_channels, depth_of(channels), wide, pixels, case.activation, residual)
-    return TilePlan(spec, runtime.per_thread(-(-count // pixels), case.threads), count, _step(case.x))
+    channels, out_channels, threads = case.x.shape[1], case.weight.shape[0], case.threads
+    count, depth = case.x.elements // channels, depth_of(channels)
+    hidden, steps = "", (channels // depth, depth) if depth else None
+    kind = KINDS[case.x.dtype]
+    if kind != tiles.KIND or not depth:
+        hidden, steps, kind = PAIRS if channels % 2 == 0 else tiles.KIND, None, tiles.kind_of(case.x)
+    wide = wide_of(out_channels, tiles.together(case))
+    blocks = -(-out_channels // wide)
+    pixels = pixels_of(-(-count // threads))
+    parallel = "pixels"
+    if threads > 1 and case.weight.elements > case.x.elements and blocks >= threads and not hidden:
+        parallel, pixels = "channels", pixels_of(count)
+    passes = blocks if parallel == "channels" else -(-count // pixels)
+    spec = TileSpec(channels, kind, hidden, parallel, tiles.product(case, channels, wide, steps))
+    return TilePlan(spec, runtime.per_thread(passes, threads), pixels, count)
 
 
 def _step(image: Outline) -> int:
@@ -128,15 +140,11 @@ def _step(image: Outline) -> int:
 
 def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
-    given = (case.x, case.weight, *(part for part in (case.bias, case.residual) if part is not None))
-    reason = runtime.missing() or runtime.unsuitable(*given, case.result, numbers=(torch.bfloat16,))
-    reason = reason or amx.missing() or runtime.too_large(case.result.shape)
+    reason = tiles.unsuitable(case)
     if reason:
         return reason
     if not case.result.elements:
         return "the result is empty"
-    if not depth_of(case.x.shape[1]):
-        return f"{case.x.shape[1]} channels cannot be cut into equal steps that fill a tile"
     images = (case.x, case.result) if case.residual is None else (case.x, case.result, case.residual)
     if not all(map(_step, images)):
         return "the kernel on tiles reads images in channels_last"
@@ -155,32 +163,41 @@ def slower(case: Case) -> str:
 
 def describe(case: Case) -> dict[str, Any]:
     """The schedule in words and numbers."""
-    spec = plan(case).spec
-    return {"layout": "channels_last", "tiles": "AMX", "depth": spec.depth, "wide": spec.wide, "pixels": spec.pixels}
+    found = plan(case)
+    spec, product = found.spec, found.spec.product
+    return {
+        "layout": "channels_last",
+        "tiles": "AMX",
+        "depth": product.depth,
+        "wide": product.wide,
+        "pixels": found.part,
+        "copied": bool(spec.hidden),
+        "parallel": spec.parallel,
+    }
 
 
 def pack(found: TilePlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight and bias as the kernel takes them; the bias in float32."""
     weight, bias = weights
     assert weight is not None
-    tiles = packing.pack_tiles(weight, found.spec.depth).flatten()
-    offset = torch.zeros(len(weight)) if bias is None else bias.detach().float().clone()
-    return [Buffer(tiles.shape, (1,), tiles.data_ptr(), BITS16, tiles), buffer(offset)]
+    return tiles.pack(found.spec.product, weight.detach().flatten(1), bias)
 
 
 def bind(found: TilePlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x`` and ``residual``: for repeated use of the same memory."""
-    images = [out] if residual is None else [residual, out]
-    views = [_view(found, image) for image in images]
-    kernel = runtime.compiled(("pointwise_tiles", found.spec), lambda: build(found.spec))
-    return kernel.bind(found.share, _view(found, x), *packed, *views)
+    spec = found.spec
+    views = [_view(found, out, spec.product.numbers)]
+    if residual is not None:
+        views.insert(0, _view(found, residual, spec.product.residual))
+    kernel = runtime.compiled(("pointwise_tiles", spec), lambda: build(spec))
+    return kernel.bind(found.share, found.part, _view(found, x, spec.numbers), *packed, *views)
 
 
-def _view(found: TilePlan, image: Tensor) -> Buffer:
+def _view(found: TilePlan, image: Tensor, kind: str) -> Buffer:
     step = _step(Outline.of(image))
     if not step:
         raise ValueError(f"pointwise_tiles.bind: an image must be channels_last, got strides {image.stride()}")
-    return Buffer((found.pixels, image.shape[1]), (step, 1), image.data_ptr(), BITS16, image)
+    return tiles.view(image, kind, (found.pixels, image.shape[1]), (step, 1))
 
 
 class TileCall:
@@ -188,23 +205,30 @@ class TileCall:
 
     def __init__(self, case: Case) -> None:
         result = case.result
-        self.shape, self.memory_format = result.shape, case.x.memory_format
+        self.shape, self.dtype, self.memory_format = result.shape, result.dtype, case.x.memory_format
         self.found = plan(case)
-        self._step = _step(result)
+        self._steps = _step(case.x), _step(result)
         self._calls = PackedCalls((*self.found.variant, case.weight.shape), partial(pack, self.found), self._prepare)
 
     def _prepare(self, packed: list[Any]) -> list[tuple[KernelCall, int]]:
         found, spec = self.found, self.found.spec
-        out = Strided((found.pixels, spec.out_channels), (self._step, 1), BITS16)
-        x = Strided((found.pixels, spec.channels), (found.step, 1), BITS16)
-        given = (found.share, x, *packed, *([out] * (2 if spec.residual else 1)))
+        step, out_step = self._steps
+        x = _layout(found.pixels, spec.channels, step, spec.numbers)
+        kinds = [kind for kind in (spec.product.residual, spec.product.numbers) if kind]
+        images = [_layout(found.pixels, spec.product.out_channels, out_step, kind) for kind in kinds]
+        given = (found.share, found.part, x, *packed, *images)
         return [(KernelCall(("pointwise_tiles", spec), partial(build, spec), given), 0)]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        out = torch.empty(self.shape, dtype=torch.bfloat16, memory_format=self.memory_format)
+        out = torch.empty(self.shape, dtype=self.dtype, memory_format=self.memory_format)
         images = (out,) if residual is None else (like(residual, out), out)
         self._calls((weight, bias), x.data_ptr(), *(image.data_ptr() for image in images))
         return out
+
+
+def _layout(count: int, channels: int, step: int, kind: str) -> Strided:
+    parts = numbers.parts(kind)
+    return Strided((count, channels // parts), (step // parts, 1), numbers.codes(kind))
 
 
 prepare = TileCall

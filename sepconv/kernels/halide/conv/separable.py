@@ -129,15 +129,15 @@ def pack(found: SeparablePlan, weights: Sequence[Tensor | None]) -> list[Buffer]
     assert depthwise_weight is not None
     assert pointwise_weight is not None
     tensors = (
-        _pack_taps(depthwise_weight, multiplier),
-        _pack_taps(packing.pack_bias(depthwise_bias, depthwise_weight), multiplier),
+        pack_taps(depthwise_weight, multiplier),
+        pack_taps(packing.pack_bias(depthwise_bias, depthwise_weight), multiplier),
         packing.pack(pointwise_weight, *found.spec.tile.panels, multiplier),
         packing.pack_bias(pointwise_bias, pointwise_weight),
     )
     return [buffer(tensor) for tensor in tensors]
 
 
-def _pack_taps(weight: Tensor, multiplier: int) -> Tensor:
+def pack_taps(weight: Tensor, multiplier: int) -> Tensor:
     """(C*M, 1, kH, kW) -> (kH, kW, M, C); a bias (C*M,) -> (M, C)."""
     filters = weight.detach().reshape(-1, multiplier, *weight.shape[2:])
     return filters.movedim((0, 1), (-1, -2)).clone(memory_format=torch.contiguous_format)

@@ -31,18 +31,16 @@ class Stage(NamedTuple):
         multiply: the instruction.
         feature: what LLVM calls the processor's ability.
         numbers: what people call them.
-        bytes: of a number of x.
     """
 
     name: str
     multiply: str
     feature: str
     numbers: str
-    bytes: int
 
 
-BF16 = Stage("sepconv_tiles_bf16", "tdpbf16ps", "amx-bf16", "bfloat16", 2)
-BYTES = Stage("sepconv_tiles_bytes", "tdpbusd", "amx-int8", "bytes", 1)
+BF16 = Stage("sepconv_tiles_bf16", "tdpbf16ps", "amx-bf16", "bfloat16")
+BYTES = Stage("sepconv_tiles_bytes", "tdpbusd", "amx-int8", "bytes")
 """x unsigned, weight signed, sums of whole numbers."""
 STAGES = (BF16, BYTES)
 ROWS, ROW_BYTES = 16, 64
@@ -106,11 +104,16 @@ define i32 @{name}(ptr %x, ptr %w, i32 %steps.32, i32 %xk.32, ptr %out) #0 {{
   %y.host = load ptr, ptr %y.host.at
   %x.dims = load ptr, ptr %x.dims.at
   %y.dims = load ptr, ptr %y.dims.at
+  %x.kind.at = getelementptr %buffer, ptr %x, i32 0, i32 4
+  %x.kind = load i32, ptr %x.kind.at
+  %x.kind.bits = lshr i32 %x.kind, 8
+  %x.bits = and i32 %x.kind.bits, 255
+  %x.bytes = lshr i32 %x.bits, 3
   %x.none = icmp eq ptr %x.host, null
   br i1 %x.none, label %answer, label %given
 answer:
   %channels.bytes = mul i32 %steps.32, %xk.32
-  %channels = sdiv i32 %channels.bytes, {bytes}
+  %channels = sdiv i32 %channels.bytes, %x.bytes
   %c.extent.at = getelementptr %dimension, ptr %x.dims, i32 0, i32 1
   store i32 0, ptr %x.dims
   store i32 %channels, ptr %c.extent.at
@@ -141,7 +144,8 @@ go:
 {loads}
   %steps = sext i32 %steps.32 to i64
   %xk = sext i32 %xk.32 to i64
-  %xs = mul i64 %x.stride, {bytes}
+  %x.bytes.64 = zext i32 %x.bytes to i64
+  %xs = mul i64 %x.stride, %x.bytes.64
   %ys = mul i64 %p.stride, 4
   %p.from = sub i64 %p.min, %x.min
   %x.skip = mul i64 %p.from, %xs

@@ -30,6 +30,7 @@ from sepconv.ops import separable_conv1d as separable_conv1d
 from sepconv.ops import separable_conv2d as separable_conv2d
 from sepconv.ops import separable_conv3d as separable_conv3d
 from sepconv.ops.explain import explain as explain
+from sepconv.quantize import quantize as quantize
 from sepconv.system.doctor import doctor as doctor
 
 __version__ = "0.1.0.dev0"

@@ -22,6 +22,7 @@ LEVELS = [
     ["ops"],
     ["system.doctor", "layers"],
     ["models", "cost", "convert", "compile", "data"],
+    ["quantize"],
     ["train", "report"],
     ["runs"],
     ["bench"],
@@ -37,6 +38,7 @@ PUBLIC = [
     "count",
     "doctor",
     "explain",
+    "quantize",
 ]
 
 

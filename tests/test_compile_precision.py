@@ -17,7 +17,7 @@ from sepconv.compile import CompiledModel, compile
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import BFLOAT16, NumberType
 from sepconv.compile.precision import checked_precision
-from sepconv.compile.verify import AGREEMENT, MOST_OF_BFLOAT16, InBfloat16, tolerance_of_bfloat16
+from sepconv.compile.verify import AGREEMENT, MOST_OF_FEW_BITS, InBfloat16, tolerance_of_few_bits
 from sepconv.kernels import backends
 from sepconv.kernels.backends import Backend, Binder
 from sepconv.kernels.case import Case, Outline
@@ -229,7 +229,7 @@ def test_a_machine_without_products_of_bfloat16_computes_in_float32(monkeypatch:
 @pytest.mark.usefixtures("of_16_bits")
 def test_a_network_that_16_bits_would_change_too_much_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AGREEMENT, torch.bfloat16, 1e-6)
-    monkeypatch.setattr(prepare, "tolerance_of_bfloat16", lambda moved, expected: 1e-6)
+    monkeypatch.setattr(prepare, "tolerance_of_few_bits", lambda usual, moved, expected: 1e-6)
     model, x = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval(), torch.randn(2, 8, 5, 7)
     fast = compile(model, x, precision="bfloat16")
     explanation = fast.explain()
@@ -242,9 +242,9 @@ def test_the_bound_of_bfloat16_follows_from_the_model() -> None:
     one = torch.ones(3)
     floor = AGREEMENT[torch.bfloat16]
     assert floor == 2 * HALF
-    assert tolerance_of_bfloat16([[one], [one]], [one]) == floor
-    assert tolerance_of_bfloat16([[one], [one + 0.01]], [one]) == pytest.approx(0.04, rel=1e-3)
-    assert tolerance_of_bfloat16([[one + 9]], [one]) == MOST_OF_BFLOAT16
+    assert tolerance_of_few_bits(floor, [[one], [one]], [one]) == floor
+    assert tolerance_of_few_bits(floor, [[one], [one + 0.01]], [one]) == pytest.approx(0.04, rel=1e-3)
+    assert tolerance_of_few_bits(floor, [[one + 9]], [one]) == MOST_OF_FEW_BITS
 
 
 def test_rounding_of_a_model_reaches_weights_and_values() -> None:

@@ -8,7 +8,7 @@ from sepconv.compile.numbers import BFLOAT16 as NUMBERS_OF_16_BITS
 from sepconv.compile.numbers import NumberType
 from sepconv.kernels.halide.jit import amx
 
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
+FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 PRECISIONS = (FLOAT32, BFLOAT16)
 
 
@@ -23,7 +23,7 @@ def checked_precision(precision: object, caller: str = "compile") -> str:
         return FLOAT32
     if not isinstance(precision, str):
         raise TypeError(f"{caller}: precision must be a name or None, got {type(precision).__name__}")
-    if precision == "int8":
+    if precision == INT8:
         raise ValueError(f"{caller}: int8 is not asked for by precision; give the model that sepconv.quantize returned")
     if precision not in PRECISIONS:
         raise ValueError(f"{caller}: precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
@@ -34,7 +34,7 @@ def precision_of(numbers: Iterable[NumberType]) -> str:
     """The precision of a network with values of these types: that of the fewest bits."""
     found = set(numbers)
     if any(number.scale is not None for number in found):
-        return "int8"
+        return INT8
     return BFLOAT16 if NUMBERS_OF_16_BITS in found else FLOAT32
 
 

@@ -20,19 +20,19 @@ from sepconv.compile.capture import CaptureError, capture, first_line
 from sepconv.compile.copies import trial_copy
 from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
-from sepconv.compile.numbers import BFLOAT16
 from sepconv.compile.passes import rewrite
-from sepconv.compile.precision import FLOAT32, missing
+from sepconv.compile.precision import BFLOAT16, FLOAT32, missing, precision_of
 from sepconv.compile.store import Store
 from sepconv.compile.verify import (
     InBfloat16,
+    Nudged,
     ThroughPyTorch,
     agreement,
     disagreement,
     rounded,
     shaken,
     tolerance,
-    tolerance_of_bfloat16,
+    tolerance_of_few_bits,
 )
 
 EMPTY = "the batch is empty"
@@ -155,10 +155,12 @@ def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> s
     # Some networks multiply rounding errors: this one is asked only where it has to be.
     run = partial(_expected, checks.model, spec=checks.spec)
     moved = [rounded(leaf) for leaf in leaves]
-    if BFLOAT16 in network.program.numbers:
-        with InBfloat16():
-            return disagreement(got, expected, tolerance_of_bfloat16([run(leaves), run(moved)], expected))
-    return disagreement(got, expected, tolerance(usual, run(moved), expected))
+    precision = precision_of(network.program.numbers)
+    if precision == FLOAT32:
+        return disagreement(got, expected, tolerance(usual, run(moved), expected))
+    with InBfloat16() if precision == BFLOAT16 else Nudged():
+        allowed = tolerance_of_few_bits(usual, [run(leaves), run(moved)], expected)
+    return disagreement(got, expected, allowed)
 
 
 def _copied(leaf: Any) -> Any:

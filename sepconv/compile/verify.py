@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sepconv.compile.numbers import BFLOAT16, FLOAT32, NumberType
 from sepconv.kernels.torch import aten
+from sepconv.ops.quantized import FAKE_QUANTIZE
 from sepconv.ops.schema import geometry_of
 
 # By the number type of a network's values, relative to the largest output. In most networks rounding differs by far
@@ -23,9 +24,10 @@ AGREEMENT = {FLOAT32.storage: 1e-4, BFLOAT16.storage: 2.0**-8, torch.uint8: 2.0*
 MOST = 1e-2
 """What is allowed at most where a network moves so much by rounding alone."""
 
-MOST_OF_BFLOAT16, MARGIN_OF_BFLOAT16 = 0.25, 4.0
-"""The same for bfloat16, and by how much more than the model with all its tensors rounded ours may differ."""
+MOST_OF_FEW_BITS, MARGIN_OF_FEW_BITS = 0.25, 4.0
+"""The same for numbers of 16 and 8 bits, and by how much more than the model rounded otherwise ours may differ."""
 
+NUDGE = 2.0**-20
 NOISE, MARGIN = 2.0**-22, 30.0
 """Rounding at the input, and by how much more than that the rounding of all layers may move the result."""
 
@@ -82,6 +84,20 @@ class InBfloat16(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+class Nudged(TorchDispatchMode):
+    """Changes the last bits of what is rounded to 8 bits: some numbers between two steps fall to the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = torch.Generator().manual_seed(2)
+
+    def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is FAKE_QUANTIZE:
+            x, *rest = args
+            args = (x * (1 + NUDGE * torch.randn(x.shape, generator=self._random)), *rest)
+        return op(*args, **(kwargs or {}))
+
+
 def _in_bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16().float() if x.dtype is torch.float32 else x
 
@@ -110,10 +126,10 @@ def tolerance(usual: float, moved: Sequence[Any], expected: Sequence[Any]) -> fl
     return max(usual, min(MOST, MARGIN * _distance(moved, expected)))
 
 
-def tolerance_of_bfloat16(moved: Sequence[Sequence[Any]], expected: Sequence[Any]) -> float:
-    """The same, where ``moved`` are the model's own results with its tensors rounded, in some ways."""
+def tolerance_of_few_bits(usual: float, moved: Iterable[Sequence[Any]], expected: Sequence[Any]) -> float:
+    """The same, where ``moved`` are the model's own results with its tensors rounded otherwise, in some ways."""
     most = max(_distance(found, expected) for found in moved)
-    return max(AGREEMENT[BFLOAT16.storage], min(MOST_OF_BFLOAT16, MARGIN_OF_BFLOAT16 * most))
+    return max(usual, min(MOST_OF_FEW_BITS, MARGIN_OF_FEW_BITS * most))
 
 
 def _distance(found: Sequence[Any], expected: Sequence[Any]) -> float:

@@ -33,6 +33,9 @@ from sepconv.kernels.halide.conv import (
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
+from sepconv.kernels.halide.quantized import depthwise as quantized_depthwise
+from sepconv.kernels.halide.quantized import pointwise as quantized_pointwise
+from sepconv.kernels.halide.quantized import separable as quantized_separable
 from sepconv.kernels.torch import prepared
 
 Prepared = Callable[..., Tensor]
@@ -78,7 +81,8 @@ class Backend:
         prepare: the kernel for a case; a BuildError is one reason more against it.
         describe: its schedule in words and numbers.
         binder: how ``compile`` uses it; None where it cannot.
-        numbers: the only ones that it is for, where a kernel before it in the list is for all others.
+        numbers: the only ones that it is for, where a kernel beside it in the list is for all others: those of the
+            image or of the weight.
     """
 
     name: str
@@ -123,8 +127,17 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
 
 
 BACKENDS: dict[str, list[Backend]] = {
-    "depthwise": [_halide(depthwise), Backend("torch", prepared.depthwise)],
-    "pointwise": [_halide(pointwise), _halide(pointwise_tiles, torch.bfloat16), Backend("torch", prepared.pointwise)],
+    "depthwise": [
+        _halide(depthwise),
+        _halide(quantized_depthwise, torch.int8),
+        Backend("torch", prepared.depthwise),
+    ],
+    "pointwise": [
+        _halide(pointwise),
+        _halide(pointwise_tiles, torch.bfloat16),
+        _halide(quantized_pointwise, torch.int8),
+        Backend("torch", prepared.pointwise),
+    ],
     "normal": [_halide(stem), _halide(grouped), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],
@@ -135,6 +148,7 @@ BACKENDS: dict[str, list[Backend]] = {
     "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],
     "separable": [
         _halide(separable),
+        _halide(quantized_separable, torch.int8),
         Backend("depthwise, then pointwise", InTurn, slower=_slower_in_turn),
         Backend("torch", prepared.separable),
     ],
@@ -163,7 +177,7 @@ class Choice:
 
     def _take_next(self) -> None:
         for backend in self._others:
-            if backend.numbers not in (None, self.case.x.dtype):
+            if backend.numbers not in (None, self.case.x.dtype, self.case.weight.dtype):
                 continue
             reason = backend.supports(self.case) or backend.slower(self.case)
             if not reason:

@@ -185,17 +185,29 @@ def quantized_conv(
     Shape:
         x: (N, C, H, W)    weight: (O, C / groups, kH, kW)    residual: like y    ->    (N, O, Ho, Wo)
     """
-    zero, residual_zero, residual_scale, inverse, y_zero = given.numbers[:5]
+    zero, depth = given.numbers[0], given.weight.shape[1]
     whole = quantize(x, given.numbers[5], zero) if x.dtype is torch.float32 else x
-    centred, weight = whole.long() - zero.long(), given.weight.long()
-    depth, groups = weight.shape[1], x.shape[1] // weight.shape[1]
-    maps = []
-    for o in range(weight.shape[0]):
-        first = o // (weight.shape[0] // groups) * depth
+    centred, weight, outputs = whole.long() - zero.long(), given.weight.long(), len(given.weight)
+    sums = []
+    for o in range(outputs):
+        first = o // (outputs * depth // x.shape[1]) * depth
         filtered = [filter_image(centred[:, first + c], weight[o, c], stride, padding, dilation) for c in range(depth)]
-        total = torch.stack(filtered).sum(0)
-        maps.append((total if given.bias is None else total + given.bias[o].long()).int().float() * given.scale[o])
-    value = torch.stack(maps, dim=1)
+        sums.append(torch.stack(filtered).sum(0))
+    return after_sums(torch.stack(sums, dim=1), given, activation, residual, dtype)
+
+
+def after_sums(
+    sums: Tensor,
+    given: Quantized,
+    activation: str = "",
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.uint8,
+) -> Tensor:
+    """What a quantised convolution makes of its sums, whole numbers (N, O, Ho, Wo), before their bias."""
+    _, residual_zero, residual_scale, inverse, y_zero = given.numbers[:5]
+    each = (-1, *[1] * (sums.dim() - 2))
+    total = sums if given.bias is None else sums + given.bias.long().view(each)
+    value = total.int().float() * given.scale.view(each)
     if residual is not None:
         added = residual if residual.dtype is torch.float32 else (residual.float() - residual_zero) * residual_scale
         value = value + added

@@ -34,6 +34,9 @@ from sepconv.kernels.halide.conv import (
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
+from sepconv.kernels.halide.quantized import depthwise as quantized_depthwise
+from sepconv.kernels.halide.quantized import pointwise as quantized_pointwise
+from sepconv.kernels.halide.quantized import separable as quantized_separable
 from sepconv.kernels.torch import prepared
 
 Prepared = Callable[..., Tensor]
@@ -129,8 +132,17 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
 
 
 BACKENDS: dict[str, list[Backend]] = {
-    "depthwise": [_halide(depthwise), Backend("torch", prepared.depthwise)],
-    "pointwise": [_halide(pointwise), _halide(pointwise_tiles, torch.bfloat16), Backend("torch", prepared.pointwise)],
+    "depthwise": [
+        _halide(depthwise),
+        _halide(quantized_depthwise, torch.int8),
+        Backend("torch", prepared.depthwise),
+    ],
+    "pointwise": [
+        _halide(pointwise),
+        _halide(pointwise_tiles, torch.bfloat16),
+        _halide(quantized_pointwise, torch.int8),
+        Backend("torch", prepared.pointwise),
+    ],
     "normal": [_halide(stem), _halide(grouped), _halide(normal), Backend("torch", prepared.normal)],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],
@@ -142,6 +154,7 @@ BACKENDS: dict[str, list[Backend]] = {
     "separable": [
         _halide(separable),
         _halide(separable_tiles, torch.bfloat16),
+        _halide(quantized_separable, torch.int8),
         Backend("depthwise, then pointwise", InTurn, slower=_slower_in_turn),
         Backend("torch", prepared.separable),
     ],

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from sepconv.kernels.halide.jit import llvm
 
 
-class Stage(NamedTuple):
+class TileProduct(NamedTuple):
     """One kind of product: ``(x, weight, steps, step bytes, sums)`` -> ``sums[o, p] = sum of weight[o, k] * x[k, p]``.
 
     x has its channels side by side, weight is laid out by :func:`sepconv.kernels.halide.jit.packing.pack_tiles`. The
@@ -39,8 +39,8 @@ class Stage(NamedTuple):
     numbers: str
 
 
-BF16 = Stage("sepconv_tiles_bf16", "tdpbf16ps", "amx-bf16", "bfloat16")
-BYTES = Stage("sepconv_tiles_bytes", "tdpbusd", "amx-int8", "bytes")
+BF16 = TileProduct("sepconv_tiles_bf16", "tdpbf16ps", "amx-bf16", "bfloat16")
+BYTES = TileProduct("sepconv_tiles_bytes", "tdpbusd", "amx-int8", "bytes")
 """x unsigned, weight signed, sums of whole numbers."""
 STAGES = (BF16, BYTES)
 ROWS, ROW_BYTES = 16, 64
@@ -241,7 +241,7 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def _block(stage: Stage, pixels: int, outputs: int) -> str:
+def _block(stage: TileProduct, pixels: int, outputs: int) -> str:
     zero, body, store = [], [], []
     for p, o in product(range(pixels), range(outputs)):
         zero.append(f"  call void @llvm.x86.tilezero(i8 {2 * p + o})")
@@ -257,7 +257,7 @@ def _block(stage: Stage, pixels: int, outputs: int) -> str:
     return _BLOCK.format(pixels=pixels, outputs=outputs, **parts)
 
 
-def _code(stage: Stage) -> str:
+def _code(stage: TileProduct) -> str:
     loads, config, rows, calls = [], [], [], []
     for name, of, dimension, field in _FIELDS:
         loads.append(f"  %{name}.at = getelementptr %dimension, ptr %{of}.dims, i32 {dimension}, i32 {field}")
@@ -287,7 +287,7 @@ def _code(stage: Stage) -> str:
 
 
 @lru_cache(maxsize=len(STAGES))
-def missing(stage: Stage = BF16) -> str:
+def missing(stage: TileProduct = BF16) -> str:
     """Why there are no tiles to compute with, in a sentence; the empty string if there are.
 
     A process must ask Linux for them, once for all its threads.
@@ -303,6 +303,6 @@ def missing(stage: Stage = BF16) -> str:
 
 
 @lru_cache(maxsize=len(STAGES))
-def define(stage: Stage) -> None:
+def define(stage: TileProduct) -> None:
     """Let object code that is loaded from now on call the stage."""
     llvm.define(stage.name, llvm.assemble(_code(stage), stage.name)[0])

@@ -22,8 +22,8 @@ _WHOLE, _NATURAL, _FLOATING = 0, 1, 2  # halide_type_code_t
 FLOAT32, FLOAT16 = _FLOATING | 32 << 8, _FLOATING | 16 << 8
 UINT32, BITS16, UINT8 = _NATURAL | 32 << 8, _NATURAL | 16 << 8, _NATURAL | 8 << 8
 """Halide's codes for kinds of numbers, with their bits."""
-_CODES: dict[Any, int] = {np.dtype(kind): _WHOLE | 8 * kind().itemsize << 8 for kind in (np.int8, np.int16, np.int32)}
-_CODES |= {np.dtype(np.float32): FLOAT32, np.dtype(np.uint32): UINT32, np.dtype(np.uint8): UINT8}
+_CODES = {np.dtype(name): _WHOLE | bits << 8 for name, bits in (("int8", 8), ("int16", 16), ("int32", 32))}
+_CODES |= {np.dtype("float32"): FLOAT32, np.dtype("uint32"): UINT32, np.dtype("uint8"): UINT8}
 CODES = {torch.float32: FLOAT32, torch.bfloat16: BITS16, torch.float16: FLOAT16, torch.uint8: UINT8}
 """How a buffer of a tensor's numbers is called. Halide would round a NaN of bfloat16, so that we use the bits."""
 OF_TENSORS, BITS8 = CODES, UINT8

@@ -1,1 +1,1 @@
-"""Convolutions of whole numbers (uint8 x int8), and what follows them in the same pass; see ``reference.quantized_conv``."""
+"""Convolutions of whole numbers (uint8 x int8), and what follows them in one pass: see `reference.quantized_conv`."""

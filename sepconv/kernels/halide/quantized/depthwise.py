@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case
@@ -14,7 +14,7 @@ from sepconv.kernels.halide.jit.buffers import Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, filters, product
-from sepconv.kernels.halide.quantized.epilogue import Constants, Epilogue
+from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.filters import FilterSpec
 
 
@@ -22,7 +22,7 @@ class DepthwiseSpec8(NamedTuple):
     """All that the code of one kernel depends on."""
 
     filter: FilterSpec
-    epilogue: Epilogue
+    epilogue: Ending
     way: str
 
 
@@ -33,9 +33,9 @@ class DepthwisePlan8(NamedTuple):
     numbers: tuple[int, int, int]
 
     @property
-    def variant(self) -> FilterSpec:
+    def variant(self) -> tuple[FilterSpec, Ending]:
         """What packed weights depend on besides their numbers."""
-        return self.spec.filter
+        return self.spec.filter, self.spec.epilogue
 
 
 def build(spec: DepthwiseSpec8) -> tuple[Any, list[Any]]:
@@ -76,7 +76,7 @@ def channels_inside(image: Any, channels: int) -> Any:
 
 def plan(case: Case) -> DepthwisePlan8:
     """The kernel for such tensors."""
-    return planned(case, product.ways()[-2:][0])
+    return planned(case, product.best(prod(case.kernel_size), 0))
 
 
 def planned(case: Case, way: str) -> DepthwisePlan8:
@@ -84,7 +84,7 @@ def planned(case: Case, way: str) -> DepthwisePlan8:
     given = filters.spec(case, way)
     (top, _), (left, _) = case.geometry.padding
     tasks = case.y.shape[0] * -(-case.y.shape[2] // given.rows)
-    spec = DepthwiseSpec8(given, Epilogue.of(case), way)
+    spec = DepthwiseSpec8(given, Ending.of(case), way)
     return DepthwisePlan8(spec, (runtime.per_thread(tasks, case.threads), top, left))
 
 
@@ -112,12 +112,8 @@ def describe(case: Case) -> dict[str, Any]:
 
 def pack(found: DepthwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight, bias, scale and numbers as the kernel takes them."""
-    weight, bias, scale, numbers = weights
-    assert weight is not None
-    assert scale is not None
-    assert numbers is not None
-    constants = epilogue.pack(found.spec.epilogue, weight, bias, scale, numbers)
-    return [filters.pack(found.spec.filter, weight), *epilogue.buffers(constants)]
+    given = epilogue.constants(weights)
+    return [filters.pack(found.spec.filter, given.weight), *epilogue.pack(found.spec.epilogue, given)]
 
 
 def bind(found: DepthwisePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

@@ -21,6 +21,7 @@ from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.layout import pixel_step
+from sepconv.reference import Quantized
 
 KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
 """Numbers of x, y and residual."""
@@ -33,7 +34,7 @@ _ROUNDS_BITS = 0x4B400000
 _SMALLEST = -1e9
 
 
-class Epilogue(NamedTuple):
+class Ending(NamedTuple):
     """What the code depends on; ``residual`` is the kind of its numbers, "" where there is none."""
 
     activation: str
@@ -41,7 +42,7 @@ class Epilogue(NamedTuple):
     out: str
 
     @classmethod
-    def of(cls, case: Case) -> Epilogue:
+    def of(cls, case: Case) -> Ending:
         residual = "" if case.residual is None else KINDS[case.residual.dtype]
         return cls(case.activation, residual, KINDS[case.y.dtype])
 
@@ -77,7 +78,7 @@ class Constants:
         return hl.cast(hl.UInt(8), self.number(name))
 
 
-def finished(spec: Epilogue, sums: Any, o: Any, given: Constants, residual: Any = None) -> Any:
+def finished(spec: Ending, sums: Any, o: Any, given: Constants, residual: Any = None) -> Any:
     """What is stored for the sums of output channel ``o``."""
     value = hl.cast(hl.Float(32), sums) * given.scale[o]
     if spec.residual == "uint8":
@@ -113,20 +114,28 @@ def quantized_image(value: Any, given: Constants) -> Any:
     return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
 
 
-def pack(
-    spec: Epilogue, weight: Tensor, bias: Tensor | None, scale: Tensor, numbers: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Bias, scale and numbers for :class:`Constants`, copied."""
-    x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = numbers.double().tolist()
-    low, high = (_byte(limit * numbers[3], zero) for limit in spec.limits or (-math.inf, math.inf))
+def constants(tensors: Sequence[Tensor | None]) -> Quantized:
+    """The constants of one convolution, which come in this order."""
+    weight, bias, scale, numbers = tensors
+    if weight is None or scale is None or numbers is None:
+        raise TypeError("a quantised convolution has weight, scale and numbers")
+    return Quantized(weight, bias, scale, numbers)
+
+
+def pack(spec: Ending, of: Quantized) -> list[Buffer]:
+    """Copies of bias, scale and numbers for :class:`Constants`."""
+    x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = of.numbers.double().tolist()
+    low, high = (_byte(limit * of.numbers[3], zero) for limit in spec.limits or (-math.inf, math.inf))
     given = {
         "low": low, "high": high,
         "inverse": inverse, "zero": zero, "residual_zero": residual_zero, "residual_scale": residual_scale,
         "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
     }  # fmt: skip
-    sums = -int(x_zero) * weight.detach().long().flatten(1).sum(1)
-    offset = sums if bias is None else sums + bias.detach().long()
-    return offset.int(), scale.detach().clone(), torch.tensor([given[name] for name in _NAMES])
+    offset = -int(x_zero) * of.weight.detach().long().flatten(1).sum(1)
+    if of.bias is not None:
+        offset += of.bias.detach().long()
+    numbers = torch.tensor([given[name] for name in _NAMES])
+    return [buffer(offset.int()), buffer(of.scale.detach().clone()), buffer(numbers)]
 
 
 def _byte(limit: Tensor, zero: float) -> float:
@@ -134,12 +143,9 @@ def _byte(limit: Tensor, zero: float) -> float:
     return limit.round().clamp(-zero, 255 - zero).item()
 
 
-def buffers(tensors: Sequence[Tensor]) -> list[Buffer]:
-    return [buffer(tensor) for tensor in tensors]
-
-
-def unsuitable(case: Case) -> str:
-    """Why no kernel of this folder can compute a case, in a sentence; the empty string if one may."""
+def unsuitable(case: Case, of: Sequence[torch.dtype] = (torch.uint8,)) -> str:
+    """Why no kernel of this folder can compute a case, in a sentence; the empty string if one may. ``of``: the numbers
+    that x may have."""
     if not case.quantized:
         return f"the kernel multiplies by weights of int8 but got {case.weight.dtype}"
     if not case.bound:
@@ -148,6 +154,8 @@ def unsuitable(case: Case) -> str:
         return "the result is empty"
     if case.which != "forward":
         return "there are no gradients of whole numbers"
+    if case.x.dtype not in of:
+        return f"the kernel reads bytes but got {case.x.dtype}"
     images = [image for image in (case.x, case.residual, case.result) if image is not None]
     weights = [case.weight] if case.bias is None else [case.weight, case.bias]
     return (
@@ -162,7 +170,7 @@ def no_pixels(case: Case) -> str:
     x = case.x
     if x.dims != 2:
         return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
-    if x.stride[1] != 1 or (x.shape[1] > 1 and x.stride[3] == 1 and x.shape[3] > 1):
+    if x.shape[1] > 1 and (x.stride[1] != 1 or (x.stride[3] == 1 and x.shape[3] > 1)):
         return f"the kernel reads channels_last images only (strides {x.stride})"
     if not pixel_step(case.result.shape, case.result.stride):
         return f"the kernel writes channels_last images only (strides {case.result.stride})"

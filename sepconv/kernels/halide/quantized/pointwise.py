@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case, Outline
@@ -18,8 +17,8 @@ from sepconv.kernels.halide.jit.buffers import CODES, Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, product
-from sepconv.kernels.halide.quantized.epilogue import Constants, Epilogue
-from sepconv.kernels.halide.quantized.product import Product
+from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
+from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.layout import pixel_step
 
@@ -28,8 +27,8 @@ class PointwiseSpec8(NamedTuple):
     """All that the code of one kernel depends on. ``chunk``: blocks of pixels that are multiplied by the same weights
     before the next ones are read."""
 
-    product: Product
-    epilogue: Epilogue
+    product: ByteProduct
+    epilogue: Ending
     chunk: int
 
 
@@ -41,9 +40,9 @@ class PointwisePlan8(NamedTuple):
     pixels: int
 
     @property
-    def variant(self) -> Product:
+    def variant(self) -> tuple[ByteProduct, Ending]:
         """What packed weights depend on besides their numbers."""
-        return self.spec.product
+        return self.spec.product, self.spec.epilogue
 
 
 def build(spec: PointwiseSpec8) -> tuple[Any, list[Any]]:
@@ -59,7 +58,8 @@ def build(spec: PointwiseSpec8) -> tuple[Any, list[Any]]:
         residual = added[o, p]
         arguments.append(added)
     out = hl.Func("pointwise8")
-    out[o, p] = epilogue.finished(spec.epilogue, product.whole_sums(multiply, sums, [o, p], given.bias), o, given, residual)
+    whole = product.whole_sums(multiply, sums, [o, p], given.bias)
+    out[o, p] = epilogue.finished(spec.epilogue, whole, o, given, residual)
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
     ragged = multiply.outputs % multiply.wide
@@ -88,7 +88,7 @@ def fix_rows(param: Any, channels: int) -> None:
     param.dim(1).set_min(0)
 
 
-def _copied(multiply: Product, x: Any) -> Any:
+def _copied(multiply: ByteProduct, x: Any) -> Any:
     """The rows as the product reads them. What is behind them is multiplied by weights that are 0."""
     k, p = hl.Var("k"), hl.Var("p")
     rows, channel = hl.Func("rows"), hl.RDom([hl.Range(0, multiply.terms)], "channel")
@@ -97,7 +97,7 @@ def _copied(multiply: Product, x: Any) -> Any:
     return rows
 
 
-def _schedule_copied(multiply: Product, rows: Any) -> None:
+def _schedule_copied(multiply: ByteProduct, rows: Any) -> None:
     k, _ = rows.args()
     lanes = 4 * machine.host().lanes // (2 if multiply.way == product.PAIRS else 1)
     rows.bound_extent(k, multiply.whole)
@@ -108,7 +108,8 @@ def _schedule_copied(multiply: Product, rows: Any) -> None:
 
 def plan(case: Case) -> PointwisePlan8:
     """The kernel for such tensors."""
-    return planned(case, product.ways()[0])
+    channels = case.x.shape[1]
+    return planned(case, product.best(channels, case.x.elements // channels))
 
 
 def planned(case: Case, way: str) -> PointwisePlan8:
@@ -118,7 +119,7 @@ def planned(case: Case, way: str) -> PointwisePlan8:
     multiply = product.product(way, channels, outputs, count)
     chunk = 1 if way == product.TILES else max(1, machine.host().l1_bytes // 2 // (multiply.tall * multiply.whole))
     groups = -(-count // (multiply.tall * chunk))
-    spec = PointwiseSpec8(multiply, Epilogue.of(case), chunk)
+    spec = PointwiseSpec8(multiply, Ending.of(case), chunk)
     return PointwisePlan8(spec, runtime.per_thread(groups, case.threads), count)
 
 
@@ -136,8 +137,6 @@ def supports(case: Case) -> str:
     reason = epilogue.unsuitable(case)
     if reason:
         return reason
-    if case.x.dtype is not torch.uint8:
-        return "the kernel reads bytes only"
     images = (case.x, case.result) if case.residual is None else (case.x, case.result, case.residual)
     return "" if all(map(step_of, images)) else "the kernel reads and writes images in channels_last"
 
@@ -155,13 +154,8 @@ def describe(case: Case) -> dict[str, Any]:
 
 def pack(found: PointwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight, bias, scale and numbers as the kernel takes them."""
-    weight, bias, scale, numbers = weights
-    assert weight is not None
-    assert scale is not None
-    assert numbers is not None
-    multiply = found.spec.product
-    rows = weight.reshape(multiply.outputs, multiply.terms)
-    return [product.pack(multiply, rows), *epilogue.buffers(epilogue.pack(found.spec.epilogue, weight, bias, scale, numbers))]
+    given = epilogue.constants(weights)
+    return [product.pack(found.spec.product, given.weight), *epilogue.pack(found.spec.epilogue, given)]
 
 
 def bind(found: PointwisePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

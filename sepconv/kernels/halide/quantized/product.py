@@ -24,16 +24,23 @@ TILES, QUADS, PAIRS = "tiles", "quads", "pairs"
 NAMES = {TILES: "AMX tiles", QUADS: "VNNI", PAIRS: "pairs of 16 bits"}
 
 
+# Of shorter sums, or of fewer pixels, tiles are filled and emptied for less than they gain (Granite Rapids).
+_LEAST_TERMS, _LEAST_PIXELS = 97, 8
+
+
 @lru_cache(maxsize=1)
 def ways() -> tuple[str, ...]:
     """How this machine can multiply, the fastest first."""
-    found = [PAIRS]
-    if runtime.multiplies_bytes():
-        found.insert(0, QUADS)
-    return tuple(found) if amx.missing(amx.BYTES) else (TILES, *found)
+    found = (QUADS, PAIRS) if runtime.multiplies_bytes() else (PAIRS,)
+    return found if amx.missing(amx.BYTES) else (TILES, *found)
 
 
-class Product(NamedTuple):
+def best(terms: int, pixels: int) -> str:
+    """How sums of so many terms are made for so many pixels; of the depthwise ones, which are short, never by tiles."""
+    return next(way for way in ways() if way != TILES or (terms >= _LEAST_TERMS and pixels >= _LEAST_PIXELS))
+
+
+class ByteProduct(NamedTuple):
     """What the code of one product depends on.
 
     Attributes:
@@ -78,37 +85,37 @@ class Product(NamedTuple):
         return -(-self.outputs // unit) * unit
 
 
-def product(way: str, terms: int, outputs: int, pixels: int) -> Product:
+def product(way: str, terms: int, outputs: int, pixels: int) -> ByteProduct:
     """For sums of so many terms; ``pixels`` is how many there are at most."""
     if way == TILES:
         steps = -(-terms // amx.ROW_BYTES)
         blocks = -(-outputs // 128)
         wide = -(-outputs // (amx.ROWS * blocks)) * amx.ROWS
-        return Product(way, terms, outputs, steps, -(-terms // (4 * steps)) * 4, wide, min(128, pixels), amx.ROWS)
+        return ByteProduct(way, terms, outputs, steps, -(-terms // (4 * steps)) * 4, wide, min(128, pixels), amx.ROWS)
     lanes, registers = machine.host().lanes, machine.host().registers
     group = 4 if way == QUADS else 2
     vectors = min(4 if registers == 32 else 2, -(-outputs // lanes))
     tall = max(1, min((registers - vectors - 1) // vectors, 6 if vectors > 2 else 10, pixels))
-    return Product(way, terms, outputs, -(-terms // group), group, vectors * lanes, tall, lanes)
+    return ByteProduct(way, terms, outputs, -(-terms // group), group, vectors * lanes, tall, lanes)
 
 
-def describe(spec: Product) -> dict[str, Any]:
+def describe(spec: ByteProduct) -> dict[str, Any]:
     """The product in words and numbers."""
     return {"product": NAMES[spec.way], "steps": spec.steps, "wide": spec.wide, "tall": spec.tall}
 
 
-def compiled(spec: Product, key: Hashable, build: runtime.Build) -> Kernel:
+def compiled(spec: ByteProduct, key: Hashable, build: runtime.Build) -> Kernel:
     """``runtime.compiled`` for the processors that the product is for."""
     return runtime.compiled(key, build, old=spec.way == PAIRS)
 
 
-def stored_together(spec: Product, kind: str) -> int:
+def stored_together(spec: ByteProduct, kind: str) -> int:
     """Output channels that are finished and stored at a time."""
     most = machine.host().lanes * (4 if kind == "uint8" else 1)
     return next(lanes for lanes in (most, most // 2, most // 4) if spec.wide % lanes == 0)
 
 
-def weight_param(spec: Product, name: str = "weight") -> Any:
+def weight_param(spec: ByteProduct, name: str = "weight") -> Any:
     if spec.way == TILES:
         weight = hl.ImageParam(hl.Int(8), 1, name)
         weight.dim(0).set_min(0)
@@ -121,7 +128,7 @@ def weight_param(spec: Product, name: str = "weight") -> Any:
     return weight
 
 
-def sums_of(spec: Product, rows: Any, weight: Any, at: list[Any], bias: Any) -> tuple[Any, Any]:
+def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any) -> tuple[Any, Any]:
     """The sums over ``rows[k, pixel, ...]``, and their reduction over k; ``at``: output, pixel and further dimensions.
 
     Those of registers begin with the bias, where it has no more outputs than whole blocks.
@@ -140,13 +147,13 @@ def sums_of(spec: Product, rows: Any, weight: Any, at: list[Any], bias: Any) -> 
     return sums, k
 
 
-def whole_sums(spec: Product, sums: Any, at: list[Any], bias: Any) -> Any:
+def whole_sums(spec: ByteProduct, sums: Any, at: list[Any], bias: Any) -> Any:
     """The sums with the bias."""
     begun = spec.way != TILES and spec.outputs == spec.padded_outputs
     return sums[at] if begun else sums[at] + bias[at[0]]
 
 
-def schedule(spec: Product, sums: Any, k: Any, at: list[Any]) -> None:
+def schedule(spec: ByteProduct, sums: Any, k: Any, at: list[Any]) -> None:
     """What lies inside of one block of sums, after compute_at."""
     o, p = at[:2]
     if spec.way == TILES:
@@ -159,10 +166,10 @@ def schedule(spec: Product, sums: Any, k: Any, at: list[Any]) -> None:
     update.reorder(inner, lane, vector, p, outer).atomic().vectorize(inner).vectorize(lane).unroll(vector).unroll(p)
 
 
-def pack(spec: Product, weight: Tensor) -> Buffer:
-    """``weight``: (O, terms), int8."""
+def pack(spec: ByteProduct, weight: Tensor) -> Buffer:
+    """``weight``: (O, terms) or (O, terms, 1, ...), int8."""
     padded = weight.new_zeros(spec.padded_outputs, spec.whole, dtype=torch.int16 if spec.way == PAIRS else torch.int8)
-    padded[: len(weight), : spec.terms] = weight.detach()
+    padded[: len(weight), : spec.terms] = weight.detach().reshape(spec.outputs, spec.terms)
     depth = spec.depth if spec.way == TILES else spec.whole
     found = packing.pack_tiles(padded, depth, spec.lanes)
     return buffer(found.flatten() if spec.way == TILES else found.squeeze(1))

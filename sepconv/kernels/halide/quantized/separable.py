@@ -7,9 +7,9 @@ them there. Image size, rows per tile and batch are not compiled in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case
@@ -19,10 +19,9 @@ from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, filters, product
 from sepconv.kernels.halide.quantized.depthwise import channels_inside
-from sepconv.kernels.halide.quantized.epilogue import Constants, Epilogue
-from sepconv.kernels.halide.quantized.filters import FilterSpec, Filtered
-from sepconv.kernels.halide.quantized.product import Product
-from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
+from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec
+from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.layout import pixel_step
 
 # Pixels of a tile: so many that reading the weights takes a small part of multiplying by them.
@@ -33,9 +32,9 @@ class SeparableSpec8(NamedTuple):
     """All that the code of one kernel depends on."""
 
     filter: FilterSpec
-    between: Epilogue
-    product: Product
-    epilogue: Epilogue
+    between: Ending
+    product: ByteProduct
+    epilogue: Ending
 
 
 class Tiles8(NamedTuple):
@@ -57,7 +56,7 @@ class SeparablePlan8(NamedTuple):
     calls: tuple[Tiles8, ...]
 
     @property
-    def variant(self) -> tuple[FilterSpec, Product, tuple[Epilogue, Epilogue]]:
+    def variant(self) -> tuple[FilterSpec, ByteProduct, tuple[Ending, Ending]]:
         """What packed weights depend on besides their numbers."""
         return self.spec.filter, self.spec.product, (self.spec.between, self.spec.epilogue)
 
@@ -72,18 +71,18 @@ def build(spec: SeparableSpec8) -> tuple[Any, list[Any]]:
     taps, weight = filters.weight_param(given, "taps"), product.weight_param(multiply)
     inner, outer = Constants(given.channels, "depthwise_"), Constants(multiply.outputs)
     stages = filters.filtered(given, x, [taps, inner.bias], (top, left), inner.byte("x_zero"))
-    o, q, t, n = at = [hl.Var(name) for name in ("o", "q", "t", "n")]
+    at = [hl.Var(name) for name in ("o", "q", "t", "n")]
     hidden, place = _hidden(spec, stages, inner, (width, parts, first), at[1:])
 
     sums, k = product.sums_of(multiply, hidden, weight, at, outer.bias)
     arguments, residual = [x, taps, weight, *inner.parameters, *outer.parameters], None
     if spec.epilogue.residual:
-        added = channels_inside(hl.ImageParam(epilogue.halide_type(spec.epilogue.residual), 4, "residual"), multiply.outputs)
-        arguments.append(added)
+        added = hl.ImageParam(epilogue.halide_type(spec.epilogue.residual), 4, "residual")
+        arguments.append(channels_inside(added, multiply.outputs))
         residual = added[at]
     out = hl.Func("separable8")
     whole = product.whole_sums(multiply, sums, at, outer.bias)
-    out[at] = epilogue.finished(spec.epilogue, whole, o, outer, residual)
+    out[at] = epilogue.finished(spec.epilogue, whole, at[0], outer, residual)
     channels_inside(out.output_buffer(), multiply.outputs)
 
     task = _schedule_product(spec, share, out, sums, k)
@@ -140,7 +139,7 @@ def _schedule_hidden(spec: SeparableSpec8, hidden: Any, place: Any, stages: Filt
 
 def plan(case: Case) -> SeparablePlan8:
     """The kernel and its schedule for such tensors."""
-    return planned(case, product.ways()[0])
+    return planned(case, product.best(case.weight.shape[0], prod(case.y.shape[2:])))
 
 
 def planned(case: Case, way: str) -> SeparablePlan8:
@@ -160,7 +159,7 @@ def planned(case: Case, way: str) -> SeparablePlan8:
     if left:
         calls.append(Tiles8(1, -(-left // given.rows), whole * each, left, runtime.per_thread(images, case.threads)))
     multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * width)
-    spec = SeparableSpec8(given, Epilogue(case.activation, "", "uint8"), multiply, Epilogue.of(then))
+    spec = SeparableSpec8(given, Ending(case.activation, "", "uint8"), multiply, Ending.of(then))
     (top, _), (before, _) = case.geometry.padding
     return SeparablePlan8(spec, width, (top, before), tuple(calls))
 
@@ -190,19 +189,9 @@ def describe(case: Case) -> dict[str, Any]:
 
 def pack(found: SeparablePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of filters, weights, biases, scales and numbers as the kernel takes them."""
-    taps, weight, first_bias, bias, first_scale, scale, first_numbers, numbers = weights
-    assert taps is not None
-    assert weight is not None
-    assert first_scale is not None
-    assert scale is not None
-    assert first_numbers is not None
-    assert numbers is not None
-    spec = found.spec
-    rows = weight.reshape(spec.product.outputs, spec.product.terms)
-    first = epilogue.pack(spec.between, taps, first_bias, first_scale, first_numbers)
-    second = epilogue.pack(spec.epilogue, weight, bias, scale, numbers)
-    packed = [filters.pack(spec.filter, taps), product.pack(spec.product, rows)]
-    return [*packed, *epilogue.buffers([*first, *second])]
+    spec, (first, second) = found.spec, (epilogue.constants(weights[half::2]) for half in (0, 1))
+    packed = [filters.pack(spec.filter, first.weight), product.pack(spec.product, second.weight)]
+    return [*packed, *epilogue.pack(spec.between, first), *epilogue.pack(spec.epilogue, second)]
 
 
 def bind(found: SeparablePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound | Chain:
@@ -222,10 +211,10 @@ def _tiles(image: Tensor, call: Tiles8) -> Buffer:
     """(N, O, Ho, Wo) from the first row of a call on as (N, tile, pixel in tile, O)."""
     images, channels, height, width = image.shape
     step = pixel_step(image.shape, image.stride())
-    first = (height - call.rows) if call.first else 0
+    skipped = (height - call.rows) * width * step if call.first else 0
     shape = (images, call.tiles, call.rows * width, channels)
     strides = (height * width * step, call.rows * width * step, step, 1)
-    return Buffer(shape, strides, image.data_ptr() + first * width * step * image.element_size(), CODES[image.dtype], image)
+    return Buffer(shape, strides, image.data_ptr() + skipped * image.element_size(), CODES[image.dtype], image)
 
 
 prepare = epilogue.prepare

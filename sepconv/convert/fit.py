@@ -126,7 +126,7 @@ class Fit:
 
     def closed_form(self, ranks: dict[str, int]) -> nn.Module:
         """The network that the weights alone give, once :meth:`run` has found its layers."""
-        network: nn.Module = copied(self.old, "convert")
+        network: nn.Module = copied(self.old, "convert", sharing=True)
         for site in self.sites:
             if ranks.get(site.name):
                 replace(network, site.names, self.form.layer(site.conv, self.starts[site.name]))

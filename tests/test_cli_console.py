@@ -68,6 +68,27 @@ def test_a_bar_fits_80_columns_with_the_time_that_remains(monkeypatch: pytest.Mo
         assert part in bars[-1]
 
 
+def test_lines_of_a_log_say_what_remains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    lines = console._Lines()
+    # Taken up where an earlier run stopped: 100 of these steps took no time now.
+    for seconds, step in ((0, 100), (12, 112), (5, 117), (700, 812), (9, 1000)):
+        clock[0] += seconds
+        lines(Step("train", step, 1000))
+    clock[0] += 20
+    lines(Step("convert", 1, 10))
+    clock[0] += 2000
+    lines(Step("convert", 2, 10, accuracy=0.5))
+    assert capsys.readouterr().err.splitlines() == [
+        "train 112/1000 (15 min left)",
+        "train 812/1000 (3 min left)",
+        "train 1000/1000",
+        "convert 1/10",
+        "convert 2/10 accuracy 50.0% (267 min left)",
+    ]
+
+
 QUIET = {
     "count": ("count", "mobilenet_v1", "--input", "3x32x32"),
     "report": ("report", "."),

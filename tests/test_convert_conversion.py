@@ -15,6 +15,7 @@ from sepconv.convert.forms import FORMS
 from sepconv.convert.ranks import cost
 from sepconv.convert.ranks.cost import latencies
 from sepconv.convert.sites import find_sites, record
+from sepconv.convert.work import PARTS, Work
 from sepconv.leaves import Inputs
 
 STAYED = "the budget is better spent on other layers"
@@ -64,16 +65,33 @@ def test_a_shared_module_stays_shared() -> None:
     assert plan.layers[1].macs_before == 6 * 6 * 9 * (13 * 13 + 7 * 7)
 
 
-def test_progress_counts_every_fit() -> None:
+def test_progress_is_told_after_every_fit_and_ends_where_all_is_done() -> None:
     seen: list[tuple[int, int]] = []
     _, plan = convert(trained(plain), images(40), budget=1 / 2, on_progress=lambda done, of: seen.append((done, of)))
-    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
-    assert len({of for _, of in seen}) == 1
+    tried = len(seen) - len(plan.converted)
+    assert tried >= len(plan.layers)
+    assert seen == sorted(seen)
+    assert {of for _, of in seen} == {PARTS}
     stayed = sum(not row.rank and row.reason == STAYED for row in plan.layers)
-    assert seen[-1][1] == len(seen) + stayed
+    assert (seen[-1][0] == PARTS) == (not stayed)
     seen.clear()
     _, plan = convert(trained(plain), images(40), depth_multiplier=1, on_progress=lambda *step: seen.append(step))
-    assert seen[-1] == (len(plan.converted), len(plan.converted))
+    assert len(seen) == len(plan.converted)
+    assert seen[-1] == (PARTS, PARTS)
+
+
+def test_parts_of_the_work_take_about_equal_time() -> None:
+    # Twice the channels: four times the work of a trial. A fit is two trials and one pass, which all sites share alike.
+    sites = find_sites(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)))
+    told: list[int] = []
+    work = Work(sites, {site.name: 3 for site in sites}, lambda done, of: told.append(done))
+    for site in sites:
+        for _ in range(3):
+            work.tried(site)
+    for site in sites:
+        work.fitted(site)
+    units = [1, 2, 3, 7, 11, 15, 15 + 2 + 2.5, 15 + 2 + 2.5 + 8 + 2.5]
+    assert told == [round(1000 * unit / units[-1]) for unit in units]
 
 
 def test_closed_form_has_the_plans_ranks_and_its_error() -> None:

@@ -101,3 +101,20 @@ def test_products_in_float32_are_exact_enough_for_a_fit() -> None:
     xx = gather(conv, x).problem(torch.eye(5, dtype=torch.float64), 0.0).xx
     truth = torch.cov(F.unfold(x.double(), 3, padding=1).transpose(0, 1).flatten(1), correction=0)
     assert float((xx - truth).norm() / truth.norm()) < 1e-6
+
+
+def test_moments_held_in_the_layers_precision_are_those_of_float64_to_its_rounding() -> None:
+    conv = nn.Conv2d(5, 7, 3, padding=1)
+    x = smooth_images(5).float() + 100  # what all values have in common is counted from their first mean
+    found = {}
+    for brief in (True, False):
+        moments = Moments(conv, brief=brief)
+        assert moments.xx.dtype == (torch.float32 if brief else torch.float64)
+        for part in x.split(3):
+            moments.add(part, conv(part).detach(), None, 10**6, torch.Generator())
+        moments.add_up()
+        assert moments.xx.dtype == torch.float64
+        found[brief] = moments.problem(torch.eye(7, dtype=torch.float64), 0.0).xx
+    # Each of the four sums rounds once; the diagonal is the largest.
+    largest = float(found[False].diagonal().max())
+    assert 0 < float((found[True] - found[False]).abs().max()) <= 4 * 2.0**-24 * largest

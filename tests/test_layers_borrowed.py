@@ -199,3 +199,19 @@ def test_whatever_is_done_with_a_model_leaves_it_as_it_was(work: Any, data: Data
     # Plans of sepconv.compile are filled with random numbers.
     if work not in (WORK["contenders"], WORK["predict compiled"]):
         assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_copy_that_shares_has_its_own_parameters_and_buffers_over_the_same_weights() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[0].weight.requires_grad_(False)
+    shared = copied(model, "test", sharing=True)
+    for ours, models in zip(shared.parameters(), model.parameters(), strict=True):
+        assert ours is not models
+        assert ours.data_ptr() == models.data_ptr()
+        assert ours.requires_grad == models.requires_grad
+    shared.requires_grad_(False)
+    assert model[0].bias.requires_grad
+    assert shared[1].running_mean.data_ptr() != model[1].running_mean.data_ptr()
+    with torch.inference_mode():
+        model = nn.Linear(3, 3)
+    assert copied(model, "test", sharing=True).weight.data_ptr() != model.weight.data_ptr()

@@ -212,13 +212,25 @@ class _Bars:
 
 
 class _Lines:
-    """For logs: a line where a stage ends, and otherwise at most every ten seconds."""
+    """For logs: a line where a stage ends, and otherwise at most every ten seconds, with the time that remains."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
+        self.stage, self.done, self.since = "", 0, self.last
 
     def __call__(self, step: Step) -> None:
-        if step.done < step.total and time.monotonic() - self.last < LINE_EVERY_S:
+        now = time.monotonic()
+        if step.stage != self.stage:
+            # Where it is first heard of: what was done before an interruption took no time now.
+            self.stage, self.done, self.since = step.stage, step.done, now
+        if step.done < step.total and now - self.last < LINE_EVERY_S:
             return
-        self.last = time.monotonic()
-        note(f"{step.stage} {step.done}/{step.total} {_numbers(step)}")
+        self.last = now
+        note(" ".join(filter(None, [step.stage, f"{step.done}/{step.total}", _numbers(step), self._left(step, now)])))
+
+    def _left(self, step: Step, now: float) -> str:
+        done = step.done - self.done
+        if done <= 0 or step.done >= step.total:
+            return ""
+        seconds = (now - self.since) / done * (step.total - step.done)
+        return f"({max(1, round(seconds))} s left)" if seconds < 100 else f"({round(seconds / 60)} min left)"

@@ -56,6 +56,7 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     ]
     rows += _latency_rows(before, after)
     screen.table(f"{record['model']} on {record['data']}", ("", "normal", "separable", "change"), rows)
+    _precisions(screen, record.get("precisions", []))
     threads, batch = after["threads"], after["latency_batch"]
     if found := record.get("closeness"):
         outputs(screen, found)
@@ -66,6 +67,28 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")
     files(screen, out, record["model"])
+
+
+def _precisions(screen: Screen, rows: list[dict[str, Any]]) -> None:
+    """The networks in fewer bits, by sepconv.compile."""
+    if not rows:
+        return
+    score = "accuracy" if any("accuracy" in row for row in rows) else "error"
+    cells = [
+        (
+            row["network"],
+            row["precision"],
+            "" if row["ms"] is None else f"{row['ms']:.3f}",
+            "" if row["bytes"] is None else f"{row['bytes']:,}",
+            "" if score not in row else f"{row[score]:.2%}" if score == "accuracy" else f"{row[score]:.3g}",
+        )
+        for row in rows
+    ]
+    title = "In fewer bits, by sepconv.compile"
+    screen.table(title, ("network", "numbers", "milliseconds", "bytes of weights", score), cells, text_columns=2)
+    for row in rows:
+        if row["reason"]:
+            screen.say(f"{row['network']} in {row['precision']}: {row['reason']}")
 
 
 def outputs(screen: Screen, closeness: dict[str, Any]) -> None:

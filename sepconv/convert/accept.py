@@ -39,8 +39,12 @@ def check_kind(model: nn.Module) -> None:
 
 
 def own_copy(model: nn.Module) -> nn.Module:
-    """A copy to work on, without what ``torch.compile`` put around its modules; ValueError if it cannot be copied."""
-    return _eager(copied(_unwrapped(model), "convert"))
+    """A copy without what ``torch.compile`` put around its modules, to run and to copy, over the same weights.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    return _eager(copied(_unwrapped(model), "convert", sharing=True))
 
 
 def _unwrapped(module: Any) -> Any:

@@ -32,6 +32,7 @@ from sepconv.convert.ranks.cost import METRICS, costs, macs, weights
 from sepconv.convert.ranks.sensitivity import enough, norm_metric, output_metrics
 from sepconv.convert.sites import Site, Skip, find_sites, reasons, record, trace_norms
 from sepconv.convert.stages import finish
+from sepconv.convert.work import Work
 from sepconv.layers.borrowed import evaluating
 from sepconv.leaves import Inputs
 
@@ -88,7 +89,8 @@ def convert(
         reestimate_bn: give batch norms behind converted layers the statistics of the converted network.
         sweeps: rounds of alternating least squares per layer; fewer for bottlenecks of many channels.
         ridge: how strongly directions that the images hardly show are held to the original weights.
-        on_progress: is told the steps done and their number after each fit of a layer.
+        on_progress: is told after each fit of a layer how much of the work is done and how much there is, in parts of
+            about equal time; a layer that stays normal after all leaves some undone.
 
     Returns:
         The converted copy and the :class:`Plan` that says what was done to each layer and why.
@@ -110,7 +112,7 @@ def convert(
         _require_some(model, sites, priced, fixed=depth_multiplier is not None)
         if on_progress is not None:
             tried = {} if depth_multiplier else within_reach(priced, budget * sum(cost[0] for cost in priced.values()))
-            fit.on_step = _counter(fit, tried, on_progress)
+            fit.work = _work(fit, tried, on_progress)
         notes += _prepare(fit, example, output_weights)
         ranks = (
             {site.name: manner.form.of_multiplier(site.conv, depth_multiplier) for site in fit.candidates}
@@ -182,18 +184,9 @@ def _prices(fit: Fit, metric: str, example: Inputs | None, halves: dict[str, tor
     return {site.name: costs(site, fit.form, metric, halves.get(f"{site.name}.weight")) for site in fit.sites}
 
 
-def _counter(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
-    """Counts its calls; a layer that stays normal after all is not fitted, so the end may come early."""
-    tried = sum(len(fit.form.trials([rank for rank in prices if rank])) for prices in trials.values())
-    total = len(fit.candidates) + (0 if fit.calibration is None else tried)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, total)
-
-    return step
+def _work(fit: Fit, trials: Costs, on_progress: Callable[[int, int], None]) -> Work:
+    tried = {name: len(fit.form.trials([rank for rank in prices if rank])) for name, prices in trials.items()}
+    return Work(fit.candidates, {} if fit.calibration is None else tried, on_progress)
 
 
 def _prepare(fit: Fit, example: Inputs | None, output_weights: Mapping[str, float] | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from sepconv.convert.problem import LeastSquares
 from sepconv.convert.replace import replace
 from sepconv.convert.sites import Site, norm_scale
 from sepconv.convert.unseen import Unseen
+from sepconv.convert.work import Work
 from sepconv.layers.borrowed import copied
 from sepconv.leaves import Inputs
 
@@ -65,7 +66,7 @@ class Fit:
     fitted to ``images``, and errors measured on ``held_out`` (None: on the same). ``metrics`` holds, by site, what an
     error at its output costs, ``differentiable`` whether that is known from the outputs' gradients, ``scales`` how much
     each of the network's outputs counts, ``courses`` the ways through the network, ``starts`` what the weights alone
-    gave. ``on_step`` is called after each fit, tried or kept.
+    gave. ``work`` is told of each fit, tried or kept.
     """
 
     old: nn.Module
@@ -78,7 +79,7 @@ class Fit:
     scales: list[float] = field(default_factory=list)
     differentiable: bool = True
     starts: dict[str, Any] = field(default_factory=dict)
-    on_step: Callable[[], object] = lambda: None
+    work: Work = field(default_factory=lambda: Work([], {}, lambda done, parts: None))
 
     def __post_init__(self) -> None:
         self.courses = Courses(self.old, [])
@@ -120,12 +121,12 @@ class Fit:
         for site, seen in zip(sites, self._seen(sites), strict=True):
             with naming(site):
                 errors[site.name] = self._convert(site, ranks[site.name], seen)
-            self.on_step()
+            self.work.fitted(site)
         return errors
 
     def closed_form(self, ranks: dict[str, int]) -> nn.Module:
         """The network that the weights alone give, once :meth:`run` has found its layers."""
-        network: nn.Module = copied(self.old, "convert")
+        network: nn.Module = copied(self.old, "convert", sharing=True)
         for site in self.sites:
             if ranks.get(site.name):
                 replace(network, site.names, self.form.layer(site.conv, self.starts[site.name]))

@@ -23,7 +23,7 @@ from sepconv.convert.passes import Hooks, LayerCall, calls, run
 from sepconv.convert.sites import Site
 from sepconv.leaves import Inputs
 
-HELD_BYTES = 1 << 30
+HELD_BYTES = 1 << 29
 """Values of one network held between two layers."""
 
 ROUNDING = 64

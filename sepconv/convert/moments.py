@@ -39,7 +39,7 @@ CONSTANT = 1e-9
 LARGEST = 1 << 14
 """Values of a patch, C*k, that a layer may have: its second moments then take 2 GB."""
 
-GROUP_BYTES = 1 << 30
+GROUP_BYTES = 1 << 29
 """Second moments held at once; more layers than fit need another pass over the images."""
 
 
@@ -74,14 +74,18 @@ class Moments:
 
     Storing r instead of the target makes the moments of a layer that already answers right exactly zero, whatever the
     rounding, so that an exact conversion stays exact.
+
+    Args:
+        brief: hold the largest matrix in the layer's own precision until it is used, where few patches are added up.
     """
 
-    def __init__(self, conv: _ConvNd) -> None:
+    def __init__(self, conv: _ConvNd, *, brief: bool = False) -> None:
         self.conv = conv
         self.weight = conv.weight.detach().double().flatten(1)
         outputs, features = self.weight.shape
         new = self.weight.new_zeros
-        self.xx, self.rx, self.rr = new(features, features), new(outputs, features), new(outputs, outputs)
+        self.xx = new(features, features, dtype=conv.weight.dtype if brief else torch.float64)
+        self.rx, self.rr = new(outputs, features), new(outputs, outputs)
         self.x, self.r = new(features), new(outputs)
         self.x0, self.r0 = new(features), new(outputs)
         self.count = 0
@@ -125,6 +129,7 @@ class Moments:
     def _from_zero(self) -> None:
         """Make the moments those of the values themselves, whatever they have counted from."""
         self._mirror()
+        self.xx = self.xx.double()
         for second, (left, left0), (right, right0) in (
             (self.xx, (self.x, self.x0), (self.x, self.x0)),
             (self.rx, (self.r, self.r0), (self.x, self.x0)),
@@ -186,18 +191,20 @@ def gather(
     Args:
         samples: patches for every value of a patch.
     """
-    for group in _groups(convs):
+    for group in _groups(convs, samples < SAMPLES):
         found = _of_group(group, model, images, samples)
         while found:
-            yield found.pop(0)  # not held any longer
+            moments = found.pop(0)  # not held any longer
+            moments.add_up()
+            yield moments
 
 
-def _groups(convs: Sequence[_ConvNd]) -> Iterator[list[_ConvNd]]:
+def _groups(convs: Sequence[_ConvNd], brief: bool) -> Iterator[list[_ConvNd]]:
     """Consecutive layers whose second moments fit into memory together."""
     group: list[_ConvNd] = []
     size = 0
     for conv in convs:
-        bytes_needed = 8 * conv.weight[0].numel() ** 2
+        bytes_needed = (4 if brief else 8) * conv.weight[0].numel() ** 2
         if group and size + bytes_needed > GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -209,7 +216,7 @@ def _groups(convs: Sequence[_ConvNd]) -> Iterator[list[_ConvNd]]:
 
 def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationImages, samples: int) -> list[Moments]:
     """The layers of a pass draw their pixels one after the other from one random generator."""
-    found = [Moments(conv) for conv in convs]
+    found = [Moments(conv, brief=samples < SAMPLES) for conv in convs]
     generator = torch.Generator()
 
     def add(moments: Moments) -> Callable[..., None]:
@@ -226,6 +233,4 @@ def _of_group(convs: Sequence[_ConvNd], model: nn.Module, images: CalibrationIma
         for x, drawn in share.mine(images.batches()):
             generator.set_state(drawn.get_state())
             run(model, x)
-    for moments in found:
-        moments.add_up()
     return found

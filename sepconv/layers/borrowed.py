@@ -66,16 +66,22 @@ def _trains(node: fx.Node) -> bool:
     return any(given.get(name) is True for name in ("training", "train"))
 
 
-def copied(model: nn.Module, caller: str) -> Any:
+def copied(model: nn.Module, caller: str, *, sharing: bool = False) -> Any:
     """A deep copy. Tensors that a module keeps beside its parameters are copied by value, whatever they were made from.
 
     That is what pruned modules and those with an old weight norm have in the place of a weight.
+
+    Args:
+        sharing: the copy has parameters of its own over the same memory: for one that is only run.
 
     Raises:
         ValueError: something in the model cannot be copied; the message names the module.
     """
     made = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
     memo = {id(t): t.detach().clone() for t in made if isinstance(t, Tensor) and not t.is_leaf}
+    if sharing:
+        plain = (p for p in model.parameters() if type(p) is nn.Parameter and not p.is_inference())
+        memo |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
     try:
         return copy.deepcopy(model, dict(memo))
     except Exception as error:  # any code may run in a copy

@@ -126,6 +126,19 @@ def latency_table(result: dict[str, Any]) -> list[tuple[str, float | None, float
     return [(name, normal.get(name), separable.get(name)) for name in dict.fromkeys([*normal, *separable])]
 
 
+def precisions(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each network in each kind of numbers: time, bytes of its weights, score, or why it has none."""
+    rows = [
+        {
+            **{key: text(row.get(key)) for key in ("network", "precision", "reason")},
+            **{key: number(row.get(key)) for key in ("ms", "bytes", "accuracy", "error")},
+        }
+        for row in dicts(result.get("precisions"))
+    ]
+    longest = max((row["ms"] or 0 for row in rows), default=0) or 1
+    return [{**row, "share": None if row["ms"] is None else 100 * max(0, row["ms"]) / longest} for row in rows]
+
+
 STEPS = {
     "separable": "depthwise and pointwise in one pass",
     "normal": "normal convolution",

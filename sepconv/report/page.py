@@ -79,6 +79,7 @@ def render(run: Run) -> str:
             example=words.example(layers),
             latencies=facts.latency_table(result),
             kernels=facts.kernels(result),
+            precisions=facts.precisions(result),
             latency_words=words.latencies(facts.latency_table(result)),
             stages_of=facts.stages_of(result),
             notes=[text(note) for note in items(result.get("notes"))],

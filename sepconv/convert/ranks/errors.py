@@ -104,5 +104,5 @@ def _try(fit: Fit, site: Site, moments: Moments, ranks: list[int], alone: bool) 
         weights.append((fitted.flatten() - weight.flatten()).to(weight))
         shifts.append(moments.bias(fitted).to(weight))
         errors += [problem.relative_error(fitted)] if alone else []
-        fit.on_step()
+        fit.work.tried(site)
     return _Trials(ranks, errors, Changes(site.conv, torch.stack(weights), torch.stack(shifts)))

@@ -130,7 +130,7 @@ def _quantize(
             + ("" if agreement is None else f" (the same class for {agreement:.1%})")
             + f"; worst layers: {_worst(tried.errors)}; skip these, or force=True returns the network as it is"
         )
-    return tried.module, plan
+    return tried.module.eval(), plan
 
 
 @dataclass

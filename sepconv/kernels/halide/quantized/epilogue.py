@@ -107,8 +107,10 @@ def _rounded(scaled: Any, low: Any, high: Any, zero: Any) -> Any:
     return hl.cast(hl.UInt(8), hl.min(hl.max(bits, least), most)) + zero
 
 
-def quantized_image(value: Any, given: Constants) -> Any:
-    """The byte for a number of a float32 x."""
+def in_bytes(kind: str, value: Any, given: Constants) -> Any:
+    """The byte for a number of x."""
+    if kind == "uint8":
+        return value
     zero = given.number("x_zero")
     scaled = _without_nan(hl.strict_float(value * given.number("x_inverse")))
     return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
@@ -172,6 +174,11 @@ def no_pixels(case: Case) -> str:
         return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
     if x.shape[1] > 1 and (x.stride[1] != 1 or (x.stride[3] == 1 and x.shape[3] > 1)):
         return f"the kernel reads channels_last images only (strides {x.stride})"
+    return no_pixels_written(case)
+
+
+def no_pixels_written(case: Case) -> str:
+    """Why the result is no image of pixels with their channels side by side."""
     if not pixel_step(case.result.shape, case.result.stride):
         return f"the kernel writes channels_last images only (strides {case.result.stride})"
     return ""

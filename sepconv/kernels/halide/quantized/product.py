@@ -49,6 +49,7 @@ class ByteProduct(NamedTuple):
         wide: output channels of one block of sums.
         tall: pixels of one block of sums.
         lanes: output channels that lie side by side in the packed weights.
+        groups: so many products of this kind have their weights one after the other.
     """
 
     way: str
@@ -59,6 +60,7 @@ class ByteProduct(NamedTuple):
     wide: int
     tall: int
     lanes: int
+    groups: int = 1
 
     @property
     def whole(self) -> int:
@@ -122,13 +124,13 @@ def weight_param(spec: ByteProduct, name: str = "weight") -> Any:
         return weight
     weight = hl.ImageParam(hl.Int(16) if spec.way == PAIRS else hl.Int(8), 4, name)
     stride = 1
-    for d, extent in enumerate((spec.group, spec.lanes, spec.steps, spec.padded_outputs // spec.lanes)):
+    for d, extent in enumerate((spec.group, spec.lanes, spec.steps, spec.groups * spec.padded_outputs // spec.lanes)):
         weight.dim(d).set_min(0).set_extent(extent).set_stride(stride)
         stride *= extent
     return weight
 
 
-def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any) -> tuple[Any, Any]:
+def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any = None) -> tuple[Any, Any]:
     """The sums over ``rows[k, pixel, ...]``, and their reduction over k; ``at``: output, pixel and further dimensions.
 
     Those of registers begin with the bias, where it has no more outputs than whole blocks.
@@ -141,7 +143,7 @@ def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any)
         return sums, None
     k = hl.RDom([hl.Range(0, spec.whole)], "k")
     o, lanes = at[0], spec.lanes
-    sums[at] = bias[o] if spec.outputs == spec.padded_outputs else hl.i32(0)
+    sums[at] = hl.i32(0) if bias is None or spec.outputs != spec.padded_outputs else bias[o]
     packed = weight[k.x % spec.group, o % lanes, k.x / spec.group, o / lanes]
     sums[at] += hl.cast(hl.Int(32), rows[[k.x, *at[1:]]]) * hl.cast(hl.Int(32), packed)
     return sums, k
@@ -168,8 +170,10 @@ def schedule(spec: ByteProduct, sums: Any, k: Any, at: list[Any]) -> None:
 
 def pack(spec: ByteProduct, weight: Tensor) -> Buffer:
     """``weight``: (O, terms) or (O, terms, 1, ...), int8."""
-    padded = weight.new_zeros(spec.padded_outputs, spec.whole, dtype=torch.int16 if spec.way == PAIRS else torch.int8)
-    padded[: len(weight), : spec.terms] = weight.detach().reshape(spec.outputs, spec.terms)
+    kind = torch.int16 if spec.way == PAIRS else torch.int8
+    groups = weight.new_zeros(spec.groups, spec.padded_outputs, spec.whole, dtype=kind)
+    groups[:, : spec.outputs, : spec.terms] = weight.detach().reshape(spec.groups, spec.outputs, spec.terms)
+    padded = groups.flatten(0, 1)
     depth = spec.depth if spec.way == TILES else spec.whole
     found = packing.pack_tiles(padded, depth, spec.lanes)
     return buffer(found.flatten() if spec.way == TILES else found.squeeze(1))

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import CODES, Buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
-from sepconv.kernels.halide.quantized import epilogue, filters, product
+from sepconv.kernels.halide.quantized import epilogue, filters, product, tiling
 from sepconv.kernels.halide.quantized.depthwise import channels_inside
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec
 from sepconv.kernels.halide.quantized.product import ByteProduct
-from sepconv.kernels.layout import pixel_step
+from sepconv.kernels.halide.quantized.tiling import RowTiles, Size
 
 # Pixels of a tile: so many that reading the weights takes a small part of multiplying by them.
 _PIXELS = 192
@@ -37,23 +37,13 @@ class SeparableSpec8(NamedTuple):
     epilogue: Ending
 
 
-class Tiles8(NamedTuple):
-    """What one call computes: so many tiles of so many groups of rows each, from a group on; ``rows``: of a tile."""
-
-    tiles: int
-    parts: int
-    first: int
-    rows: int
-    share: int
-
-
 class SeparablePlan8(NamedTuple):
     """The kernel for one input; ``before``: padding (top, left)."""
 
     spec: SeparableSpec8
     width: int
     before: tuple[int, int]
-    calls: tuple[Tiles8, ...]
+    calls: tuple[RowTiles, ...]
 
     @property
     def variant(self) -> tuple[FilterSpec, ByteProduct, tuple[Ending, Ending]]:
@@ -147,21 +137,12 @@ def planned(case: Case, way: str) -> SeparablePlan8:
     then = case.then
     assert then is not None
     given = filters.spec(case.first, product.PAIRS if way == product.PAIRS else product.QUADS)
-    images, outputs, height, width = then.y.shape
-    parts = -(-height // given.rows)
-    most = max(1, -(-_PIXELS // (width * given.rows)))
-    if case.threads > images:
-        most = min(most, -(-parts // -(-case.threads // images)))
-    tiles = -(-parts // most)
-    each = -(-parts // tiles)
-    whole, left = divmod(height, each * given.rows)
-    calls = [Tiles8(whole, each, 0, each * given.rows, runtime.per_thread(images * whole, case.threads))] * (whole > 0)
-    if left:
-        calls.append(Tiles8(1, -(-left // given.rows), whole * each, left, runtime.per_thread(images, case.threads)))
-    multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * width)
+    size, outputs = Size(then.y.shape[0], *then.y.shape[2:]), then.y.shape[1]
+    calls = tiling.cut(size, given.rows, _PIXELS, case.threads)
+    multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * size.width)
     spec = SeparableSpec8(given, Ending(case.activation, "", "uint8"), multiply, Ending.of(then))
     (top, _), (before, _) = case.geometry.padding
-    return SeparablePlan8(spec, width, (top, before), tuple(calls))
+    return SeparablePlan8(spec, size.width, (top, before), calls)
 
 
 def supports(case: Case) -> str:
@@ -201,20 +182,10 @@ def bind(found: SeparablePlan8, x: Tensor, packed: list[Buffer], residual: Tenso
     kernel = product.compiled(spec.product, ("separable8", spec), lambda: build(spec))
     calls = []
     for call in found.calls:
-        views = [_tiles(image, call) for image in images]
+        views = [tiling.view(image, call) for image in images]
         numbers = (found.width, call.parts, call.first, call.share, *found.before)
         calls.append(kernel.bind(*numbers, pixels(x), *packed, *views))
     return calls[0] if len(calls) == 1 else Chain(calls)
-
-
-def _tiles(image: Tensor, call: Tiles8) -> Buffer:
-    """(N, O, Ho, Wo) from the first row of a call on as (N, tile, pixel in tile, O)."""
-    images, channels, height, width = image.shape
-    step = pixel_step(image.shape, image.stride())
-    skipped = (height - call.rows) * width * step if call.first else 0
-    shape = (images, call.tiles, call.rows * width, channels)
-    strides = (height * width * step, call.rows * width * step, step, 1)
-    return Buffer(shape, strides, image.data_ptr() + skipped * image.element_size(), CODES[image.dtype], image)
 
 
 prepare = epilogue.prepare

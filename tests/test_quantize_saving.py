@@ -1,4 +1,4 @@
-"""Files of quantized networks: a quarter of the size, opened by the model's name to the same bits; nothing is trusted."""
+"""Files of quantized networks: a quarter of the size, opened by the model's name to the same bits; nothing trusted."""
 
 from __future__ import annotations
 

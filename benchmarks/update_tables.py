@@ -40,7 +40,12 @@ def _networks(content: dict[str, Any]) -> str:
     machine = content["machine"]
     peak = machine["fma_peak_gflops"]["1"]
     parts = [f"On {machine['cpu']}, {peak:.0f} GFLOP/s a thread, code of {content['commit']}.\n"]
-    parts += [f"{n} thread(s):\n\n{tables.networks(content, n)}" for n in (1, 2)]
+    for precision in tables.precisions(content):
+        title = "" if precision == "float32" else f", {precision}"
+        parts += [f"{n} thread(s){title}:\n\n{tables.networks(content, n, precision)}" for n in (1, 2)]
+    if len(tables.precisions(content)) > 1:
+        parts += [f"By precision, {n} thread(s):\n\n{tables.shorter(content, n)}" for n in (1, 2)]
+        parts.append(f"Answers to 48 images, against float32:\n\n{tables.agreement(content)}")
     if content["footprints"]:
         parts.append(f"MobileNet v1, a process each:\n\n{tables.footprints(content)}")
     missing = "; ".join(f"{name}: {reason}" for name, reason in sorted(content["absent"].items()))

@@ -6,10 +6,11 @@ Pairs of bfloat16 in words of 32 bits cost half of that again: no number has to 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit.buffers import BITS16, FLOAT16, FLOAT32, UINT32
 from sepconv.kernels.halide.jit.runtime import hl
 
@@ -20,6 +21,19 @@ KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 PAIRS = "bfloat16 pairs"
 """Two neighbouring numbers of bfloat16 as one: the first in the low half."""
 _HIGH = 0xFFFF0000
+
+
+class Edges(NamedTuple):
+    """Kinds of what a convolution reads and writes; ``residual`` counts only where there is one."""
+
+    x: str = "float32"
+    residual: str = "float32"
+    y: str = "float32"
+
+
+def edges(case: Case) -> Edges:
+    residual = "float32" if case.residual is None else KINDS[case.residual.dtype]
+    return Edges(KINDS[case.x.dtype], residual, KINDS[case.result.dtype])
 
 
 def halide_type(kind: str) -> Any:

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sepconv.kernels.layout import array, pixel_step
@@ -21,6 +22,7 @@ _WHOLE, _NATURAL, _FLOATING = 0, 1, 2  # halide_type_code_t
 FLOAT32, FLOAT16 = _FLOATING | 32 << 8, _FLOATING | 16 << 8
 UINT32, BITS16 = _NATURAL | 32 << 8, _NATURAL | 16 << 8
 """Halide's codes for kinds of numbers, with their bits."""
+_IMAGE_CODES = {torch.float32: FLOAT32, torch.bfloat16: BITS16, torch.float16: FLOAT16}
 _CODES = {np.dtype(np.float32): FLOAT32, np.dtype(np.uint32): UINT32, np.dtype(np.int32): _WHOLE | 32 << 8}
 # Eight bytes each: device, its interface, host, flags, type and dimensions, place of the dims, padding.
 _HEAD, _HOST = 56, struct.Struct("16xQ")
@@ -78,13 +80,18 @@ def dense(shape: Sequence[int], host: int, holds: Any = None) -> Buffer:
     return Buffer(shape, [prod(shape[d + 1 :]) for d in range(len(shape))], host, FLOAT32, holds)
 
 
+def image_code(image: Tensor) -> int:
+    """How a buffer over an image is called; of bfloat16 its bits."""
+    return _IMAGE_CODES[image.dtype]
+
+
 def pixels(image: Tensor) -> Buffer:
     """(N, C, H, W) as (N, H, W, C), whatever lies side by side in memory."""
     n, c, h, w = image.shape
     by_image, by_channel, by_row, by_column = image.stride()
     # The step of a single channel says nothing; kernels for channels_last images expect neighbours.
     strides = (by_image, by_row, by_column, 1 if c == 1 else by_channel)
-    return Buffer((n, h, w, c), strides, image.data_ptr(), FLOAT32, image)
+    return Buffer((n, h, w, c), strides, image.data_ptr(), image_code(image), image)
 
 
 def check_pixels(what: str, out: Tensor, residual: Tensor | None = None) -> list[Tensor]:

@@ -12,10 +12,10 @@ from kernel_checks import whole_numbers, within
 from torch import Tensor
 from torch.nn import functional as F
 
-from sepconv.kernels import case
+from sepconv.kernels import backends, case
 from sepconv.kernels.case import Case, Geometry, Outline
-from sepconv.kernels.halide.conv import grouped, normal, stem
-from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.conv import grouped, normal, normal_tiles, stem
+from sepconv.kernels.halide.jit import amx, runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -37,6 +37,7 @@ class Problem:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     contiguous: bool = False
+    threads: int = 1
 
 
 PROBLEMS = [
@@ -51,6 +52,14 @@ PROBLEMS = [
     Problem("grouped", grouped, (1, 32, 9, 7), 32, (BF16, BF16, BF16), groups=8),
     Problem("grouped_to_float32", grouped, (2, 16, 5, 7), 16, (BF16, F32), groups=4, stride=(2, 2)),
 ]
+ON_TILES = [
+    Problem("tiles", normal_tiles, (2, 32, 9, 11), 48, (BF16, BF16, BF16)),
+    Problem("tiles_odd", normal_tiles, (1, 17, 7, 9), 33, (BF16, BF16, BF16), stride=(2, 2)),
+    Problem("tiles_from_float32", normal_tiles, (1, 12, 8, 9), 20, (F32, BF16, F32), dilation=(2, 2), padding=2),
+    Problem("tiles_to_float32", normal_tiles, (1, 8, 5, 7), 16, (BF16, F32, BF16), size=(5, 3), padding=3),
+    Problem("tiles_threads", normal_tiles, (3, 10, 13, 5), 34, (BF16, BF16), size=(2, 2), padding=0, threads=8),
+]
+needs_tiles = pytest.mark.skipif(bool(runtime.missing() or amx.missing()), reason=runtime.missing() or amx.missing())
 
 
 def arguments(p: Problem, weights: torch.dtype) -> tuple[list[Tensor | None], Tensor, Case]:
@@ -67,9 +76,7 @@ def arguments(p: Problem, weights: torch.dtype) -> tuple[list[Tensor | None], Te
     return [x, weight, bias, residual], y, case.normal(x, weight, bias, residual, geometry, "relu").into(Outline.of(y))
 
 
-@pytest.mark.parametrize("weights", [F32, BF16])
-@pytest.mark.parametrize("p", PROBLEMS, ids=[p.name for p in PROBLEMS])
-def test_whole_numbers_are_exact_but_for_the_last_rounding(p: Problem, weights: torch.dtype) -> None:
+def checked(p: Problem, weights: torch.dtype) -> None:
     tensors, y, known = arguments(p, weights)
     x, weight, bias, residual = tensors
     assert p.kernel.supports(known) == ""
@@ -84,3 +91,34 @@ def test_whole_numbers_are_exact_but_for_the_last_rounding(p: Problem, weights: 
     assert whole is not None
     assert whole[:, 0].isnan().all()
     assert whole[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("weights", [F32, BF16])
+@pytest.mark.parametrize("p", PROBLEMS, ids=[p.name for p in PROBLEMS])
+def test_whole_numbers_are_exact_but_for_the_last_rounding(p: Problem, weights: torch.dtype) -> None:
+    checked(p, weights)
+
+
+@needs_tiles
+@pytest.mark.parametrize("p", ON_TILES, ids=[p.name for p in ON_TILES])
+def test_whole_numbers_are_exact_on_tiles(p: Problem) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(p.threads)
+    try:
+        assert backends.choose(arguments(p, F32)[2]).backend.describe is normal_tiles.describe
+        checked(p, F32)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_tiles
+def test_what_tiles_cannot_compute_is_said() -> None:
+    reasons = {p.name: normal_tiles.supports(arguments(p, F32)[2]) for p in PROBLEMS}
+    assert "in one group, got 8" in reasons["grouped"]
+    assert "channels_last images only" in reasons["stem_planes_of_float32"]
+    few = arguments(PROBLEMS[3], F32)[2]
+    assert normal_tiles.supports(few) == ""
+    assert "less than 8 channels" in normal_tiles.slower(few)
+    x, weight = torch.zeros(1, 8, 5, 5).bfloat16(), torch.zeros(8, 8, 3, 3)
+    unbound = case.normal(x, weight, None, None, Geometry((1, 1), ((1, 1), (1, 1)), (1, 1)))
+    assert "memory that is given" in normal_tiles.supports(unbound)

@@ -21,6 +21,7 @@ from sepconv.kernels.halide.conv import (
     grouped,
     groupnorm,
     normal,
+    normal_tiles,
     pointwise,
     pointwise_tiles,
     pool,
@@ -132,7 +133,13 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [_halide(depthwise_pairs, torch.bfloat16), _halide(depthwise), Backend("torch", prepared.depthwise)],
     "pointwise": [_halide(pointwise), _halide(pointwise_tiles, torch.bfloat16), Backend("torch", prepared.pointwise)],
-    "normal": [_halide(stem), _halide(grouped), _halide(normal), Backend("torch", prepared.normal)],
+    "normal": [
+        _halide(stem),
+        _halide(normal_tiles, torch.bfloat16),
+        _halide(grouped),
+        _halide(normal),
+        Backend("torch", prepared.normal),
+    ],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],
     "window": [_halide(window), Backend("torch", prepared.window)],

@@ -16,7 +16,7 @@ from torch import Tensor
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import (
     depthwise,
-    depthwise_pairs,
+    depthwise_direct,
     elementwise,
     grouped,
     groupnorm,
@@ -131,7 +131,7 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
 
 
 BACKENDS: dict[str, list[Backend]] = {
-    "depthwise": [_halide(depthwise_pairs, torch.bfloat16), _halide(depthwise), Backend("torch", prepared.depthwise)],
+    "depthwise": [_halide(depthwise_direct, torch.bfloat16), _halide(depthwise), Backend("torch", prepared.depthwise)],
     "pointwise": [_halide(pointwise), _halide(pointwise_tiles, torch.bfloat16), Backend("torch", prepared.pointwise)],
     "normal": [
         _halide(stem),

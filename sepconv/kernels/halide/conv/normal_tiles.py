@@ -1,5 +1,5 @@
-"""Normal convolution in bfloat16 on tiles: the windows of a few output rows are copied into the cache, each with all its
-taps and channels in a row, and multiplied there as pixels of a pointwise convolution.
+"""Normal convolution in bfloat16 on tiles: the windows of a few output rows are copied into the cache, each with taps
+and channels in a row, and multiplied there like the pixels of a pointwise one.
 
 x, residual and result are bfloat16 or float32, each by itself.
 """

@@ -1,6 +1,6 @@
 """The depthwise sums of kernels that write bfloat16: in float32, a few neighbouring pixels of some channels at a time.
 
-Where the number of channels is even, the even and the odd ones are vectors of their own, as pairs of them lie in words.
+Where pairs of channels fill vectors, the even and the odd ones are vectors of their own, as they lie in words.
 Zeros stand to both sides of an image's rows; rows outside of it are left out of the sums.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
+from sepconv.kernels.case import Outline
 from sepconv.kernels.halide import numbers
 from sepconv.kernels.halide.conv import tiles
 from sepconv.kernels.halide.conv.gemm import dense
@@ -19,11 +20,17 @@ from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS
 from sepconv.kernels.halide.jit import packing
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.numbers import PAIRS
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.gemm import channel_lanes
 
 # Neighbouring pixels that share the loads of a filter. Seven leave nothing over in rows of 7 to 112 pixels; where taps
 # of neighbours overlap little, or are many, so many take more than they spare.
 _USUAL, _SEVEN = 4, 7
 _WIDEST_FILTER, _SHORT_ROW = 5, 14
+
+# Time of a vector of single numbers over that of half as many pairs (Granite Rapids).
+_SINGLE_COST = 1.25
 
 Pair = tuple[int, int]
 
@@ -57,6 +64,23 @@ def columns_of(width: int, stride: int, taps: int) -> int:
     """Pixels at a time in rows of so many; ``stride`` and ``taps`` along them."""
     overlap = taps <= _WIDEST_FILTER and (stride == 1 or width <= _SHORT_ROW)
     return min(width, _SEVEN if overlap and width % _SEVEN == 0 else _USUAL)
+
+
+def kinds(x: Outline, written: str) -> tuple[str, str]:
+    """The kinds in which x is read and the result, ``written``, is stored: in pairs where they fill vectors better."""
+    channels = x.shape[1]
+    if written == PAIRS and _vectors(channels // 2) <= _SINGLE_COST / 2 * _vectors(channels):
+        return tiles.kind_of(x), PAIRS
+    return tiles.kind_of(x, pairs=False), tiles.KIND if written == PAIRS else written
+
+
+def _vectors(count: int) -> int:
+    return -(-count // lanes_of(count))
+
+
+def lanes_of(count: int) -> int:
+    """Lanes of the vectors of so many channels, or pairs of them."""
+    return channel_lanes(machine.host(), count)
 
 
 def params(spec: Filter) -> tuple[Any, Any]:

@@ -22,8 +22,6 @@ from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import PAIRS
-from sepconv.kernels.halide.schedule import machine
-from sepconv.kernels.halide.schedule.gemm import channel_lanes
 
 
 class FilterSpec(NamedTuple):
@@ -79,8 +77,8 @@ def plan(case: Case) -> RowsPlan:
     then, channels, (stride, _, dilation) = case.then, case.x.shape[1], case.geometry
     assert then is not None
     multiplier = case.weight.shape[0] // channels
-    kind, hidden = tiles.kind_of(case.x), PAIRS if channels % 2 == 0 else tiles.KIND
-    lanes = channel_lanes(machine.host(), channels // numbers.parts(hidden))
+    kind, hidden = pair_filter.kinds(case.x, PAIRS if channels % 2 == 0 else tiles.KIND)
+    lanes = pair_filter.lanes_of(channels // numbers.parts(hidden))
 
     def spec(wide: int) -> FilterSpec:
         height, width = case.kernel_size

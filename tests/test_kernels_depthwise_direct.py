@@ -15,8 +15,9 @@ from torch import Tensor
 from sepconv import reference
 from sepconv.kernels import backends, case
 from sepconv.kernels.case import Case, Geometry, Outline
-from sepconv.kernels.halide.conv import depthwise, depthwise_pairs
+from sepconv.kernels.halide.conv import depthwise, depthwise_direct
 from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.numbers import PAIRS
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -27,7 +28,7 @@ ONE: Pairs = ((1, 1), (1, 1))
 
 @dataclass(frozen=True)
 class Problem:
-    """``numbers``: of x and of the result; ``margin``: channels to both sides in the memory of both."""
+    """``numbers``: of x and of the result; ``margin``: channels to both sides in their memory, ``odd``: one more."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -38,12 +39,17 @@ class Problem:
     dilation: tuple[int, int] = (1, 1)
     multiplier: int = 1
     margin: int = 0
+    odd: bool = False
     contiguous: bool = False
     threads: int = 1
 
 
-IN_PAIRS = [
+DIRECT = [
     Problem("channels_equal_tile", (1, 32, 14, 14)),
+    Problem("channels_of_a_vector", (1, 16, 7, 9)),
+    Problem("odd_channels", (1, 17, 7, 11), margin=1),
+    Problem("odd_steps", (1, 32, 7, 11), margin=1, odd=True),
+    Problem("to_float32", (1, 16, 7, 11), (BF16, F32), margin=1),
     Problem("above_tile", (3, 34, 7, 11), margin=2, threads=8),
     Problem("one_pixel", (1, 2, 1, 1)),
     Problem("narrow", (2, 6, 9, 3), kernel=(5, 5), padding=((2, 2), (2, 2))),
@@ -52,8 +58,6 @@ IN_PAIRS = [
     Problem("padding_larger_than_image", (1, 8, 5, 5), kernel=(7, 7), padding=((9, 9), (9, 9))),
 ]
 OTHERS = [
-    Problem("odd_channels", (1, 17, 7, 11), margin=1),
-    Problem("odd_steps", (1, 16, 7, 11), margin=1, numbers=(BF16, F32)),
     Problem("multiplier_2", (2, 5, 9, 8), (F32, BF16), multiplier=2, stride=(2, 2)),
     Problem("contiguous", (2, 5, 13, 19), (BF16, F32), contiguous=True),
     Problem("float16", (1, 9, 6, 7), (F16, BF16), kernel=(1, 9), padding=((0, 0), (4, 4))),
@@ -64,8 +68,8 @@ def arguments(p: Problem, weights: torch.dtype) -> tuple[list[Tensor], Tensor, C
     images, channels, *size = p.shape
     outputs, geometry = channels * p.multiplier, Geometry(p.stride, p.padding, p.dilation)
     weight, bias = whole_numbers((outputs, 1, *p.kernel), 3, weights), whole_numbers((outputs,), 9, weights)
-    x = within(whole_numbers((images, channels + 2 * p.margin, *size), 9, p.numbers[0]), p.margin, channels)
-    shape = (images, outputs + 2 * p.margin, *geometry.output_size(size, p.kernel))
+    x = within(whole_numbers((images, channels + 2 * p.margin + p.odd, *size), 9, p.numbers[0]), p.margin, channels)
+    shape = (images, outputs + 2 * p.margin + p.odd, *geometry.output_size(size, p.kernel))
     y = within(torch.full(shape, math.nan, dtype=p.numbers[1]), p.margin, outputs)
     if p.contiguous:
         x, y = x.contiguous(), y.contiguous()
@@ -79,9 +83,9 @@ def run(kernel: ModuleType, known: Case, tensors: list[Tensor], y: Tensor) -> No
 
 
 @pytest.mark.parametrize("weights", [F32, BF16])
-@pytest.mark.parametrize("p", [*IN_PAIRS, *OTHERS], ids=[p.name for p in (*IN_PAIRS, *OTHERS)])
+@pytest.mark.parametrize("p", [*DIRECT, *OTHERS], ids=[p.name for p in (*DIRECT, *OTHERS)])
 def test_whole_numbers_are_exact_but_for_the_last_rounding(p: Problem, weights: torch.dtype) -> None:
-    kernel = depthwise_pairs if p in IN_PAIRS else depthwise
+    kernel = depthwise_direct if p in DIRECT else depthwise
     before = torch.get_num_threads()
     torch.set_num_threads(p.threads)
     try:
@@ -100,12 +104,12 @@ def test_whole_numbers_are_exact_but_for_the_last_rounding(p: Problem, weights: 
 
 
 def test_pairs_keep_what_is_not_a_number() -> None:
-    tensors, y, known = arguments(IN_PAIRS[0], F32)
+    tensors, y, known = arguments(DIRECT[0], F32)
     x, weight, bias = tensors
     x[0, 3, 4, 4], x[0, 8, 0, 1] = math.nan, math.inf
     bias[20] = torch.tensor([-1], dtype=torch.int32).view(F32)[0]  # a NaN of which rounding up would make a number
     weight.abs_().add_(1)
-    run(depthwise_pairs, known, tensors, y)
+    run(depthwise_direct, known, tensors, y)
     exact = reference.depthwise_conv(*[t.double() for t in tensors], (1, 1), ONE, (1, 1)).relu()
     assert torch.equal(y.isnan(), exact.isnan())
     assert torch.equal(y.isinf(), exact.isinf())
@@ -117,24 +121,29 @@ def test_activations_are_computed_in_float32(activation: str) -> None:
     x, weight = within(torch.randn(1, 16, 9, 8).bfloat16(), 0, 16), torch.randn(16, 1, 3, 3)
     y = torch.full_like(x, math.nan)
     known = case.depthwise(x, weight, None, Geometry((1, 1), ONE, (1, 1)), activation).into(Outline.of(y))
-    assert depthwise_pairs.supports(known) == ""
-    found = depthwise_pairs.plan(known)
-    depthwise_pairs.bind(found, x, depthwise_pairs.pack(found, [weight, None]), None, y)()
+    assert depthwise_direct.supports(known) == ""
+    found = depthwise_direct.plan(known)
+    depthwise_direct.bind(found, x, depthwise_direct.pack(found, [weight, None]), None, y)()
     exact = reference.ACTIVATIONS[activation](
         reference.depthwise_conv(x.double(), weight.double(), None, (1, 1), ONE, (1, 1))
     )
     assert ((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-5).all()
 
 
-def test_what_is_not_in_pairs_is_said() -> None:
-    reasons = {p.name: depthwise_pairs.supports(arguments(p, F32)[2]) for p in OTHERS}
-    assert "do not lie in whole pairs" in reasons["odd_channels"]
-    assert "got torch.float32" in reasons["odd_steps"]
+def test_what_is_not_read_directly_is_said() -> None:
+    reasons = {p.name: depthwise_direct.supports(arguments(p, F32)[2]) for p in OTHERS}
     assert "one filter for each channel" in reasons["multiplier_2"]
+    assert "channels_last images only" in reasons["contiguous"]
     assert "got torch.float16" in reasons["float16"]
     x, weight = torch.zeros(1, 8, 5, 5).bfloat16(), torch.zeros(8, 1, 3, 3)
     unbound = case.depthwise(x, weight, None, Geometry((1, 1), ONE, (1, 1)))
-    assert "memory that is given" in depthwise_pairs.supports(unbound)
-    assert "channels_last" in depthwise_pairs.supports(unbound.into(Outline.of(x)))
+    assert "memory that is given" in depthwise_direct.supports(unbound)
     wide = Problem("", (1, 8, 3, 20), kernel=(1, 9), padding=((0, 0), (4, 4)))
-    assert "filters wider than 7 columns" in depthwise_pairs.slower(arguments(wide, F32)[2])
+    assert "filters wider than 7 columns" in depthwise_direct.slower(arguments(wide, F32)[2])
+
+
+def test_pairs_are_written_where_they_fill_vectors() -> None:
+    written = {p.name: depthwise_direct.describe(arguments(p, F32)[2])["written"] for p in DIRECT}
+    assert written["channels_equal_tile"] == PAIRS
+    assert written["channels_of_a_vector"] == written["odd_steps"] == "bfloat16"
+    assert written["to_float32"] == "float32"

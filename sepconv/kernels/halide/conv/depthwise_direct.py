@@ -1,6 +1,6 @@
-"""Depthwise convolution whose result is bfloat16 in pairs: two neighbouring channels in one word (channels_last).
+"""Depthwise convolution of channels_last images that reads x where it lies, without a padded copy in the cache.
 
-x is bfloat16 or float32 and read where it lies, without a copy.
+x and the result are bfloat16 or float32, each by itself; bfloat16 is written in pairs where these fill vectors.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case
@@ -19,14 +18,14 @@ from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
-from sepconv.kernels.halide.numbers import KINDS, PAIRS
-from sepconv.kernels.halide.schedule import machine
-from sepconv.kernels.halide.schedule.gemm import channel_lanes
 from sepconv.kernels.layout import pixel_step
 
 
-class PairSpec(NamedTuple):
-    """All that the code of one kernel depends on. Pairs of sizes are (y, x); ``numbers``: the kind of x."""
+class DirectSpec(NamedTuple):
+    """All that the code of one kernel depends on. Pairs of sizes are (y, x).
+
+    ``numbers``: the kind of x; ``hidden``: that of the result.
+    """
 
     channels: int
     kernel_size: tuple[int, int]
@@ -36,14 +35,14 @@ class PairSpec(NamedTuple):
     columns: int
     activation: str
     numbers: str
-    hidden: str = PAIRS
+    hidden: str
     multiplier: int = 1
 
 
-class PairPlan(NamedTuple):
+class DirectPlan(NamedTuple):
     """The kernel for one input; ``before``: padding above and to the left; ``share``: rows of one thread."""
 
-    spec: PairSpec
+    spec: DirectSpec
     before: tuple[int, int]
     share: int
 
@@ -53,7 +52,7 @@ class PairPlan(NamedTuple):
         return self.spec.hidden
 
 
-def build(spec: PairSpec) -> tuple[Any, list[Any]]:
+def build(spec: DirectSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: share, top and left padding, x, taps, bias."""
     share, top, left = (hl.Param(hl.Int(32), name) for name in ("share", "top", "left"))
     x = hl.ImageParam(numbers.halide_type(spec.numbers), 4, "x")  # channel, column, row, image
@@ -61,7 +60,7 @@ def build(spec: PairSpec) -> tuple[Any, list[Any]]:
     taps, bias = pair_filter.params(spec)
     filtered, tap = pair_filter.sums(spec, x, taps, (top, left))
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
-    out = hl.Func("depthwise_pairs")
+    out = hl.Func("depthwise_direct")
     out[c, column, row, n] = pair_filter.written(spec, filtered, bias, [c, 0, column, row, n])
 
     stored = spec.channels // numbers.parts(spec.hidden)
@@ -75,35 +74,33 @@ def build(spec: PairSpec) -> tuple[Any, list[Any]]:
     return out, [share, top, left, x, taps, bias]
 
 
-def plan(case: Case) -> PairPlan:
+def plan(case: Case) -> DirectPlan:
     """The kernel for such tensors."""
     (images, channels), (_, _, rows, columns) = case.x.shape[:2], case.y.shape
     (stride, ((top, _), (left, _)), dilation), (height, width) = case.geometry, case.kernel_size
-    kind = tiles.kind_of(case.x)
-    lanes = channel_lanes(machine.host(), channels // 2)
-    spec = PairSpec(
+    kind, written = pair_filter.kinds(case.x, tiles.kind_of(case.result))
+    lanes = pair_filter.lanes_of(channels // numbers.parts(written))
+    spec = DirectSpec(
         channels, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]), lanes,
         pair_filter.columns_of(columns, stride[1], width), case.activation, kind,
+        written,
     )  # fmt: skip
-    return PairPlan(spec, (top, left), runtime.per_thread(images * rows, case.threads))
+    return DirectPlan(spec, (top, left), runtime.per_thread(images * rows, case.threads))
 
 
 def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if case.which != "forward" or not case.bound:
-        return "the kernel of pairs writes forward results to memory that is given"
+        return "the direct kernel writes forward results to memory that is given"
     if not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(*case.given, numbers=tiles.DTYPES)
-    reason = reason or runtime.unsuitable(case.result, numbers=(torch.bfloat16,))
+    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result, numbers=tiles.DTYPES)
     if reason:
         return reason
     if case.x.dims != 2 or case.weight.shape[0] != case.x.shape[1]:
-        return "the kernel of pairs is for images (N, C, H, W) and one filter for each channel"
+        return "the direct kernel is for images (N, C, H, W) and one filter for each channel"
     if not pixel_step(case.result.shape, case.result.stride) or case.x.stride[1] != 1:
-        return f"the kernel of pairs reads and writes channels_last images only (strides {case.x.stride})"
-    if tiles.kind_of(case.result) != PAIRS or tiles.kind_of(case.x) not in (PAIRS, "float32"):
-        return "channels and pixels of bfloat16 do not lie in whole pairs"
+        return f"the direct kernel reads and writes channels_last images only (strides {case.x.stride})"
     return ""
 
 
@@ -118,20 +115,27 @@ def slower(case: Case) -> str:
 def describe(case: Case) -> dict[str, Any]:
     """The schedule in words and numbers."""
     spec = plan(case).spec
-    kinds = {"numbers": KINDS[case.x.dtype], "written": spec.hidden}
-    return {"layout": "channels_last", **kinds, "lanes": spec.lanes, "columns": spec.columns}
+    return {
+        "layout": "channels_last",
+        "numbers": spec.numbers,
+        "written": spec.hidden,
+        "lanes": spec.lanes,
+        "columns": spec.columns,
+    }
 
 
-def pack(found: PairPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
+def pack(found: DirectPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight and bias as the kernel takes them."""
     weight, bias = weights
     assert weight is not None
     return pair_filter.pack(found.spec, weight, bias)
 
 
-def bind(found: PairPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
+def bind(found: DirectPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:
     """The call that fills ``out`` from what is then in ``x``: for repeated use of the same memory."""
     spec = found.spec
-    tiles.check("depthwise_pairs.bind", out)
-    kernel = runtime.compiled(("depthwise_pairs", spec), lambda: build(spec))
-    return kernel.bind(found.share, *found.before, tiles.pixels(x, spec.numbers), *packed, tiles.pixels(out, PAIRS))
+    tiles.check("depthwise_direct.bind", out)
+    kernel = runtime.compiled(("depthwise_direct", spec), lambda: build(spec))
+    return kernel.bind(
+        found.share, *found.before, tiles.pixels(x, spec.numbers), *packed, tiles.pixels(out, spec.hidden)
+    )

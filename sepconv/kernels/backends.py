@@ -16,10 +16,12 @@ from torch import Tensor
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import (
     depthwise,
+    depthwise_direct,
     elementwise,
     grouped,
     groupnorm,
     normal,
+    normal_tiles,
     pointwise,
     pointwise_tiles,
     pool,
@@ -134,6 +136,7 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
 
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [
+        _halide(depthwise_direct, torch.bfloat16),
         _halide(depthwise),
         _halide(quantized_depthwise, torch.int8),
         Backend("torch", prepared.depthwise),
@@ -146,6 +149,7 @@ BACKENDS: dict[str, list[Backend]] = {
     ],
     "normal": [
         _halide(stem),
+        _halide(normal_tiles, torch.bfloat16),
         _halide(grouped),
         _halide(normal),
         _halide(quantized_normal, torch.int8),

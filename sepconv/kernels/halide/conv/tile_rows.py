@@ -84,12 +84,6 @@ class Walk:
         tiles.rows(self.x, channels // numbers.parts(kind))
         self.o, self.q, self.t, self.n = (hl.Var(name) for name in ("o", "q", "t", "n"))
 
-    def columns_padded(self, kind: str) -> Any:
-        """x with zeros to both sides of its rows."""
-        unbounded, columns = hl.Range(hl.Expr(), hl.Expr()), hl.Range(0, self.x.dim(1).extent())
-        zero = numbers.zero(kind)
-        return hl.BoundaryConditions.constant_exterior(self.x, zero, [unbounded, columns, unbounded, unbounded])
-
     def row(self, row_in: Any) -> Any:
         """The output row of a row of the tile."""
         return self.first_row + self.t * self.rows + row_in

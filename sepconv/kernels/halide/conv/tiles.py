@@ -87,7 +87,7 @@ def _steps(image: Outline) -> list[int]:
 
 def product(case: Case, terms: int, wide: int, steps: tuple[int, int] | None = None) -> Product:
     """Of a case whose weights and result are those of the product."""
-    kind, residual = kind_of(case.result), ""
+    kind, residual = _written(case), ""
     if case.residual is not None:
         residual = kind_of(case.residual, pairs=kind == PAIRS)
     count, depth = steps or steps_of(terms)
@@ -96,7 +96,12 @@ def product(case: Case, terms: int, wide: int, steps: tuple[int, int] | None = N
 
 def together(case: Case) -> int:
     """Output channels that one block must have whole."""
-    return PAIR if kind_of(case.result) == PAIRS else amx.ROWS
+    return PAIR if _written(case) == PAIRS else amx.ROWS
+
+
+def _written(case: Case) -> str:
+    """The kind of the result. The channels of one tile are one vector if they are not in pairs, else two half empty."""
+    return kind_of(case.result, pairs=case.result.shape[1] > amx.ROWS)
 
 
 def unsuitable(case: Case) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sepconv.kernels.case import Case
-from sepconv.kernels.halide.jit.buffers import UINT8, BITS16, FLOAT16, FLOAT32, UINT32
+from sepconv.kernels.halide.jit.buffers import BITS16, FLOAT16, FLOAT32, UINT8, UINT32
 from sepconv.kernels.halide.jit.runtime import hl
 
 CODES = {"float32": FLOAT32, "bfloat16": BITS16, "float16": FLOAT16, "uint8": UINT8}

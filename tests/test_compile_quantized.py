@@ -235,3 +235,16 @@ def test_weights_of_8_bits_are_not_kept_as_fractions() -> None:
     assert group.weight._seen() is None
     if not runtime.missing():
         assert group.weight.whole._seen() is None
+
+
+@needs_halide
+def test_a_first_layer_of_several_calls_reads_the_callers_image() -> None:
+    """Rows are cut into tiles, and the last ones are a call of their own."""
+    model = nn.Sequential(Rounded(0.03, 120), conv(3, 16, 3, stride=2), Rounded(0.03)).eval()
+    x = torch.randn(1, 3, 149, 151)
+    fast = compile(model, x)
+    network = network_of(fast)
+    assert network.program.direct == 0
+    assert [group.kind for group in fast.explain().groups] == ["normal", "convert"]
+    for given in (x, torch.randn_like(x), torch.randn_like(x).contiguous(memory_format=torch.channels_last)):
+        assert steps_apart(fast, model, given, 0.03) <= 1.01

@@ -90,20 +90,24 @@ def fix_rows(param: Any, channels: int) -> None:
 
 def _copied(multiply: ByteProduct, x: Any) -> Any:
     """The rows as the product reads them. What is behind them is multiplied by weights that are 0."""
-    k, p = hl.Var("k"), hl.Var("p")
-    rows, channel = hl.Func("rows"), hl.RDom([hl.Range(0, multiply.terms)], "channel")
+    k, p, lanes = hl.Var("k"), hl.Var("p"), _copied_together(multiply)
+    rows, place = hl.Func("rows"), hl.RDom([hl.Range(0, lanes), hl.Range(0, -(-multiply.terms // lanes))], "place")
+    # The last part overlaps the one before.
+    channel = hl.min(place.y * lanes, multiply.terms - lanes) + place.x
     rows[k, p] = hl.undef(multiply.row_type)
-    rows[channel.x, p] = hl.cast(multiply.row_type, x[channel.x, p])
+    rows[channel, p] = hl.cast(multiply.row_type, x[channel, p])
     return rows
 
 
+def _copied_together(multiply: ByteProduct) -> int:
+    most = 4 * machine.host().lanes // (2 if multiply.way == product.PAIRS else 1)
+    return min(most, 1 << (multiply.terms.bit_length() - 1))
+
+
 def _schedule_copied(multiply: ByteProduct, rows: Any) -> None:
-    k, _ = rows.args()
-    lanes = 4 * machine.host().lanes // (2 if multiply.way == product.PAIRS else 1)
-    rows.bound_extent(k, multiply.whole)
-    whole, lane = hl.RVar("whole"), hl.RVar("lane")
-    update = rows.update().allow_race_conditions()
-    update.split(rows.rvars(0)[0], whole, lane, lanes, hl.TailStrategy.GuardWithIf).vectorize(lane)
+    lane, part = rows.rvars(0)
+    rows.bound_extent(rows.args()[0], multiply.whole)
+    rows.update().allow_race_conditions().reorder(lane, part, rows.args()[1]).vectorize(lane)
 
 
 def plan(case: Case) -> PointwisePlan8:

@@ -26,6 +26,8 @@ NAMES = {TILES: "AMX tiles", QUADS: "VNNI", PAIRS: "pairs of 16 bits"}
 
 # Of shorter sums, or of fewer pixels, tiles are filled and emptied for less than they gain (Granite Rapids).
 _LEAST_TERMS, _LEAST_PIXELS = 97, 8
+# Time that a block takes besides its vectors of outputs, over that for one of these.
+_BLOCK_COST = 0.6
 
 
 @lru_cache(maxsize=1)
@@ -96,9 +98,14 @@ def product(way: str, terms: int, outputs: int, pixels: int) -> ByteProduct:
         return ByteProduct(way, terms, outputs, steps, -(-terms // (4 * steps)) * 4, wide, min(128, pixels), amx.ROWS)
     lanes, registers = machine.host().lanes, machine.host().registers
     group = 4 if way == QUADS else 2
-    vectors = min(4 if registers == 32 else 2, -(-outputs // lanes))
+    vectors = _vectors(-(-outputs // lanes), 4 if registers == 32 else 2)
     tall = max(1, min((registers - vectors - 1) // vectors, 6 if vectors > 2 else 10, pixels))
     return ByteProduct(way, terms, outputs, -(-terms // group), group, vectors * lanes, tall, lanes)
+
+
+def _vectors(whole: int, most: int) -> int:
+    """Vectors of outputs in a block: many share the loads of x, but the last block should not be half empty."""
+    return min(range(1, min(most, whole) + 1), key=lambda many: -(-whole // many) * (many + _BLOCK_COST))
 
 
 def describe(spec: ByteProduct) -> dict[str, Any]:

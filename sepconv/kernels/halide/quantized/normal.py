@@ -21,10 +21,8 @@ from sepconv.kernels.halide.quantized import epilogue, product, tiling
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.quantized.tiling import RowTiles, Size
-from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.quantized import row_pixels
 
-# Numbers of all rows of a tile, and pixels of it.
-_NUMBERS, _LEAST_PIXELS, _MOST_PIXELS = 1 << 17, 64, 256
 # Numbers that are copied at a time.
 _COPIED = 64
 # Channels that are copied in straight-line code.
@@ -173,7 +171,7 @@ def _schedule(
     out.reorder(o_in, q_in, step, block, g, t, n).fuse(t, n, task).never_partition([task, g, step, block])
     out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
     runtime.share(out, task, share)
-    product.schedule(multiply, sums.compute_at(out, step), k, [wide, q])
+    product.arrange(multiply, sums.compute_at(out, step), k, [wide, q])
 
     rows.compute_at(out, g).bound_extent(rows.args()[0], max(multiply.whole, multiply.terms))
     lane, part, run, tap, column, row = (place[i] for i in range(6))
@@ -187,8 +185,8 @@ def _schedule_padded(spec: NormalSpec8, padded: Any) -> None:
     """Where x is not dense, few channels are brought side by side as vectors of columns are stored."""
     number, row, n = padded.args()
     channels, guard = spec.channels * spec.groups, hl.TailStrategy.GuardWithIf
-    lanes = machine.host().lanes * (1 if spec.reads == "float32" else 4)
-    padded.vectorize(number, 4 * machine.host().lanes, guard)
+    lanes = spec.product.lanes * (1 if spec.reads == "float32" else 4)
+    padded.vectorize(number, 4 * spec.product.lanes, guard)
     whole, lane = hl.RVar("whole"), hl.RVar("lane")
     update, (first, *across) = padded.update().allow_race_conditions(), padded.rvars(0)
     if spec.lies == "planes" or (across and channels <= _FEW):
@@ -223,8 +221,7 @@ def planned(case: Case, way: str) -> NormalPlan8:
     runs, _, copied = _runs(channels, groups, width, dilation_x)
     terms = runs * copied * height
     size = Size(case.y.shape[0], *case.y.shape[2:])
-    many = min(max(_NUMBERS // terms, _LEAST_PIXELS), _MOST_PIXELS)
-    calls = tiling.cut(size, 1, many, case.threads)
+    calls = tiling.cut(size, 1, row_pixels(terms), case.threads)
     multiply = product.product(way, terms, weight.shape[0] // groups, min(call.rows for call in calls) * size.width)
     spec = NormalSpec8(
         channels, groups, (height, width), (stride_y, stride_x), (dilation_y, dilation_x),

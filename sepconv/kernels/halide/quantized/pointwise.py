@@ -20,6 +20,7 @@ from sepconv.kernels.halide.quantized import epilogue, product
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.quantized import blocks_together
 from sepconv.kernels.layout import pixel_step
 
 
@@ -69,7 +70,7 @@ def build(spec: PointwiseSpec8) -> tuple[Any, list[Any]]:
     out.split(step, group, step, spec.chunk, hl.TailStrategy.GuardWithIf)
     runtime.share(out.reorder(o_in, p_in, step, block, group), group, share)
     out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
-    product.schedule(multiply, sums.compute_at(out, step), k, [o, p])
+    product.arrange(multiply, sums.compute_at(out, step), k, [o, p])
     if rows is not x:
         _schedule_copied(multiply, rows.compute_at(out, group))
     fix_rows(out.output_buffer(), multiply.outputs)
@@ -100,7 +101,7 @@ def _copied(multiply: ByteProduct, x: Any) -> Any:
 
 
 def _copied_together(multiply: ByteProduct) -> int:
-    most = 4 * machine.host().lanes // (2 if multiply.way == product.PAIRS else 1)
+    most = 4 * multiply.lanes // (2 if multiply.way == product.PAIRS else 1)
     return min(most, 1 << (multiply.terms.bit_length() - 1))
 
 
@@ -121,7 +122,7 @@ def planned(case: Case, way: str) -> PointwisePlan8:
     channels, outputs = case.x.shape[1], case.weight.shape[0]
     count = case.x.elements // channels
     multiply = product.product(way, channels, outputs, count)
-    chunk = 1 if way == product.TILES else max(1, machine.host().l1_bytes // 2 // (multiply.tall * multiply.whole))
+    chunk = 1 if way == product.TILES else blocks_together(machine.host(), multiply.tall * multiply.whole)
     groups = -(-count // (multiply.tall * chunk))
     spec = PointwiseSpec8(multiply, Ending.of(case), chunk)
     return PointwisePlan8(spec, runtime.per_thread(groups, case.threads), count)

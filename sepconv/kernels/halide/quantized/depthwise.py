@@ -15,13 +15,13 @@ from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, filters, product
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
-from sepconv.kernels.halide.quantized.filters import FilterSpec
+from sepconv.kernels.halide.quantized.filters import FilterSpec8
 
 
 class DepthwiseSpec8(NamedTuple):
     """All that the code of one kernel depends on."""
 
-    filter: FilterSpec
+    filter: FilterSpec8
     epilogue: Ending
     way: str
 
@@ -33,7 +33,7 @@ class DepthwisePlan8(NamedTuple):
     numbers: tuple[int, int, int]
 
     @property
-    def variant(self) -> tuple[FilterSpec, Ending]:
+    def variant(self) -> tuple[FilterSpec8, Ending]:
         """What packed weights depend on besides their numbers."""
         return self.spec.filter, self.spec.epilogue
 

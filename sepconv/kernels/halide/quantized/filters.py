@@ -24,7 +24,7 @@ from sepconv.kernels.halide.schedule.quantized import FilterTile
 _MOST_TAPS = 32
 
 
-class FilterSpec(NamedTuple):
+class FilterSpec8(NamedTuple):
     """What the code depends on. Pairs are (y, x).
 
     Attributes:
@@ -56,7 +56,7 @@ class FilterSpec(NamedTuple):
         return hl.UInt(8) if self.group == 4 else hl.Int(16)
 
 
-def spec(case: Case, way: str) -> FilterSpec:
+def spec(case: Case, way: str) -> FilterSpec8:
     """For a depthwise case, multiplied in one of ``product.ways()``."""
     group = 2 if way == product.PAIRS else 4
     channels, (height, width) = case.weight.shape[0], case.kernel_size
@@ -65,13 +65,13 @@ def spec(case: Case, way: str) -> FilterSpec:
     shared = 1 if dilation_y > 1 else (groups * group - height) // stride_y + 1
     column_bytes = 4 * groups * (size[1] * stride_x + width)
     tile = schedule.filter_tile(machine.host(), channels, size, shared, column_bytes)
-    return FilterSpec(
+    return FilterSpec8(
         channels, channels // case.x.shape[1], (height, width), (stride_y, stride_x), (dilation_y, dilation_x), group,
         groups, dilation_y if tile.rows == 1 else 1, min(tile.lanes, machine.host().lanes), tile,
     )  # fmt: skip
 
 
-def weight_param(given: FilterSpec, name: str = "weight") -> Any:
+def weight_param(given: FilterSpec8, name: str = "weight") -> Any:
     """Row of a group, channel, column, group, output row."""
     weight = hl.ImageParam(hl.Int(8) if given.group == 4 else hl.Int(16), 5, name)
     stride = 1
@@ -89,7 +89,7 @@ class Filtered(NamedTuple):
     tap: Any
 
 
-def filtered(given: FilterSpec, x: Any, weights: list[Any], before: tuple[Any, Any], zero: Any) -> Filtered:
+def filtered(given: FilterSpec8, x: Any, weights: list[Any], before: tuple[Any, Any], zero: Any) -> Filtered:
     """``x``: channel, column, row, image; ``weights``: filters and bias; ``before``: rows and columns of padding, which
     reads as ``zero``."""
     weight, bias = weights
@@ -112,7 +112,7 @@ def filtered(given: FilterSpec, x: Any, weights: list[Any], before: tuple[Any, A
     return Filtered(sums, beside, tap)
 
 
-def arrange(given: FilterSpec, stages: Filtered) -> None:
+def arrange(given: FilterSpec8, stages: Filtered) -> None:
     """What lies inside of the stages, after compute_at."""
     sums, tap = stages.sums, stages.tap
     c, column, within, part, n = sums.args()
@@ -136,7 +136,7 @@ def arrange(given: FilterSpec, stages: Filtered) -> None:
     beside.unroll(i).vectorize(c, tile.lanes).never_partition_all().partition(column, hl.Partition.Always)
 
 
-def pack(given: FilterSpec, weight: Tensor) -> Buffer:
+def pack(given: FilterSpec8, weight: Tensor) -> Buffer:
     """``weight``: (C*M, 1, kH, kW), int8."""
     height, width = given.kernel_size
     filters = weight.detach().reshape(given.channels, height, width)

@@ -20,7 +20,7 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, filters, product, tiling
 from sepconv.kernels.halide.quantized.depthwise import channels_inside
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
-from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec
+from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec8
 from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.quantized.tiling import RowTiles, Size
 from sepconv.kernels.halide.schedule.quantized import SEPARABLE_PIXELS
@@ -29,7 +29,7 @@ from sepconv.kernels.halide.schedule.quantized import SEPARABLE_PIXELS
 class SeparableSpec8(NamedTuple):
     """All that the code of one kernel depends on."""
 
-    filter: FilterSpec
+    filter: FilterSpec8
     between: Ending
     product: ByteProduct
     epilogue: Ending
@@ -44,7 +44,7 @@ class SeparablePlan8(NamedTuple):
     calls: tuple[RowTiles, ...]
 
     @property
-    def variant(self) -> tuple[FilterSpec, ByteProduct, tuple[Ending, Ending]]:
+    def variant(self) -> tuple[FilterSpec8, ByteProduct, tuple[Ending, Ending]]:
         """What packed weights depend on besides their numbers."""
         return self.spec.filter, self.spec.product, (self.spec.between, self.spec.epilogue)
 

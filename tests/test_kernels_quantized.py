@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,6 +228,15 @@ def test_rows_of_a_matrix_are_a_linear_layer(way: str) -> None:
     found = pointwise.planned(known, way)
     pointwise.bind(found, x, pointwise.pack(found, list(of)), None, out)()
     assert torch.equal(out, wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are guarded on Linux")
+def test_nothing_is_read_beside_an_image() -> None:
+    script = Path(__file__).with_name("guarded.py")
+    command = [sys.executable, str(script), "3", "37"]
+    where = os.pathsep.join([str(script.parent), str(script.parent.parent)])
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": where})
+    assert (run.returncode, run.stdout) == (0, "right\n"), run.stderr
 
 
 def chosen(known: Case) -> Any:

@@ -89,18 +89,19 @@ def finished(spec: Ending, sums: Any, o: Any, given: Constants, residual: Any = 
         value = ACTIVATIONS[spec.activation].expression(hl, value)
     if spec.out == "float32":
         return hl.strict_float(value)
-    scaled = hl.strict_float(value * given.number("inverse"))
+    scaled = value * given.number("inverse")
     if spec.residual == "float32":
         scaled = _without_nan(scaled)
     return _rounded(scaled, given.number("low"), given.number("high"), given.byte("zero"))
 
 
 def _without_nan(value: Any) -> Any:
-    return hl.strict_float(hl.select(value > hl.f32(_SMALLEST), value, hl.f32(_SMALLEST)))
+    return hl.select(value > hl.f32(_SMALLEST), value, hl.f32(_SMALLEST))
 
 
 def _rounded(scaled: Any, low: Any, high: Any, zero: Any) -> Any:
     """The byte for a float32 number: the nearest whole one, not beyond ``low`` and ``high``, and the zero point."""
+    # Strict are all steps up to here: each is rounded, and what is not a number may occur.
     bits = hl.reinterpret(hl.Int(32), hl.strict_float(scaled + hl.f32(_ROUNDS)))
     least, most = (hl.cast(hl.Int(32), limit) + hl.i32(_ROUNDS_BITS) for limit in (low, high))
     # The last byte of what was added for rounding is 0.
@@ -112,7 +113,7 @@ def in_bytes(kind: str, value: Any, given: Constants) -> Any:
     if kind == "uint8":
         return value
     zero = given.number("x_zero")
-    scaled = _without_nan(hl.strict_float(value * given.number("x_inverse")))
+    scaled = _without_nan(value * given.number("x_inverse"))
     return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
 
 

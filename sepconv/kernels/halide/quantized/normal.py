@@ -14,20 +14,19 @@ from torch import Tensor
 
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, product, tiling
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.quantized.tiling import RowTiles, Size
-from sepconv.kernels.halide.schedule import machine
-from sepconv.kernels.layout import pixel_step
+from sepconv.kernels.halide.schedule.quantized import row_pixels
 
-# Numbers of all rows of a tile, and pixels of it.
-_NUMBERS, _LEAST_PIXELS, _MOST_PIXELS = 1 << 17, 64, 256
 # Numbers that are copied at a time.
 _COPIED = 64
+# Channels that are copied in straight-line code.
+_FEW = 4
 
 
 class NormalSpec8(NamedTuple):
@@ -35,8 +34,7 @@ class NormalSpec8(NamedTuple):
 
     Attributes:
         reads: the kind of x's numbers.
-        planar: whether x lies channel by channel.
-        dense: whether the pixels of x lie side by side.
+        lies: how x does: "dense", pixel by pixel without gaps; "pixels", with gaps; or "planes", channel by channel.
     """
 
     channels: int
@@ -47,8 +45,7 @@ class NormalSpec8(NamedTuple):
     product: ByteProduct
     epilogue: Ending
     reads: str
-    planar: bool
-    dense: bool
+    lies: str
 
     @property
     def runs(self) -> tuple[int, int, int]:
@@ -103,12 +100,15 @@ def build(spec: NormalSpec8) -> tuple[Any, list[Any]]:
 
 
 def _image(spec: NormalSpec8) -> Any:
-    """Channel, column, row, image."""
-    x, channels = hl.ImageParam(epilogue.halide_type(spec.reads), 4, "x"), spec.channels * spec.groups
-    for d in range(4):
+    """Number in a row, row, image where dense; else channel, column, row, image."""
+    kind, channels = epilogue.halide_type(spec.reads), spec.channels * spec.groups
+    x = hl.ImageParam(kind, 3 if spec.lies == "dense" else 4, "x")
+    for d in range(x.dimensions()):
         x.dim(d).set_min(0)
-    x.dim(0).set_extent(channels).set_stride(hl.Expr() if spec.planar else 1)
-    x.dim(1).set_stride(1 if spec.planar else channels if spec.dense else hl.Expr())
+    x.dim(0).set_stride(hl.Expr() if spec.lies == "planes" else 1)
+    if spec.lies != "dense":
+        x.dim(0).set_extent(channels)
+        x.dim(1).set_stride(1 if spec.lies == "planes" else hl.Expr())
     return x
 
 
@@ -122,16 +122,19 @@ def _grouped(spec: NormalSpec8, image: Any) -> Any:
 
 
 def _padded(spec: NormalSpec8, x: Any, given: Constants, before: tuple[Any, Any]) -> Any:
-    """``padded[c, column, row, n] = x[c, column - left, row - top, n]`` in bytes, x's zero point around the image."""
-    (top, left), channels = before, spec.channels * spec.groups
-    c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
-    width, height = x.dim(1).extent(), x.dim(2).extent()
-    across = hl.RDom([hl.Range(0, channels), hl.Range(0, width)], "across")
+    """``padded[c + channels * column, row, n] = x[c, column - left, row - top, n]`` in bytes, x's zero point around the
+    image."""
+    (top, left), channels, height = before, spec.channels * spec.groups, x.dim(x.dimensions() - 2).extent()
+    number, row, n = (hl.Var(name) for name in ("number", "row", "n"))
+    dense = spec.lies == "dense"
+    across = hl.RDom([hl.Range(0, x.dim(d).extent() if dense or d else channels) for d in range(1 if dense else 2)])
     across.where((row >= top) & (row - top < height))
-    value = x[across.x, across.y, hl.clamp(row - top, 0, height - 1), n]
+    at = [across[d] for d in range(1 if dense else 2)]
+    value = x[[*at, hl.clamp(row - top, 0, height - 1), n]]
     padded = hl.Func("padded")
-    padded[c, column, row, n] = given.byte("x_zero")
-    padded[across.x, across.y + left, row, n] = epilogue.in_bytes(spec.reads, value, given)
+    padded[number, row, n] = given.byte("x_zero")
+    place = at[0] if dense else at[0] + channels * at[1]
+    padded[place + channels * left, row, n] = epilogue.in_bytes(spec.reads, value, given)
     return padded
 
 
@@ -145,15 +148,12 @@ def _rows(spec: NormalSpec8, padded: Any, walk: tuple[Any, ...], at: list[Any]) 
     # The last part overlaps the one before.
     number = hl.min(part * lanes, copied - lanes) + lane
     across = column * spec.stride[1]
-    if runs == 1:
-        source = number % spec.channels, across + number // spec.channels
-    else:
-        source = number + g * spec.channels, across + run * spec.dilation[1]
+    source = number + spec.channels * (g + spec.groups * (across + run * spec.dilation[1]))
     down = (first + t * count + row) * spec.stride[0] + tap * spec.dilation[0]
     k, q, rows = hl.Var("k"), hl.Var("q"), hl.Func("rows")
     rows[k, q, g, t, n] = hl.undef(spec.product.row_type)
     rows[number + copied * (run + runs * tap), column + width * row, g, t, n] = hl.cast(
-        spec.product.row_type, padded[source[0], source[1], down, n]
+        spec.product.row_type, padded[source, down, n]
     )
     return rows, place
 
@@ -171,7 +171,7 @@ def _schedule(
     out.reorder(o_in, q_in, step, block, g, t, n).fuse(t, n, task).never_partition([task, g, step, block])
     out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
     runtime.share(out, task, share)
-    product.schedule(multiply, sums.compute_at(out, step), k, [wide, q])
+    product.arrange(multiply, sums.compute_at(out, step), k, [wide, q])
 
     rows.compute_at(out, g).bound_extent(rows.args()[0], max(multiply.whole, multiply.terms))
     lane, part, run, tap, column, row = (place[i] for i in range(6))
@@ -182,28 +182,30 @@ def _schedule(
 
 
 def _schedule_padded(spec: NormalSpec8, padded: Any) -> None:
-    c, column, row, n = padded.args()
-    channels, lanes = spec.channels * spec.groups, 4 * machine.host().lanes
-    padded.bound(c, 0, channels)
-    fused, whole, lane = hl.Var("fused"), hl.RVar("whole"), hl.RVar("lane")
-    padded.fuse(c, column, fused).vectorize(fused, lanes, hl.TailStrategy.GuardWithIf)
-    update, (channel, across) = padded.update().allow_race_conditions(), padded.rvars(0)
-    if spec.planar:
-        lanes = machine.host().lanes
-        update.split(across, whole, lane, lanes, hl.TailStrategy.GuardWithIf).reorder(channel, lane, whole, row, n)
-        update.vectorize(lane).unroll(channel)
+    """Where x is not dense, few channels are brought side by side as vectors of columns are stored."""
+    number, row, n = padded.args()
+    channels, guard = spec.channels * spec.groups, hl.TailStrategy.GuardWithIf
+    lanes = spec.product.lanes * (1 if spec.reads == "float32" else 4)
+    padded.vectorize(number, 4 * spec.product.lanes, guard)
+    whole, lane = hl.RVar("whole"), hl.RVar("lane")
+    update, (first, *across) = padded.update().allow_race_conditions(), padded.rvars(0)
+    if spec.lies == "planes" or (across and channels <= _FEW):
+        update.split(across[0], whole, lane, lanes, guard).reorder(first, lane, whole, row, n).vectorize(lane)
+        if channels <= _FEW:
+            update.unroll(first)
         return
-    if spec.dense:
-        both = hl.RVar("both")
-        update.fuse(channel, across, both).split(both, whole, lane, lanes, hl.TailStrategy.GuardWithIf)
-        update.reorder(lane, whole, row, n).vectorize(lane)
-        return
-    update.split(channel, whole, lane, min(lanes, channels), hl.TailStrategy.GuardWithIf)
-    update.reorder(lane, whole, across, row, n).vectorize(lane)
+    if across:
+        lanes = next(width for width in (lanes, lanes // 2, lanes // 4, 1) if width <= channels)
+    update.split(first, whole, lane, lanes, guard).reorder(lane, whole, *across, row, n).vectorize(lane)
 
 
-def _planar(x: Outline) -> bool:
-    return x.stride[3] == 1 and x.shape[1] > 1 and x.shape[3] > 1
+def _lies(x: Outline) -> str:
+    """Steps along a size of 1 say nothing."""
+    channels = x.shape[1]
+    if channels > 1 and x.shape[3] > 1 and x.stride[3] == 1:
+        return "planes"
+    columns = x.shape[3] == 1 or x.stride[3] == channels
+    return "dense" if columns and (channels == 1 or x.stride[1] == 1) else "pixels"
 
 
 def plan(case: Case) -> NormalPlan8:
@@ -219,13 +221,11 @@ def planned(case: Case, way: str) -> NormalPlan8:
     runs, _, copied = _runs(channels, groups, width, dilation_x)
     terms = runs * copied * height
     size = Size(case.y.shape[0], *case.y.shape[2:])
-    many = min(max(_NUMBERS // terms, _LEAST_PIXELS), _MOST_PIXELS)
-    calls = tiling.cut(size, 1, many, case.threads)
+    calls = tiling.cut(size, 1, row_pixels(terms), case.threads)
     multiply = product.product(way, terms, weight.shape[0] // groups, min(call.rows for call in calls) * size.width)
     spec = NormalSpec8(
         channels, groups, (height, width), (stride_y, stride_x), (dilation_y, dilation_x),
-        multiply._replace(groups=groups), Ending.of(case), epilogue.KINDS[x.dtype], _planar(x),
-        pixel_step(x.shape, x.stride) == x.shape[1],
+        multiply._replace(groups=groups), Ending.of(case), epilogue.KINDS[x.dtype], _lies(x),
     )  # fmt: skip
     return NormalPlan8(spec, size.width, (top, left), calls)
 
@@ -235,7 +235,7 @@ def supports(case: Case) -> str:
     reason = epilogue.unsuitable(case, tuple(epilogue.KINDS))
     if reason or case.x.dims != 2:
         return reason or f"the kernel is for images (N, C, H, W), got {case.x.dims} spatial dimensions"
-    if not _planar(case.x) and case.x.shape[1] > 1 and case.x.stride[1] != 1:
+    if _lies(case.x) == "pixels" and case.x.shape[1] > 1 and case.x.stride[1] != 1:
         return f"neither the channels of a pixel nor the pixels of a row lie side by side (strides {case.x.stride})"
     return epilogue.no_pixels_written(case)
 
@@ -268,8 +268,16 @@ def bind(found: NormalPlan8, x: Tensor, packed: list[Buffer], residual: Tensor |
     for call in found.calls:
         views = [tiling.view(image, call, spec.product.outputs) for image in images]
         numbers = (found.width, call.parts, call.first, call.share, *found.before)
-        calls.append(kernel.bind(*numbers, pixels(x), *packed, *views))
+        calls.append(kernel.bind(*numbers, _view(spec, x), *packed, *views))
     return calls[0] if len(calls) == 1 else Chain(calls)
+
+
+def _view(spec: NormalSpec8, x: Tensor) -> Buffer:
+    if spec.lies != "dense":
+        return pixels(x)
+    n, c, h, w = x.shape
+    by_image, _, by_row, _ = x.stride()
+    return Buffer((n, h, w * c), (by_image, by_row, 1), x.data_ptr(), CODES[x.dtype], x)
 
 
 prepare = epilogue.prepare

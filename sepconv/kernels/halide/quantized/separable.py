@@ -23,9 +23,7 @@ from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec8
 from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.quantized.tiling import RowTiles, Size
-
-# Pixels of a tile: so many that reading the weights takes a small part of multiplying by them.
-_PIXELS = 192
+from sepconv.kernels.halide.schedule.quantized import SEPARABLE_PIXELS
 
 
 class SeparableSpec8(NamedTuple):
@@ -84,19 +82,18 @@ def build(spec: SeparableSpec8) -> tuple[Any, list[Any]]:
 def _hidden(spec: SeparableSpec8, stages: Filtered, inner: Constants, walk: tuple[Any, ...], at: list[Any]) -> Any:
     """The bytes between the two convolutions, ``hidden[channel, pixel in tile, tile, image]``, and the loops that make
     them. The last vectors of channels and columns overlap those before; rows below the image are made and not read."""
-    (width, parts, first), (q, t, n), given = walk, at, spec.filter
-    vectors = -(-given.channels // given.block)
-    steps = (width + given.columns - 1) // given.columns
-    extents = (given.lanes, given.columns, given.rows, steps, given.block // given.lanes, vectors, parts)
+    (width, parts, first), (q, t, n), given, tile = walk, at, spec.filter, spec.filter.tile
+    vectors, steps = -(-given.channels // tile.block), (width + tile.columns - 1) // tile.columns
+    extents = (tile.lanes, tile.columns, tile.rows, steps, tile.block // tile.lanes, vectors, parts)
     place = hl.RDom([hl.Range(0, extent) for extent in extents], "place")
     lane, column_in, within, step, vector, block, part_in = (place[i] for i in range(7))
-    channel = hl.min(block * given.block, given.channels - given.block) + vector * given.lanes + lane
-    column = hl.min(step * given.columns, width - given.columns) + column_in
+    channel = hl.min(block * tile.block, given.channels - tile.block) + vector * tile.lanes + lane
+    column = hl.min(step * tile.columns, width - tile.columns) + column_in
     part = first + t * parts + part_in
     k, hidden = hl.Var("k"), hl.Func("hidden")
     hidden[k, q, t, n] = hl.undef(spec.product.row_type)
     made = epilogue.finished(spec.between, stages.sums[channel, column, within, part, n], channel, inner)
-    hidden[channel, column + width * (part_in * given.rows + within), t, n] = hl.cast(spec.product.row_type, made)
+    hidden[channel, column + width * (part_in * tile.rows + within), t, n] = hl.cast(spec.product.row_type, made)
     return hidden, place
 
 
@@ -111,7 +108,7 @@ def _schedule_product(spec: SeparableSpec8, share: Any, out: Any, sums: Any, k: 
     out.reorder(o_in, q_in, step, block, t, n).fuse(t, n, task).never_partition([task, step, block])
     out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
     runtime.share(out, task, share)
-    product.schedule(multiply, sums.compute_at(out, step), k, [o, q])
+    product.arrange(multiply, sums.compute_at(out, step), k, [o, q])
     return task
 
 
@@ -124,7 +121,7 @@ def _schedule_hidden(spec: SeparableSpec8, hidden: Any, place: Any, stages: Filt
     fill.vectorize(lane).unroll(column_in).unroll(within).never_partition([step, vector, block, part_in])
     stages.sums.compute_at(hidden, step)
     stages.beside.compute_at(hidden, block)
-    filters.schedule(spec.filter, stages)
+    filters.arrange(spec.filter, stages)
 
 
 def plan(case: Case) -> SeparablePlan8:
@@ -138,7 +135,7 @@ def planned(case: Case, way: str) -> SeparablePlan8:
     assert then is not None
     given = filters.spec(case.first, product.PAIRS if way == product.PAIRS else product.QUADS)
     size, outputs = Size(then.y.shape[0], *then.y.shape[2:]), then.y.shape[1]
-    calls = tiling.cut(size, given.rows, _PIXELS, case.threads)
+    calls = tiling.cut(size, given.tile.rows, SEPARABLE_PIXELS, case.threads)
     multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * size.width)
     spec = SeparableSpec8(given, Ending(case.activation, "", "uint8"), multiply, Ending.of(then))
     (top, _), (before, _) = case.geometry.padding
@@ -164,7 +161,7 @@ def describe(case: Case) -> dict[str, Any]:
         "layout": "channels_last",
         **product.describe(found.spec.product),
         "rows": [call.rows for call in found.calls],
-        "depthwise_lanes": found.spec.filter.lanes,
+        "depthwise_lanes": found.spec.filter.tile.lanes,
     }
 
 

@@ -64,8 +64,8 @@ def export_onnx(model: nn.Module, input_shape: Sequence[int] | Inputs, path: str
     """Write `model` in evaluation mode as an ONNX file with a batch of any size.
 
     Separable layers become two Conv nodes, so any runtime reads the file. A quantized network has int8 weights and
-    pairs of QuantizeLinear and DequantizeLinear between layers. Where ONNX Runtime is installed, the file is run on
-    random batches of 1 and 3 and compared with PyTorch before it gets its name.
+    pairs of QuantizeLinear and DequantizeLinear there. Where ONNX Runtime is installed, the file is run on random
+    batches of 1 and 3 and compared with PyTorch before it gets its name.
 
     Args:
         model: with inputs and outputs of any structure that PyTorch exports; left as it was.

@@ -270,3 +270,6 @@ def test_tables_by_precision_leave_wrong_contenders_out_of_the_best() -> None:
     assert "| v1 1.0-224 b1 | 10.000 | 4.000 | **2.50** |" in str(tables.shorter(content, 2))
     assert "| hasty, int8 | 25.0% (25.0%) | 0.75 (0.75) |" in str(tables.agreement(content))
     assert "| sepconv, float32 | 100.0% (100.0%) |" in str(tables.agreement(content))
+    without = content | {"records": [row for row in rows if row["contender"] != "sepconv"]}
+    assert "| v1 1.0-224 b1 | 11.000 |  |  |" in str(tables.networks(without, 1))
+    assert tables.networks_summary(without).rows == []

@@ -203,7 +203,7 @@ def networks(content: dict[str, Any], threads: int, precision: str = "float32") 
         each = [f"{t[name]:.3f}{'' if name in right[case] else _WRONG}" if name in t else "" for name in names]
         lines.append([case, *each, *_compared(right[case])])
         if precision == "float32":
-            lines[-1].append(_share(macs[case], t["sepconv"], content, threads))
+            lines[-1].append(_share(macs[case], t["sepconv"], content, threads) if "sepconv" in t else "")
     header = ["network", *names, "best other / sepconv"]
     return Table([*header, "sepconv, of FMA peak"] if precision == "float32" else header, lines)
 
@@ -247,16 +247,16 @@ def _means(times: Iterable[dict[str, float]]) -> list[str]:
 
 
 def shorter(content: dict[str, Any], threads: int) -> Table:
-    """`bench network`: what ours gains by fewer bits, one line per case."""
-    found = precisions(content)
-    times = {precision: _times(_of(content, precision), threads) for precision in found}
+    """`bench network`: what ours gains by fewer bits, case by case; the first precision has the most."""
+    first, *fewer = precisions(content)
+    times = {precision: _times(_of(content, precision), threads) for precision in (first, *fewer)}
     rows = []
-    for case, usual in times["float32"].items():
-        mine = [times[precision].get(case, {}).get("sepconv") for precision in found]
-        each = ["" if ms is None else f"{ms:.3f}" for ms in mine]
-        rows.append([case, *each, *["" if ms is None else f"**{usual['sepconv'] / ms:.2f}**" for ms in mine[1:]]])
-    header = ["network", *(f"sepconv, {precision}" for precision in found)]
-    return Table([*header, *(f"float32 / {precision}" for precision in found[1:])], rows)
+    for case in (case for case, usual in times[first].items() if "sepconv" in usual):
+        most, *mine = (times[precision].get(case, {}).get("sepconv", math.inf) for precision in times)
+        each = [f"{ms:.3f}" if ms < math.inf else "" for ms in (most, *mine)]
+        rows.append([case, *each, *[f"**{most / ms:.2f}**" if ms < math.inf else "" for ms in mine]])
+    header = ["network", *(f"sepconv, {precision}" for precision in times)]
+    return Table([*header, *(f"{first} / {precision}" for precision in fewer)], rows)
 
 
 def agreement(content: dict[str, Any]) -> Table:

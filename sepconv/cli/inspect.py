@@ -149,6 +149,8 @@ def bench_network(
     command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
     command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
     network.run(_counts(threads), seconds, match, names, precisions, footprints, json_file, command, screen.say)
+    if precisions != ["float32"]:
+        show.summary(screen, "Answers to images, against float32", tables.agreement(tables.read(json_file)))
     _finish(screen, json_file, tables.networks_summary)
 
 

@@ -45,7 +45,7 @@ class Network:
         """The network in integers, by this library; it says itself which layers it leaves in fractions."""
         with torch.inference_mode(False), torch.enable_grad():
             found: nn.Module = sepconv.quantize(self.model, self.calibration(), force=True)[0]
-        return found
+        return found.eval()
 
     def forget(self) -> None:
         """Let go of the network; it is built anew when asked for again."""

@@ -23,6 +23,7 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import PAIRS
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule
 from sepconv.kernels.layout import pixel_step
 
 # Runs of fewer channels take longer to copy than float32 products.
@@ -89,13 +90,14 @@ def _read(spec: WindowsSpec, walk: Walk, channel: Any, at: list[Any]) -> Any:
 def plan(case: Case) -> RowsPlan:
     """The kernel and its schedule for such tensors."""
     channels, (stride, _, dilation), (height, width) = case.x.shape[1], case.geometry, case.kernel_size
-    kind, hidden = tiles.kind_of(case.x), PAIRS if channels % 2 == 0 else tiles.KIND
+    pairs = channels % 2 == 0 and tiles.unit() == "AMX"
+    kind, hidden = tiles.kind_of(case.x, pairs=pairs), PAIRS if pairs else tiles.KIND
     lanes, terms = channel_lanes(machine.host(), channels // numbers.parts(hidden)), channels * height * width
 
-    def spec(wide: int) -> WindowsSpec:
+    def spec(sizes: TilesSchedule) -> WindowsSpec:
         return WindowsSpec(
             channels, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]), lanes, kind, hidden,
-            tiles.product(case, terms, wide),
+            tiles.product(case, terms, sizes),
         )  # fmt: skip
 
     return tile_rows.plan(case, terms, spec)
@@ -128,7 +130,7 @@ def describe(case: Case) -> dict[str, Any]:
     found = plan(case)
     spec: WindowsSpec = found.spec
     return {
-        "tiles": "AMX",
+        "unit": tiles.unit(),
         "numbers": [spec.numbers, spec.hidden, spec.product.numbers],
         "rows": [rows for rows, _, _ in found.calls],
         "pixels": found.pixels,

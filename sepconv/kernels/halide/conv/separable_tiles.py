@@ -22,6 +22,7 @@ from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import PAIRS
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule
 
 
 class FilterSpec(NamedTuple):
@@ -77,15 +78,15 @@ def plan(case: Case) -> RowsPlan:
     then, channels, (stride, _, dilation) = case.then, case.x.shape[1], case.geometry
     assert then is not None
     multiplier = case.weight.shape[0] // channels
-    kind, hidden = pair_filter.kinds(case.x, PAIRS if channels % 2 == 0 else tiles.KIND)
+    kind, hidden = pair_filter.kinds(case.x, tiles.multiplied(PAIRS) if channels % 2 == 0 else tiles.KIND)
     lanes = pair_filter.lanes_of(channels // numbers.parts(hidden))
 
-    def spec(wide: int) -> FilterSpec:
+    def spec(sizes: TilesSchedule) -> FilterSpec:
         height, width = case.kernel_size
         return FilterSpec(
             channels, multiplier, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]), lanes,
             pair_filter.columns_of(case.y.shape[3], stride[1], width), case.activation, kind, hidden,
-            tiles.product(then, channels * multiplier, wide),
+            tiles.product(then, channels * multiplier, sizes),
         )  # fmt: skip
 
     return tile_rows.plan(case, channels * multiplier, spec)
@@ -119,7 +120,7 @@ def describe(case: Case) -> dict[str, Any]:
     found = plan(case)
     spec: FilterSpec = found.spec
     return {
-        "tiles": "AMX",
+        "unit": tiles.unit(),
         "numbers": [spec.numbers, spec.hidden, spec.product.numbers],
         "rows": [rows for rows, _, _ in found.calls],
         "pixels": found.pixels,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_times, conversion_cost, record, sizes
+from benchmarks import compile_times, conversion_cost, quantization, record, sizes
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import speed, verdicts
 from benchmarks.published import documents as published
@@ -40,7 +40,12 @@ def _networks(content: dict[str, Any]) -> str:
     machine = content["machine"]
     peak = machine["fma_peak_gflops"]["1"]
     parts = [f"On {machine['cpu']}, {peak:.0f} GFLOP/s a thread, code of {content['commit']}.\n"]
-    parts += [f"{n} thread(s):\n\n{tables.networks(content, n)}" for n in (1, 2)]
+    for precision in tables.precisions(content):
+        title = "" if precision == "float32" else f", {precision}"
+        parts += [f"{n} thread(s){title}:\n\n{tables.networks(content, n, precision)}" for n in (1, 2)]
+    if len(tables.precisions(content)) > 1:
+        parts += [f"By precision, {n} thread(s):\n\n{tables.shorter(content, n)}" for n in (1, 2)]
+        parts.append(f"Answers to 48 images, against float32:\n\n{tables.agreement(content)}")
     if content["footprints"]:
         parts.append(f"MobileNet v1, a process each:\n\n{tables.footprints(content)}")
     missing = "; ".join(f"{name}: {reason}" for name, reason in sorted(content["absent"].items()))
@@ -59,9 +64,10 @@ def _zoo(content: dict[str, Any]) -> str:
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    names = ("conversion", "claims", "compile", "kernels", "scale")
-    conversion, claims, compiled, kernels, scale = (ROOT / "docs" / f"{name}.md" for name in names)
-    found = {path: path.read_text() for path in (readme, details, conversion, claims, compiled, kernels, scale)}
+    names = ("conversion", "claims", "compile", "kernels", "scale", "quantize")
+    guides = [ROOT / "docs" / f"{name}.md" for name in names]
+    conversion, claims, compiled, kernels, scale, integers = guides
+    found = {path: path.read_text() for path in (readme, details, *guides)}
 
     def put(path: Path, name: str, content: str | tables.Table) -> None:
         found[path] = tables.replace_between(found[path], name, f"\n{content}\n")
@@ -99,6 +105,8 @@ def documents() -> dict[Path, str]:
     put(conversion, "published", published.table())
     if record.path(conversion_cost.NAME).exists():
         put(conversion, "conversion-cost", conversion_cost.table(record.read(conversion_cost.NAME)["rows"]))
+    if record.path(quantization.NAME).exists():
+        put(integers, "quantization", quantization.table(record.read(quantization.NAME)["rows"]))
     put(claims, "claims", verdicts.document())
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from sepconv.bench import footprint, network, tables
 from sepconv.bench.footprint import small_network
 from sepconv.bench.network import Network, NetworkCase, source_of
-from sepconv.bench.peers import CONTENDERS, Contender, absent
+from sepconv.bench.peers import BY_PRECISION, CONTENDERS, PRECISIONS, Contender, absent
 
 CASE = NetworkCase("v1 1.0-224", 2)
-OURS = ["sepconv", "torch-nhwc"]
+OURS = [CONTENDERS[name] for name in ("sepconv", "torch-nhwc")]
 
 
 @pytest.fixture
@@ -56,11 +57,10 @@ def test_contenders_are_verified_timed_and_recorded(source: Network) -> None:
     assert {record.macs for record in found} == {2 * (8 * 8 * 8 * 27 + 64)}
 
 
-def test_wrong_scores_are_never_timed(source: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_scores_are_never_timed(source: Network) -> None:
     wrong = Contender("wrong", (), (), "nchw", lambda source, x, threads: lambda: source.model(x) * 1.001)
-    monkeypatch.setitem(CONTENDERS, "wrong", wrong)
     with pytest.raises(ValueError, match=r"bench network: wrong on v1 1.0-224 b2 differs from float64 by [\d.]+ times"):
-        list(network.run_case(CASE, source, 1, [*OURS, "wrong"], 0.001, {}))
+        list(network.run_case(CASE, source, 1, [*OURS, wrong], 0.001, {}))
 
 
 def test_absent_and_failing_contenders_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,59 +71,150 @@ def test_absent_and_failing_contenders_are_listed(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(CONTENDERS, "fails", Contender("fails", ("torch",), (), "nchw", fails))
     few_scores(Network("small", small_network, 16, tmp_path), monkeypatch)
     path = tmp_path / "network.json"
-    names = [*OURS, "none", "fails"]
-    network.run([1], 0.001, "0.25-128 b1", names, False, path, "sepconv bench network", lambda _: None)
+    names = [*(one.name for one in OURS), "none", "fails"]
+    network.run([1], 0.001, "0.25-128 b1", names, ["float32"], False, path, "sepconv bench network", lambda _: None)
     content = json.loads(path.read_text())
     assert content["absent"] == {
         "none": "not installed: zebra_runtime",
         "fails": "failed: RuntimeError: no such operator",
     }
-    assert {row["contender"] for row in content["records"]} == set(OURS)
+    assert {row["contender"] for row in content["records"]} == {"sepconv", "torch-nhwc"}
 
 
-def test_a_failure_of_ours_is_no_absence(source: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_ours_is_no_absence(source: Network) -> None:
     def fails(source: Network, x: torch.Tensor, threads: int) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setitem(CONTENDERS, "sepconv", Contender("sepconv", (), (), "nchw", fails))
     with pytest.raises(RuntimeError, match="broken"):
-        list(network.run_case(CASE, source, 1, OURS, 0.001, {}))
+        list(network.run_case(CASE, source, 1, [Contender("sepconv", (), (), "nchw", fails)], 0.001, {}))
 
 
 @pytest.mark.parametrize(
-    ("message", "threads", "match", "names"),
+    ("message", "threads", "match", "names", "precisions"),
     [
-        ("there is no contender 'zebra', only sepconv, ", [1], "", ["zebra"]),
-        ("there is no case with 'zebra'", [1], "zebra", []),
-        ("threads must be positive", [0], "", []),
+        ("there is no contender 'zebra', only sepconv, ", [1], "", ["zebra"], ["float32", "int8"]),
+        ("there is no contender 'ncnn', only sepconv, ", [1], "", ["ncnn"], ["int8"]),
+        ("there is no case with 'zebra'", [1], "zebra", [], ["float32"]),
+        ("threads must be positive", [0], "", [], ["float32"]),
+        ("precisions are float32, bfloat16, int8, got float16", [1], "", [], ["float16"]),
+        ("precisions are float32, bfloat16, int8, got none", [1], "", [], []),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, message: str, threads: list[int], match: str, names: list[str]) -> None:
+def test_wrong_arguments(
+    tmp_path: Path, message: str, threads: list[int], match: str, names: list[str], precisions: list[str]
+) -> None:
     with pytest.raises(ValueError, match=message):
-        network.run(threads, 1.0, match, names, False, tmp_path / "x.json", "", lambda _: None)
+        network.run(threads, 1.0, match, names, precisions, False, tmp_path / "x.json", "", lambda _: None)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_a_footprint_counts_what_the_network_adds(tmp_path: Path) -> None:
-    found = footprint.measure("v1 0.25-128", "torch-nchw", 1, 4 * 470_072, tmp_path).to_dict()
+    found = footprint.measure("v1 0.25-128", CONTENDERS["torch-nchw"], 1, 4 * 470_072, tmp_path).to_dict()
     assert found["cold_s"] > 0 < found["warm_s"]
     if found["memory_bytes"] is not None:
         assert found["over_weights_bytes"] == found["memory_bytes"] - 4 * 470_072
         assert 0 < found["memory_bytes"] < 100 * 2**20
+    build = CONTENDERS["torch-nchw"].build
     with pytest.raises(ValueError, match=r"bench network: zebra on small failed: .*KeyError"):
-        footprint.measure("v1 0.25-128", "zebra", 1, 0, tmp_path)
+        footprint.measure("v1 0.25-128", Contender("zebra", (), (), "nchw", build), 1, 0, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "ncnn", "mnn", "executorch"])
+def _foreign() -> list[Contender]:
+    every = [one for known in BY_PRECISION.values() for one in known.values()]
+    return [one for one in every if one.packages]
+
+
+@pytest.mark.parametrize("contender", _foreign(), ids=lambda one: one.title.replace(" ", "-"))
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_other_runtimes_give_the_same_scores(source: Network, name: str) -> None:
-    if reason := absent(CONTENDERS[name]):
+def test_other_runtimes_give_the_same_scores(source: Network, contender: Contender) -> None:
+    """In fewer bits nearly the same; and of other images other scores."""
+    if reason := absent(contender):
         pytest.skip(reason)
     missing: dict[str, str] = {}
-    assert [record.contender for record in network.run_case(CASE, source, 1, [name], 0.001, missing)] == [name]
-    assert missing == {}
+    case = NetworkCase("v1 1.0-224", 1) if contender.single else CASE
+    [record] = network.run_case(case, source, 1, [contender], 0.001, missing)
+    assert (record.contender, missing) == (contender.name, {})
+    assert record.max_error <= 1
+    assert record.top1 is not None
+    assert record.top1 >= (1 if contender.precision == "float32" else 0.75)
+
+
+def short(name: str, precision: str, call: Any) -> Contender:
+    return Contender(name, (), (), "nchw", call, precision=precision)
+
+
+def rounded(source: Network, x: torch.Tensor, threads: int) -> Any:
+    return lambda: source.model(x.bfloat16().float())
+
+
+def nothing(source: Network, x: torch.Tensor, threads: int) -> Any:
+    return lambda: torch.zeros(len(x), 8)
+
+
+def test_every_row_says_how_far_its_answers_agree(source: Network) -> None:
+    """A fast wrong one shows, and one that answers to the same images always."""
+
+    def first(source: Network, x: torch.Tensor, threads: int) -> Any:
+        return partial(source.model, x.clone())
+
+    kinds = [short("rounded", "bfloat16", rounded), short("nothing", "bfloat16", nothing)]
+    kinds.append(short("first", "bfloat16", first))
+    rows = {record.contender: record.to_dict() for record in network.run_case(CASE, source, 1, kinds, 0.001, {})}
+    assert rows["rounded"]["top1"] >= 0.9
+    assert 0 < rows["rounded"]["relative_error"] < 0.1
+    assert rows["rounded"]["max_error"] <= 1 < rows["nothing"]["max_error"]
+    for wrong in ("nothing", "first"):
+        assert rows[wrong]["top1"] < 0.6
+        assert rows[wrong]["relative_error"] > 0.5
+    assert {row["precision"] for row in rows.values()} == {"bfloat16"}
+    [exact] = network.run_case(CASE, source, 1, [CONTENDERS["torch-nhwc"]], 0.001, {})
+    assert exact.top1 == 1
+    assert exact.relative_error is not None
+    assert exact.relative_error < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_ours_may_not_be_wrong_in_any_precision(source: Network, precision: str) -> None:
+    with pytest.raises(ValueError, match=f"bench network: sepconv {precision} on v1 1.0-224 b2 differs from float64"):
+        list(network.run_case(CASE, source, 1, [short("sepconv", precision, nothing)], 0.001, {}))
+
+
+def test_precisions_are_measured_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_scores(Network("small", small_network, 16, tmp_path), monkeypatch)
+    monkeypatch.setitem(BY_PRECISION, "int8", {"rounded": short("rounded", "int8", rounded)})
+    monkeypatch.setitem(BY_PRECISION["bfloat16"], "rounded", short("rounded", "bfloat16", rounded))
+    path, names = tmp_path / "network.json", ["torch-nhwc", "rounded"]
+    network.run([1], 0.001, "0.25-128 b1", names, PRECISIONS, False, path, "sepconv bench network", lambda _: None)
+    content = json.loads(path.read_text())
+    found = [(row["precision"], row["contender"]) for row in content["records"]]
+    wide = [("float32", "torch-nhwc"), ("bfloat16", "torch-nhwc"), ("bfloat16", "rounded"), ("int8", "rounded")]
+    assert found == wide
+    assert [row["bytes"] for row in content["records"]] == sorted([row["bytes"] for row in content["records"]])[::-1]
+    assert tables.precisions(content) == list(PRECISIONS)
+
+
+def test_every_precision_has_contenders_and_ours(tmp_path: Path) -> None:
+    names = {kind: list(known) for kind, known in BY_PRECISION.items()}
+    assert all("sepconv" in known for known in names.values())
+    assert set(names["bfloat16"]) >= {"openvino", "openvino-default", "torch-nhwc-autocast", "torch-compile-autocast"}
+    assert set(names["int8"]) == {"sepconv", "openvino", "onnxruntime", "executorch", "torch-compile-pt2e"}
+
+
+def test_contenders_in_bfloat16_take_and_give_float32(source: Network) -> None:
+    x = source.images(2)
+    truth = source.model(x).detach()
+    for name in ("torch-nhwc", "torch-nhwc-autocast"):
+        y = BY_PRECISION["bfloat16"][name].build(source, x, 1)().detach()
+        assert y.dtype is torch.float32
+        assert 0 < float((y - truth).abs().max() / truth.abs().max()) < 0.05
+
+
+def test_calibration_has_none_of_the_images_that_are_measured_with(source: Network) -> None:
+    known = torch.cat([source.images(8), *source.calibration(), source.held_out()]).flatten(1)
+    assert len(known.unique(dim=0)) == len(known)
+    assert source.scores.sub(source.scores.mean(0)).argmax(1).unique().numel() > 3
 
 
 def _row(case: str, threads: int, contender: str, ms: float) -> dict[str, Any]:
@@ -153,3 +244,32 @@ def test_tables_compare_with_the_best_other() -> None:
 def test_footprints_are_shown_over_the_weights() -> None:
     one = footprint.Footprint("v1 1.0-224", "sepconv", 2, 2**20, 1.234, 0.5, 3 * 2**20)
     assert "| v1 1.0-224 | sepconv | 2.0 | 1.23 | 0.50 |" in str(tables.footprints({"footprints": [one.to_dict()]}))
+
+
+def test_tables_by_precision_leave_wrong_contenders_out_of_the_best() -> None:
+    rows = [
+        _row("v1 1.0-224 b1", n, name, ms)
+        | {"precision": precision, "max_error": error, "top1": top1, "relative_error": 1 - top1}
+        for n in (1, 2)
+        for precision, name, ms, error, top1 in (
+            ("float32", "sepconv", 10.0, 0.1, 1.0),
+            ("float32", "openvino", 11.0, 0.1, 1.0),
+            ("int8", "sepconv", 4.0, 0.1, 0.9),
+            ("int8", "openvino", 5.0, 0.5, 0.875),
+            ("int8", "hasty", 1.0, 7.0, 0.25),
+        )
+    ]
+    content = {"records": rows, "machine": {"fma_peak_gflops": {"1": 400.0, "2": 800.0}}}
+    assert "| v1 1.0-224 b1 | 4.000 | 5.000 | 1.000~ | **1.25** (openvino) |" in str(
+        tables.networks(content, 1, "int8")
+    )
+    assert "| v1 1.0-224 b1 | 10.000 | 11.000 | **1.10** (openvino) | 50 % |" in str(tables.networks(content, 1))
+    summary = str(tables.networks_summary(content))
+    assert "| 1, int8 | 1.25 |  | 1.25 |  |" in summary
+    assert "| all, int8 |" in summary
+    assert "| v1 1.0-224 b1 | 10.000 | 4.000 | **2.50** |" in str(tables.shorter(content, 2))
+    assert "| hasty, int8 | 25.0% (25.0%) | 0.75 (0.75) |" in str(tables.agreement(content))
+    assert "| sepconv, float32 | 100.0% (100.0%) |" in str(tables.agreement(content))
+    without = content | {"records": [row for row in rows if row["contender"] != "sepconv"]}
+    assert "| v1 1.0-224 b1 | 11.000 |  |  |" in str(tables.networks(without, 1))
+    assert tables.networks_summary(without).rows == []

@@ -28,7 +28,7 @@ from sepconv.runs import onnx_file, png
 from sepconv.runs.model_file import open_model
 from sepconv.train import Mix
 
-COMMANDS = ("demo", "convert", "train", "count", "export", "predict", "doctor", "report")
+COMMANDS = ("demo", "convert", "quantize", "train", "count", "export", "predict", "doctor", "report")
 _QUICKLY = ("--data", "digits", "--budget", "1/2", "--calibration-images", 64)
 
 

@@ -235,3 +235,38 @@ def test_weights_of_8_bits_are_not_kept_as_fractions() -> None:
     assert group.weight._seen() is None
     if not runtime.missing():
         assert group.weight.whole._seen() is None
+
+
+@needs_halide
+def test_a_first_layer_of_several_calls_reads_the_callers_image() -> None:
+    """Rows are cut into tiles, and the last ones are a call of their own."""
+    model = nn.Sequential(Rounded(0.03, 120), conv(3, 16, 3, stride=2), Rounded(0.03)).eval()
+    x = torch.randn(1, 3, 149, 151)
+    fast = compile(model, x)
+    network = network_of(fast)
+    assert network.program.direct == 0
+    assert [group.kind for group in fast.explain().groups] == ["normal", "convert"]
+    for given in (x, torch.randn_like(x), torch.randn_like(x).contiguous(memory_format=torch.channels_last)):
+        assert steps_apart(fast, model, given, 0.03) <= 1.01
+
+
+class Cut(nn.Module):
+    """A filter that meets nothing but padding with most of its taps, and a factor for each channel behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.dw, self.out = Rounded(), depthwise(8, 5), Rounded(0.02)
+        self.register_buffer("factor", torch.linspace(-2, 2, 8).view(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.dw(self.image(x)) * self.factor)
+
+
+def test_weights_stay_whole_where_they_are_cut_or_scaled() -> None:
+    model, x = Cut().eval(), torch.randn(3, 8, 1, 2)
+    fast = compile(model, x)
+    [group] = [step.group for step in network_of(fast).program.steps if isinstance(step.group, Convolution)]
+    assert group.kernel_size == (1, 3)
+    assert group.fused == ("scale",)
+    assert isinstance(group.weight, QuantizedConstant)
+    assert steps_apart(fast, model, x, 0.02) <= 1.01

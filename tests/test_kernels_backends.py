@@ -154,7 +154,7 @@ def test_one_entry_is_all_that_another_backend_needs(monkeypatch: pytest.MonkeyP
 
 def test_reasons_come_in_the_order_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, _ = _tensors()
-    late = replace(BACKENDS["depthwise"][0], slower=lambda case: "it is late")
+    late = replace(BACKENDS["depthwise"][1], slower=lambda case: "it is late")
     monkeypatch.setitem(BACKENDS, "depthwise", [_third(lambda case: "it is Tuesday"), late, BACKENDS["depthwise"][-1]])
     [told] = sepconv.explain(sepconv.depthwise_conv2d, x, w)
     assert told.kernel == "torch"

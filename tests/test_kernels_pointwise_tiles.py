@@ -13,6 +13,7 @@ import sepconv
 from sepconv.kernels import case
 from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.conv import pointwise_tiles as kernel
+from sepconv.kernels.halide.conv import tiles
 from sepconv.kernels.halide.jit import amx, machine_code, packing, runtime
 
 needs_tiles = pytest.mark.skipif(
@@ -113,7 +114,7 @@ def test_functions_use_them_without_gradients_and_say_so() -> None:
     x, weight = image(1, 64, 32, 32), torch.randn(256, 64, 1, 1).bfloat16().requires_grad_()
     with torch.no_grad():
         [said] = sepconv.explain(sepconv.pointwise_conv2d, x, weight)
-        assert (said.kernel, said.schedule["tiles"]) == ("halide", "AMX")
+        assert (said.kernel, said.schedule["unit"]) == ("halide", "AMX")
         y = sepconv.pointwise_conv2d(x, weight)
         exact = F.conv2d(x.double(), weight.double())
         assert ((y.double() - exact).abs() <= bound(exact, F.conv2d(x.double().abs(), weight.double().abs()), 64)).all()
@@ -139,6 +140,7 @@ def test_what_they_cannot_compute_they_refuse(x: Tensor, reason: str) -> None:
 
 def test_without_tiles_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amx, "missing", lambda stage=amx.BF16: "the processor has no tiles of bfloat16 (AMX)")
+    monkeypatch.setattr(tiles, "unit", lambda: "")
     x, weight = image(1, 32, 4, 4), torch.zeros(16, 32, 1, 1).bfloat16()
     asked = case.pointwise(Outline.of(x), Outline.of(weight))
     assert kernel.supports(asked) in (runtime.missing(), "the processor has no tiles of bfloat16 (AMX)")

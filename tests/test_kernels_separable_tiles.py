@@ -14,7 +14,7 @@ from torch import Tensor
 from sepconv import reference
 from sepconv.kernels import backends
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.halide.conv import separable, separable_tiles
+from sepconv.kernels.halide.conv import separable, separable_tiles, tiles
 from sepconv.kernels.halide.jit import amx, runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing() or amx.missing()), reason=runtime.missing() or amx.missing())
@@ -170,4 +170,5 @@ def test_what_it_cannot_compute_it_refuses(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match=r"separable_tiles\.bind: an image must be channels_last"):
         separable_tiles.bind(found, x, packed, None, torch.empty(y.shape, dtype=BF16))  # type: ignore[arg-type]
     monkeypatch.setattr(amx, "missing", lambda: "the processor has no tiles of bfloat16 (AMX)")
+    monkeypatch.setattr(tiles, "unit", lambda: "")
     assert separable_tiles.supports(known) == "the processor has no tiles of bfloat16 (AMX)"

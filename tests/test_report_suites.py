@@ -10,7 +10,7 @@ import pytest
 from page_parts import Page
 from visit import Visit
 
-from sepconv.report import suites, write_report
+from sepconv.report import facts, suites, write_report
 
 ROWS = (
     # case, pass, contender, threads, layout, ms
@@ -48,6 +48,28 @@ def test_best_layout_of_each_against_the_best_of_the_others() -> None:
     ]
     assert (one["won"], one["compared"], one["mean"]) == (1, 2, pytest.approx(1.5))
     assert (two["threads"], two["compared"], two["mean"]) == ("2", 0, None)
+
+
+def test_precisions_are_tables_of_their_own_and_wrong_contenders_are_compared_with_nothing() -> None:
+    names = ("contender", "median_ms", "precision", "max_error")
+    rows = [
+        ("sepconv", 4.0, "float32", 0.1),
+        ("torch", 6.0, "float32", 0.5),
+        ("sepconv", 1.0, "int8", 0.1),
+        ("torch", 2.0, "int8", 0.5),
+        ("hasty", 0.5, "int8", 7.0),
+    ]
+    known = {"suite": "network", "case": "v1", "pass": "forward", "threads": 1, "macs": 10**6, "bytes": 10**6}
+    content = [{"records": [known | dict(zip(names, row, strict=True)) for row in rows]}]
+    usual, short = suites.suites(content)
+    assert (usual["suite"], usual["mean"]) == ("network", pytest.approx(1.5))
+    assert (short["suite"], short["contenders"]) == ("network, int8", ["sepconv", "torch", "hasty (wrong)"])
+    assert (short["rows"][0]["gain"], short["rows"][0]["fastest"]) == (2.0, 1.0)
+    assert [row["contender"] for row in facts.raw_records(content)][2:] == [
+        "sepconv, int8",
+        "torch, int8",
+        "hasty, int8",
+    ]
 
 
 @pytest.mark.parametrize("value", [None, "1", -1.0, 0, float("nan")])

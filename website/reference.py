@@ -14,6 +14,7 @@ MODULES = {
     "sepconv.train": "Training and distillation, in one process or many.",
     "sepconv.data": "Data sets as batches.",
     "sepconv.leaves": "What networks take and give, whatever its structure.",
+    "sepconv.quantize": "Networks of 8-bit integers, and what was done to make them.",
     "sepconv.reference": "The mathematics in plain PyTorch: what every kernel is tested against, in float64.",
     "sepconv.runs.model_file": "Networks as files.",
     "sepconv.runs.onnx_file": "Networks as ONNX.",

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sepconv.bench.peers import CONTENDERS, Network
+from sepconv.bench.peers import BY_PRECISION, Contender, Network
 from sepconv.bench.peers.source import source_of
 from sepconv.kernels.halide.jit.code_cache import VARIABLE
 from sepconv.system.threads import threads_set_to
 
 _RUNS = 5
 _PROCESS = Path("/proc/self")
+_LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 SMALL = "small"
 
 
@@ -51,6 +52,7 @@ class Footprint:
     cold_s: float
     warm_s: float
     memory_bytes: int | None
+    precision: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         over = None if self.memory_bytes is None else self.memory_bytes - self.weight_bytes
@@ -63,7 +65,7 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)).eval()
 
 
-def measure(network: str, contender: str, threads: int, weight_bytes: int, folder: Path) -> Footprint:
+def measure(network: str, contender: Contender, threads: int, weight_bytes: int, folder: Path) -> Footprint:
     """Two processes for the small network, and two for the network of that name (see ``source.NETWORKS``).
 
     The first of each fills caches and makes files that the second one only reads; memory is that of the second ones.
@@ -80,28 +82,31 @@ def measure(network: str, contender: str, threads: int, weight_bytes: int, folde
         run = partial(_in_a_process, contender=contender, threads=threads, folder=folder)
         _, small, cold, warm = (run(name, environment=environment) for name in (SMALL, SMALL, network, network))
     memory = None if warm["memory"] is None else warm["memory"] - small["memory"]
-    return Footprint(network, contender, threads, weight_bytes, cold["ready_s"], warm["ready_s"], memory)
+    times = cold["ready_s"], warm["ready_s"]
+    return Footprint(network, contender.name, threads, weight_bytes, *times, memory, contender.precision)
 
 
 def _in_a_process(
-    network: str, contender: str, threads: int, folder: Path, environment: dict[str, str]
+    network: str, contender: Contender, threads: int, folder: Path, environment: dict[str, str]
 ) -> dict[str, Any]:
-    command = [sys.executable, "-m", "sepconv.bench.footprint", network, contender, str(threads), str(folder)]
+    given = (network, contender.precision, contender.name, str(threads), str(folder))
+    command = [sys.executable, "-m", "sepconv.bench.footprint", *given]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ValueError(f"bench network: {contender} on {network} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise ValueError(
+            f"bench network: {contender.title} on {network} failed: {done.stderr.strip().splitlines()[-1:]}"
+        )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
-def _run_once(source: Network, contender: str, threads: int) -> dict[str, Any]:
+def _run_once(source: Network, chosen: Contender, threads: int) -> dict[str, Any]:
     """What one process measures; the network's module is let go once the contender is ready."""
-    chosen = CONTENDERS[contender]
     for module in chosen.modules:
         importlib.import_module(module)
-    x = source.images(1).contiguous()
+    x = source.images(1).contiguous(memory_format=_LAYOUTS[chosen.layout])
     if chosen.of_module:
-        _ = source.model
+        _ = source.model if not (chosen.ours and chosen.precision == "int8") else source.quantized
     with threads_set_to(threads), torch.inference_mode():
         start = time.perf_counter()
         call = chosen.build(source, x, threads)
@@ -126,9 +131,9 @@ def _peak_memory(call: Any) -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def main(network: str, contender: str, threads: str, folder: str) -> None:
+def main(network: str, precision: str, contender: str, threads: str, folder: str) -> None:
     source = Network(SMALL, small_network, 16, Path(folder)) if network == SMALL else source_of(network, Path(folder))
-    print(json.dumps(_run_once(source, contender, int(threads))))
+    print(json.dumps(_run_once(source, BY_PRECISION[precision][contender], int(threads))))
 
 
 if __name__ == "__main__":

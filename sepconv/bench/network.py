@@ -1,7 +1,11 @@
 """``sepconv bench network``: whole MobileNets by sepconv, by PyTorch and by other runtimes.
 
 All get the same network with the same random weights and the same threads. Each is compared with PyTorch in float64
-first; then all are called in turn in one process.
+first; then all of one precision are called in turn in one process.
+
+Integers need to know the ranges of activations: every contender finds them on the same images, by its own tool. Noise
+of every size stands for photographs, and statistics of batch norms are as such images have them, so that random weights
+neither overflow nor fade.
 """
 
 from __future__ import annotations
@@ -12,16 +16,17 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sepconv.bench import footprint, records
+from sepconv.bench.agreement import TOLERANCES, Agreement, on_held_out, relative_error
 from sepconv.bench.footprint import Footprint
-from sepconv.bench.peers import CONTENDERS, Network, absent
+from sepconv.bench.peers import BY_PRECISION, PRECISIONS, Contender, Network, absent
 from sepconv.bench.peers.source import NETWORKS, source_of
 from sepconv.bench.records import Record
 from sepconv.cost import count
@@ -33,10 +38,8 @@ from sepconv.system.timing import interleaved
 Progress = Callable[[str], None]
 
 BATCHES = (1, 8)
-TOLERANCE = 1e-4
-"""Largest error allowed, relative to the largest score in float64."""
-
-PACKAGES = ("openvino", "ncnn", "pnnx", "mnn", "executorch")
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+PACKAGES = ("openvino", "nncf", "ncnn", "pnnx", "mnn", "executorch", "torchao")
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,21 @@ CASES = tuple(NetworkCase(network, batch) for batch in BATCHES for network in NE
 
 @dataclass(frozen=True)
 class _Ready:
-    """A contender that computed the right scores; ``error`` is relative to the tolerance."""
+    """A contender that computes the network."""
 
+    contender: Contender
     call: Callable[[], Any]
-    error: float
+    agreement: Agreement
 
 
-def _verified(name: str, case: NetworkCase, call: Callable[[], Any], truth: Tensor) -> _Ready:
-    found = call()
-    scores = found if isinstance(found, Tensor) else torch.as_tensor(np.array(found))
-    scores = scores.double().reshape(truth.shape)
-    error = float((scores - truth).abs().max() / truth.abs().max() / TOLERANCE)
-    if not error <= 1:
-        raise ValueError(f"bench network: {name} on {case.name} differs from float64 by {error:.3g} times {TOLERANCE}")
-    return _Ready(call, error)
+def _verified(contender: Contender, case: NetworkCase, call: Callable[[], Any], truth: Tensor) -> float:
+    """The error in units of the tolerance; of others in fewer bits than float32 it may be any."""
+    tolerance = TOLERANCES[contender.precision]
+    error = relative_error(call, truth) / tolerance
+    if not error <= 1 and (contender.ours or contender.precision == "float32"):
+        name = contender.title
+        raise ValueError(f"bench network: {name} on {case.name} differs from float64 by {error:.3g} times {tolerance}")
+    return error
 
 
 def _truth(source: Network, x: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ def run_case(
     case: NetworkCase,
     source: Network,
     threads: int,
-    names: Sequence[str],
+    contenders: Sequence[Contender],
     seconds: float,
     missing: dict[str, str],
 ) -> Iterator[Record]:
@@ -91,47 +95,70 @@ def run_case(
         ValueError: a contender computed something else; nothing of the case was timed.
     """
     x = source.images(case.batch)
+    layouts = {"nchw": x, "nhwc": x.contiguous(memory_format=torch.channels_last)}
     cost = count(source.model, (3, source.side, source.side))
-    least_bytes = 4 * (cost.params + x.numel() + case.batch * 1000)
     torch._dynamo.reset()
     with threads_set_to(threads), torch.inference_mode():
         truth = _truth(source, x)
         ready = {}
-        for name in names:
-            if case.batch > 1 and CONTENDERS[name].single:
+        for one in contenders:
+            if (case.batch > 1 and one.single) or one.title in missing:
                 continue
-            if name not in missing and (call := _built(name, source, x, threads, missing)) is not None:
-                ready[name] = _verified(name, case, call, truth)
+            call = _built(one, source, layouts[one.layout], threads, missing)
+            if call is not None:
+                error = _verified(one, case, call, truth)
+                answers = on_held_out(call, layouts[one.layout], source.held_out(), source.scores)
+                ready[one.title] = _Ready(one, call, Agreement(error, *answers))
         timings = interleaved({name: found.call for name, found in ready.items()}, seconds)
     for name, t in timings.items():
-        layout = CONTENDERS[name].layout
+        one, found = ready[name].contender, ready[name].agreement
+        least_bytes = WEIGHT_BYTES[one.precision] * cost.params + 4 * (x.numel() + case.batch * 1000)
         yield Record(
-            "network", case.name, name, threads, layout, t.median_ms, t.low_ms, t.high_ms, t.samples,
-            case.batch * cost.macs, least_bytes, round(ready[name].error, 4), _kernel(name, ready[name].call),
+            "network", case.name, one.name, threads, one.layout, t.median_ms, t.low_ms, t.high_ms, t.samples,
+            case.batch * cost.macs, least_bytes, round(found.error, 4), _kernel(one, ready[name].call),
+            precision=one.precision, top1=round(found.top1, 4), relative_error=float(f"{found.relative_error:.3g}"),
         )  # fmt: skip
 
 
-def _built(name: str, source: Network, x: Tensor, threads: int, missing: dict[str, str]) -> Callable[[], Any] | None:
+def _built(
+    contender: Contender, source: Network, x: Tensor, threads: int, missing: dict[str, str]
+) -> Callable[[], Any] | None:
     """The call, None where the contender is absent or fails to take the network: a foreign runtime may do so."""
-    reason = absent(CONTENDERS[name])
+    reason = absent(contender)
     if not reason:
         try:
-            call = CONTENDERS[name].build(source, x, threads)
+            call = contender.build(source, x, threads)
             call()
             return call
         except Exception as error:
-            if not CONTENDERS[name].packages:
+            if not contender.packages:
                 raise
             reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    missing[name] = reason
+    missing[contender.title] = reason
     return None
 
 
-def _kernel(name: str, call: Any) -> str:
+def _kernel(contender: Contender, call: Any) -> str:
     """What ran, as ``explain`` says; the contender's name where only it knows."""
-    if name != "sepconv":
-        return name
+    if contender.name != "sepconv":
+        return contender.name
     return " and ".join(sorted({group.kernel for group in call.func.explain().groups}))
+
+
+def _chosen(names: Sequence[str], precisions: Sequence[str]) -> dict[str, list[Contender]]:
+    """Contenders by precision: those of these names, all where there are none."""
+    if not precisions or not set(precisions) <= set(PRECISIONS):
+        raise ValueError(
+            f"bench network: precisions are {', '.join(PRECISIONS)}, got {', '.join(precisions) or 'none'}"
+        )
+    known = dict.fromkeys(name for precision in precisions for name in BY_PRECISION[precision])
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"bench network: there is no contender {unknown[0]!r}, only {', '.join(known)}")
+    return {
+        precision: [one for name, one in BY_PRECISION[precision].items() if not names or name in names]
+        for precision in dict.fromkeys(precisions)
+    }
 
 
 def run(
@@ -139,34 +166,34 @@ def run(
     seconds: float,
     match: str,
     names: Sequence[str],
+    precisions: Sequence[str],
     footprints: bool,
     path: Path,
     command: str,
     progress: Progress,
 ) -> list[Record]:
-    """Every case whose name contains ``match``, and the footprints of its networks, into one file.
+    """Every case whose name contains ``match`` in every precision, and the footprints of its networks, into one file.
 
     Raises:
         ValueError: there is no such case or contender, or a contender computed something else; nothing is written.
     """
-    cases = [case for case in CASES if match in case.name]
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown or not cases:
-        what = f"contender {unknown[0]!r}, only {', '.join(CONTENDERS)}" if unknown else f"case with {match!r}"
-        raise ValueError(f"bench network: there is no {what}")
+    cases, chosen = [case for case in CASES if match in case.name], _chosen(names, precisions)
+    if not cases:
+        raise ValueError(f"bench network: there is no case with {match!r}")
     if not threads or min(threads) < 1 or not 0 < seconds < math.inf:
         raise ValueError(f"bench: threads must be positive, seconds above 0, got {list(threads)} and {seconds}")
-    names = list(names) or list(CONTENDERS)
     missing: dict[str, str] = {}
     peaks = {n: fma_peak_gflops(n) for n in threads}
     with tempfile.TemporaryDirectory() as folder:
         sources = {case.network: source_of(case.network, Path(folder)) for case in cases}
         found: list[Record] = []
-        for done, (n, case) in enumerate((n, case) for n in threads for case in cases):
-            progress(f"{done}/{len(cases) * len(threads)} {case.name}, threads={n}")
-            found += run_case(case, sources[case.network], n, names, seconds, missing)
+        jobs = list(product(threads, cases, chosen))
+        for done, (n, case, precision) in enumerate(jobs):
+            progress(f"{done}/{len(jobs)} {case.name} in {precision}, threads={n}")
+            found += run_case(case, sources[case.network], n, chosen[precision], seconds, missing)
             gc.collect()
-        measured = [] if not footprints else _footprints(sources, max(threads), names, missing, Path(folder), progress)
+        present = [one for of in chosen.values() for one in of if one.title not in missing]
+        measured = [] if not footprints else _footprints(sources, max(threads), present, Path(folder), progress)
     peaks = {n: max(peak, fma_peak_gflops(n)) for n, peak in peaks.items()}
     more = {"absent": missing, "footprints": [one.to_dict() for one in measured]}
     more["peer_versions"] = {name: environment.installed(name) for name in PACKAGES}
@@ -175,18 +202,13 @@ def run(
 
 
 def _footprints(
-    sources: dict[str, Network],
-    threads: int,
-    names: Sequence[str],
-    missing: dict[str, str],
-    folder: Path,
-    say: Progress,
+    sources: dict[str, Network], threads: int, contenders: Sequence[Contender], folder: Path, say: Progress
 ) -> list[Footprint]:
     """Of MobileNet v1 in full size."""
     found = []
     for network in (network for network in sources if network == NETWORKS[0]):
-        weight_bytes = 4 * count(sources[network].model, (3, 224, 224)).params
-        for name in (name for name in names if name not in missing):
-            say(f"memory and time to be ready: {name}, {network}")
-            found.append(footprint.measure(network, name, threads, weight_bytes, folder))
+        params = count(sources[network].model, (3, 224, 224)).params
+        for one in contenders:
+            say(f"memory and time to be ready: {one.title}, {network}")
+            found.append(footprint.measure(network, one, threads, WEIGHT_BYTES[one.precision] * params, folder))
     return found

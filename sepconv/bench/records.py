@@ -22,6 +22,9 @@ class Record:
         bytes: of inputs, weights and outputs, each once: the least that must move.
         max_error: largest error against the float64 truth, in units of the rounding bound (at most 1 passes).
         kernel: what ran, as ``sepconv.explain`` says.
+        precision: in which networks are computed; None where the suite says it.
+        top1, relative_error: how far the answers to held-out images agree with those in float32 (see ``agreement``);
+            None where nothing has answers.
     """
 
     suite: str
@@ -39,9 +42,12 @@ class Record:
     kernel: str
     # "pass" is a word of Python's own.
     pass_: str = "forward"
+    precision: str | None = None
+    top1: float | None = None
+    relative_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        row = asdict(self)
+        row = {key: value for key, value in asdict(self).items() if value is not None}
         row["pass"] = row.pop("pass_")
         return row
 

@@ -157,35 +157,85 @@ def blocks_summary(content: dict[str, Any]) -> Table:
     return Table(["", "all blocks over PyTorch's better layout", "v1, 13 blocks, ms", "v1, of FMA peak"], rows)
 
 
+PRECISIONS = ("float32", "bfloat16", "int8")
+_WRONG = "~"
+
+
+def _of(content: dict[str, Any], precision: str) -> list[Row]:
+    """Rows of one precision; old records have one only."""
+    return [row for row in content["records"] if row.get("precision", "float32") == precision]
+
+
+def precisions(content: dict[str, Any]) -> list[str]:
+    """Those that were measured."""
+    return [precision for precision in PRECISIONS if _of(content, precision)]
+
+
 def _over_best(times: dict[str, float]) -> tuple[float, str]:
     """The best contender that is not ours over ours, and its name."""
     best = min((ms, name) for name, ms in times.items() if "sepconv" not in name)
     return best[0] / times["sepconv"], best[1]
 
 
-def networks(content: dict[str, Any], threads: int) -> Table:
-    """`bench network`: milliseconds of every contender, one line per case; losses are kept."""
-    times = {case: t for (count, case, _), t in best_times(content["records"]).items() if count == threads}
-    macs = {row["case"]: row["macs"] for row in content["records"]}
-    names = list(dict.fromkeys(row["contender"] for row in content["records"]))
-    rows = []
+def _right(rows: Iterable[Row]) -> list[Row]:
+    """Without contenders that computed something else."""
+    return [row for row in rows if row.get("max_error", 0) <= 1]
+
+
+def _times(rows: Iterable[Row], threads: int) -> dict[str, dict[str, float]]:
+    return {case: t for (count, case, _), t in best_times(rows).items() if count == threads}
+
+
+def networks(content: dict[str, Any], threads: int, precision: str = "float32") -> Table:
+    """`bench network`: milliseconds of every contender in one precision, one line per case; losses are kept.
+
+    One that computed something else has a mark, and is not the best.
+    """
+    rows = _of(content, precision)
+    times, right, macs = (
+        _times(rows, threads),
+        _times(_right(rows), threads),
+        {row["case"]: row["macs"] for row in rows},
+    )
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = []
     for case, t in times.items():
-        ratio, best = _over_best(t)
-        each = [f"{t[name]:.3f}" if name in t else "" for name in names]
-        rows.append([case, *each, f"**{ratio:.2f}** ({best})", _share(macs[case], t["sepconv"], content, threads)])
-    return Table(["network", *names, "best other / sepconv", "sepconv, of FMA peak"], rows)
+        each = [f"{t[name]:.3f}{'' if name in right[case] else _WRONG}" if name in t else "" for name in names]
+        lines.append([case, *each, *_compared(right[case])])
+        if precision == "float32":
+            lines[-1].append(_share(macs[case], t["sepconv"], content, threads) if "sepconv" in t else "")
+    header = ["network", *names, "best other / sepconv"]
+    return Table([*header, "sepconv, of FMA peak"] if precision == "float32" else header, lines)
+
+
+def _compared(times: dict[str, float]) -> list[str]:
+    """A cell: how much faster ours is than the best other, if both are there."""
+    if len(_rivals(times)) == 0 or "sepconv" not in times:
+        return [""]
+    ratio, best = _over_best(times)
+    return [f"**{ratio:.2f}** ({best})"]
+
+
+def _rivals(times: dict[str, float]) -> list[str]:
+    return [name for name in times if "sepconv" not in name]
 
 
 def networks_summary(content: dict[str, Any]) -> Table:
-    """`bench network` per thread count: the large networks at batch 1, and geometric means over all cases."""
-    times = best_times(content["records"])
+    """`bench network` per precision and thread count: the large networks at batch 1, and geometric means over all."""
     rows = []
-    for threads in sorted({key[0] for key in times}):
-        mine = {case: t for (count, case, _), t in times.items() if count == threads}
-        large = [f"{_over_best(mine[case])[0]:.2f}" if case in mine else "" for case in _LARGE]
-        rows.append([str(threads), *large, *_means(mine.values())])
-    if len(rows) > 1:
-        rows.append(["all", *[""] * len(_LARGE), *_means(times.values())])
+    for precision in precisions(content):
+        times = {
+            key: t
+            for key, t in best_times(_right(_of(content, precision))).items()
+            if "sepconv" in t and len(_rivals(t)) > 0
+        }
+        counts, title = sorted({key[0] for key in times}), "" if precision == "float32" else f", {precision}"
+        for threads in counts:
+            mine = {case: t for (count, case, _), t in times.items() if count == threads}
+            large = [f"{_over_best(mine[case])[0]:.2f}" if case in mine else "" for case in _LARGE]
+            rows.append([f"{threads}{title}", *large, *_means(mine.values())])
+        if len(counts) > 1:
+            rows.append([f"all{title}", *[""] * len(_LARGE), *_means(times.values())])
     header = ["threads", *(f"{case}: best other / sepconv" for case in _LARGE), "all cases"]
     return Table([*header, "torch.compile / its backend sepconv"], rows)
 
@@ -196,13 +246,41 @@ def _means(times: Iterable[dict[str, float]]) -> list[str]:
     return [f"{geometric_mean(_over_best(t)[0] for t in every):.2f}", f"{geometric_mean(pairs):.2f}" if pairs else ""]
 
 
+def shorter(content: dict[str, Any], threads: int) -> Table:
+    """`bench network`: what ours gains by fewer bits, case by case; the first precision has the most."""
+    first, *fewer = precisions(content)
+    times = {precision: _times(_of(content, precision), threads) for precision in (first, *fewer)}
+    rows = []
+    for case in (case for case, usual in times[first].items() if "sepconv" in usual):
+        most, *mine = (times[precision].get(case, {}).get("sepconv", math.inf) for precision in times)
+        each = [f"{ms:.3f}" if ms < math.inf else "" for ms in (most, *mine)]
+        rows.append([case, *each, *[f"**{most / ms:.2f}**" if ms < math.inf else "" for ms in mine]])
+    header = ["network", *(f"sepconv, {precision}" for precision in times)]
+    return Table([*header, *(f"{first} / {precision}" for precision in fewer)], rows)
+
+
+def agreement(content: dict[str, Any]) -> Table:
+    """`bench network`: how far every contender's answers are those of the network in float32, over all cases."""
+    rows = []
+    for precision in precisions(content):
+        known = [row for row in _of(content, precision) if row.get("top1") is not None]
+        for name in dict.fromkeys(row["contender"] for row in known):
+            same = [row["top1"] for row in known if row["contender"] == name]
+            errors = [row["relative_error"] for row in known if row["contender"] == name]
+            shares = f"{statistics.mean(same):.1%} ({min(same):.1%})"
+            rows.append([f"{name}, {precision}", shares, f"{statistics.mean(errors):.2g} ({max(errors):.2g})"])
+    return Table(["contender", "same best class: mean (least)", "relative error: mean (largest)"], rows)
+
+
 def footprints(content: dict[str, Any]) -> Table:
     """`bench network`: memory while running and time to be ready, one line per network and contender."""
     rows = []
     for one in content["footprints"]:
         over = one["over_weights_bytes"]
         memory = "" if over is None else f"{over / 2**20:.1f}"
-        rows.append([one["network"], one["contender"], memory, f"{one['cold_s']:.2f}", f"{one['warm_s']:.2f}"])
+        precision = one.get("precision", "float32")
+        name = one["contender"] + ("" if precision == "float32" else f", {precision}")
+        rows.append([one["network"], name, memory, f"{one['cold_s']:.2f}", f"{one['warm_s']:.2f}"])
     return Table(["network", "contender", "memory over the weights, MiB", "ready cold, s", "ready again, s"], rows)
 
 

@@ -68,6 +68,12 @@ def parse_task(text: str | None) -> bool | None:
     return None if text is None else text == "classes"
 
 
+def check_precision(text: str) -> None:
+    """ValueError for what a converted network cannot be made in."""
+    if text not in ("float32", "int8"):
+        raise ValueError(f"--precision must be float32 or int8, but got {text!r}")
+
+
 def is_size(text: str, most: int) -> bool:
     """Whether this is a positive whole number in the digits 0 to 9."""
     return text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= most

@@ -134,6 +134,9 @@ def bench_network(
     contenders: Annotated[
         str, typer.Option("--contenders", metavar="NAME,NAME", help="Only these; all if left out.", show_default=False)
     ] = "",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="P,P", help="float32, bfloat16 and int8, one after the other.")
+    ] = "float32",
     footprints: Annotated[
         bool, typer.Option("--footprints/--no-footprints", help="Also memory and time to be ready, in new processes.")
     ] = True,
@@ -142,9 +145,12 @@ def bench_network(
 ) -> None:
     """Whole MobileNets, batch 1 and 8, against PyTorch and other runtimes, as far as they are installed."""
     screen = _benchmark_screen(quiet, json_file)
-    names = [name.strip() for name in contenders.split(",") if name.strip()]
+    names, precisions = ([one.strip() for one in text.split(",") if one.strip()] for text in (contenders, precision))
     command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
-    network.run(_counts(threads), seconds, match, names, footprints, json_file, command, screen.say)
+    command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
+    network.run(_counts(threads), seconds, match, names, precisions, footprints, json_file, command, screen.say)
+    if precisions != ["float32"]:
+        show.summary(screen, "Answers to images, against float32", tables.agreement(tables.read(json_file)))
     _finish(screen, json_file, tables.networks_summary)
 
 

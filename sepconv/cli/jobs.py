@@ -39,7 +39,7 @@ def demo_command(
 ) -> None:
     """The main job on embedded data, in about a minute: train, convert, distil, measure."""
     screen = Screen(quiet, json_file)
-    _claim(out, "demo", [], json_file)
+    claim_outputs(out, "demo", [], json_file)
     keep_freed_memory()
     with threads_set_to(threads), screen.progress() as on_progress:
         record = demo(out, seed=seed, command=context.obj, on_progress=on_progress)
@@ -148,6 +148,9 @@ def convert_command(
     skip_broken: options.SkipBroken = False,
     resume: options.Resume = False,
     batch: options.Batch = 1,
+    precision: Annotated[
+        str, typer.Option("--precision", help="float32, or int8: a quantized network beside it, in the folder int8.")
+    ] = "float32",
     seed: options.Seed = 0,
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
@@ -155,6 +158,7 @@ def convert_command(
     debug: options.Debug = False,
 ) -> None:
     """Make a trained normal network separable, distil it, measure both."""
+    arguments.check_precision(precision)
     recipe = None
     if epochs:
         recipe = Recipe(
@@ -184,15 +188,16 @@ def convert_command(
         classes=tuple(read_classes(classes)) if classes else (),
         output_weights=arguments.parse_weights(output_weight or ()),
         data_range=data_range,
+        precision=precision,
         seed=seed,
         command=context.obj,
     )
     given = arguments.parse_settings(settings or ())
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
-    _claim(out, "convert", arguments.inputs(model, weights, data), json_file)
+    claim_outputs(out, "convert", arguments.inputs(model, weights, data), json_file)
     wanted = typed.over(preprocessing_of(model, weights))
-    images = _load(screen, data, wanted, skip_broken, arguments.parse_task(task))
+    images = load_data(screen, data, wanted, skip_broken, arguments.parse_task(task))
     show.preparation(screen, images)
     if metric_function is not None:
         job = replace(job, metric_function=function_of(metric_function))
@@ -207,6 +212,8 @@ def convert_command(
         record = convert_model(network, card, images, job, out, resume=resume, on_progress=on_progress)
     show.stages(screen, record)
     show.before_and_after(screen, record, out)
+    if "int8" in record:
+        show.quantized_beside(screen, record["int8"], out)
     screen.result(record)
 
 
@@ -270,10 +277,10 @@ def train_command(
     given = arguments.parse_settings(settings or ())
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
-    _claim(out, "train", arguments.inputs(model, weights, data), json_file)
+    claim_outputs(out, "train", arguments.inputs(model, weights, data), json_file)
     # Of a network that begins with random weights nobody else has a say.
     known = preprocessing_of(model, weights) if weights or model_path(model) or given.get("pretrained") else None
-    images = _load(screen, data, typed.over(known), skip_broken, labelled=True)
+    images = load_data(screen, data, typed.over(known), skip_broken, labelled=True)
     assert isinstance(images, Data)
     network, card = open_model(model, weights, given, data=images, seed=seed)
     keep_freed_memory()
@@ -285,14 +292,14 @@ def train_command(
     screen.result(record)
 
 
-def _claim(out: Path, kind: str, read: list[Path], json_file: Path | None) -> None:
+def claim_outputs(out: Path, kind: str, read: list[Path], json_file: Path | None) -> None:
     """Refuse outputs that would replace what is read, or somebody else's work, before anything is done."""
     claim(out, kind, read)
     check_folder(out)
     arguments.check_outputs(read, taken=[out / name for name in FILES], json=json_file)
 
 
-def _load(
+def load_data(
     screen: Screen, source: str, wanted: Preprocessing | None, skip_broken: bool, labelled: bool | None = None
 ) -> Data | SampleData:
     """What is in `source`: images, with or without classes, or samples, which have none."""

@@ -19,7 +19,7 @@ from sepconv.compile.operations import operation_call
 from sepconv.compile.program import Copy, Operation, ProgramStep
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.buffers import Buffer
-from sepconv.kernels.halide.jit.machine_code import Bound, in_chains
+from sepconv.kernels.halide.jit.machine_code import Bound, Chain, in_chains
 from sepconv.kernels.halide.jit.runtime import BuildError
 
 
@@ -73,12 +73,15 @@ def bind_direct(step: ProgramStep, lowered: Lowered, x: Tensor, out: Tensor, sto
     if bound.kernel == TORCH:
         return bound._replace(run=lambda given: _through_torch(computed, _Memory([given], out)))
     call = bound.run
-    if not isinstance(call, Bound):
+    if not isinstance(call, (Bound, Chain)):
         raise TypeError(f"{call} has no image to move")
-    image = next(argument for argument in call.prepared.given if isinstance(argument, Buffer))
+    # Each kernel of one step reads the image before anything else.
+    kernels = call.bound if isinstance(call, Chain) else [call]
+    images = [next(part for part in kernel.prepared.given if isinstance(part, Buffer)) for kernel in kernels]
 
     def run(given: Tensor) -> None:
-        image.move(given.data_ptr())
+        for image in images:
+            image.move(given.data_ptr())
         call()
 
     return bound._replace(run=run)

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from sepconv.compile.mapped import map_weights
 from sepconv.layers.borrowed import copied
 
 
@@ -21,6 +22,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         tensor.requires_grad_(False)
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
             tensor.data = tensor.contiguous()  # kernels pack the weights in any case
+    map_weights(frozen)
     return frozen
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec
 from sepconv.compile.copies import frozen_copy
 from sepconv.compile.explain import NetworkExplanation, explain_network, explain_parts
 from sepconv.compile.looks import is_channels_last
+from sepconv.compile.mapped import let_go
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.parts import CompiledPart, put_in_place
@@ -237,6 +238,7 @@ class CompiledModel:
             assert self._spec is not None
             network = self._reason or self._prepared(leaves, self._spec)
             self._networks[key] = network
+            let_go(self._frozen.parameters())
             if isinstance(network, str):
                 self._warn(network)
             with suppress(KeyError):

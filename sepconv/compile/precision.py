@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sepconv.compile.numbers import BFLOAT16 as NUMBERS_OF_16_BITS
 from sepconv.compile.numbers import NumberType
-from sepconv.kernels.halide.jit import amx
+from sepconv.kernels.halide.conv import tiles
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 PRECISIONS = (FLOAT32, BFLOAT16)
@@ -40,5 +40,5 @@ def precision_of(numbers: Iterable[NumberType]) -> str:
 
 def missing(precision: str) -> str:
     """Why this machine does not compute in it, in a sentence; "" if it does."""
-    reason = amx.missing() if precision == BFLOAT16 else ""
+    reason = tiles.missing() if precision == BFLOAT16 else ""
     return f"no products of {precision} here: {reason}" if reason else ""

@@ -149,8 +149,8 @@ def _expected(model: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> list[A
 def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> str:
     leaves, expected = check
     tensors = network.run([as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-    got, usual = network.leaves(tensors), agreement(network.program.numbers)
-    if not disagreement(got, expected, usual):
+    got, usual, step = network.leaves(tensors), agreement(network.program.numbers), network.program.last_step
+    if not disagreement(got, expected, usual, step):
         return ""
     # Some networks multiply rounding errors: this one is asked only where it has to be.
     run = partial(_expected, checks.model, spec=checks.spec)
@@ -160,7 +160,7 @@ def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> s
         return disagreement(got, expected, tolerance(usual, run(moved), expected))
     with InBfloat16() if precision == BFLOAT16 else Nudged():
         allowed = tolerance_of_few_bits(usual, [run(leaves), run(moved)], expected)
-    return disagreement(got, expected, allowed)
+    return disagreement(got, expected, allowed, step)
 
 
 def _copied(leaf: Any) -> Any:

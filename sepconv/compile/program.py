@@ -168,6 +168,17 @@ class Program:
         return [*self.inputs, *inside, *(output.place for output in self.outputs)]
 
     @property
+    def last_step(self) -> float:
+        """Of the numbers of 8 bits that are returned, the largest scale; 0 where there are none."""
+        returned = {output.place.memory for output in self.outputs}
+        found = [
+            step.inputs[0].form.number.scale or 0.0
+            for step in self.steps
+            if step.is_conversion and step.outputs[0].memory in returned
+        ]
+        return max(found, default=0.0)
+
+    @property
     def numbers(self) -> set[NumberType]:
         """In which values are kept, constants aside."""
         return {place.form.number for place in self.places if not isinstance(place.memory, Constant)}

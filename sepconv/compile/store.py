@@ -77,6 +77,9 @@ class Store:
         """One that ``make`` can make again: it must hold constants, not their tensors."""
         return self.keep(("constant", key), lambda: Constant(make(), key, make))
 
+    def quantized(self, key: Hashable, whole: Constant, scale: Constant) -> QuantizedConstant:
+        return self.keep(("constant", key), lambda: QuantizedConstant(whole, scale, key))
+
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returns, or returned before if that is still in use."""
         known: T | None = self._known.get(key)

@@ -27,7 +27,7 @@ class Writer:
     def __init__(self) -> None:
         self.steps: list[ProgramStep] = []
         self.memories: list[int] = []
-        # By the value and what it became: whoever needs the same takes that.
+        # By the value, the numbers and the strides that it got: whoever needs the same takes that.
         self._converted: dict[tuple[object, ...], ValueLook] = {}
 
     def new(self, size: Tensor, strides: Tensor, number: NumberType) -> ValueLook:
@@ -48,7 +48,10 @@ class Writer:
         """
         if alike(look.meta, like):
             return look.seen_as(look.meta.as_strided(like.shape, like.stride(), look.meta.storage_offset()))
-        return self.step(Copy(), [look], [self.new(look.meta, like, look.number)])[0]
+        key = (look.place, look.number, tuple(like.stride()))
+        if key not in self._converted:
+            self._converted[key] = self.step(Copy(), [look], [self.new(look.meta, like, look.number)])[0]
+        return self._converted[key]
 
     def converted(self, look: ValueLook, number: NumberType, like: Tensor | None = None) -> ValueLook:
         """The value in other numbers, with the strides of ``like`` if they are given; computed once."""

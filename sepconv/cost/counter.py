@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sepconv.activations import ACTIVATIONS
 from sepconv.cost.result import Cost, Layer, Shape, closing_pair, with_separable_form
 from sepconv.ops import schema as _operators  # noqa: F401  (registers the operations that RULES names)
+from sepconv.ops.quantized import FAKE_QUANTIZE
 
 _aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -26,7 +27,8 @@ _ACTIVATIONS = {
     *(operator for record in ACTIVATIONS.values() for operator in record.operators),
     *(_aten.hardtanh.default, _aten.hardsigmoid.default),
 }
-_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.detach.default}
+# What marks integers adds nothing up either.
+_COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.detach.default, FAKE_QUANTIZE}
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -16,10 +16,12 @@ from torch import Tensor
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.conv import (
     depthwise,
+    depthwise_direct,
     elementwise,
     grouped,
     groupnorm,
     normal,
+    normal_tiles,
     pointwise,
     pointwise_tiles,
     pool,
@@ -35,6 +37,7 @@ from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import BuildError
 from sepconv.kernels.halide.quantized import depthwise as quantized_depthwise
+from sepconv.kernels.halide.quantized import normal as quantized_normal
 from sepconv.kernels.halide.quantized import pointwise as quantized_pointwise
 from sepconv.kernels.halide.quantized import separable as quantized_separable
 from sepconv.kernels.torch import prepared
@@ -133,6 +136,7 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
 
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [
+        _halide(depthwise_direct, torch.bfloat16),
         _halide(depthwise),
         _halide(quantized_depthwise, torch.int8),
         Backend("torch", prepared.depthwise),
@@ -143,7 +147,14 @@ BACKENDS: dict[str, list[Backend]] = {
         _halide(quantized_pointwise, torch.int8),
         Backend("torch", prepared.pointwise),
     ],
-    "normal": [_halide(stem), _halide(grouped), _halide(normal), Backend("torch", prepared.normal)],
+    "normal": [
+        _halide(stem),
+        _halide(normal_tiles, torch.bfloat16),
+        _halide(grouped),
+        _halide(normal),
+        _halide(quantized_normal, torch.int8),
+        Backend("torch", prepared.normal),
+    ],
     "pool": [_halide(pool), Backend("torch", prepared.pool)],
     "shuffle": [_halide(shuffle), Backend("torch", prepared.shuffle)],
     "window": [_halide(window), Backend("torch", prepared.window)],

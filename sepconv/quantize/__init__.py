@@ -8,3 +8,4 @@ from sepconv.quantize.plan import QuantizationPlan as QuantizationPlan
 from sepconv.quantize.plan import QuantizedLayer as QuantizedLayer
 from sepconv.quantize.plan import QuantizedValue as QuantizedValue
 from sepconv.quantize.quantization import quantize as quantize
+from sepconv.quantize.saving import is_quantized as is_quantized

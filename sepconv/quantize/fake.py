@@ -30,7 +30,8 @@ class FakeQuantize(nn.Module):
         shape = () if axis < 0 else (count,)
         self.axis, self.low, self.high, self.enabled = axis, low, high, True
         self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        # Of weights it is 0: a file need not say so for every channel.
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32), persistent=axis < 0)
 
     @classmethod
     def of_weight(cls, channels: int) -> FakeQuantize:

@@ -29,6 +29,10 @@ RIDGE = 1e-2
 """The same for the step before: weights that make good what the integers in front have changed."""
 
 
+BLOCK = 64
+"""Columns whose losses are handed to those behind them in one product."""
+
+
 @dataclass
 class Rounded:
     """Shape: weight like the layer's, on the steps; scale (O,). And the mean squared error of an output."""
@@ -113,12 +117,16 @@ def _one_after_the_other(weight: Tensor, xx: Tensor, scale: Tensor) -> Tensor:
     left = _take(weight, order, 2).clone()
     inverse = torch.linalg.inv(damped)
     upper = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2, upper=True)
-    found = torch.empty_like(left)
-    for i in range(left.shape[2]):
-        column = left[:, :, i]
-        found[:, :, i] = to_nearest(column[..., None], scale)[..., 0]
-        lost = (column - found[:, :, i]) / upper[:, i, i, None]
-        left[:, :, i + 1 :] -= lost[..., None] * upper[:, None, i, i + 1 :]
+    found, features = torch.empty_like(left), left.shape[2]
+    for start in range(0, features, BLOCK):
+        end = min(start + BLOCK, features)
+        lost = torch.empty_like(left[:, :, start:end])
+        for i in range(start, end):
+            column = left[:, :, i]
+            found[:, :, i] = to_nearest(column[..., None], scale)[..., 0]
+            lost[:, :, i - start] = (column - found[:, :, i]) / upper[:, i, i, None]
+            left[:, :, i + 1 : end] -= lost[:, :, i - start, None] * upper[:, None, i, i + 1 : end]
+        left[:, :, end:] -= lost @ upper[:, start:end, end:]
     return _take(found, back, 2)
 
 

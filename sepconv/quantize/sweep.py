@@ -149,7 +149,9 @@ class Sweep:
         both = Both(*(self._compute(call, env, which) for which in (0, 1)))
         dim = -1 if layer.kind == "linear" else both.given[0].dim() - layer.tensor(self.module).dim() + 1
         if self.options.bias_correction:
-            self._correct(layer, both, dim)
+            self._move(layer, both, dim, _mean(both.wanted, dim) - _mean(both.given, dim))
+        if (bias := layer.bias(self.module)) is not None:
+            self._move(layer, both, dim, self._in_units(layer, call) - bias.double())
         self.errors[layer.name] = self._errors(layer, both, dim, lost, self._noise_of(source))
         self.on_layer()
         return both
@@ -166,15 +168,25 @@ class Sweep:
         env[node] = Both([quantizer(weight)], env[node].wanted)
         return rounded.lost
 
-    def _correct(self, layer: GraphLayer, both: Both, dim: int) -> None:
-        """Take the mean error of every channel from the bias."""
+    def _move(self, layer: GraphLayer, both: Both, dim: int, amount: Tensor) -> None:
+        """Add to the bias, and to the outputs that are there already."""
         bias = layer.bias(self.module)
         if bias is None:
             return
-        lack = (_mean(both.wanted, dim) - _mean(both.given, dim)).to(bias.dtype)
-        bias.add_(lack)
+        amount = amount.to(bias.dtype)
+        bias.add_(amount)
         for have in both.given:
-            have.add_(_along(lack, dim, have.dim()))
+            have.add_(_along(amount, dim, have.dim()))
+
+    def _in_units(self, layer: GraphLayer, call: fx.Node) -> Tensor:
+        """The bias in whole units of the sums that it is added to: those of an input step times a weight step."""
+        bias = layer.bias(self.module)
+        assert bias is not None
+        node = self._rounded_at(call.args[0])
+        if node is None:
+            return bias.double()
+        unit = quantizer_at(self.module, node).scale * quantizer_at(self.module, self._weight_quantizer(layer)).scale
+        return (bias.double() / unit.double()).round() * unit.double()
 
     def _errors(self, layer: GraphLayer, both: Both, dim: int, lost: float, noise: Tensor) -> LayerErrors:
         means = _mean(both.wanted, dim)
@@ -192,9 +204,14 @@ class Sweep:
         return float((per_input * noise).sum()) / weight.shape[0]
 
     def _noise_of(self, node: fx.Node) -> Tensor:
+        rounded = self._rounded_at(node)
+        return torch.zeros(1, dtype=torch.float64) if rounded is None else self.noise[rounded]
+
+    def _rounded_at(self, node: Any) -> fx.Node | None:
+        """Where a value became integers, if it did."""
         while node not in self.noise and node.op == "call_function" and isinstance(node.args[0], fx.Node):
             node = node.args[0]
-        return self.noise.get(node, torch.zeros(1, dtype=torch.float64))
+        return node if node in self.noise else None
 
 
 def _channel_dim(node: fx.Node, dims: int) -> int:

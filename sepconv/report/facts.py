@@ -9,6 +9,7 @@ from typing import Any
 
 from sepconv.report import formats
 from sepconv.report.records import dicts, items, mapping, number, records_of, text
+from sepconv.report.suites import other_precision
 
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 MOST_PICTURES = 48
@@ -293,8 +294,11 @@ def left_out(explanation: dict[str, Any]) -> list[tuple[str, str]]:
 def raw_records(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the table of benchmark records."""
     words, times = ("case", "contender", "pass", "threads", "kernel"), ("median_ms", "low_ms", "high_ms")
-    return [
-        {**{key: text(record.get(key)) for key in words}, **{key: number(record.get(key)) for key in times}}
-        for file in files
-        for record in records_of(file)
-    ]
+    found = []
+    for record in (record for file in files for record in records_of(file)):
+        row: dict[str, Any] = {key: text(record.get(key)) for key in words} | {
+            key: number(record.get(key)) for key in times
+        }
+        row["contender"] = ", ".join([row["contender"], *other_precision(record)])
+        found.append(row)
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 from sepconv.report import charts, formats
 from sepconv.report.charts import Chart
 from sepconv.report.records import mapping, number, records_of, text
+from sepconv.report.suites import other_precision
 
 Rows = list[dict[str, Any]]
 
@@ -160,7 +161,8 @@ def _layer_points(layers: Rows, result: dict[str, Any]) -> Rows:
 def _record_points(benchmarks: Rows) -> Rows:
     points = []
     for file in benchmarks:
-        for record in records_of(file):
+        # The roof is that of float32.
+        for record in (record for record in records_of(file) if not other_precision(record)):
             contender, case = text(record.get("contender")), text(record.get("case"))
             own = contender == "sepconv"
             look = ("separable", "sepconv") if own else ("normal", "other kernels")

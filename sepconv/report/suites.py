@@ -9,6 +9,8 @@ from typing import Any
 from sepconv.report.records import number, records_of, text
 
 OWN = "sepconv"
+WRONG = " (wrong)"
+"""After the name of a contender that computed something else: its time is shown, and compared with nothing."""
 
 Times = dict[tuple[str, str], dict[str, float]]
 
@@ -20,10 +22,23 @@ def suites(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ms, contender = number(record.get("median_ms")), text(record.get("contender"))
         if ms is None or ms <= 0:
             continue
-        times = found[text(record.get("suite")), text(record.get("threads"))]
+        contender += "" if is_right(record) else WRONG
+        suite = ", ".join([text(record.get("suite")), *other_precision(record)])
+        times = found[suite, text(record.get("threads"))]
         row = times[text(record.get("case")), text(record.get("pass"))]
         row[contender] = min(ms, row.get(contender, ms))
     return [_table(suite, threads, times) for (suite, threads), times in found.items()]
+
+
+def is_right(record: dict[str, Any]) -> bool:
+    error = number(record.get("max_error"))
+    return error is None or error <= 1
+
+
+def other_precision(record: dict[str, Any]) -> list[str]:
+    """In which a network was computed, where it is not float32."""
+    precision = text(record.get("precision"))
+    return [precision] if precision not in ("", "float32") else []
 
 
 def _table(suite: str, threads: str, times: Times) -> dict[str, Any]:
@@ -33,7 +48,7 @@ def _table(suite: str, threads: str, times: Times) -> dict[str, Any]:
             "case": case,
             "pass": pass_.replace("_", " "),
             "times": [row.get(contender) for contender in contenders],
-            "fastest": min(row.values()),
+            "fastest": min((ms for contender, ms in row.items() if not contender.endswith(WRONG)), default=None),
             "gain": _gain(row),
         }
         for (case, pass_), row in times.items()
@@ -54,5 +69,5 @@ def _table(suite: str, threads: str, times: Times) -> dict[str, Any]:
 def _gain(row: dict[str, float]) -> float | None:
     """How many times as long the fastest of the others takes."""
     own = [ms for contender, ms in row.items() if contender.startswith(OWN)]
-    others = [ms for contender, ms in row.items() if not contender.startswith(OWN)]
+    others = [ms for contender, ms in row.items() if not contender.startswith(OWN) and not contender.endswith(WRONG)]
     return min(others) / min(own) if own and others else None

@@ -11,11 +11,13 @@ from reprlib import repr as shortened
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sepconv import models
 from sepconv.data import Data, SampleData
 from sepconv.data.preprocessing import INTERPOLATIONS, LARGEST_SIDE, Crop, Preprocessing, normalise
+from sepconv.leaves import Inputs
+from sepconv.quantize.saving import is_quantized, left_in, rebuilt
 from sepconv.runs import structure
 
 LARGEST_INPUT = 2**28
@@ -40,6 +42,7 @@ class Card:
         mean, std: per channel, that images are normalised with.
         resize, interpolation, squash: how images become squares of that shape, see ``data.Crop``; 0 is the side.
         bgr: whether its channels are blue, green, red.
+        quantized: empty for a network of fractions; else "left", the names of the layers that still are.
         data: name of the data set it was trained on.
     """
 
@@ -55,6 +58,7 @@ class Card:
     interpolation: str = "bilinear"
     squash: bool = False
     bgr: bool = False
+    quantized: dict[str, list[str]] = field(default_factory=dict)
 
     def with_data(self, data: Data | SampleData) -> Card:
         """The same network, trained on `data`."""
@@ -72,12 +76,20 @@ class Card:
         )
 
     def changed_to(self, model: nn.Module) -> Card:
-        """The card of a network made of this one by replacing modules."""
+        """The card of a network made of this one by replacing modules, or by quantization."""
+        if isinstance(model, fx.GraphModule) and is_quantized(model):
+            return replace(self, quantized={"left": left_in(model)})
         return replace(self, changes=structure.differences(models.create(self.model, **self.settings), model))
 
     def build(self) -> nn.Module:
-        """The network, with random weights."""
+        """The network, with random weights and before it was quantized."""
         return structure.apply(models.create(self.model, **self.settings), self.changes)
+
+    def build_quantized(self, model: nn.Module) -> nn.Module:
+        """Of a network that was built, the quantized one."""
+        if not self.input_shape:
+            raise ValueError("a quantized network needs an input_shape")
+        return rebuilt(model.eval(), Inputs((torch.zeros(2, *self.input_shape),)), self.quantized["left"])
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -179,6 +191,10 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool) or _is_word(value) or _is_number(value)
 
 
+def _names_layers(value: Any) -> bool:
+    return isinstance(value, dict) and list(value) == ["left"] and _list_of(_is_word, _MOST_CLASSES)(value["left"])
+
+
 def _list_of(holds: Callable[[Any], bool], most: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) <= most and all(map(holds, value))
 
@@ -202,4 +218,5 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "squash": (lambda value: isinstance(value, bool), "true or false"),
     "bgr": (lambda value: isinstance(value, bool), "true or false"),
+    "quantized": (lambda value: value == {} or _names_layers(value), "empty, or the names of layers as 'left'"),
 }

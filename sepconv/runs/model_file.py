@@ -9,7 +9,7 @@ code (``package.module:function``, ``timm/NAME``) count only where the user give
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sepconv import models
 from sepconv.cost import count
 from sepconv.data import Data, SampleData
 from sepconv.models import weights as weight_files
+from sepconv.quantize.saving import packed, unpack
 from sepconv.runs import card as cards
 from sepconv.runs import structure
 from sepconv.runs.card import Card as Card
@@ -49,7 +50,8 @@ def write(path: Path, model: nn.Module, card: Card) -> None:
     except ValueError as error:
         raise ValueError(f"write: the description of {card.model} cannot be saved: {error}") from error
     # Copies, since safetensors takes no tensors that share memory: tied weights are written under each of their names.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = packed(model) if card.quantized else model.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     content = save(tensors, metadata={_KEY: description})
     with replacing(path) as file:
         file.write(content)
@@ -157,8 +159,12 @@ def _build(card: Card, weights: Path | None, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = card.build()
+        if weights is not None and card.quantized:
+            model = card.build_quantized(model)
     if weights is not None:
         models.load_weights(model, weights)
+        if card.quantized:
+            unpack(model)
     return model
 
 
@@ -180,7 +186,10 @@ def _check_described(card: Card, weights: Path) -> None:
             raise ValueError("its changed layers have more weights than the file")
         return
     planned = _without_data(card)
-    weight_files.check_fit(planned, shapes, weights)
+    if card.quantized:
+        _check_layers(planned, shapes)
+    else:
+        weight_files.check_fit(planned, shapes, weights)
     _check_room(planned)
     if card.input_shape:
         largest = max(
@@ -188,6 +197,13 @@ def _check_described(card: Card, weights: Path) -> None:
         )
         if largest > _LARGEST_OUTPUT:
             raise ValueError(f"a layer makes {largest:,} numbers of one image of shape {card.input_shape}")
+
+
+def _check_layers(planned: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """ValueError unless a quantized network's layers are in the file; their norms became part of them."""
+    for name, tensor in planned.named_parameters():
+        if tensor.dim() > 1 and shapes.get(name) != tensor.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} in the model and {shapes.get(name)} in the file")
 
 
 def _values(model: nn.Module) -> int:

@@ -24,7 +24,8 @@ RESULT = "result.json"
 ONNX = "model.onnx"
 CHECKPOINTS = "checkpoints"
 EXPLANATION = "explanation.json"
-KINDS = ("train", "convert", "demo")
+KINDS = ("train", "convert", "demo", "quantize")
+_LEARNS_FROM_ANOTHER = ("convert", "quantize")
 FILES = (model_file.FILE, ONNX, RESULT, EXPLANATION, "report.html", history.LOG)
 """What runs write to their folder, beside checkpoints."""
 SPACE = 32 << 20
@@ -35,7 +36,7 @@ def claim(out: Path, kind: str, inputs: Iterable[Path] = ()) -> None:
     """See that a run of this kind may write to `out`, before any work: that what it would replace is its own.
 
     Args:
-        kind: "train", "convert" or "demo".
+        kind: "train", "convert", "demo" or "quantize".
         inputs: files and folders that the run reads.
 
     Raises:
@@ -47,20 +48,24 @@ def claim(out: Path, kind: str, inputs: Iterable[Path] = ()) -> None:
             raise ValueError(f"{kind}: --out {out} lies in the folder that is read, {source}: give another --out")
         for name in FILES:
             refuse_inputs("--out", out / name, [source])
-    found = _kind_in(out)
+    found = _kind_in(out, kind)
     if found not in (kind, ""):
         raise ValueError(f"{kind}: {out} holds what sepconv {found} wrote: give another --out")
 
 
-def _kind_in(out: Path) -> str:
-    """The kind of the run that wrote to `out`, by what is there; "" if there is nothing that a run would touch."""
+def _kind_in(out: Path, asked: str) -> str:
+    """The kind of the run that wrote to `out`, by what is there; "" if there is nothing that a run would touch.
+
+    Checkpoints alone do not say which of two kinds they are of: then it is the one that is asked for.
+    """
     ended, trained, distilled = out / RESULT, checkpoint.checkpoints(out), checkpoint.checkpoints(out / CHECKPOINTS)
     if ended.exists():
         kind = _kind_of(ended)
     elif trained:
         kind = "train" if all(map(checkpoint.is_ours, trained)) else None
     elif distilled:
-        kind = "convert" if all(map(checkpoint.is_ours, distilled)) else None
+        either = asked if asked in _LEARNS_FROM_ANOTHER else "convert"
+        kind = either if all(map(checkpoint.is_ours, distilled)) else None
     elif (out / model_file.FILE).exists():
         # A run that was killed while it wrote its results: the network is the first of them.
         kind = _kind_of_network(out / model_file.FILE)
@@ -78,7 +83,9 @@ def _kind_of_network(path: Path) -> str | None:
         card = model_file.read_card(path)
     except ValueError:
         return None
-    return None if card is None else "convert" if card.changes else "train"
+    if card is None:
+        return None
+    return "quantize" if card.quantized else "convert" if card.changes else "train"
 
 
 def _kind_of(result: Path) -> str | None:

@@ -23,6 +23,7 @@ from sepconv.runs import compare, layer_data, model_file
 from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
 from sepconv.runs.model_file import Card
+from sepconv.runs.quantized import QuantizationJob, quantized_beside
 from sepconv.runs.run_folder import (
     CHECKPOINTS,
     EXPLANATION,
@@ -75,6 +76,7 @@ class Job:
         metric_function: the user's own numbers of a network, such as ``lambda network: {"iou": ...}``, told of both.
         seed: of the choice of calibration images.
         command: what the user typed, for the record.
+        precision: "float32", or "int8" for a quantized network beside it, in the folder ``int8``.
         kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
     """
 
@@ -92,6 +94,7 @@ class Job:
     metric_function: MetricFunction | None = None
     seed: int = 0
     command: str = ""
+    precision: str = "float32"
     kind: str = "convert"
 
 
@@ -296,6 +299,9 @@ def _write(
         "curves": outcome.curves,
         "onnx": export_onnx(outcome.separable, data, out),
     }
+    if job.precision == "int8":
+        wanted = QuantizationJob(calibration_images=job.calibration_images, seed=job.seed, command=job.command)
+        record["int8"] = quantized_beside(outcome.separable, card, data, outcome.judge, wanted, out)
     if isinstance(data, Data):
         image = data.test.normalise(data.test.images.take(torch.tensor([0])))
         label = data.classes[int(data.test.labels[0])] if data.classes else ""

@@ -23,12 +23,17 @@ def _sepconv(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
 
 
 def _eager(memory_format: torch.memory_format, source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
-    """Batch norms folded into the convolutions by PyTorch's own fusion; weights in the layout of the images."""
+    """Weights in the layout of the images."""
+    return partial(folded(source.model, memory_format), x)
+
+
+def folded(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """A copy with its batch norms folded into the convolutions by PyTorch's own fusion."""
     with warnings.catch_warnings():  # its own imports are deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.fx.experimental.optimization import fuse
-    folded: nn.Module = fuse(source.model).to(memory_format=memory_format)  # type: ignore[call-overload]
-    return partial(folded, x.contiguous(memory_format=memory_format))
+    found: nn.Module = fuse(model).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return found
 
 
 def _compiled(options: dict[str, Any], source: Network, x: Tensor, threads: int) -> Callable[[], Any]:

@@ -1,7 +1,7 @@
 """Contenders that read the network from a file: ONNX Runtime, OpenVINO, ncnn, MNN and ExecuTorch with XNNPACK.
 
-Each computes in float32 with as many threads as asked for, on images that it reads where they lie as far as its
-interface allows. No thread pool may be left spinning, for it would take the cores from the next contender.
+Each computes with as many threads as asked for, on images that it reads where they lie as far as its interface allows;
+all but OpenVINO in float32. No thread pool may be left spinning, for it would take the cores from the next contender.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sepconv.bench.peers.source import Contender, Network
 from sepconv.runs.onnx_file import export_onnx
 
 
-def _onnx(source: Network) -> Path:
-    return source.file(".onnx", lambda path: _quietly(export_onnx, source.model, (3, source.side, source.side), path))
+def onnx(source: Network) -> Path:
+    """The network as an ONNX file."""
+    return source.file(".onnx", lambda path: quietly(export_onnx, source.model, (3, source.side, source.side), path))
 
 
-def _quietly(function: Callable[..., Any], *args: Any) -> None:
+def quietly(function: Callable[..., Any], *args: Any) -> None:
     """Converters warn of deprecations in the packages that they use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,6 +42,10 @@ def _converter(*command: str, cwd: Path) -> None:
 
 
 def _onnxruntime(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
+    return run_onnxruntime(onnx(source), x, threads)
+
+
+def run_onnxruntime(path: Path, x: Tensor, threads: int) -> Callable[[], Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -47,7 +53,7 @@ def _onnxruntime(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     options.log_severity_level = 3
     # Its workers may spin while a call runs, which makes calls faster, but not afterwards.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(_onnx(source)), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_ortvalue_input(session.get_inputs()[0].name, onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy()))
     binding.bind_output(session.get_outputs()[0].name)
@@ -59,20 +65,26 @@ def _onnxruntime(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     return run
 
 
-def _openvino(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
+def _openvino(hint: str, source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
+    return run_openvino(onnx(source), hint, x, threads)
+
+
+def run_openvino(path: Path, hint: str, x: Tensor, threads: int) -> Callable[[], Any]:
+    """``hint``: in which precision it computes; "" leaves that to it."""
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(_onnx(source))
+    model = core.read_model(path)
     model.reshape(list(x.shape))
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
         # It would tie the calling thread to a core.
         "ENABLE_CPU_PINNING": False,
     }
+    if hint:
+        settings["INFERENCE_PRECISION_HINT"] = hint
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
 
@@ -112,7 +124,7 @@ def _write_ncnn(source: Network, path: Path) -> None:
     import pnnx
 
     traced = path.with_name(f"{source.name}.pt")
-    _quietly(lambda: torch.jit.trace(source.model, source.images(1)).save(traced))
+    quietly(lambda: torch.jit.trace(source.model, source.images(1)).save(traced))
     size = f"inputshape=[1,3,{source.side},{source.side}]"
     files = (f"ncnnparam={path.name}", f"ncnnbin={path.with_suffix('.bin').name}")
     _converter(str(pnnx.EXEC_PATH), traced.name, size, "fp16=0", *files, cwd=path.parent)
@@ -122,13 +134,23 @@ def _mnn(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
     import MNN.expr
     import MNN.nn
 
-    path = source.file(".mnn", lambda path: _write_mnn(_onnx(source), path))
+    path = source.file(".mnn", lambda path: _write_mnn(onnx(source), path))
     settings = ({"backend": "CPU", "precision": "high", "numThread": threads},)
     manager = MNN.nn.create_runtime_manager(settings)
     module = MNN.nn.load_module_from_file(str(path), ["images"], ["scores"], runtime_manager=manager)
     images = MNN.expr.placeholder(list(x.shape), MNN.expr.NCHW)
-    images.write(x.numpy())
-    return lambda: module.forward([images])[0].read()
+    return _Written(lambda: images.write(x.numpy()), lambda: module.forward([images])[0].read())
+
+
+class _Written:
+    """A call of what has images of its own, into which those that are measured with are written once."""
+
+    def __init__(self, reload: Callable[[], Any], call: Callable[[], Any]) -> None:
+        self.reload, self._call = reload, call
+        reload()
+
+    def __call__(self) -> Any:
+        return self._call()
 
 
 def _write_mnn(onnx: Path, path: Path) -> None:
@@ -139,25 +161,36 @@ def _write_mnn(onnx: Path, path: Path) -> None:
 
 
 def _executorch(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
+    def write(path: Path) -> None:
+        write_executorch(source.model, x, path)
+
+    return run_executorch(source.file(f"-{len(x)}.pte", lambda path: quietly(write, path)), x, threads)
+
+
+def run_executorch(path: Path, x: Tensor, threads: int) -> Callable[[], Any]:
     from executorch.extension.pybindings import portable_lib
 
-    path = source.file(f"-{len(x)}.pte", lambda path: _quietly(_write_executorch, source, len(x), path))
     portable_lib._unsafe_reset_threadpool(threads)
     module = portable_lib._load_for_executorch(str(path))
     return lambda: module.forward((x,))[0]
 
 
-def _write_executorch(source: Network, batch: int, path: Path) -> None:
+def write_executorch(model: nn.Module, x: Tensor, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = torch.export.export(source.model, (source.images(batch),))
+    program = torch.export.export(model, (x,))
     path.write_bytes(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
 
 
+ONNXRUNTIME, OPENVINO = ("onnxruntime", "onnx", "onnxscript"), ("openvino", "onnx", "onnxscript")
+
 CONTENDERS = (
-    Contender("onnxruntime", ("onnxruntime", "onnx", "onnxscript"), ("onnxruntime",), "nchw", _onnxruntime),
-    Contender("openvino", ("openvino", "onnx", "onnxscript"), ("openvino",), "nchw", _openvino),
+    Contender("onnxruntime", ONNXRUNTIME, ("onnxruntime",), "nchw", _onnxruntime),
+    Contender("openvino", OPENVINO, ("openvino",), "nchw", partial(_openvino, "f32")),
+    Contender("openvino", OPENVINO, ("openvino",), "nchw", partial(_openvino, "bf16"), precision="bfloat16"),
+    # As its users get it: in bfloat16 where the processor has products of that.
+    Contender("openvino-default", OPENVINO, ("openvino",), "nchw", partial(_openvino, ""), precision="bfloat16"),
     Contender("ncnn", ("ncnn", "pnnx"), ("ncnn",), "nchw", _ncnn),
     Contender("mnn", ("MNN", "onnx", "onnxscript"), ("MNN.nn", "MNN.expr"), "nchw", _mnn),
     Contender("executorch", ("executorch",), ("executorch.extension.pybindings.portable_lib",), "nchw", _executorch),

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import sepconv
 from sepconv.models import MobileNetV1, MobileNetV2
 from sepconv.runs.latency import with_torch_layers
 
 SEED = 0
+HELD_OUT = 48
+_CALIBRATION, _BATCH = 64, 8
 _MODELS = {"v1": MobileNetV1, "v2": MobileNetV2}
 NETWORKS = ("v1 1.0-224", "v1 0.5-160", "v1 0.25-128", "v2 1.0-224", "v2 0.5-160")
 
@@ -36,13 +40,35 @@ class Network:
             torch.manual_seed(SEED)
             return randomised(with_torch_layers(self._make()), self.images(4))
 
+    @cached_property
+    def quantized(self) -> nn.Module:
+        """The network in integers, by this library; it says itself which layers it leaves in fractions."""
+        with torch.inference_mode(False), torch.enable_grad():
+            found: nn.Module = sepconv.quantize(self.model, self.calibration(), force=True)[0]
+        return found.eval()
+
     def forget(self) -> None:
         """Let go of the network; it is built anew when asked for again."""
         self.__dict__.pop("model", None)
+        self.__dict__.pop("quantized", None)
 
-    def images(self, batch: int) -> Tensor:
+    def images(self, batch: int, seed: int = SEED) -> Tensor:
         """Random images (batch, 3, side, side), contiguous."""
-        return torch.randn(batch, 3, self.side, self.side, generator=torch.Generator().manual_seed(SEED))
+        return random_images(batch, self.side, seed)
+
+    def calibration(self) -> list[Tensor]:
+        """Batches of images to find the ranges of integers on: none that anything is measured with."""
+        return list(self.images(_CALIBRATION, SEED + 1).split(_BATCH))
+
+    def held_out(self) -> Tensor:
+        """Images that no contender has seen before its answers to them are compared."""
+        return self.images(HELD_OUT, SEED + 2)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """What the network itself says to them, in float32."""
+        with torch.inference_mode():
+            return torch.cat([self.model(batch) for batch in self.held_out().split(_BATCH)])
 
     def file(self, suffix: str, write: Callable[[Path], None]) -> Path:
         """The file of that suffix, written on first use."""
@@ -52,16 +78,31 @@ class Network:
         return path
 
 
+def random_images(batch: int, side: int, seed: int) -> Tensor:
+    """Noise of every size at once, as photographs have it: networks tell such images apart, which they do not with
+    white noise, whose means over many pixels are all the same."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.zeros(batch, 3, side, side)
+    size = 1
+    while size <= side:
+        noise = torch.randn(batch, 3, size, size, generator=generator)
+        images += F.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
+        size *= 2
+    return images / images.std()
+
+
 @torch.no_grad()
 def randomised(model: nn.Module, images: Tensor) -> nn.Module:
     """Scales and shifts of all batch norms at random, statistics as the images have them; evaluation mode.
 
-    So a norm that was folded wrongly shows in the result, and activations keep their size through the network.
+    So a norm that was folded wrongly shows in the result, and activations keep their size through the network: no layer
+    overflows a short number or leaves most of its steps unused. Shifts are upwards: where activations cut off half of
+    what comes, networks with random weights multiply every rounding by a fifth more in each layer.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.5, 1.5)
-            module.bias.uniform_(-0.5, 0.5)
+            module.bias.uniform_(0, 2)
             module.momentum = 1.0
     model.train()(images)
     return model.eval()
@@ -77,6 +118,7 @@ class Contender:
         layout: of the images it is given.
         of_module: whether it runs a module in memory, and not a file.
         single: whether it is measured with single images only, because it takes so long to be ready.
+        precision: in which it computes what takes the time, of "float32", "bfloat16" and "int8".
         build: for a network, images and a number of threads, the call that computes the scores of those images, a
             tensor or NumPy array (N, classes) in any shape of as many numbers. What is in the images may change
             between calls, where they lie may not.
@@ -89,6 +131,16 @@ class Contender:
     build: Callable[[Network, Tensor, int], Callable[[], Any]]
     of_module: bool = False
     single: bool = False
+    precision: str = "float32"
+
+    @property
+    def ours(self) -> bool:
+        return "sepconv" in self.name
+
+    @property
+    def title(self) -> str:
+        """The name, with the precision where it is not the usual one."""
+        return self.name if self.precision == "float32" else f"{self.name} {self.precision}"
 
 
 def source_of(network: str, folder: Path) -> Network:

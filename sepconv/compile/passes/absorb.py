@@ -35,7 +35,7 @@ from sepconv.compile.passes.nodes import (
     undo_on_tensor,
     value,
 )
-from sepconv.compile.store import Constant, Store
+from sepconv.compile.store import Constant, QuantizedConstant, Store
 from sepconv.kernels.case import Geometry
 from sepconv.norms import scale_and_shift
 
@@ -211,7 +211,11 @@ def _folded(conv: Convolution, fold: _Fold, store: Store) -> Convolution:
     if factor is not None:
         column = factor.view(-1, *[1] * (len(weight.shape) - 1))
         scaled = ("scaled", weight.key, fold.key)
-        weight = store.derived(scaled, lambda: (conv.weight.tensor.double() * column).to(dtype))
+        if isinstance(weight, QuantizedConstant) and bool(factor.all()):
+            scale = store.derived((*scaled, "scale"), partial(_product, weight.scale, factor))
+            weight = store.quantized(scaled, weight.whole, scale)
+        else:
+            weight = store.derived(scaled, partial(_product, weight, column))
     start = None if bias is None else bias.tensor.double() * (1.0 if factor is None else factor)
     if fold.shift is not None:
         start = fold.shift if start is None else start + fold.shift
@@ -220,6 +224,10 @@ def _folded(conv: Convolution, fold: _Fold, store: Store) -> Convolution:
         key = ("bias", None if bias is None else bias.key, conv.weight.key, fold.key)
         bias = store.get(key, lambda: total.to(dtype).contiguous())
     return conv.then(fold.what, weight, bias)
+
+
+def _product(constant: Constant, factor: Tensor) -> Tensor:
+    return (constant.tensor.double() * factor).to(constant.number.storage)
 
 
 def _absorb_vector(node: fx.Node, store: Store) -> bool:

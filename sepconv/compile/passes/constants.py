@@ -66,7 +66,7 @@ def _quantized(node: fx.Node, store: Store) -> QuantizedConstant | None:
     key = ("quantized", weight.key, scale.key, axis)
     spread = scale if axis == 0 else store.derived((*key, "scale"), partial(_spread, weight, scale))
     whole = store.derived((*key, "whole"), partial(_whole, weight, spread))
-    return store.keep(("constant", key), lambda: QuantizedConstant(whole, spread, key))
+    return store.quantized(key, whole, spread)
 
 
 def _spread(weight: Constant, scale: Constant) -> Tensor:

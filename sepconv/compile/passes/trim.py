@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from sepconv.compile.groups import Convolution
 from sepconv.compile.passes.nodes import group_of, shape, source
-from sepconv.compile.store import Store
+from sepconv.compile.store import Constant, QuantizedConstant, Store
 
 
 class _Axis(NamedTuple):
@@ -56,9 +56,14 @@ def _trimmed(conv: Convolution, image: tuple[int, ...], out: tuple[int, ...], st
         for axis, (first, end) in zip(axes, kept, strict=True)
     )
     cut = (slice(None), slice(None), *(slice(*taps) for taps in kept))
-    weight = store.derived(("trimmed", conv.weight.key, kept), partial(_cut, conv, cut))
+    key, weight = ("trimmed", conv.weight.key, kept), conv.weight
+    if isinstance(weight, QuantizedConstant):
+        whole = store.derived((*key, "whole"), partial(_cut, weight.whole, cut))
+        weight = store.quantized(key, whole, weight.scale)
+    else:
+        weight = store.derived(key, partial(_cut, weight, cut))
     return replace(conv, weight=weight, geometry=conv.geometry._replace(padding=padding))
 
 
-def _cut(conv: Convolution, cut: tuple[slice, ...]) -> Tensor:
-    return conv.weight.tensor[cut].contiguous()
+def _cut(weight: Constant, cut: tuple[slice, ...]) -> Tensor:
+    return weight.tensor[cut].contiguous()

@@ -6,20 +6,34 @@ Pairs of bfloat16 in words of 32 bits cost half of that again: no number has to 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from sepconv.kernels.halide.jit.buffers import BITS8, BITS16, FLOAT16, FLOAT32, UINT32
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.jit.buffers import BITS16, FLOAT16, FLOAT32, UINT8, UINT32
 from sepconv.kernels.halide.jit.runtime import hl
 
-CODES = {"float32": FLOAT32, "bfloat16": BITS16, "float16": FLOAT16, "uint8": BITS8}
+CODES = {"float32": FLOAT32, "bfloat16": BITS16, "float16": FLOAT16, "uint8": UINT8}
 """Kind -> how a buffer of such numbers is called. Halide would round a NaN of bfloat16, so that we use the bits."""
 DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, kind) for kind in CODES}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 PAIRS = "bfloat16 pairs"
 """Two neighbouring numbers of bfloat16 as one: the first in the low half."""
 _HIGH = 0xFFFF0000
+
+
+class ConvNumbers(NamedTuple):
+    """Kinds of what a convolution reads and writes; ``residual`` counts only where there is one."""
+
+    x: str = "float32"
+    residual: str = "float32"
+    y: str = "float32"
+
+
+def edges(case: Case) -> ConvNumbers:
+    residual = "float32" if case.residual is None else KINDS[case.residual.dtype]
+    return ConvNumbers(KINDS[case.x.dtype], residual, KINDS[case.result.dtype])
 
 
 def halide_type(kind: str) -> Any:

@@ -1,6 +1,7 @@
 """Depthwise convolution on CPUs in float32: forward, gradient of the input and of the filters.
 
-Images may hold numbers of 16 bits (see ``numbers``); filters, their gradient and biases are float32, or copied to it.
+Images may hold numbers of 16 bits (see ``numbers``), in memory that is given each image of its own kind; filters, their
+gradient and biases are float32, or copied to it.
 
 Tensors are (N, C, ...) with one to three spatial dimensions, weights (C*M, 1, ...); output channel c*M + m depends on
 input channel c alone. Contiguous and channels_last tensors are read in place, views included; others are copied once.
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from sepconv.kernels.case import PASSES, Case, Outline
 from sepconv.kernels.halide.conv import depthwise_choice, depthwise_plan
-from sepconv.kernels.halide.conv.depthwise_call import Gather, WeightGradient, filters, no_bias, planes, reads_in_place
+from sepconv.kernels.halide.conv.depthwise_call import (
+    Gather,
+    WeightGradient,
+    filters,
+    no_bias,
+    plane_layout,
+    reads_in_place,
+)
 from sepconv.kernels.halide.conv.depthwise_plan import DepthwisePlan
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
@@ -36,11 +44,12 @@ def supports(case: Case) -> str:
     if case.bound and runtime.unsuitable(case.x, case.result):
         return runtime.unsuitable(case.x, case.result)
     image, other = case.given[:2]
+    kinds = tuple(KINDS)
     of_filters = (image.dtype,) if case.which == "grad_weight" else (*runtime.FLOAT32, image.dtype)
     return (
         runtime.missing()
-        or runtime.unsuitable(image, numbers=tuple(KINDS))
-        or runtime.unsuitable(other, numbers=of_filters)
+        or runtime.unsuitable(image, case.result, numbers=kinds)
+        or runtime.unsuitable(other, numbers=kinds if case.bound else of_filters)
     )
 
 
@@ -56,7 +65,12 @@ def describe(case: Case) -> dict[str, Any]:
     images = (case.y, case.x) if case.which == "grad_weight" else case.given[:1]
     copies = sum(not reads_in_place(outline, p.channels_last) for outline in images)
     layout = "channels_last" if p.channels_last else "contiguous"
-    return {"layout": layout, "numbers": p.numbers, "copied_tensors": copies} | found.description()
+    return {
+        "layout": layout,
+        "numbers": p.numbers,
+        "written": p.written,
+        "copied_tensors": copies,
+    } | found.description()
 
 
 def plan(case: Case) -> DepthwisePlan:
@@ -87,13 +101,13 @@ def _with_single_filters(case: Case) -> Case:
 
 
 def pack(found: DepthwisePlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
-    """Weight and bias, where they lie: this kernel reads them as they are."""
+    """Weight and bias in float32: where they lie, if they are, since this kernel reads them so."""
     weight, bias = weights
     assert weight is not None
     multiplier = found.problem.multiplier
     return [
-        buffer(weight, filters(tuple(weight.shape), multiplier)),
-        no_bias() if bias is None else buffer(bias, (-1, multiplier)),
+        buffer(weight.float(), filters(tuple(weight.shape), multiplier)),
+        no_bias() if bias is None else buffer(bias.float(), (-1, multiplier)),
     ]
 
 
@@ -105,12 +119,13 @@ def bind(found: DepthwisePlan, x: Tensor, packed: list[Buffer], residual: Tensor
     p = found.problem
     if not all(_readable(image, p.channels_last) for image in (x, out)):
         raise ValueError(f"depthwise.bind: x and out must have one layout, got {x.stride()} and {out.stride()}")
-    return runtime.compiled(found.key, found.build).bind(
-        buffer(x, planes(tuple(x.shape), 1)),
-        *packed,
-        *found.arguments,
-        buffer(out, planes(tuple(out.shape), p.multiplier)),
-    )
+    kernel = runtime.compiled(found.key, found.build)
+    return kernel.bind(_planes(x, 1), *packed, *found.arguments, _planes(out, p.multiplier))
+
+
+def _planes(image: Tensor, multiplier: int) -> Buffer:
+    layout = plane_layout(tuple(image.shape), image.stride(), multiplier, KINDS[image.dtype])
+    return Buffer(layout.shape, layout.stride, image.data_ptr(), layout.code, image)
 
 
 def _readable(image: Tensor, channels_last: bool) -> bool:

@@ -31,7 +31,7 @@ def filters(shape: Sizes, multiplier: int) -> Sizes:
     return (channels // multiplier, multiplier, *(1,) * (3 - len(space)), *space)
 
 
-def _plane_layout(shape: Sizes, stride: Sizes, multiplier: int, numbers: str) -> Strided:
+def plane_layout(shape: Sizes, stride: Sizes, multiplier: int, numbers: str) -> Strided:
     """:func:`planes` with strides. Those of single elements say nothing; the kernels expect them as without gaps."""
     sizes = planes(shape, multiplier)
     image, channel, *space = stride
@@ -78,7 +78,7 @@ class _Image:
         stride = outline.stride
         if self.copied:
             stride = torch.empty(outline.shape, memory_format=self.memory_format, device="meta").stride()
-        self.layout = _plane_layout(outline.shape, stride, multiplier, p.numbers)
+        self.layout = plane_layout(outline.shape, stride, multiplier, p.numbers)
 
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=self.memory_format) if self.copied else tensor
@@ -106,7 +106,7 @@ class Gather:
                 _filter_layout(case.weight, p.multiplier),
                 no_bias() if case.bias is None else _bias_layout(case.bias, p.multiplier),
                 *found.arguments,
-                _plane_layout(self.shape, out, p.multiplier if forward else 1, p.numbers),
+                plane_layout(self.shape, out, p.multiplier if forward else 1, p.numbers),
             )
             self.call = KernelCall(found.key, found.build, arguments)
 

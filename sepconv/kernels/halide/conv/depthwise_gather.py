@@ -33,7 +33,8 @@ from sepconv.kernels.halide.schedule.depthwise import GatherTile
 class GatherSpec:
     """What the compiled code depends on; sizes of image and batch are arguments instead.
 
-    ``cut_rows``: a row is more than one box (contiguous only).
+    ``numbers``: the kind of what is read, ``written``: of what is written; ``cut_rows``: a row is more than one box
+    (contiguous only).
     """
 
     dims: int
@@ -47,6 +48,7 @@ class GatherSpec:
     tile: GatherTile
     numbers: str = "float32"
     cut_rows: bool = False
+    written: str = "float32"
 
 
 class Vars:
@@ -167,7 +169,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     sums = _sums(spec, v, packed, sorted_columns, bias, base, source.dim(1).extent())
     out = hl.Func("out")
     activated = ACTIVATIONS[spec.activation].expression(hl, _pick(spec, v, sums))
-    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.numbers, activated)
+    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.written, activated)
 
     fix_layout(out.output_buffer(), spec.dims, out_multiplier, spec.channels_last)
     out.bound(v.m, 0, out_multiplier)

@@ -28,7 +28,8 @@ _LEAST_CHANNELS = 4
 @dataclass(frozen=True)
 class DepthwiseProblem:
     """One pass of a depthwise convolution. ``image`` is the size of x, ``output`` that of the convolution's result;
-    ``numbers`` is the kind of both (see ``numbers``), filters and bias are float32.
+    ``numbers`` is the kind of what is read, ``written`` of what is written (see ``numbers``); filters and bias are
+    float32.
 
     Sizes are in the order x, y, z; the first ``dims`` of them are the tensor's, the rest are those of one pixel.
     """
@@ -48,6 +49,7 @@ class DepthwiseProblem:
     bias: bool
     activation: str
     numbers: str = "float32"
+    written: str = "float32"
 
     @property
     def bytes(self) -> int:
@@ -91,6 +93,7 @@ def problem(case: Case) -> DepthwiseProblem:
         bias=case.bias is not None,
         activation=case.activation,
         numbers=KINDS[case.x.dtype],
+        written=KINDS[case.result.dtype],
     )
 
 
@@ -169,7 +172,7 @@ def _gather_plan(p: DepthwiseProblem, case: Case) -> DepthwisePlan:
     tile = schedule.gather_tile(shape, p.channels_last, host())
     others = partial(schedule.gather_alternatives, shape, tile, p.channels_last, host())
     # The schedule does not depend on the kind of numbers: the tuner knows problems without it.
-    known = [value for name, value in vars(p).items() if name != "numbers"]
+    known = [value for name, value in vars(p).items() if name not in ("numbers", "written")]
     threads = case.threads
     tile = tuned.choose("depthwise", (*known, threads), tile, others, case)
     boxes = schedule.gather_boxes(shape, tile, p.channels_last, host())
@@ -178,7 +181,9 @@ def _gather_plan(p: DepthwiseProblem, case: Case) -> DepthwisePlan:
     planes = 1 if p.channels_last else min(items, schedule.planes(shape, tile, boxes))
     kind = (p.dims, p.channels_last, not forward)
     cut_rows = not p.channels_last and schedule.size_of(shape, tile, boxes)[0] < shape.image[0]
-    spec = GatherSpec(*kind, tuple(taps), shape.step, p.multiplier, p.bias, p.activation, tile, p.numbers, cut_rows)
+    spec = GatherSpec(
+        *kind, tuple(taps), shape.step, p.multiplier, p.bias, p.activation, tile, p.numbers, cut_rows, p.written
+    )
     return DepthwisePlan(
         p,
         key=repr(spec),

@@ -20,7 +20,7 @@ from sepconv.kernels.expression import Expression
 from sepconv.kernels.halide import edges
 from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import OF_TENSORS, Buffer, buffer
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
@@ -173,7 +173,7 @@ def pack(found: ElementwisePlan, numbers: Sequence[Tensor | None]) -> list[Buffe
 def _buffer(tensor: Tensor, size: tuple[int, ...], steps: tuple[int, ...], spread: bool) -> Buffer:
     if spread:
         size, steps = (*size[:-1], 1), (*steps[:-1], 1)
-    return Buffer(size, steps, tensor.data_ptr(), OF_TENSORS[tensor.dtype], tensor)
+    return Buffer(size, steps, tensor.data_ptr(), CODES[tensor.dtype], tensor)
 
 
 def bind(found: ElementwisePlan, x: Tensor, packed: list[Buffer], others: Sequence[Tensor], out: Tensor) -> Bound:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
+from sepconv.kernels.halide import numbers
 from sepconv.kernels.halide.conv import normal
 from sepconv.kernels.halide.conv.gemm import bias_param, dense
 from sepconv.kernels.halide.conv.normal import MOST_UNROLLED, ConvolutionCall
@@ -22,6 +23,7 @@ from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.numbers import ConvNumbers
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.normal import grouped_schedule
 
@@ -39,6 +41,7 @@ class GroupedSpec(NamedTuple):
     columns: int
     activation: str
     residual: bool
+    edges: ConvNumbers = ConvNumbers()
 
     @property
     def together(self) -> int:
@@ -54,7 +57,7 @@ def build(spec: GroupedSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: rows in a task, tasks of a thread, top and left padding, x, packed weights, bias,
     [residual]."""
     rows, share, top, left = (hl.Param(hl.Int(32), name) for name in ("rows", "share", "top", "left"))
-    x = hl.ImageParam(hl.Float(32), 4, "x")
+    x = hl.ImageParam(numbers.halide_type(spec.edges.x), 4, "x")
     x.dim(0).set_extent(spec.channels * spec.groups).set_stride(1)
     for d in range(4):
         x.dim(d).set_min(0)
@@ -77,10 +80,10 @@ def build(spec: GroupedSpec) -> tuple[Any, list[Any]]:
     value = sums[[c // spec.out_channels, c % spec.out_channels, *here]] + bias[c + v * spec.lanes]
     extra = [bias]
     if spec.residual:
-        residual = hl.ImageParam(hl.Float(32), 5, "residual")
+        residual = hl.ImageParam(numbers.halide_type(spec.edges.residual), 5, "residual")
         _fix(residual, spec)
-        value, extra = value + residual[[c, *here]], [bias, residual]
-    out[[c, *here]] = ACTIVATIONS[spec.activation].expression(hl, value)
+        value, extra = value + numbers.read(spec.edges.residual, residual[[c, *here]]), [bias, residual]
+    out[[c, *here]] = numbers.write(spec.edges.y, ACTIVATIONS[spec.activation].expression(hl, value))
     _fix(out.output_buffer(), spec)
     task = _schedule_out(spec, out, rows, share)
     _schedule_sums(spec, sums.compute_at(out, hl.Var("step")), k)
@@ -98,9 +101,11 @@ def _in_order(spec: GroupedSpec, x: Any, before: tuple[Any, Any], c: Any, here: 
     v, column, row, n = here
     unbounded = hl.Range(hl.Expr(), hl.Expr())
     image = [hl.Range(0, x.dim(d).extent()) for d in (1, 2)]
-    outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
+    zero = numbers.zero(spec.edges.x)
+    outside = hl.BoundaryConditions.constant_exterior(x, zero, [unbounded, *image, unbounded])
     read, in_order = hl.Func("read"), hl.Func("in_order")
-    read[[c, *here]] = outside[c + v * (spec.channels * spec.together), column - before[1], row - before[0], n]
+    pixel = outside[c + v * (spec.channels * spec.together), column - before[1], row - before[0], n]
+    read[[c, *here]] = numbers.read(spec.edges.x, pixel)
     in_order[[c, *here]] = read[[(c % spec.together) * spec.channels + c // spec.together, *here]]
     return read, in_order
 
@@ -171,7 +176,7 @@ def plan(case: Case) -> GroupedPlan:
     found = grouped_schedule(machine.host(), (rows, columns), reach, row_bytes, images * vectors, case.threads)
     spec = GroupedSpec(
         lanes, channels, outputs // groups, groups, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]),
-        found.columns, case.activation, case.residual is not None,
+        found.columns, case.activation, case.residual is not None, numbers.edges(case),
     )  # fmt: skip
     tasks = images * vectors * -(-rows // found.rows)
     return GroupedPlan(spec, (found.rows, runtime.per_thread(tasks, case.threads), top, left))
@@ -206,10 +211,14 @@ def pack(found: GroupedPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     assert weight is not None
     spec = found.spec
     # (vector, group, output, channel, y, x) -> (vector, y, x, channel, output, group)
-    whole = weight.detach().reshape(spec.vectors, spec.together, spec.out_channels, spec.channels, *spec.kernel_size)
+    whole = (
+        weight.detach()
+        .float()
+        .reshape(spec.vectors, spec.together, spec.out_channels, spec.channels, *spec.kernel_size)
+    )
     panels = whole.permute(0, 4, 5, 3, 2, 1).reshape(spec.vectors, -1, spec.lanes)
     panels = panels.clone(memory_format=torch.contiguous_format)
-    return [buffer(panels), buffer(packing.pack_bias(bias, weight))]
+    return [buffer(panels), buffer(packing.pack_bias(bias, weight).float())]
 
 
 def bind(found: GroupedPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
+from sepconv.kernels.halide import numbers
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.numbers import ConvNumbers
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import Tile
 from sepconv.kernels.halide.schedule.normal import NormalSchedule, NormalShape, normal_schedule
@@ -29,6 +31,8 @@ from sepconv.kernels.layout import like, pixel_step
 MOST_UNROLLED = 4
 # Bytes between numbers that take each other's place in the cache: columns of an image must not lie so far apart.
 _SAME_SET = 4096
+NUMBERS = (torch.float32, torch.bfloat16)
+"""Of images, each by itself, and of weights; the products are those of float32."""
 # Fewer output channels in a group waste most of a vector.
 _LEAST_OUTPUTS = 4
 
@@ -59,50 +63,53 @@ class NormalSpec(NamedTuple):
     activation: str
     residual: bool
     step: int
+    edges: ConvNumbers = ConvNumbers()
 
 
 def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: rows per task, blocks per task, tasks per thread, top and left padding, x, packed
     weights, bias, [residual]."""
-    numbers = tuple(hl.Param(hl.Int(32), name) for name in ("rows", "blocks", "share", "top", "left"))
-    x = _image("x", spec.channels * spec.groups)
+    arguments = tuple(hl.Param(hl.Int(32), name) for name in ("rows", "blocks", "share", "top", "left"))
+    x = _image("x", spec.edges.x, spec.channels * spec.groups)
     if spec.step:
         x.dim(1).set_stride(spec.step)
     (height, width), tile = spec.kernel_size, spec.tile
     depth = spec.channels * height * width
     weight = packed_param("weight", *tile.panels, depth, spec.groups * _whole(spec))
     o, g, column, row, n = (hl.Var(name) for name in ("o", "g", "column", "row", "n"))
-    source = x if spec.step else _padded(x, numbers[3], numbers[4])
+    source = x if spec.step else _padded(spec, x, arguments[3], arguments[4])
 
     k = hl.RDom([hl.Range(0, extent) for extent in (spec.channels, width, height)], "k")
     sums, out = hl.Func("sums"), hl.Func("normal")
     if spec.dilation[0] > 1 and not spec.step:
         # Of taps so far apart many lie above or below the image.
-        above = row * spec.stride[0] + k.z * spec.dilation[0] - numbers[3]
+        above = row * spec.stride[0] + k.z * spec.dilation[0] - arguments[3]
         k.where((above >= 0) & (above < x.dim(2).extent()))
     channel = o + g * _whole(spec)
     sums[o, g, column, row, n] = hl.f32(0.0)
-    sums[o, g, column, row, n] += (
-        packed(weight, tile.lanes, channel, k.x + spec.channels * (k.y + width * k.z))
-        * source[
-            k.x + spec.channels * g,
-            column * spec.stride[1] + k.y * spec.dilation[1],
-            row * spec.stride[0] + k.z * spec.dilation[0],
-            n,
-        ]
-    )
+    pixel = source[
+        k.x + spec.channels * g,
+        column * spec.stride[1] + k.y * spec.dilation[1],
+        row * spec.stride[0] + k.z * spec.dilation[0],
+        n,
+    ]
+    factor = packed(weight, tile.lanes, channel, k.x + spec.channels * (k.y + width * k.z))
+    sums[o, g, column, row, n] += factor * (numbers.read(spec.edges.x, pixel) if spec.step else pixel)
     bias = bias_param("bias", spec.out_channels * spec.groups)
     value, extra = sums[o, g, column, row, n] + bias[o + g * spec.out_channels], [bias]
     if spec.residual:
-        residual = _grouped("residual", spec)
-        value, extra = value + residual[o, g, column, row, n], [bias, residual]
-    out[o, g, column, row, n] = ACTIVATIONS[spec.activation].expression(hl, value)
+        residual = hl.ImageParam(numbers.halide_type(spec.edges.residual), 5, "residual")
+        _fix(residual, spec)
+        added = numbers.read(spec.edges.residual, residual[o, g, column, row, n])
+        value, extra = value + added, [bias, residual]
+    activated = ACTIVATIONS[spec.activation].expression(hl, value)
+    out[o, g, column, row, n] = numbers.write(spec.edges.y, activated)
 
     _fix(out.output_buffer(), spec)
-    _schedule(spec, numbers[:3], out, sums, (o, g, column, row, n), k)
+    _schedule(spec, arguments[:3], out, sums, (o, g, column, row, n), k)
     if not spec.step:
         _schedule_padded(spec, source, out)
-    return out, [*numbers, x, weight, *extra]
+    return out, [*arguments, x, weight, *extra]
 
 
 def _whole(spec: NormalSpec) -> int:
@@ -110,19 +117,13 @@ def _whole(spec: NormalSpec) -> int:
     return -(-spec.out_channels // spec.tile.wide) * spec.tile.wide
 
 
-def _image(name: str, channels: int) -> Any:
+def _image(name: str, kind: str, channels: int) -> Any:
     """Channel, column, row, image; the channels of a pixel side by side."""
-    x = hl.ImageParam(hl.Float(32), 4, name)
+    x = hl.ImageParam(numbers.halide_type(kind), 4, name)
     x.dim(0).set_extent(channels).set_stride(1)
     for d in range(4):
         x.dim(d).set_min(0)
     return x
-
-
-def _grouped(name: str, spec: NormalSpec) -> Any:
-    image = hl.ImageParam(hl.Float(32), 5, name)
-    _fix(image, spec)
-    return image
 
 
 def _fix(image: Any, spec: NormalSpec) -> None:
@@ -133,14 +134,15 @@ def _fix(image: Any, spec: NormalSpec) -> None:
         image.dim(d).set_min(0)
 
 
-def _padded(x: Any, top: Any, left: Any) -> Any:
-    """``padded[c, column, row, n] = x[c, column - left, row - top, n]``, zeros around the image."""
+def _padded(spec: NormalSpec, x: Any, top: Any, left: Any) -> Any:
+    """``padded[c, column, row, n] = x[c, column - left, row - top, n]`` in float32, zeros around the image."""
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
     unbounded = hl.Range(hl.Expr(), hl.Expr())
     image = [hl.Range(0, x.dim(1).extent()), hl.Range(0, x.dim(2).extent())]
-    outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
+    zero = numbers.zero(spec.edges.x)
+    outside = hl.BoundaryConditions.constant_exterior(x, zero, [unbounded, *image, unbounded])
     padded = hl.Func("padded")
-    padded[c, column, row, n] = outside[c, column - left, row - top, n]
+    padded[c, column, row, n] = numbers.read(spec.edges.x, outside[c, column - left, row - top, n])
     return padded
 
 
@@ -155,8 +157,8 @@ def _schedule_padded(spec: NormalSpec, padded: Any, out: Any) -> None:
         padded.vectorize(padded.args()[0], lanes, hl.TailStrategy.RoundUp if whole else hl.TailStrategy.GuardWithIf)
 
 
-def _schedule(spec: NormalSpec, numbers: tuple[Any, ...], out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> None:
-    rows, blocks, share = numbers
+def _schedule(spec: NormalSpec, walk: tuple[Any, ...], out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> None:
+    rows, blocks, share = walk
     tile, (o, g, column, row, n) = spec.tile, dims
     names = ("block", "o_in", "part", "step", "column_in", "group", "task")
     block, o_in, part, step, column_in, group, task = (hl.Var(name) for name in names)
@@ -206,6 +208,7 @@ def plan(case: Case) -> NormalPlan:
     spec = NormalSpec(
         channels, shape.out_channels, groups, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]),
         found.tile, case.activation, case.residual is not None, 0 if any(_padding(case)) else case.x.stride[3],
+        numbers.edges(case),
     )  # fmt: skip
     blocks = -(-(groups * -(-shape.out_channels // found.tile.wide)) // found.parts)
     tasks = shape.images * -(-rows // found.rows) * found.parts
@@ -216,7 +219,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if case.bound and not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result)
+    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result, numbers=NUMBERS)
     if reason:
         return reason
     x = case.x
@@ -248,9 +251,9 @@ def pack(found: NormalPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     weight, bias = weights
     assert weight is not None
     spec = found.spec
-    rows = weight.detach().permute(0, 2, 3, 1).reshape(spec.groups, spec.out_channels, -1)
+    rows = weight.detach().float().permute(0, 2, 3, 1).reshape(spec.groups, spec.out_channels, -1)
     panels = torch.cat([packing.pack(group, *spec.tile.panels) for group in rows])
-    return [buffer(panels), buffer(packing.pack_bias(bias, weight))]
+    return [buffer(panels), buffer(packing.pack_bias(bias, weight).float())]
 
 
 def in_parts(image: Tensor, channels: int) -> Buffer:
@@ -258,7 +261,8 @@ def in_parts(image: Tensor, channels: int) -> Buffer:
     n, whole, h, w = image.shape
     by_image, _, by_row, by_column = image.stride()
     strides = (by_image, by_row, by_column, channels, 1)
-    return Buffer((n, h, w, whole // channels, channels), strides, image.data_ptr(), holds=image)
+    shape = n, h, w, whole // channels, channels
+    return Buffer(shape, strides, image.data_ptr(), CODES[image.dtype], image)
 
 
 def bind(found: NormalPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

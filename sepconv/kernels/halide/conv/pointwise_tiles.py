@@ -27,7 +27,7 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import KINDS, PAIRS
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
-from sepconv.kernels.halide.schedule.tiles import pixels_of, wide_of
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule, in_vectors, pixels_of, wide_of
 from sepconv.kernels.layout import like, pixel_step
 
 _DEEPEST = amx.ROW_BYTES // 2
@@ -74,11 +74,11 @@ def build(spec: TileSpec) -> tuple[Any, list[Any]]:
     tiles.rows(x, spec.channels // numbers.parts(spec.numbers))
     source = _copied(spec, x, p) if spec.hidden else x
     out, sums, parameters = tiles.build(spec.product, source, [o, p])
-    part, (o_in, p_in, block, _) = tiles.schedule(spec.product, out, sums, pixels)
+    inner, block, part = tiles.schedule(spec.product, out, sums, pixels)
     if spec.parallel == "channels":
-        runtime.share(out.reorder(o_in, p_in, part, block), block, share)
+        runtime.share(out.reorder(*inner, part, block), block, share)
     else:
-        runtime.share(out.reorder(o_in, p_in, block, part), part, share)
+        runtime.share(out.reorder(*inner, block, part), part, share)
     if spec.hidden:
         source.compute_at(out, part).bound_extent(source.args()[0], spec.product.whole // numbers.parts(spec.hidden))
     return out, [share, pixels, x, *parameters]
@@ -114,18 +114,23 @@ def plan(case: Case) -> TilePlan:
     """The kernel for such tensors."""
     channels, out_channels, threads = case.x.shape[1], case.weight.shape[0], case.threads
     count, depth = case.x.elements // channels, depth_of(channels)
-    hidden, steps = "", (channels // depth, depth) if depth else None
+    on_tiles, hidden, steps = tiles.unit() == "AMX", "", (channels // depth, depth) if depth else None
     kind = KINDS[case.x.dtype]
-    if kind != tiles.KIND or not depth:
-        hidden, steps, kind = PAIRS if channels % 2 == 0 else tiles.KIND, None, tiles.kind_of(case.x)
-    wide = wide_of(out_channels, tiles.together(case))
-    blocks = -(-out_channels // wide)
-    pixels = pixels_of(-(-count // threads))
+    if kind != tiles.KIND or not (depth if on_tiles else channels % 2 == 0):
+        pairs = channels % 2 == 0 and on_tiles
+        hidden, steps, kind = PAIRS if pairs else tiles.KIND, None, tiles.kind_of(case.x, pairs=pairs)
+    elif not on_tiles:
+        steps = 1, channels
+    together = tiles.together(case)
+    sizes = TilesSchedule(1, pixels_of(-(-count // threads)), wide_of(out_channels, together))
+    if not on_tiles:
+        sizes = in_vectors(sizes, out_channels, together, sizes.pixels)
+    blocks, pixels = -(-out_channels // sizes.wide), sizes.pixels
     parallel = "pixels"
     if threads > 1 and case.weight.elements > case.x.elements and blocks >= threads and not hidden:
         parallel, pixels = "channels", pixels_of(count)
     passes = blocks if parallel == "channels" else -(-count // pixels)
-    spec = TileSpec(channels, kind, hidden, parallel, tiles.product(case, channels, wide, steps))
+    spec = TileSpec(channels, kind, hidden, parallel, tiles.product(case, channels, sizes, steps))
     return TilePlan(spec, runtime.per_thread(passes, threads), pixels, count)
 
 
@@ -156,6 +161,8 @@ def slower(case: Case) -> str:
     channels = case.x.shape[1]
     if case.bound:
         return ""
+    if tiles.unit() != "AMX":
+        return "without tiles PyTorch's product of bfloat16 is expected to be as fast as one that compares its weights"
     if case.x.elements // channels < _LEAST_PIXELS:
         return f"comparing the packed weights costs more than is gained on {case.x.elements // channels} pixels"
     return f"{channels} channels fill no tile" if channels < _DEEPEST else ""
@@ -167,7 +174,7 @@ def describe(case: Case) -> dict[str, Any]:
     spec, product = found.spec, found.spec.product
     return {
         "layout": "channels_last",
-        "tiles": "AMX",
+        "unit": tiles.unit(),
         "depth": product.depth,
         "wide": product.wide,
         "pixels": found.part,

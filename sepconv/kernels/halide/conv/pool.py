@@ -19,7 +19,7 @@ from sepconv.kernels.case import Case
 from sepconv.kernels.halide import edges
 from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import OF_TENSORS, Buffer, pixels
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
@@ -128,7 +128,7 @@ def bind(found: PoolPlan, x: Tensor, packed: list[Buffer], residual: Tensor | No
         x: (N, C, H, W), channels_last    ->    out: (N, C) or (N, C, 1, 1)
     """
     kernel = runtime.compiled(("pool", found.spec), lambda: build(found.spec))
-    view = Buffer(out.shape[:2], out.stride()[:2], out.data_ptr(), OF_TENSORS[out.dtype], out)
+    view = Buffer(out.shape[:2], out.stride()[:2], out.data_ptr(), CODES[out.dtype], out)
     return kernel.bind(pixels(x), *packed, view)
 
 

@@ -18,7 +18,7 @@ from sepconv.kernels.halide import edges
 from sepconv.kernels.halide.conv.elementwise import Rows, in_rows
 from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import OF_TENSORS, Buffer, buffer
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
@@ -188,7 +188,7 @@ def bind(found: RowNormPlan, x: Tensor, packed: list[Buffer], residual: Tensor |
     """The call that fills ``out`` from what is then in ``x``."""
     kernel = runtime.compiled(("row_norm", found.spec), lambda: build(found.spec))
     read, written = [
-        Buffer(found.rows.size, steps, tensor.data_ptr(), OF_TENSORS[tensor.dtype], tensor)
+        Buffer(found.rows.size, steps, tensor.data_ptr(), CODES[tensor.dtype], tensor)
         for tensor, steps in zip((x, out), found.rows.steps, strict=True)
     ]
     return kernel.bind(*found.numbers, read, *packed, written)

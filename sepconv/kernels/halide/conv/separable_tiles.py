@@ -12,25 +12,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide import numbers
-from sepconv.kernels.halide.conv import tile_rows, tiles
-from sepconv.kernels.halide.conv.gemm import dense
-from sepconv.kernels.halide.conv.separable import pack_taps
+from sepconv.kernels.halide.conv import pair_filter, tile_rows, tiles
 from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS
 from sepconv.kernels.halide.conv.tile_rows import RowsPlan, Walk
 from sepconv.kernels.halide.conv.tiles import Product
-from sepconv.kernels.halide.jit import packing
-from sepconv.kernels.halide.jit.buffers import Buffer, buffer
+from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import PAIRS
-from sepconv.kernels.halide.schedule import machine
-from sepconv.kernels.halide.schedule.gemm import channel_lanes
-
-# Neighbouring pixels that share the loads of a filter.
-_COLUMNS = 4
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule
 
 
 class FilterSpec(NamedTuple):
@@ -45,6 +37,7 @@ class FilterSpec(NamedTuple):
     stride: tuple[int, int]
     dilation: tuple[int, int]
     lanes: int
+    columns: int
     activation: str
     numbers: str
     hidden: str
@@ -54,30 +47,20 @@ class FilterSpec(NamedTuple):
 def build(spec: FilterSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: those of ``Walk``, x, taps, depthwise bias, packed weights, bias, [residual]."""
     walk, parts = Walk(spec.numbers, spec.channels), numbers.parts(spec.hidden)
-    stored = spec.channels // parts
-    taps, bias = hl.ImageParam(hl.Float(32), 5, "taps"), hl.ImageParam(hl.Float(32), 3, "depthwise_bias")
-    dense(taps, stored, parts, spec.multiplier, *reversed(spec.kernel_size))
-    dense(bias, stored, parts, spec.multiplier)
-    filtered, tap = _filter(spec, walk, taps)
+    stored, (taps, bias) = spec.channels // parts, pair_filter.params(spec)
+    filtered, tap = pair_filter.sums(spec, walk.x, taps, (walk.top, walk.left))
 
     # One row of the tile after the other; q numbers its pixels. The last vector of channels overlaps the one before.
-    vectors, steps = -(-stored // spec.lanes), (walk.width + _COLUMNS - 1) // _COLUMNS
-    sizes = (spec.lanes, _COLUMNS, vectors, spec.multiplier, steps, walk.rows)
+    vectors, steps = -(-stored // spec.lanes), (walk.width + spec.columns - 1) // spec.columns
+    sizes = (spec.lanes, spec.columns, vectors, spec.multiplier, steps, walk.rows)
     place = hl.RDom([hl.Range(0, size) for size in sizes], "place")
     lane, column_in, vector, m, step, row_in = (place[i] for i in range(6))
-    column = step * _COLUMNS + column_in
+    column = step * spec.columns + column_in
     place.where(hl.likely(column < walk.width))
     channel = hl.min(vector * spec.lanes, stored - spec.lanes) + lane
-    values = [
-        ACTIVATIONS[spec.activation].expression(
-            hl, filtered[channel, part, m, column, walk.row(row_in), walk.n] + bias[channel, part, m]
-        )
-        for part in range(parts)
-    ]
+    written = pair_filter.written(spec, filtered, bias, [channel, m, column, walk.row(row_in), walk.n])
     hidden, k = hl.Func("hidden"), hl.Var("k")
     hidden[k, walk.q, walk.t, walk.n] = hl.undef(numbers.halide_type(spec.hidden))
-    quiet = tiles.quiet(spec.activation, spec.numbers)
-    written = numbers.write(spec.hidden, *values, quiet=quiet)
     hidden[channel + stored * m, column + walk.width * row_in, walk.t, walk.n] = written
     tile_rows.zeros_behind(spec, hidden)
 
@@ -86,36 +69,8 @@ def build(spec: FilterSpec) -> tuple[Any, list[Any]]:
     # Each result has a place of its own, which Halide cannot see; where vectors overlap they hold the same values.
     fill.allow_race_conditions().reorder(lane, column_in, vector, m, step, row_in)
     fill.vectorize(lane).unroll(column_in).never_partition([row_in, vector])
-    _schedule_filter(spec, filtered.compute_at(hidden, vector), tap)
+    pair_filter.schedule(spec, filtered.compute_at(hidden, vector), tap)
     return out, [*walk.numbers, walk.x, taps, bias, *parameters]
-
-
-def _filter(spec: FilterSpec, walk: Walk, taps: Any) -> tuple[Any, Any]:
-    """The depthwise sums of each part of a pair. Rows outside the image are left out of the sum."""
-    c, part, m, column, row, n = (hl.Var(name) for name in ("c", "part", "m", "column", "row", "n"))
-    tap = hl.RDom([hl.Range(0, size) for size in reversed(spec.kernel_size)], "tap")
-    y = row * spec.stride[0] + tap.y * spec.dilation[0] - walk.top
-    x = column * spec.stride[1] + tap.x * spec.dilation[1] - walk.left
-    height = walk.x.dim(2).extent()
-    tap.where(y >= 0)
-    tap.where(y < height)
-    channel = c if spec.numbers == spec.hidden else numbers.parts(spec.hidden) * c + part
-    pixel = walk.columns_padded(spec.numbers)[channel, x, hl.clamp(y, 0, height - 1), n]
-    filtered, here = hl.Func("filtered"), [c, part, m, column, row, n]
-    filtered[here] = hl.f32(0.0)
-    filtered[here] += taps[c, part, m, tap.x, tap.y] * numbers.read(spec.numbers, pixel, part)
-    return filtered, tap
-
-
-def _schedule_filter(spec: FilterSpec, filtered: Any, tap: Any) -> None:
-    """A few neighbouring pixels at once, whose overlapping taps are loaded once."""
-    c, part, _, column, _, _ = filtered.args()
-    filtered.bound_extent(c, spec.lanes).bound_extent(part, numbers.parts(spec.hidden)).bound_extent(column, _COLUMNS)
-    filtered.update().reorder(c, part, column, tap.x, tap.y)
-    for stage in (filtered.reorder(c, part, column), filtered.update()):
-        stage.vectorize(c).unroll(part).unroll(column)
-    if spec.kernel_size[1] <= UNROLLED_TAPS:
-        filtered.update().unroll(tap.x)
 
 
 def plan(case: Case) -> RowsPlan:
@@ -123,14 +78,15 @@ def plan(case: Case) -> RowsPlan:
     then, channels, (stride, _, dilation) = case.then, case.x.shape[1], case.geometry
     assert then is not None
     multiplier = case.weight.shape[0] // channels
-    kind, hidden = tiles.kind_of(case.x), PAIRS if channels % 2 == 0 else tiles.KIND
-    lanes = channel_lanes(machine.host(), channels // numbers.parts(hidden))
+    kind, hidden = pair_filter.kinds(case.x, tiles.multiplied(PAIRS) if channels % 2 == 0 else tiles.KIND)
+    lanes = pair_filter.lanes_of(channels // numbers.parts(hidden))
 
-    def spec(wide: int) -> FilterSpec:
+    def spec(sizes: TilesSchedule) -> FilterSpec:
         height, width = case.kernel_size
         return FilterSpec(
             channels, multiplier, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]), lanes,
-            case.activation, kind, hidden, tiles.product(then, channels * multiplier, wide),
+            pair_filter.columns_of(case.y.shape[3], stride[1], width), case.activation, kind, hidden,
+            tiles.product(then, channels * multiplier, sizes),
         )  # fmt: skip
 
     return tile_rows.plan(case, channels * multiplier, spec)
@@ -164,7 +120,7 @@ def describe(case: Case) -> dict[str, Any]:
     found = plan(case)
     spec: FilterSpec = found.spec
     return {
-        "tiles": "AMX",
+        "unit": tiles.unit(),
         "numbers": [spec.numbers, spec.hidden, spec.product.numbers],
         "rows": [rows for rows, _, _ in found.calls],
         "pixels": found.pixels,
@@ -180,11 +136,8 @@ def pack(found: RowsPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     assert depthwise_weight is not None
     assert pointwise_weight is not None
     spec: FilterSpec = found.spec
-    parts, multiplier = numbers.parts(spec.hidden), spec.multiplier
-    filters = [depthwise_weight, packing.pack_bias(depthwise_bias, depthwise_weight)]
-    taps = [tiles.usual(pack_taps(t, multiplier).unflatten(-1, (-1, parts)).transpose(-1, -2)) for t in filters]
-    rows = pointwise_weight.detach().reshape(len(pointwise_weight), -1, multiplier).transpose(1, 2).flatten(1)
-    return [*map(buffer, taps), *tiles.pack(spec.product, rows, pointwise_bias)]
+    rows = pointwise_weight.detach().reshape(len(pointwise_weight), -1, spec.multiplier).transpose(1, 2).flatten(1)
+    return [*pair_filter.pack(spec, depthwise_weight, depthwise_bias), *tiles.pack(spec.product, rows, pointwise_bias)]
 
 
 def bind(found: RowsPlan, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound | Chain:

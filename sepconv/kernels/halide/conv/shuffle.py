@@ -16,7 +16,7 @@ from sepconv.kernels.case import Case
 from sepconv.kernels.halide import edges
 from sepconv.kernels.halide.edges import Edges, Kinds
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import OF_TENSORS, Buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.buffers import CODES, Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
@@ -141,7 +141,7 @@ def bind(found: ShufflePlan, x: Tensor, packed: list[Buffer], residual: Tensor |
         (n, h, w, channels // count, count),
         (by_image, by_row, by_column, count, 1),
         out.data_ptr(),
-        OF_TENSORS[out.dtype],
+        CODES[out.dtype],
         out,
     )
     spec = found.spec._replace(moved=found.spec.moved and not packed)

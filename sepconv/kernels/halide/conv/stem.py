@@ -14,12 +14,14 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.halide import numbers
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
-from sepconv.kernels.halide.conv.normal import ConvolutionCall
+from sepconv.kernels.halide.conv.normal import NUMBERS, ConvolutionCall
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.numbers import ConvNumbers
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import Tile, stem_schedule
 
@@ -36,6 +38,7 @@ class StemSpec(NamedTuple):
     stride: tuple[int, int]
     tile: Tile
     activation: str
+    edges: ConvNumbers = ConvNumbers()
 
 
 def build(spec: StemSpec) -> tuple[Any, list[Any]]:
@@ -43,7 +46,9 @@ def build(spec: StemSpec) -> tuple[Any, list[Any]]:
     read, x, packed weights, bias."""
     names = ("rows", "share", "top", "left", "wide")
     rows, share, top, left, wide = (hl.Param(hl.Int(32), name) for name in names)
-    x = hl.ImageParam(hl.Float(32), 4, "x")  # channel, column, row, image, in whatever order they lie in memory
+    x = hl.ImageParam(
+        numbers.halide_type(spec.edges.x), 4, "x"
+    )  # channel, column, row, image, in whatever order they lie in memory
     x.dim(0).set_min(0).set_extent(spec.channels).set_stride(1 if spec.channels_last else hl.Expr())
     x.dim(1).set_stride(hl.Expr() if spec.channels_last else 1)
     (height, width), tile = spec.kernel_size, spec.tile
@@ -60,7 +65,8 @@ def build(spec: StemSpec) -> tuple[Any, list[Any]]:
         * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
     )
     bias = bias_param("bias", spec.out_channels)
-    out[o, column, row, n] = ACTIVATIONS[spec.activation].expression(hl, sums[o, column, row, n] + bias[o])
+    activated = ACTIVATIONS[spec.activation].expression(hl, sums[o, column, row, n] + bias[o])
+    out[o, column, row, n] = numbers.write(spec.edges.y, activated)
 
     result = out.output_buffer()
     result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)
@@ -71,13 +77,14 @@ def build(spec: StemSpec) -> tuple[Any, list[Any]]:
 
 
 def _padded(spec: StemSpec, x: Any, top: Any, left: Any, wide: Any, at: tuple[Any, ...]) -> Any:
-    """``padded[column, row, c, n] = x[c, column - left, row - top, n]``, zeros around the image, ``wide`` columns."""
+    """``padded[column, row, c, n] = x[c, column - left, row - top, n]`` in float32, ``wide`` columns, zeros around."""
     (column, row, c, n), (width, height) = at, (x.dim(1).extent(), x.dim(2).extent())
     padded = hl.Func("padded")
     if spec.channels_last:
         unbounded, image = hl.Range(hl.Expr(), hl.Expr()), [hl.Range(0, width), hl.Range(0, height)]
-        outside = hl.BoundaryConditions.constant_exterior(x, hl.f32(0.0), [unbounded, *image, unbounded])
-        padded[at] = outside[c, column - left, row - top, n]
+        zero = numbers.zero(spec.edges.x)
+        outside = hl.BoundaryConditions.constant_exterior(x, zero, [unbounded, *image, unbounded])
+        padded[at] = numbers.read(spec.edges.x, outside[c, column - left, row - top, n])
         return padded
     # Whole rows are copied in vectors; a clamped column would turn the loads at both ends into one for each number.
     inside = (row >= top) & (row - top < height)
@@ -86,7 +93,8 @@ def _padded(spec: StemSpec, x: Any, top: Any, left: Any, wide: Any, at: tuple[An
     across.where(inside)
     outside.where(~inside)
     padded[at] = hl.undef(hl.Float(32))
-    padded[across.x + left, row, c, n] = x[c, across.x, hl.clamp(row - top, 0, height - 1), n]
+    pixel = x[c, across.x, hl.clamp(row - top, 0, height - 1), n]
+    padded[across.x + left, row, c, n] = numbers.read(spec.edges.x, pixel)
     for zeros, first in ((before, 0), (behind, left + width), (outside, 0)):
         padded[zeros.x + first, row, c, n] = hl.f32(0.0)
     return padded
@@ -108,9 +116,9 @@ def _schedule_padded(spec: StemSpec, padded: Any) -> None:
 
 
 def _schedule(
-    spec: StemSpec, numbers: tuple[Any, Any], out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any
+    spec: StemSpec, walk: tuple[Any, Any], out: Any, sums: Any, padded: Any, dims: tuple[Any, ...], k: Any
 ) -> None:
-    rows, share = numbers
+    rows, share = walk
     tile, (o, column, row, n) = spec.tile, dims
     block, o_in, step, column_in = (hl.Var(name) for name in ("block", "o_in", "step", "column_in"))
     group, task = hl.Var("group"), hl.Var("task")
@@ -158,7 +166,7 @@ def plan(case: Case) -> StemPlan:
     schedule = stem_schedule(machine.host(), depth, out_channels, max(images, 1), size, row_bytes, case.threads)
     spec = StemSpec(
         _reads_channels_last(case.x), channels, out_channels, (kernel_size[0], kernel_size[1]), (stride[0], stride[1]),
-        schedule.tile, case.activation,
+        schedule.tile, case.activation, numbers.edges(case),
     )  # fmt: skip
     share = runtime.per_thread(images * -(-out_height // schedule.rows), case.threads)
     wide = (out_width - 1) * stride[1] + kernel_size[1]
@@ -169,7 +177,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
     if case.bound and not case.result.elements:
         return "the result is empty"
-    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result)
+    reason = runtime.missing() or runtime.unsuitable(*case.given, case.result, numbers=NUMBERS)
     if reason:
         return reason
     x = case.x
@@ -199,8 +207,8 @@ def pack(found: StemPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight and bias as the kernel of this plan takes them."""
     weight, bias = weights
     assert weight is not None
-    rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-    tensors = (packing.pack(rows, *found.spec.tile.panels), packing.pack_bias(bias, weight))
+    rows = weight.detach().float().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    tensors = (packing.pack(rows, *found.spec.tile.panels), packing.pack_bias(bias, weight).float())
     return [buffer(tensor) for tensor in tensors]
 
 

@@ -20,7 +20,7 @@ from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
-from sepconv.kernels.halide.schedule.tiles import TilesShape, tiles_schedule
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule, TilesShape, in_vectors, tiles_schedule
 from sepconv.kernels.layout import pixel_step
 
 
@@ -55,8 +55,8 @@ class RowsPlan(NamedTuple):
         return (*self.spec.product.variant, self.spec.hidden)
 
 
-def plan(case: Case, terms: int, spec_of: Callable[[int], RowsSpec]) -> RowsPlan:
-    """``case``: of the whole convolution; ``terms``: of a sum. ``spec_of`` takes the output channels of a block."""
+def plan(case: Case, terms: int, spec_of: Callable[[TilesSchedule], RowsSpec]) -> RowsPlan:
+    """``case``: of the whole convolution; ``terms``: of a sum. ``spec_of`` takes the schedule of the product."""
     last = case.then or case
     images, channels, _, columns_in = case.x.shape
     (height, width), (top, left) = case.y.shape[2:], [low for low, _ in case.geometry.padding]
@@ -68,8 +68,11 @@ def plan(case: Case, terms: int, spec_of: Callable[[int], RowsSpec]) -> RowsPlan
     found = tiles_schedule(machine.host(), shape, case.threads)
     count, rest = divmod(height, found.rows)
     calls = [(found.rows, 0, count)] + [(rest, count * found.rows, 1)] * (rest > 0)
+    if tiles.unit() != "AMX":
+        fewest = min(rows * width for rows, _, _ in calls)
+        found = in_vectors(found, last.weight.shape[0], tiles.together(last), min(fewest, found.pixels))
     share = tuple(runtime.per_thread(images * tasks, case.threads) for _, _, tasks in calls)
-    return RowsPlan(spec_of(found.wide), (height, width), (top, left), tuple(calls), share, found.pixels)
+    return RowsPlan(spec_of(found), (height, width), (top, left), tuple(calls), share, found.pixels)
 
 
 class Walk:
@@ -84,12 +87,6 @@ class Walk:
         tiles.rows(self.x, channels // numbers.parts(kind))
         self.o, self.q, self.t, self.n = (hl.Var(name) for name in ("o", "q", "t", "n"))
 
-    def columns_padded(self, kind: str) -> Any:
-        """x with zeros to both sides of its rows."""
-        unbounded, columns = hl.Range(hl.Expr(), hl.Expr()), hl.Range(0, self.x.dim(1).extent())
-        zero = numbers.zero(kind)
-        return hl.BoundaryConditions.constant_exterior(self.x, zero, [unbounded, columns, unbounded, unbounded])
-
     def row(self, row_in: Any) -> Any:
         """The output row of a row of the tile."""
         return self.first_row + self.t * self.rows + row_in
@@ -99,9 +96,10 @@ def finish(spec: RowsSpec, walk: Walk, hidden: Any) -> tuple[Any, list[Any]]:
     """The product of what is in ``hidden[k, q, t, n]``, where q numbers the pixels of a tile; scheduled, but for the
     updates of ``hidden``. Returns the result and the arguments behind x and what the scratch array is made with."""
     out, sums, parameters = tiles.build(spec.product, hidden, [walk.o, walk.q, walk.t, walk.n])
-    part, loops = tiles.schedule(spec.product, out, sums, walk.pixels)
+    inner, block, part = tiles.schedule(spec.product, out, sums, walk.pixels)
     task = hl.Var("task")
-    out.reorder(*loops, walk.t, walk.n).fuse(walk.t, walk.n, task).never_partition([task, part, *loops[1:]])
+    out.reorder(*inner, block, part, walk.t, walk.n).fuse(walk.t, walk.n, task)
+    out.never_partition([task, part, block, *inner[1:]])
     runtime.share(out, task, walk.share)
     hidden.compute_at(out, task).bound_extent(hidden.args()[0], spec.product.whole // numbers.parts(spec.hidden))
     return out, parameters

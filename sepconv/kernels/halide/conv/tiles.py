@@ -1,5 +1,8 @@
 """The product of pixels and weights in bfloat16, with what follows it in the same pass.
 
+On the processor's tiles (Intel AMX) where it has them, else in vectors of pairs where these multiply twice as many
+numbers as those of float32 (AMD).
+
 ``sums[o, p] = sum over k of weight[o, k] * x[k, p]`` in float32; then bias, residual and activation, and one rounding
 to the numbers of the result. x has its k side by side: an image of channels_last, or what was made of it in the cache.
 """
@@ -16,10 +19,13 @@ from torch import Tensor
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide import numbers
+from sepconv.kernels.halide.conv.gemm import dense
 from sepconv.kernels.halide.jit import amx, packing, runtime
 from sepconv.kernels.halide.jit.buffers import BITS16, Buffer, buffer
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import KINDS, PAIRS
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule
 from sepconv.kernels.layout import pixel_step
 
 KIND = "bfloat16"
@@ -41,6 +47,7 @@ class Product(NamedTuple):
         wide: output channels of one block of sums.
         residual: the kind of its numbers; "" where there is none.
         numbers: the kind of the result's.
+        tall: pixels whose sums are in registers at once; 0 on tiles.
     """
 
     terms: int
@@ -51,6 +58,7 @@ class Product(NamedTuple):
     activation: str
     residual: str
     numbers: str
+    tall: int = 0
 
     @property
     def whole(self) -> int:
@@ -58,9 +66,24 @@ class Product(NamedTuple):
         return self.steps * self.depth
 
     @property
-    def variant(self) -> tuple[str, int, int, bool]:
+    def variant(self) -> tuple[str, int, int, bool, bool]:
         """What packed weights depend on besides their numbers."""
-        return "tiles", self.steps, self.depth, self.numbers == PAIRS
+        return "tiles", self.steps, self.depth, self.numbers == PAIRS, self.tall > 0
+
+
+def unit() -> str:
+    """What multiplies: "AMX", else "AVX512-BF16" where that is faster than float32; "" if nothing does."""
+    if runtime.missing():
+        return ""
+    if not amx.missing():
+        return "AMX"
+    name, target = machine.host().name, machine.host().target
+    return "AVX512-BF16" if "avx512_zen4" in target and "Intel" not in name else ""
+
+
+def missing() -> str:
+    """Why nothing multiplies bfloat16 faster than float32 here, in a sentence; the empty string if something does."""
+    return runtime.missing() or ("" if unit() else amx.missing())
 
 
 def quiet(activation: str, *kinds: str) -> bool:
@@ -74,6 +97,11 @@ def steps_of(terms: int) -> tuple[int, int]:
     return steps, -(-terms // (2 * steps)) * 2
 
 
+def multiplied(kind: str) -> str:
+    """The kind in which what is multiplied lies: vectors take single numbers."""
+    return kind if unit() == "AMX" else kind.replace(PAIRS, KIND)
+
+
 def kind_of(image: Outline, *, pairs: bool = True) -> str:
     """How an image of (N, C, ...) is read or written: in pairs where each pixel has whole ones."""
     kind = KINDS[image.dtype]
@@ -85,18 +113,24 @@ def _steps(image: Outline) -> list[int]:
     return [step for d, (size, step) in enumerate(zip(image.shape, image.stride, strict=True)) if d != 1 and size > 1]
 
 
-def product(case: Case, terms: int, wide: int, steps: tuple[int, int] | None = None) -> Product:
-    """Of a case whose weights and result are those of the product."""
-    kind, residual = kind_of(case.result), ""
+def product(case: Case, terms: int, sizes: TilesSchedule, steps: tuple[int, int] | None = None) -> Product:
+    """Of a case whose weights and result are those of the product; ``sizes`` as the schedule has them."""
+    kind, residual = _written(case), ""
     if case.residual is not None:
         residual = kind_of(case.residual, pairs=kind == PAIRS)
     count, depth = steps or steps_of(terms)
-    return Product(terms, count, depth, case.weight.shape[0], wide, case.activation, residual, kind)
+    after = (case.activation, residual, kind)
+    return Product(terms, count, depth, case.weight.shape[0], sizes.wide, *after, sizes.tall)
 
 
 def together(case: Case) -> int:
     """Output channels that one block must have whole."""
-    return PAIR if kind_of(case.result) == PAIRS else amx.ROWS
+    return PAIR if _written(case) == PAIRS else amx.ROWS
+
+
+def _written(case: Case) -> str:
+    """The kind of the result. The channels of one tile are one vector if they are not in pairs, else two half empty."""
+    return kind_of(case.result, pairs=case.result.shape[1] > amx.ROWS)
 
 
 def unsuitable(case: Case) -> str:
@@ -106,7 +140,7 @@ def unsuitable(case: Case) -> str:
     if torch.bfloat16 not in case.numbers:
         return "the kernel computes in bfloat16 but no tensor is of it"
     reason = runtime.missing() or runtime.unsuitable(*case.given, case.result, numbers=DTYPES)
-    return reason or amx.missing() or runtime.too_large(case.result.shape)
+    return reason or missing() or runtime.too_large(case.result.shape)
 
 
 def rows(param: Any, channels: int) -> None:
@@ -135,14 +169,10 @@ def build(spec: Product, x: Any, at: list[Any]) -> tuple[Any, Any, list[Any]]:
 
     Returns the result, the sums and the parameters besides x: packed weights, bias, [residual].
     """
-    weight, bias = hl.ImageParam(numbers.halide_type(KIND), 1, "weight"), hl.ImageParam(hl.Float(32), 1, "bias")
-    parameters, parts = [weight, bias], numbers.parts(spec.numbers)
-    for parameter in parameters:
-        parameter.dim(0).set_min(0)
-    sums, out = hl.Func("sums"), hl.Func("product")
-    steps = [hl.ExternFuncArgument(hl.Expr(count)) for count in (spec.steps, 2 * spec.depth)]
-    given = [hl.ExternFuncArgument(x), hl.ExternFuncArgument(weight), *steps]
-    sums.define_extern(amx.BF16.name, given, hl.Float(32), at, hl.NameMangling.C)
+    bias, parts, out = hl.ImageParam(hl.Float(32), 1, "bias"), numbers.parts(spec.numbers), hl.Func("product")
+    bias.dim(0).set_min(0)
+    weight, sums = (_sums_in_vectors if spec.tall else _sums_on_tiles)(spec, x, at)
+    parameters = [weight, bias]
     if spec.residual:
         residual = hl.ImageParam(numbers.halide_type(spec.residual), len(at), "residual")
         rows(residual, spec.out_channels // numbers.parts(spec.residual))
@@ -160,9 +190,29 @@ def build(spec: Product, x: Any, at: list[Any]) -> tuple[Any, Any, list[Any]]:
     return out, sums, parameters
 
 
-def schedule(spec: Product, out: Any, sums: Any, pixels: Any) -> tuple[Any, list[Any]]:
-    """Parts of so many pixels, in them blocks of outputs; returns the loop over parts, and all loops from the inside
-    out."""
+def _sums_on_tiles(spec: Product, x: Any, at: list[Any]) -> tuple[Any, Any]:
+    weight, sums = hl.ImageParam(numbers.halide_type(KIND), 1, "weight"), hl.Func("sums")
+    weight.dim(0).set_min(0)
+    steps = [hl.ExternFuncArgument(hl.Expr(count)) for count in (spec.steps, 2 * spec.depth)]
+    given = [hl.ExternFuncArgument(x), hl.ExternFuncArgument(weight), *steps]
+    sums.define_extern(amx.BF16.name, given, hl.Float(32), at, hl.NameMangling.C)
+    return weight, sums
+
+
+def _sums_in_vectors(spec: Product, x: Any, at: list[Any]) -> tuple[Any, Any]:
+    weight, sums = hl.ImageParam(numbers.halide_type(KIND), 4, "weight"), hl.Func("sums")
+    dense(weight, 2, amx.ROWS, spec.whole // 2, -(-spec.out_channels // PAIR) * 2)
+    k, o = hl.RDom([hl.Range(0, spec.whole)], "k"), at[0]
+    factors = weight[k.x % 2, o % amx.ROWS, k.x // 2, o // amx.ROWS], x[[k.x, *at[1:]]]
+    sums[at] = hl.f32(0.0)
+    first, second = (hl.cast(hl.Float(32), hl.reinterpret(hl.BFloat(16), factor)) for factor in factors)
+    sums[at] += first * second
+    return weight, sums
+
+
+def schedule(spec: Product, out: Any, sums: Any, pixels: Any) -> list[Any]:
+    """Parts of so many pixels, in them blocks of outputs; returns the loops over single results, from the inside out,
+    over blocks and over parts."""
     o, p = out.args()[:2]
     block, o_in, part, p_in = (hl.Var(name) for name in ("block", "o_in", "part", "p_in"))
     parts = numbers.parts(spec.numbers)
@@ -172,8 +222,25 @@ def schedule(spec: Product, out: Any, sums: Any, pixels: Any) -> tuple[Any, list
     out.split(o, block, o_in, wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
     out.split(p, part, p_in, pixels, hl.TailStrategy.ShiftInwards)
     out.vectorize(o_in, amx.ROWS)
-    sums.compute_at(out, block).align_bounds(o, PAIR if parts > 1 else amx.ROWS)
-    return part, [o_in, p_in, block, part]
+    if not spec.tall:
+        sums.compute_at(out, block).align_bounds(o, PAIR if parts > 1 else amx.ROWS)
+        return [[o_in, p_in], block, part]
+    step, pixel = hl.Var("step"), hl.Var("pixel")
+    out.split(p_in, step, pixel, spec.tall, hl.TailStrategy.ShiftInwards).unroll(o_in).unroll(pixel)
+    _schedule_vectors(spec, sums.compute_at(out, step))
+    return [[o_in, pixel, step], block, part]
+
+
+def _schedule_vectors(spec: Product, sums: Any) -> None:
+    """Sums in registers; a step of them adds the products of two terms to each."""
+    o, p = sums.args()[:2]
+    outer, pair, lane, vector = hl.RVar("outer"), hl.RVar("pair"), hl.Var("lane"), hl.Var("vector")
+    sums.bound_extent(o, spec.wide).bound_extent(p, spec.tall)
+    sums.vectorize(o, amx.ROWS).unroll(o).unroll(p)
+    update = sums.update()
+    update.split(sums.rvars(0)[0], outer, pair, 2).split(o, vector, lane, amx.ROWS)
+    update.reorder(pair, lane, vector, p, outer).atomic()
+    update.vectorize(pair).vectorize(lane).unroll(vector).unroll(p)
 
 
 def pack(spec: Product, weight: Tensor, bias: Tensor | None) -> list[Buffer]:
@@ -187,7 +254,9 @@ def pack(spec: Product, weight: Tensor, bias: Tensor | None) -> list[Buffer]:
     if spec.numbers == PAIRS:
         padded, offset = (t.unflatten(0, (-1, amx.ROWS, 2)).transpose(1, 2).flatten(0, 2) for t in (padded, offset))
     tiles = packing.pack_tiles(padded, spec.depth).flatten()
-    return [Buffer(tiles.shape, (1,), tiles.data_ptr(), BITS16, tiles), buffer(usual(offset))]
+    if spec.tall:  # the same numbers in the same order, without steps
+        tiles = tiles.view(-1, spec.whole // 2, amx.ROWS, 2)
+    return [Buffer(tiles.shape, tiles.stride(), tiles.data_ptr(), BITS16, tiles), buffer(usual(offset))]
 
 
 def usual(values: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ _CODES = {np.dtype(name): _WHOLE | bits << 8 for name, bits in (("int8", 8), ("i
 _CODES |= {np.dtype("float32"): FLOAT32, np.dtype("uint32"): UINT32, np.dtype("uint8"): UINT8}
 CODES = {torch.float32: FLOAT32, torch.bfloat16: BITS16, torch.float16: FLOAT16, torch.uint8: UINT8}
 """How a buffer of a tensor's numbers is called. Halide would round a NaN of bfloat16, so that we use the bits."""
-OF_TENSORS, BITS8 = CODES, UINT8
 # Eight bytes each: device, its interface, host, flags, type and dimensions, place of the dims, padding.
 _HEAD, _HOST = 56, struct.Struct("16xQ")
 _DIMENSION, _RANGE = 16, struct.Struct("ii")

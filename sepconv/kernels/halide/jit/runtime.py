@@ -192,6 +192,8 @@ _PRODUCTS_OF_BYTES = ("AVX512_Zen4", "AVX512_Zen5", "AVX512_SapphireRapids", "AV
 
 def multiplies_bytes() -> bool:
     """Whether the processor adds up products of four bytes at a time (VNNI), and Halide knows how."""
+    if hl is None:
+        return False
     zen4 = ("AVX512_Zen4", "AVX512_Zen5", "AVX512_SapphireRapids")
     return any(target().has_feature(getattr(hl.TargetFeature, name)) for name in zen4)
 

@@ -15,13 +15,13 @@ from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import epilogue, filters, product
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
-from sepconv.kernels.halide.quantized.filters import FilterSpec
+from sepconv.kernels.halide.quantized.filters import FilterSpec8
 
 
 class DepthwiseSpec8(NamedTuple):
     """All that the code of one kernel depends on."""
 
-    filter: FilterSpec
+    filter: FilterSpec8
     epilogue: Ending
     way: str
 
@@ -33,7 +33,7 @@ class DepthwisePlan8(NamedTuple):
     numbers: tuple[int, int, int]
 
     @property
-    def variant(self) -> tuple[FilterSpec, Ending]:
+    def variant(self) -> tuple[FilterSpec8, Ending]:
         """What packed weights depend on besides their numbers."""
         return self.spec.filter, self.spec.epilogue
 
@@ -47,22 +47,22 @@ def build(spec: DepthwiseSpec8) -> tuple[Any, list[Any]]:
     stages = filters.filtered(given, x, [weight, constants.bias], (top, left), constants.byte("x_zero"))
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
     out = hl.Func("depthwise8")
-    sums = stages.sums[c, column, row % given.rows, row // given.rows, n]
+    sums = stages.sums[c, column, row % given.tile.rows, row // given.tile.rows, n]
     out[c, column, row, n] = epilogue.finished(spec.epilogue, sums, c, constants)
     channels_inside(out.output_buffer(), given.channels)
 
     names = ("block", "c_in", "vector", "step", "column_in", "part", "within", "task")
     block, c_in, vector, step, column_in, part, within, task = (hl.Var(name) for name in names)
     shift = hl.TailStrategy.ShiftInwards
-    out.bound(c, 0, given.channels).split(c, block, c_in, given.block, shift).split(c_in, vector, c_in, given.lanes)
-    out.split(column, step, column_in, given.columns, shift)
-    out.split(row, part, within, given.rows, hl.TailStrategy.GuardWithIf)
+    out.bound(c, 0, given.channels).split(c, block, c_in, given.tile.block, shift)
+    out.split(c_in, vector, c_in, given.tile.lanes).split(column, step, column_in, given.tile.columns, shift)
+    out.split(row, part, within, given.tile.rows, hl.TailStrategy.GuardWithIf)
     out.reorder(c_in, column_in, within, step, vector, block, part, n).fuse(part, n, task)
     runtime.share(out, task, share)
     out.vectorize(c_in).unroll(column_in).unroll(within).never_partition_all()
     stages.sums.compute_at(out, step)
     stages.beside.compute_at(out, block)
-    filters.schedule(given, stages)
+    filters.arrange(given, stages)
     return out, [share, top, left, x, weight, *constants.parameters]
 
 
@@ -83,7 +83,7 @@ def planned(case: Case, way: str) -> DepthwisePlan8:
     """The kernel that multiplies in one of ``product.ways()`` without tiles."""
     given = filters.spec(case, way)
     (top, _), (left, _) = case.geometry.padding
-    tasks = case.y.shape[0] * -(-case.y.shape[2] // given.rows)
+    tasks = case.y.shape[0] * -(-case.y.shape[2] // given.tile.rows)
     spec = DepthwiseSpec8(given, Ending.of(case), way)
     return DepthwisePlan8(spec, (runtime.per_thread(tasks, case.threads), top, left))
 
@@ -105,9 +105,7 @@ def slower(case: Case) -> str:
 def describe(case: Case) -> dict[str, Any]:
     """The schedule in words and numbers."""
     spec = plan(case).spec
-    given = spec.filter
-    sizes = {"block": given.block, "lanes": given.lanes, "columns": given.columns, "rows": given.rows}
-    return {"layout": "channels_last", "product": product.NAMES[spec.way], **sizes}
+    return {"layout": "channels_last", "product": product.NAMES[spec.way], **spec.filter.tile._asdict()}
 
 
 def pack(found: DepthwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:

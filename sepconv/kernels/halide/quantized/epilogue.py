@@ -89,28 +89,31 @@ def finished(spec: Ending, sums: Any, o: Any, given: Constants, residual: Any = 
         value = ACTIVATIONS[spec.activation].expression(hl, value)
     if spec.out == "float32":
         return hl.strict_float(value)
-    scaled = hl.strict_float(value * given.number("inverse"))
+    scaled = value * given.number("inverse")
     if spec.residual == "float32":
         scaled = _without_nan(scaled)
     return _rounded(scaled, given.number("low"), given.number("high"), given.byte("zero"))
 
 
 def _without_nan(value: Any) -> Any:
-    return hl.strict_float(hl.select(value > hl.f32(_SMALLEST), value, hl.f32(_SMALLEST)))
+    return hl.select(value > hl.f32(_SMALLEST), value, hl.f32(_SMALLEST))
 
 
 def _rounded(scaled: Any, low: Any, high: Any, zero: Any) -> Any:
     """The byte for a float32 number: the nearest whole one, not beyond ``low`` and ``high``, and the zero point."""
+    # Strict are all steps up to here: each is rounded, and what is not a number may occur.
     bits = hl.reinterpret(hl.Int(32), hl.strict_float(scaled + hl.f32(_ROUNDS)))
     least, most = (hl.cast(hl.Int(32), limit) + hl.i32(_ROUNDS_BITS) for limit in (low, high))
     # The last byte of what was added for rounding is 0.
     return hl.cast(hl.UInt(8), hl.min(hl.max(bits, least), most)) + zero
 
 
-def quantized_image(value: Any, given: Constants) -> Any:
-    """The byte for a number of a float32 x."""
+def in_bytes(kind: str, value: Any, given: Constants) -> Any:
+    """The byte for a number of x."""
+    if kind == "uint8":
+        return value
     zero = given.number("x_zero")
-    scaled = _without_nan(hl.strict_float(value * given.number("x_inverse")))
+    scaled = _without_nan(value * given.number("x_inverse"))
     return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
 
 
@@ -172,6 +175,11 @@ def no_pixels(case: Case) -> str:
         return f"the kernel is for images (N, C, H, W), got {x.dims} spatial dimensions"
     if x.shape[1] > 1 and (x.stride[1] != 1 or (x.stride[3] == 1 and x.shape[3] > 1)):
         return f"the kernel reads channels_last images only (strides {x.stride})"
+    return no_pixels_written(case)
+
+
+def no_pixels_written(case: Case) -> str:
+    """Why the result is no image of pixels with their channels side by side."""
     if not pixel_step(case.result.shape, case.result.stride):
         return f"the kernel writes channels_last images only (strides {case.result.stride})"
     return ""

@@ -17,28 +17,22 @@ from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.quantized import product
 from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule import quantized as schedule
+from sepconv.kernels.halide.schedule.quantized import FilterTile
 
-_MOST_ROWS = 4
-# Time for a channel in vectors of so many, over that in the widest: narrower ones take more instructions.
-_VECTOR_COST = {4: 1.0, 2: 1.15, 1: 1.5}
-# Sums that are kept in registers; their filters and what they multiply need some, too.
-_SUMS = 12
 # Longer filters stay loops: in straight-line code they would take seconds to compile.
 _MOST_TAPS = 32
 
 
-class FilterSpec(NamedTuple):
+class FilterSpec8(NamedTuple):
     """What the code depends on. Pairs are (y, x).
 
     Attributes:
         channels: of the result, with all multiples.
         group: rows that one instruction adds up.
         groups: so many hold the rows that are read.
-        rows: output rows that share them.
         apart: rows between two of them.
-        block: channels for which rows are laid side by side before they are filtered.
-        lanes: channels that are filtered together.
-        columns: neighbouring pixels that are filtered together.
+        vector: channels of one register of sums.
     """
 
     channels: int
@@ -48,60 +42,40 @@ class FilterSpec(NamedTuple):
     dilation: tuple[int, int]
     group: int
     groups: int
-    rows: int
     apart: int
-    block: int
-    lanes: int
-    columns: int
+    vector: int
+    tile: FilterTile
 
     @property
     def step(self) -> int:
         """Rows of the image between two groups of output rows."""
-        return self.rows * self.stride[0]
+        return self.tile.rows * self.stride[0]
 
     @property
     def number_type(self) -> Any:
         return hl.UInt(8) if self.group == 4 else hl.Int(16)
 
 
-def spec(case: Case, way: str) -> FilterSpec:
+def spec(case: Case, way: str) -> FilterSpec8:
     """For a depthwise case, multiplied in one of ``product.ways()``."""
     group = 2 if way == product.PAIRS else 4
     channels, (height, width) = case.weight.shape[0], case.kernel_size
     (stride_y, stride_x), (dilation_y, dilation_x) = case.geometry.stride, case.geometry.dilation
-    size = case.y.shape[2:]
-    groups = -(-height // group)
-    rows = 1 if dilation_y > 1 else min(_MOST_ROWS, (groups * group - height) // stride_y + 1, size[0])
-    lanes, block = _channels(channels, group, groups * (size[1] * stride_x + width))
-    sums = max(1, lanes // machine.host().lanes) * rows
-    columns = max(1, min(_SUMS * machine.host().registers // 32 // sums, 4, size[1]))
-    return FilterSpec(
+    size, groups = (case.y.shape[2], case.y.shape[3]), -(-height // group)
+    shared = 1 if dilation_y > 1 else (groups * group - height) // stride_y + 1
+    column_bytes = 4 * groups * (size[1] * stride_x + width)
+    tile = schedule.filter_tile(machine.host(), channels, size, shared, column_bytes)
+    return FilterSpec8(
         channels, channels // case.x.shape[1], (height, width), (stride_y, stride_x), (dilation_y, dilation_x), group,
-        groups, rows, dilation_y if rows == 1 else 1, block, lanes, columns,
+        groups, dilation_y if tile.rows == 1 else 1, min(tile.lanes, machine.host().lanes), tile,
     )  # fmt: skip
 
 
-def _channels(channels: int, group: int, columns: int) -> tuple[int, int]:
-    """Channels in a vector of bytes, and in a block whose rows stay in the cache; the last block is shifted to end with
-    the last channel."""
-    whole = machine.host().lanes
-    choices = [(-(-channels // (n * whole)) * n * cost, n * whole) for n, cost in _VECTOR_COST.items()]
-    lanes = min([choice for choice in choices if choice[1] <= channels], default=(0.0, _power_of_two(channels)))[1]
-    vectors = -(-channels // lanes)
-    most = max(1, min(channels // lanes, machine.host().l1_bytes * 5 // 8 // (4 * lanes * columns)))
-    many = min(range(1, most + 1), key=lambda n: (-(-vectors // n) * n, -n))
-    return lanes, many * lanes
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << (value.bit_length() - 1)
-
-
-def weight_param(given: FilterSpec, name: str = "weight") -> Any:
+def weight_param(given: FilterSpec8, name: str = "weight") -> Any:
     """Row of a group, channel, column, group, output row."""
     weight = hl.ImageParam(hl.Int(8) if given.group == 4 else hl.Int(16), 5, name)
     stride = 1
-    for d, extent in enumerate((given.group, given.channels, given.kernel_size[1], given.groups, given.rows)):
+    for d, extent in enumerate((given.group, given.channels, given.kernel_size[1], given.groups, given.tile.rows)):
         weight.dim(d).set_min(0).set_extent(extent).set_stride(stride)
         stride *= extent
     return weight
@@ -115,7 +89,7 @@ class Filtered(NamedTuple):
     tap: Any
 
 
-def filtered(given: FilterSpec, x: Any, weights: list[Any], before: tuple[Any, Any], zero: Any) -> Filtered:
+def filtered(given: FilterSpec8, x: Any, weights: list[Any], before: tuple[Any, Any], zero: Any) -> Filtered:
     """``x``: channel, column, row, image; ``weights``: filters and bias; ``before``: rows and columns of padding, which
     reads as ``zero``."""
     weight, bias = weights
@@ -138,15 +112,15 @@ def filtered(given: FilterSpec, x: Any, weights: list[Any], before: tuple[Any, A
     return Filtered(sums, beside, tap)
 
 
-def schedule(given: FilterSpec, stages: Filtered) -> None:
+def arrange(given: FilterSpec8, stages: Filtered) -> None:
     """What lies inside of the stages, after compute_at."""
     sums, tap = stages.sums, stages.tap
     c, column, within, part, n = sums.args()
     for stage in (sums, stages.beside):
         stage.bound_extent(part, 1).bound_extent(n, 1)
-    lanes = min(given.lanes, machine.host().lanes)
+    tile, lanes = given.tile, given.vector
     sums.store_in(hl.MemoryType.Register)
-    sums.bound_extent(c, given.lanes).bound_extent(column, given.columns).bound_extent(within, given.rows)
+    sums.bound_extent(c, tile.lanes).bound_extent(column, tile.columns).bound_extent(within, tile.rows)
     sums.vectorize(c, lanes).unroll(c).unroll(column).unroll(within)
     vector, lane = hl.Var("vector"), hl.Var("lane")
     update = sums.update().split(c, vector, lane, lanes)
@@ -157,18 +131,18 @@ def schedule(given: FilterSpec, stages: Filtered) -> None:
 
     beside = stages.beside
     i, c, column, j, part, n = beside.args()
-    beside.bound(i, 0, given.group).bound_extent(c, given.block).bound(j, 0, given.groups)
+    beside.bound(i, 0, given.group).bound_extent(c, tile.block).bound(j, 0, given.groups)
     beside.reorder_storage(i, c, column, j, part, n).reorder(i, c, column, j, part, n)
-    beside.unroll(i).vectorize(c, given.lanes).never_partition_all().partition(column, hl.Partition.Always)
+    beside.unroll(i).vectorize(c, tile.lanes).never_partition_all().partition(column, hl.Partition.Always)
 
 
-def pack(given: FilterSpec, weight: Tensor) -> Buffer:
+def pack(given: FilterSpec8, weight: Tensor) -> Buffer:
     """``weight``: (C*M, 1, kH, kW), int8."""
     height, width = given.kernel_size
     filters = weight.detach().reshape(given.channels, height, width)
-    slots = weight.new_zeros(given.rows, given.groups * given.group, width, given.channels)
-    for within in range(given.rows):
+    slots = weight.new_zeros(given.tile.rows, given.groups * given.group, width, given.channels)
+    for within in range(given.tile.rows):
         first = within * given.stride[0]
         slots[within, first : first + height] = filters.permute(1, 2, 0)
-    packed = slots.view(given.rows, given.groups, given.group, width, given.channels).permute(0, 1, 3, 4, 2)
+    packed = slots.view(given.tile.rows, given.groups, given.group, width, given.channels).permute(0, 1, 3, 4, 2)
     return buffer(packed.to(torch.int8 if given.group == 4 else torch.int16).contiguous())

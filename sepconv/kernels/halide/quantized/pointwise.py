@@ -20,6 +20,7 @@ from sepconv.kernels.halide.quantized import epilogue, product
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
 from sepconv.kernels.halide.quantized.product import ByteProduct
 from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.quantized import blocks_together
 from sepconv.kernels.layout import pixel_step
 
 
@@ -69,7 +70,7 @@ def build(spec: PointwiseSpec8) -> tuple[Any, list[Any]]:
     out.split(step, group, step, spec.chunk, hl.TailStrategy.GuardWithIf)
     runtime.share(out.reorder(o_in, p_in, step, block, group), group, share)
     out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
-    product.schedule(multiply, sums.compute_at(out, step), k, [o, p])
+    product.arrange(multiply, sums.compute_at(out, step), k, [o, p])
     if rows is not x:
         _schedule_copied(multiply, rows.compute_at(out, group))
     fix_rows(out.output_buffer(), multiply.outputs)
@@ -90,20 +91,24 @@ def fix_rows(param: Any, channels: int) -> None:
 
 def _copied(multiply: ByteProduct, x: Any) -> Any:
     """The rows as the product reads them. What is behind them is multiplied by weights that are 0."""
-    k, p = hl.Var("k"), hl.Var("p")
-    rows, channel = hl.Func("rows"), hl.RDom([hl.Range(0, multiply.terms)], "channel")
+    k, p, lanes = hl.Var("k"), hl.Var("p"), _copied_together(multiply)
+    rows, place = hl.Func("rows"), hl.RDom([hl.Range(0, lanes), hl.Range(0, -(-multiply.terms // lanes))], "place")
+    # The last part overlaps the one before.
+    channel = hl.min(place.y * lanes, multiply.terms - lanes) + place.x
     rows[k, p] = hl.undef(multiply.row_type)
-    rows[channel.x, p] = hl.cast(multiply.row_type, x[channel.x, p])
+    rows[channel, p] = hl.cast(multiply.row_type, x[channel, p])
     return rows
 
 
+def _copied_together(multiply: ByteProduct) -> int:
+    most = 4 * multiply.lanes // (2 if multiply.way == product.PAIRS else 1)
+    return min(most, 1 << (multiply.terms.bit_length() - 1))
+
+
 def _schedule_copied(multiply: ByteProduct, rows: Any) -> None:
-    k, _ = rows.args()
-    lanes = 4 * machine.host().lanes // (2 if multiply.way == product.PAIRS else 1)
-    rows.bound_extent(k, multiply.whole)
-    whole, lane = hl.RVar("whole"), hl.RVar("lane")
-    update = rows.update().allow_race_conditions()
-    update.split(rows.rvars(0)[0], whole, lane, lanes, hl.TailStrategy.GuardWithIf).vectorize(lane)
+    lane, part = rows.rvars(0)
+    rows.bound_extent(rows.args()[0], multiply.whole)
+    rows.update().allow_race_conditions().reorder(lane, part, rows.args()[1]).vectorize(lane)
 
 
 def plan(case: Case) -> PointwisePlan8:
@@ -117,7 +122,7 @@ def planned(case: Case, way: str) -> PointwisePlan8:
     channels, outputs = case.x.shape[1], case.weight.shape[0]
     count = case.x.elements // channels
     multiply = product.product(way, channels, outputs, count)
-    chunk = 1 if way == product.TILES else max(1, machine.host().l1_bytes // 2 // (multiply.tall * multiply.whole))
+    chunk = 1 if way == product.TILES else blocks_together(machine.host(), multiply.tall * multiply.whole)
     groups = -(-count // (multiply.tall * chunk))
     spec = PointwiseSpec8(multiply, Ending.of(case), chunk)
     return PointwisePlan8(spec, runtime.per_thread(groups, case.threads), count)

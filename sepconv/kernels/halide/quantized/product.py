@@ -19,13 +19,10 @@ from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.machine_code import Kernel
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule import quantized as schedule
 
 TILES, QUADS, PAIRS = "tiles", "quads", "pairs"
 NAMES = {TILES: "AMX tiles", QUADS: "VNNI", PAIRS: "pairs of 16 bits"}
-
-
-# Of shorter sums, or of fewer pixels, tiles are filled and emptied for less than they gain (Granite Rapids).
-_LEAST_TERMS, _LEAST_PIXELS = 97, 8
 
 
 @lru_cache(maxsize=1)
@@ -37,7 +34,7 @@ def ways() -> tuple[str, ...]:
 
 def best(terms: int, pixels: int) -> str:
     """How sums of so many terms are made for so many pixels; of the depthwise ones, which are short, never by tiles."""
-    return next(way for way in ways() if way != TILES or (terms >= _LEAST_TERMS and pixels >= _LEAST_PIXELS))
+    return next(way for way in ways() if way != TILES or schedule.worth_tiles(terms, pixels))
 
 
 class ByteProduct(NamedTuple):
@@ -49,6 +46,7 @@ class ByteProduct(NamedTuple):
         wide: output channels of one block of sums.
         tall: pixels of one block of sums.
         lanes: output channels that lie side by side in the packed weights.
+        groups: so many products of this kind have their weights one after the other.
     """
 
     way: str
@@ -59,6 +57,7 @@ class ByteProduct(NamedTuple):
     wide: int
     tall: int
     lanes: int
+    groups: int = 1
 
     @property
     def whole(self) -> int:
@@ -88,15 +87,12 @@ class ByteProduct(NamedTuple):
 def product(way: str, terms: int, outputs: int, pixels: int) -> ByteProduct:
     """For sums of so many terms; ``pixels`` is how many there are at most."""
     if way == TILES:
-        steps = -(-terms // amx.ROW_BYTES)
-        blocks = -(-outputs // 128)
-        wide = -(-outputs // (amx.ROWS * blocks)) * amx.ROWS
-        return ByteProduct(way, terms, outputs, steps, -(-terms // (4 * steps)) * 4, wide, min(128, pixels), amx.ROWS)
-    lanes, registers = machine.host().lanes, machine.host().registers
-    group = 4 if way == QUADS else 2
-    vectors = min(4 if registers == 32 else 2, -(-outputs // lanes))
-    tall = max(1, min((registers - vectors - 1) // vectors, 6 if vectors > 2 else 10, pixels))
-    return ByteProduct(way, terms, outputs, -(-terms // group), group, vectors * lanes, tall, lanes)
+        steps, tile = -(-terms // amx.ROW_BYTES), schedule.on_tiles(outputs, pixels, amx.ROWS)
+        depth = -(-terms // (4 * steps)) * 4
+    else:
+        tile, depth = schedule.in_registers(machine.host(), outputs, pixels), 4 if way == QUADS else 2
+        steps = -(-terms // depth)
+    return ByteProduct(way, terms, outputs, steps, depth, tile.wide, tile.scalars, tile.lanes)
 
 
 def describe(spec: ByteProduct) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def compiled(spec: ByteProduct, key: Hashable, build: runtime.Build) -> Kernel:
 
 def stored_together(spec: ByteProduct, kind: str) -> int:
     """Output channels that are finished and stored at a time."""
-    most = machine.host().lanes * (4 if kind == "uint8" else 1)
+    most = spec.lanes * (4 if kind == "uint8" else 1)
     return next(lanes for lanes in (most, most // 2, most // 4) if spec.wide % lanes == 0)
 
 
@@ -122,13 +118,13 @@ def weight_param(spec: ByteProduct, name: str = "weight") -> Any:
         return weight
     weight = hl.ImageParam(hl.Int(16) if spec.way == PAIRS else hl.Int(8), 4, name)
     stride = 1
-    for d, extent in enumerate((spec.group, spec.lanes, spec.steps, spec.padded_outputs // spec.lanes)):
+    for d, extent in enumerate((spec.group, spec.lanes, spec.steps, spec.groups * spec.padded_outputs // spec.lanes)):
         weight.dim(d).set_min(0).set_extent(extent).set_stride(stride)
         stride *= extent
     return weight
 
 
-def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any) -> tuple[Any, Any]:
+def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any = None) -> tuple[Any, Any]:
     """The sums over ``rows[k, pixel, ...]``, and their reduction over k; ``at``: output, pixel and further dimensions.
 
     Those of registers begin with the bias, where it has no more outputs than whole blocks.
@@ -141,7 +137,7 @@ def sums_of(spec: ByteProduct, rows: Any, weight: Any, at: list[Any], bias: Any)
         return sums, None
     k = hl.RDom([hl.Range(0, spec.whole)], "k")
     o, lanes = at[0], spec.lanes
-    sums[at] = bias[o] if spec.outputs == spec.padded_outputs else hl.i32(0)
+    sums[at] = hl.i32(0) if bias is None or spec.outputs != spec.padded_outputs else bias[o]
     packed = weight[k.x % spec.group, o % lanes, k.x / spec.group, o / lanes]
     sums[at] += hl.cast(hl.Int(32), rows[[k.x, *at[1:]]]) * hl.cast(hl.Int(32), packed)
     return sums, k
@@ -153,7 +149,7 @@ def whole_sums(spec: ByteProduct, sums: Any, at: list[Any], bias: Any) -> Any:
     return sums[at] if begun else sums[at] + bias[at[0]]
 
 
-def schedule(spec: ByteProduct, sums: Any, k: Any, at: list[Any]) -> None:
+def arrange(spec: ByteProduct, sums: Any, k: Any, at: list[Any]) -> None:
     """What lies inside of one block of sums, after compute_at."""
     o, p = at[:2]
     if spec.way == TILES:
@@ -168,8 +164,10 @@ def schedule(spec: ByteProduct, sums: Any, k: Any, at: list[Any]) -> None:
 
 def pack(spec: ByteProduct, weight: Tensor) -> Buffer:
     """``weight``: (O, terms) or (O, terms, 1, ...), int8."""
-    padded = weight.new_zeros(spec.padded_outputs, spec.whole, dtype=torch.int16 if spec.way == PAIRS else torch.int8)
-    padded[: len(weight), : spec.terms] = weight.detach().reshape(spec.outputs, spec.terms)
+    kind = torch.int16 if spec.way == PAIRS else torch.int8
+    groups = weight.new_zeros(spec.groups, spec.padded_outputs, spec.whole, dtype=kind)
+    groups[:, : spec.outputs, : spec.terms] = weight.detach().reshape(spec.groups, spec.outputs, spec.terms)
+    padded = groups.flatten(0, 1)
     depth = spec.depth if spec.way == TILES else spec.whole
     found = packing.pack_tiles(padded, depth, spec.lanes)
     return buffer(found.flatten() if spec.way == TILES else found.squeeze(1))

@@ -14,37 +14,25 @@ from torch import Tensor
 
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import CODES, Buffer, check_pixels, pixels
+from sepconv.kernels.halide.jit.buffers import Buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.jit.runtime import hl
-from sepconv.kernels.halide.quantized import epilogue, filters, product
+from sepconv.kernels.halide.quantized import epilogue, filters, product, tiling
 from sepconv.kernels.halide.quantized.depthwise import channels_inside
 from sepconv.kernels.halide.quantized.epilogue import Constants, Ending
-from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec
+from sepconv.kernels.halide.quantized.filters import Filtered, FilterSpec8
 from sepconv.kernels.halide.quantized.product import ByteProduct
-from sepconv.kernels.layout import pixel_step
-
-# Pixels of a tile: so many that reading the weights takes a small part of multiplying by them.
-_PIXELS = 192
+from sepconv.kernels.halide.quantized.tiling import RowTiles, Size
+from sepconv.kernels.halide.schedule.quantized import SEPARABLE_PIXELS
 
 
 class SeparableSpec8(NamedTuple):
     """All that the code of one kernel depends on."""
 
-    filter: FilterSpec
+    filter: FilterSpec8
     between: Ending
     product: ByteProduct
     epilogue: Ending
-
-
-class Tiles8(NamedTuple):
-    """What one call computes: so many tiles of so many groups of rows each, from a group on; ``rows``: of a tile."""
-
-    tiles: int
-    parts: int
-    first: int
-    rows: int
-    share: int
 
 
 class SeparablePlan8(NamedTuple):
@@ -53,10 +41,10 @@ class SeparablePlan8(NamedTuple):
     spec: SeparableSpec8
     width: int
     before: tuple[int, int]
-    calls: tuple[Tiles8, ...]
+    calls: tuple[RowTiles, ...]
 
     @property
-    def variant(self) -> tuple[FilterSpec, ByteProduct, tuple[Ending, Ending]]:
+    def variant(self) -> tuple[FilterSpec8, ByteProduct, tuple[Ending, Ending]]:
         """What packed weights depend on besides their numbers."""
         return self.spec.filter, self.spec.product, (self.spec.between, self.spec.epilogue)
 
@@ -94,19 +82,18 @@ def build(spec: SeparableSpec8) -> tuple[Any, list[Any]]:
 def _hidden(spec: SeparableSpec8, stages: Filtered, inner: Constants, walk: tuple[Any, ...], at: list[Any]) -> Any:
     """The bytes between the two convolutions, ``hidden[channel, pixel in tile, tile, image]``, and the loops that make
     them. The last vectors of channels and columns overlap those before; rows below the image are made and not read."""
-    (width, parts, first), (q, t, n), given = walk, at, spec.filter
-    vectors = -(-given.channels // given.block)
-    steps = (width + given.columns - 1) // given.columns
-    extents = (given.lanes, given.columns, given.rows, steps, given.block // given.lanes, vectors, parts)
+    (width, parts, first), (q, t, n), given, tile = walk, at, spec.filter, spec.filter.tile
+    vectors, steps = -(-given.channels // tile.block), (width + tile.columns - 1) // tile.columns
+    extents = (tile.lanes, tile.columns, tile.rows, steps, tile.block // tile.lanes, vectors, parts)
     place = hl.RDom([hl.Range(0, extent) for extent in extents], "place")
     lane, column_in, within, step, vector, block, part_in = (place[i] for i in range(7))
-    channel = hl.min(block * given.block, given.channels - given.block) + vector * given.lanes + lane
-    column = hl.min(step * given.columns, width - given.columns) + column_in
+    channel = hl.min(block * tile.block, given.channels - tile.block) + vector * tile.lanes + lane
+    column = hl.min(step * tile.columns, width - tile.columns) + column_in
     part = first + t * parts + part_in
     k, hidden = hl.Var("k"), hl.Func("hidden")
     hidden[k, q, t, n] = hl.undef(spec.product.row_type)
     made = epilogue.finished(spec.between, stages.sums[channel, column, within, part, n], channel, inner)
-    hidden[channel, column + width * (part_in * given.rows + within), t, n] = hl.cast(spec.product.row_type, made)
+    hidden[channel, column + width * (part_in * tile.rows + within), t, n] = hl.cast(spec.product.row_type, made)
     return hidden, place
 
 
@@ -121,7 +108,7 @@ def _schedule_product(spec: SeparableSpec8, share: Any, out: Any, sums: Any, k: 
     out.reorder(o_in, q_in, step, block, t, n).fuse(t, n, task).never_partition([task, step, block])
     out.vectorize(o_in, product.stored_together(multiply, spec.epilogue.out))
     runtime.share(out, task, share)
-    product.schedule(multiply, sums.compute_at(out, step), k, [o, q])
+    product.arrange(multiply, sums.compute_at(out, step), k, [o, q])
     return task
 
 
@@ -134,7 +121,7 @@ def _schedule_hidden(spec: SeparableSpec8, hidden: Any, place: Any, stages: Filt
     fill.vectorize(lane).unroll(column_in).unroll(within).never_partition([step, vector, block, part_in])
     stages.sums.compute_at(hidden, step)
     stages.beside.compute_at(hidden, block)
-    filters.schedule(spec.filter, stages)
+    filters.arrange(spec.filter, stages)
 
 
 def plan(case: Case) -> SeparablePlan8:
@@ -147,21 +134,12 @@ def planned(case: Case, way: str) -> SeparablePlan8:
     then = case.then
     assert then is not None
     given = filters.spec(case.first, product.PAIRS if way == product.PAIRS else product.QUADS)
-    images, outputs, height, width = then.y.shape
-    parts = -(-height // given.rows)
-    most = max(1, -(-_PIXELS // (width * given.rows)))
-    if case.threads > images:
-        most = min(most, -(-parts // -(-case.threads // images)))
-    tiles = -(-parts // most)
-    each = -(-parts // tiles)
-    whole, left = divmod(height, each * given.rows)
-    calls = [Tiles8(whole, each, 0, each * given.rows, runtime.per_thread(images * whole, case.threads))] * (whole > 0)
-    if left:
-        calls.append(Tiles8(1, -(-left // given.rows), whole * each, left, runtime.per_thread(images, case.threads)))
-    multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * width)
+    size, outputs = Size(then.y.shape[0], *then.y.shape[2:]), then.y.shape[1]
+    calls = tiling.cut(size, given.tile.rows, SEPARABLE_PIXELS, case.threads)
+    multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * size.width)
     spec = SeparableSpec8(given, Ending(case.activation, "", "uint8"), multiply, Ending.of(then))
     (top, _), (before, _) = case.geometry.padding
-    return SeparablePlan8(spec, width, (top, before), tuple(calls))
+    return SeparablePlan8(spec, size.width, (top, before), calls)
 
 
 def supports(case: Case) -> str:
@@ -183,7 +161,7 @@ def describe(case: Case) -> dict[str, Any]:
         "layout": "channels_last",
         **product.describe(found.spec.product),
         "rows": [call.rows for call in found.calls],
-        "depthwise_lanes": found.spec.filter.lanes,
+        "depthwise_lanes": found.spec.filter.tile.lanes,
     }
 
 
@@ -201,20 +179,10 @@ def bind(found: SeparablePlan8, x: Tensor, packed: list[Buffer], residual: Tenso
     kernel = product.compiled(spec.product, ("separable8", spec), lambda: build(spec))
     calls = []
     for call in found.calls:
-        views = [_tiles(image, call) for image in images]
+        views = [tiling.view(image, call) for image in images]
         numbers = (found.width, call.parts, call.first, call.share, *found.before)
         calls.append(kernel.bind(*numbers, pixels(x), *packed, *views))
     return calls[0] if len(calls) == 1 else Chain(calls)
-
-
-def _tiles(image: Tensor, call: Tiles8) -> Buffer:
-    """(N, O, Ho, Wo) from the first row of a call on as (N, tile, pixel in tile, O)."""
-    images, channels, height, width = image.shape
-    step = pixel_step(image.shape, image.stride())
-    skipped = (height - call.rows) * width * step if call.first else 0
-    shape = (images, call.tiles, call.rows * width, channels)
-    strides = (height * width * step, call.rows * width * step, step, 1)
-    return Buffer(shape, strides, image.data_ptr() + skipped * image.element_size(), CODES[image.dtype], image)
 
 
 prepare = epilogue.prepare

@@ -24,17 +24,31 @@ _TILE_SHARE = 5
 _SECOND_CALL_COST, _TASK_COST = 1.02, 0.1
 
 
+# In vectors: output channels of a block, its sums in registers, and pixels, each of which needs an address.
+_BLOCKS = (64, 32, 16)
+_SUMS, _MOST_SCALARS = 24, 12
+
+
 class TilesSchedule(NamedTuple):
-    """``rows`` output rows in a task, ``pixels`` in one part of the sums, ``wide`` output channels in a block."""
+    """``rows`` output rows in a task, ``pixels`` in one part of the sums, ``wide`` output channels in a block; ``tall``
+    pixels in registers where vectors multiply, 0 on tiles."""
 
     rows: int
     pixels: int
     wide: int
+    tall: int = 0
 
 
 def wide_of(out_channels: int, together: int) -> int:
     """Output channels of a block, in multiples of ``together``."""
     return min(_WIDEST, round_up(out_channels, together))
+
+
+def in_vectors(found: TilesSchedule, out_channels: int, together: int, fewest: int) -> TilesSchedule:
+    """The same where vectors of pairs multiply: a block is what registers hold; ``fewest`` pixels are in any part."""
+    blocks = [wide for wide in _BLOCKS if wide % together == 0]
+    wide = min(blocks, key=lambda wide: (round_up(out_channels, wide), -wide))
+    return found._replace(wide=wide, tall=min(_SUMS * _TILE // wide, _MOST_SCALARS, fewest))
 
 
 def pixels_of(count: int, most: int = _MOST_PIXELS) -> int:

@@ -1,0 +1,161 @@
+"""`python -m benchmarks.quantization NAME=FOLDER ... --data DATA`: what 8-bit integers cost, and what each step is for.
+
+FOLDER is what `sepconv train` or `sepconv convert` wrote. Each network is quantized as it is, without single steps,
+without all of them, and with every output of its depthwise filters times a random power of two from 1/64 to 64, which
+the norm behind divides by; then it is fine-tuned. Calibration sees training images without labels, test images give the
+numbers. Rows of networks that are not asked for stay in the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from benchmarks.record import path, read, save, stamped
+from sepconv.data import Data, load
+from sepconv.quantize import quantize
+from sepconv.quantize.saving import packed
+from sepconv.runs.model_file import open_model
+from sepconv.runs.preprocessing import preprocessing_of
+from sepconv.train import Recipe, evaluate, train
+
+NAME = "quantization"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "without equalisation": {"equalize": False},
+    "without bias correction": {"bias_correction": False},
+    "ranges from least to largest": {"ranges": "minmax"},
+    "rounding to nearest": {"rounding": "nearest"},
+    "none of these": {"equalize": False, "bias_correction": False, "ranges": "minmax", "rounding": "nearest"},
+}
+RESCALED, TUNED = "channels rescaled", "fine-tuned"
+
+
+def _norms_of_depthwise(model: nn.Module) -> Iterator[tuple[_ConvNd, _BatchNorm]]:
+    """Depthwise convolutions with the norms behind them, in separable layers and in sequences."""
+    for module in model.modules():
+        if isinstance(norm := getattr(module, "depthwise_norm", None), _BatchNorm):
+            yield module.depthwise, norm  # type: ignore[misc]
+        elif isinstance(module, nn.Sequential):
+            for conv, norm in zip(module, list(module)[1:], strict=False):
+                if isinstance(conv, _ConvNd) and conv.groups == conv.in_channels > 1 and isinstance(norm, _BatchNorm):
+                    yield conv, norm
+
+
+@torch.no_grad()
+def rescaled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The same function in float32, to the bit; channels of depthwise filters differ by up to 4096."""
+    model, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for conv, norm in _norms_of_depthwise(model):
+        factor = torch.exp2(torch.randint(-6, 7, (conv.out_channels,), generator=draw).float())
+        conv.weight *= factor.view(-1, *[1] * (conv.weight.dim() - 1))
+        if conv.bias is not None:
+            conv.bias *= factor
+        assert norm.running_mean is not None
+        norm.running_mean *= factor
+        norm.weight /= factor
+    return model
+
+
+def _bytes(state: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def measure(name: str, folder: str, data: Data, options: argparse.Namespace) -> dict[str, Any]:
+    """One network's row."""
+    model, card = open_model(folder)
+    images = data.calibration(min(options.images, len(data.train)))
+    accuracy = {"float32": evaluate(model, data.test).accuracy}
+    rows: dict[str, Any] = {}
+    tuned = None
+    for variant, arguments in [*VARIANTS.items(), (RESCALED, {})]:
+        started = time.process_time()
+        source = rescaled(model) if variant == RESCALED else model
+        quantized, plan = quantize(source, images, force=True, **arguments)
+        seconds = time.process_time() - started
+        accuracy[variant] = evaluate(quantized, data.test).accuracy
+        rows[variant] = {
+            "error": plan.error,
+            "agreement": plan.agreement,
+            "left": plan.left,
+            "cpu_seconds": round(seconds, 1),
+        }
+        tuned = quantized if tuned is None else tuned
+        print(f"{name}, {variant}: {accuracy[variant]:.2%} of {accuracy['float32']:.2%}", flush=True)
+    assert tuned is not None
+    share = _bytes(packed(tuned)) / _bytes(model.state_dict())
+    if options.epochs:
+        recipe = Recipe(
+            epochs=options.epochs, batch_size=128, lr=options.lr, flip=True, crop_padding=options.crop_padding
+        )
+        train(tuned, data, recipe, teacher=model)
+        accuracy[TUNED] = evaluate(tuned, data.test).accuracy
+        print(f"{name}, {TUNED}: {accuracy[TUNED]:.2%}", flush=True)
+    return {
+        "network": name,
+        "model": card.model,
+        "settings": card.settings,
+        "converted": bool(card.changes),
+        "data": data.name,
+        "images": len(images),
+        "test_images": len(data.test),
+        "epochs": options.epochs,
+        "bytes_share": round(share, 4),
+        "accuracy": accuracy,
+        "plans": rows,
+    }
+
+
+def _points(accuracy: dict[str, float], variant: str) -> str:
+    return f"{100 * (accuracy[variant] - accuracy['float32']):+.2f}" if variant in accuracy else ""
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Points below float32, a column a network."""
+    lines = [
+        "| | " + " | ".join(row["network"] for row in rows) + " |",
+        "| --- |" + " ---: |" * len(rows),
+        "| float32, accuracy | " + " | ".join(f"{row['accuracy']['float32']:.2%}" for row in rows) + " |",
+    ]
+    for variant in (*VARIANTS, RESCALED, TUNED):
+        cells = [
+            f"{100 * (row['accuracy'][variant] - row['accuracy']['float32']):+.2f}"
+            if variant in row["accuracy"]
+            else ""
+            for row in rows
+        ]
+        lines.append(f"| {variant}, points | " + " | ".join(cells) + " |")
+    lines.append("| bytes of weights, share of float32 | " + " | ".join(f"{r['bytes_share']:.3f}" for r in rows) + " |")
+    left = " | ".join(str(len(row["plans"]["int8"]["left"])) for row in rows)
+    return "\n".join([*lines, f"| layers left in fractions | {left} |"]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.002)
+    parser.add_argument("--crop-padding", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for word in options.networks:
+        name, _, folder = word.partition("=")
+        data = load(options.data, preprocessing=preprocessing_of(folder))
+        row = measure(name, folder, data, options)
+        rows = [one for one in (read(NAME)["rows"] if path(NAME).exists() else []) if one["network"] != name]
+        save(NAME, stamped(rows=[*rows, row]))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,14 @@ SMALL = {
     },
     "precisions": [
         {"network": "normal", "precision": "float32", "ms": 4.0, "bytes": 38000, "accuracy": 0.9, "reason": ""},
-        {"network": "separable", "precision": "bfloat16", "ms": 1.0, "bytes": 3000, "accuracy": 0.87, "reason": "a why"},
+        {
+            "network": "separable",
+            "precision": "bfloat16",
+            "ms": 1.0,
+            "bytes": 3000,
+            "accuracy": 0.87,
+            "reason": "a why",
+        },
         {"network": "separable", "precision": "int8", "ms": None, "bytes": None, "reason": "moves too far"},
     ],
     "stages": [{"name": "original", "accuracy": 0.9, "seconds": 3.0}, {"name": "converted", "accuracy": 0.5}],

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from sepconv.compile import CompiledModel, compile
 from sepconv.data import Data, SampleData
+from sepconv.data.samples import first_of
+from sepconv.layers.borrowed import copied
 from sepconv.leaves import Closeness, Inputs
-from sepconv.quantize import quantize
 from sepconv.runs.judge import Judge
+from sepconv.runs.quantized import Quantized
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import in_turn
 from sepconv.train import Metrics
@@ -26,8 +28,6 @@ BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1}
 
 ROUNDS = (10, 100)
 SECONDS = 2.0
-IMAGES = 256
-"""Calibration images that scales are found on."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,26 @@ class Candidate:
 
 def precisions(
     networks: Mapping[str, nn.Module],
+    quantized: Quantized | str,
     known: Mapping[str, Metrics | Closeness],
     judge: Judge,
     data: Data | SampleData,
-    x: Inputs,
-    threads: int,
+    batch: int,
 ) -> list[dict[str, Any]]:
     """Rows for result.json: both networks in float32, and the separable one in fewer bits.
 
     Args:
-        networks: "normal" and "separable", in evaluation mode on the CPU.
-        known: what is known of them in float32.
-        x: an example; times are of one call with it.
+        networks: "normal" and "separable".
+        quantized: the latter in int8, or why there is none.
+        known: what they are worth in float32.
+        batch: samples of the call that is timed.
     """
+    threads, x = torch.get_num_threads(), first_of(data.test, batch)
+    models = {name: copied(model, "precisions").cpu().eval() for name, model in networks.items()}
     found = [
-        *(_candidate(name, FLOAT32, model, x) for name, model in networks.items()),
-        _candidate("separable", BFLOAT16, networks["separable"], x),
-        _quantized(networks["separable"], data, x),
+        *(_candidate(name, FLOAT32, model, x) for name, model in models.items()),
+        _candidate("separable", BFLOAT16, models["separable"], x),
+        _in_int8(quantized, models["separable"], x),
     ]
     times = _times(found, x, threads)
     return [
@@ -77,17 +80,17 @@ def precisions(
 
 def _candidate(network: str, precision: str, module: nn.Module, x: Inputs) -> Candidate:
     run = compile(module, x.kwargs or x.args, precision=precision)
-    return Candidate(network, precision, module, run, run.explain().reason)
+    explained = run.explain()
+    return Candidate(network, precision, module, run, "; ".join(filter(None, (explained.note, explained.reason))))
 
 
-def _quantized(module: nn.Module, data: Data | SampleData, x: Inputs) -> Candidate:
-    try:
-        quantized, plan = quantize(module, data.calibration(min(IMAGES, len(data.train))))
-    except ValueError as error:  # a network that cannot be captured, or that loses too much
-        return Candidate("separable", INT8, module, None, str(error).splitlines()[0])
-    run = compile(quantized, x.kwargs or x.args)
-    left = f"{len(plan.left)} layers stay in float32: {', '.join(plan.left)}" if plan.left else ""
-    return Candidate("separable", INT8, quantized, run, "; ".join(filter(None, (run.explain().reason, left))))
+def _in_int8(quantized: Quantized | str, separable: nn.Module, x: Inputs) -> Candidate:
+    if isinstance(quantized, str):
+        return Candidate("separable", INT8, separable, None, quantized)
+    module = copied(quantized.module, "precisions").cpu().eval()
+    run, left = compile(module, x.kwargs or x.args), quantized.plan.left
+    stay = f"{len(left)} layers stay in float32: {', '.join(left)}" if left else ""
+    return Candidate("separable", INT8, module, run, "; ".join(filter(None, (stay, run.explain().reason))))
 
 
 def weight_bytes(module: nn.Module, precision: str) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,10 +18,11 @@ from sepconv.runs import model_file
 from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, is_worse
 from sepconv.runs.model_file import Card
+from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import CHECKPOINTS, RESULT, about, export_onnx, prepare, remove_checkpoints, write_json
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
-from sepconv.train import Distillation, Progress, Recipe, train
+from sepconv.train import Distillation, Recipe, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
@@ -103,7 +103,7 @@ def quantize_model(
             teacher=model,
             distillation=job.distillation,
             resume=resume,
-            on_progress=_relay(on_progress),
+            on_progress=relay(on_progress, "distil"),
         )
         stages.append({"name": "fine-tuned", **judge.stage(quantized, choices.data.test), "seconds": history.seconds})
         kept = "fine-tuned"
@@ -127,16 +127,31 @@ def quantize_model(
     return of_first(found)
 
 
-def quantized_beside(
-    model: nn.Module, card: Card, data: Data | SampleData, judge: Judge, job: QuantizationJob, out: Path
-) -> dict[str, Any]:
-    """Quantize the network of another run into a folder of its own; the reason where that is refused."""
+class Quantized(NamedTuple):
+    """A quantized network and what was done to it."""
+
+    module: nn.Module
+    plan: QuantizationPlan
+
+
+def quantized_or_why_not(
+    model: nn.Module, data: Data | SampleData, job: QuantizationJob, on_progress: OnProgress = ignore
+) -> Quantized | str:
+    """The network of another run quantized, or the reason where that is refused."""
     try:
-        quantized, plan = _quantize(model, Choices.of(data), job, ignore)
+        return Quantized(*_quantize(model, Choices.of(data), job, on_progress))
     except ValueError as error:
-        return {"written": False, "reason": str(error)}
+        return str(error)
+
+
+def write_beside(
+    found: Quantized | str, card: Card, data: Data | SampleData, judge: Judge, out: Path
+) -> dict[str, Any]:
+    """The files of a quantized network in a folder of its own beside those of the run that it belongs to."""
+    if isinstance(found, str):
+        return {"written": False, "reason": found}
     (out / INT8).mkdir(exist_ok=True)
-    return {"written": True, **write_quantized(quantized, card, plan, data, judge, out / INT8)}
+    return {"written": True, **write_quantized(found.module, card, found.plan, data, judge, out / INT8)}
 
 
 def write_quantized(
@@ -186,12 +201,3 @@ def _with_classes(model: nn.Module, card: Card, data: Data | SampleData, job: Qu
 
 def _bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-
-
-def _relay(on_progress: OnProgress) -> Callable[[Progress], None]:
-    def relay(now: Progress) -> None:
-        done = (now.epoch - 1) * now.steps + now.step
-        accuracy = now.accuracy if now.test_accuracy is None else now.test_accuracy
-        on_progress(Step("distil", done, now.epochs * now.steps, now.loss, accuracy, now.test_error))
-
-    return relay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from sepconv.runs import compare, layer_data, model_file
 from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
 from sepconv.runs.model_file import Card
-from sepconv.runs.quantized import QuantizationJob, quantized_beside
+from sepconv.runs.precisions import precisions
+from sepconv.runs.quantized import INT8, QuantizationJob, Quantized, quantized_or_why_not, write_beside
+from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import (
     CHECKPOINTS,
     EXPLANATION,
@@ -36,7 +38,7 @@ from sepconv.runs.run_folder import (
 )
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
-from sepconv.train import Distillation, Progress, Recipe, evaluate, train
+from sepconv.train import Distillation, Recipe, evaluate, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
@@ -135,13 +137,13 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
         torch.manual_seed(seed)
         model = card.build()
     choices = Choices.of(data)
-    history = train(model, choices.data, replace(DEMO_TRAINING, seed=seed), on_progress=_relay(on_progress, "train"))
+    history = train(model, choices.data, replace(DEMO_TRAINING, seed=seed), on_progress=relay(on_progress, "train"))
     model.to(_device())
     outcome = Outcome(model, model, card, choices, Judge(model, classes=True))
     outcome.learned("original", history.records)
     outcome.finished("original", model, time.perf_counter() - started)
     recipe = replace(DEMO_DISTILLATION, seed=seed)
-    job = Job(budget=DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, seed=seed, command=command, kind="demo")
+    job = Job(DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, precision=INT8, seed=seed, command=command, kind="demo")
     return _run(outcome, data, job, out, False, on_progress, started)
 
 
@@ -220,7 +222,7 @@ def train_model(
     """
     prepare(out, "train", model)
     card.with_data(data).check()
-    history = train(model, data, recipe, out, resume=resume, on_progress=_relay(on_progress, "train"))
+    history = train(model, data, recipe, out, resume=resume, on_progress=relay(on_progress, "train"))
     metrics = evaluate(model, data.test)
     model = model.cpu()
     cost = count(model, data.input_shape)
@@ -269,18 +271,42 @@ def _run(
     judged = _judge(outcome, data)
     record: dict[str, Any] = {}
     if processes().is_main_process:
+        quantized = _quantized(outcome, data, job, on_progress)
         measured = compare.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
+        measured["precisions"] = precisions(
+            {"normal": outcome.original, "separable": outcome.separable},
+            quantized,
+            {name: found.score for name, found in judged.items()},
+            outcome.judge,
+            data,
+            job.batch,
+        )
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
-        record = _write(outcome, measured, plan, data, job, out, started)
+        record = _write(outcome, measured, plan, data, job, out, started, quantized)
     record = of_first(record)
     remove_checkpoints(out)
     on_progress(Step("write", 1, 1))
     return record
 
 
+def _quantized(outcome: Outcome, data: Data | SampleData, job: Job, on_progress: OnProgress) -> Quantized | str:
+    """The network in int8, or why there is none."""
+    if job.precision != INT8:
+        return "not asked for: --precision int8 makes it"
+    wanted = QuantizationJob(calibration_images=job.calibration_images, seed=job.seed, command=job.command)
+    return quantized_or_why_not(outcome.separable, data, wanted, on_progress)
+
+
 def _write(
-    outcome: Outcome, measured: dict[str, Any], plan: Plan, data: Data | SampleData, job: Job, out: Path, started: float
+    outcome: Outcome,
+    measured: dict[str, Any],
+    plan: Plan,
+    data: Data | SampleData,
+    job: Job,
+    out: Path,
+    started: float,
+    quantized: Quantized | str,
 ) -> dict[str, Any]:
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)
@@ -299,9 +325,8 @@ def _write(
         "curves": outcome.curves,
         "onnx": export_onnx(outcome.separable, data, out),
     }
-    if job.precision == "int8":
-        wanted = QuantizationJob(calibration_images=job.calibration_images, seed=job.seed, command=job.command)
-        record["int8"] = quantized_beside(outcome.separable, card, data, outcome.judge, wanted, out)
+    if job.precision == INT8:
+        record["int8"] = write_beside(quantized, card, data, outcome.judge, out)
     if isinstance(data, Data):
         image = data.test.normalise(data.test.images.take(torch.tensor([0])))
         label = data.classes[int(data.test.labels[0])] if data.classes else ""
@@ -356,7 +381,7 @@ def _distil(outcome: Outcome, job: Job, out: Path, resume: bool, on_progress: On
         teacher=outcome.original,
         distillation=replace(job.distillation, output_weights=job.output_weights),
         resume=resume,
-        on_progress=_relay(on_progress, "distil"),
+        on_progress=relay(on_progress, "distil"),
     )
     outcome.learned("distilled", history.records)
     outcome.finished("distilled", outcome.separable, history.seconds)
@@ -378,14 +403,3 @@ def _device() -> torch.device:
     """Where the conversion computes: in float64, which not every accelerator has."""
     device: torch.device = processes().device
     return device if device.type == "cuda" else torch.device("cpu")
-
-
-def _relay(on_progress: OnProgress, stage: str) -> Callable[[Progress], None]:
-    """Training's progress as steps of a stage of the whole job."""
-
-    def relay(now: Progress) -> None:
-        done = (now.epoch - 1) * now.steps + now.step
-        accuracy = now.accuracy if now.test_accuracy is None else now.test_accuracy
-        on_progress(Step(stage, done, now.epochs * now.steps, now.loss, accuracy, now.test_error))
-
-    return relay

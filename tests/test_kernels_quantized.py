@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from sepconv.kernels import backends, case
 from sepconv.kernels.case import Case, Geometry
-from sepconv.kernels.halide.jit import amx, runtime
+from sepconv.kernels.halide.jit import amx, llvm, runtime
 from sepconv.kernels.halide.quantized import depthwise, normal, pointwise, product, separable
 from sepconv.kernels.halide.schedule import machine
 
@@ -274,7 +273,7 @@ def test_without_tiles_and_vnni_there_are_pairs(monkeypatch: pytest.MonkeyPatch)
     assert "avx512_zen4" not in str(runtime.old_target())
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="runs code for older processors of this kind")
+@pytest.mark.skipif(not llvm.host_has("avx2"), reason="runs code for older processors of this kind")
 @pytest.mark.parametrize("name", ["avx2", "sse41"])
 def test_older_processors_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import halide as hl

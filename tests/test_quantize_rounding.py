@@ -111,6 +111,5 @@ def test_a_layer_knows_its_geometry() -> None:
     module = torch.export.export(Net().eval(), (torch.zeros(2, 4, 8, 8),)).module()
     [call] = [node for node in module.graph.nodes if node.name == "conv2d"]
     layer = GraphLayer("conv", call.args[1], [call])
-    assert layer.is_depthwise(module)
     conv = layer.like_conv(module)
     assert (conv.in_channels, conv.out_channels, conv.stride, conv.groups) == (4, 8, (2, 1), 4)

@@ -104,13 +104,14 @@ def random_images(batch: int, side: int, seed: int) -> Tensor:
     """Noise of every size at once, as photographs have it: networks tell such images apart, which they do not with
     white noise, whose means over many pixels are all the same."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.zeros(batch, 3, side, side)
-    size = 1
-    while size <= side:
-        noise = torch.randn(batch, 3, size, size, generator=generator)
-        images += F.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
-        size *= 2
-    return images / images.std()
+    return torch.stack([_image(side, generator) for _ in range(batch)])
+
+
+def _image(side: int, generator: torch.Generator) -> Tensor:
+    sizes = [2**i for i in range(side.bit_length())]
+    noise = [torch.randn(1, 3, size, size, generator=generator) for size in sizes]
+    layers = [F.interpolate(layer, (side, side), mode="bilinear", align_corners=False) for layer in noise]
+    return sum(layers, torch.zeros(1, 3, side, side))[0] / len(layers) ** 0.5
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ _TILE_SHARE = 5
 _NEAR_WEIGHTS, _FAR_WEIGHTS = 25, 400
 # Time where threads share out output channels, over that where they share out rows: each reads what others wrote.
 _SHARED_CHANNELS_COST = 1.2
-
+# Time of a second call for rows that are left over.
+_SECOND_CALL_COST = 1.02
 
 # In vectors: output channels of a block, its sums in registers, and pixels, each of which needs an address.
 _BLOCKS = (64, 32, 16)
@@ -91,10 +92,11 @@ def tiles_schedule(machine: Machine, shape: TilesShape, threads: int) -> TilesSc
     budget = machine.l2_bytes // _TILE_SHARE if near else room
     most, weights = min(shape.rows, max(1, budget // shape.row_bytes)), _NEAR_WEIGHTS if near else _FAR_WEIGHTS
 
-    def cost(rows: int) -> int:
+    def cost(rows: int) -> float:
         tasks, left = divmod(shape.rows, rows)
         last = -(-shape.images // threads) * (left * shape.columns + weights) if left else 0
-        return -(-shape.images * tasks // threads) * (rows * shape.columns + weights) + last
+        time = -(-shape.images * tasks // threads) * (rows * shape.columns + weights) + last
+        return time * (_SECOND_CALL_COST if left else 1.0)
 
     rows = min(range(most, 0, -1), key=cost)
     if threads > 1 and shape.images == 1 and shape.rows * shape.row_bytes <= room:

@@ -226,7 +226,9 @@ def test_refusals(change: type[nn.Module], arguments: dict[str, Any], message: s
         quantize(model, **{"calibration": images(4), **arguments})
 
 
-def test_what_cannot_be_quantized_is_refused() -> None:
+def test_what_cannot_be_quantized_is_refused(found: Any) -> None:
+    with pytest.raises(ValueError, match="quantize: the model is quantized already"):
+        quantize(found[0], images(2))
     with pytest.raises(TypeError, match=r"quantize: model must be a torch\.nn\.Module, got int"):
         quantize(3, images(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantize: the model has no convolution or linear layer"):

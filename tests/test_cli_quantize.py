@@ -59,9 +59,6 @@ def test_other_commands_take_the_folder(quantized: Path, tmp_path: Path) -> None
     ran = run("predict", quantized, tmp_path / "digit.png", "--json", "-")
     assert ran.code == 0, ran.err
     assert run("count", quantized).code == 0
-    run("quantize", quantized, *_QUICKLY, "--out", tmp_path / "again").failed_with(
-        2, "quantize: the model is quantized already"
-    )
 
 
 def test_the_folder_of_another_run_is_refused(trained: Path, quantized: Path, tmp_path: Path) -> None:

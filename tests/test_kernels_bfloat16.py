@@ -57,6 +57,7 @@ ON_TILES = [
     Problem("tiles_odd", normal_tiles, (1, 17, 7, 9), 33, (BF16, BF16, BF16), stride=(2, 2)),
     Problem("tiles_from_float32", normal_tiles, (1, 12, 8, 9), 20, (F32, BF16, F32), dilation=(2, 2), padding=2),
     Problem("tiles_to_float32", normal_tiles, (1, 8, 5, 7), 16, (BF16, F32, BF16), size=(5, 3), padding=3),
+    Problem("tiles_share_channels", normal_tiles, (1, 10, 3, 5), 66, (BF16, BF16), threads=2),
     Problem("tiles_threads", normal_tiles, (3, 10, 13, 5), 34, (BF16, BF16), size=(2, 2), padding=0, threads=8),
 ]
 needs_tiles = pytest.mark.skipif(bool(runtime.missing() or amx.missing()), reason=runtime.missing() or amx.missing())

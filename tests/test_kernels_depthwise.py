@@ -360,3 +360,11 @@ def test_other_processors_get_wide_multiply_adds(name: str, which: str, numbers:
     hl.Pipeline(func).compile_to_assembly(str(path), arguments, "kernel", hl.Target(target.target))
     fused = [line for line in path.read_text().splitlines() if "vfmadd" in line or "fmla" in line]
     assert sum(register in line for line in fused) >= 4 * 3
+
+
+def test_whole_numbers_are_for_other_kernels() -> None:
+    x, weight = torch.zeros(1, 8, 5, 5), torch.zeros(8, 1, 3, 3)
+    known = depthwise_case("forward", x, weight, (1, 1), ((1, 1), (1, 1)), (1, 1))
+    whole = known.y._replace(dtype=torch.uint8)
+    for asked in (known.into(whole), replace(known, x=known.x._replace(dtype=torch.uint8)).into(known.y)):
+        assert runtime.missing() or "torch.uint8" in depthwise.supports(asked)

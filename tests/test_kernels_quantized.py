@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sepconv.kernels import backends, case
 from sepconv.kernels.case import Case, Geometry
-from sepconv.kernels.halide.jit import amx, runtime
+from sepconv.kernels.halide.jit import amx, llvm, runtime
 from sepconv.kernels.halide.quantized import depthwise, normal, pointwise, product, separable
+from sepconv.kernels.halide.schedule import machine
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "")
 
@@ -270,6 +271,21 @@ def test_without_tiles_and_vnni_there_are_pairs(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.undo()
         product.ways.cache_clear()
     assert "avx512_zen4" not in str(runtime.old_target())
+
+
+@pytest.mark.skipif(not llvm.host_has("avx2"), reason="runs code for older processors of this kind")
+@pytest.mark.parametrize("name", ["avx2", "sse41"])
+def test_older_processors_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import halide as hl
+
+    older, target = machine.named(name), hl.Target(machine.named(name).target)
+    for feature in ("NoRuntime", "NoAsserts", "UserContext"):
+        target = target.with_feature(getattr(hl.TargetFeature, feature))
+    monkeypatch.setattr(machine, "host", lambda: older)
+    monkeypatch.setattr(runtime, "old_target", lambda: target)
+    asked = Asked(37, 21, (6, 7), residual="uint8", stride=(2, 1), point=TIES)
+    for op in ("normal", "separable"):
+        check(op, asked, product.PAIRS)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -56,6 +56,7 @@ PROBLEMS = [
     Problem("multiplier_3_5x5", (1, 12, 13, 13), 40, (BF16, BF16), (5, 5), (2, 2), ((1, 2), (1, 2)), multiplier=3),
     Problem("dilation_2", (1, 20, 29, 17), 16, (BF16, BF16), (3, 3), (2, 1), ((2, 2), (2, 2)), (2, 2)),
     Problem("padding_larger_than_image", (2, 16, 5, 5), 16, kernel=(7, 7), padding=((9, 9), (9, 9))),
+    Problem("threads_share_channels", (1, 48, 7, 5), 130, (BF16, BF16, BF16), threads=3),
     Problem("threads", (3, 32, 19, 9), 64, (BF16, BF16, BF16), threads=8),
 ]
 
@@ -104,6 +105,12 @@ def test_whole_numbers_are_exact_but_for_the_last_rounding(p: Problem) -> None:
     assert whole is not None
     assert whole[:, : p.shift].isnan().all()
     assert whole[:, p.shift + p.out_channels :].isnan().all()
+
+
+def test_threads_share_channels_where_there_are_few_rows() -> None:
+    known = {p.name: replace(arguments(p, F32)[2], threads=p.threads) for p in PROBLEMS if p.threads > 1}
+    said = {name: separable_tiles.describe(case)["parallel"] for name, case in known.items()}
+    assert said == {"threads_share_channels": "channels", "threads": "rows"}
 
 
 @pytest.mark.parametrize("activations", [("relu6", ""), ("hardswish", "silu"), ("gelu", "sigmoid")])

@@ -74,6 +74,19 @@ def test_weights_are_on_their_steps(found: Any) -> None:
         assert steps.abs().max() < 127.5
 
 
+def test_biases_are_whole_numbers_of_the_units_of_their_sums(found: Any) -> None:
+    """Else kernels and runtimes, whose biases are such numbers, would answer something else."""
+    quantized, modules = found[0], dict(found[0].named_modules())
+    calls = [node for node in quantized.graph.nodes if "conv2d" in str(node.target) and node.op == "call_function"]
+    assert len(calls) == 6
+    for call in calls:
+        x, weight, bias = call.args[:3]
+        unit = modules[x.target].scale.double() * modules[weight.target].scale.double()
+        steps = quantized.get_parameter(bias.target).detach().double() / unit
+        assert (steps - steps.round()).abs().max() < 1e-6 * steps.abs().max()  # of float32
+        assert steps.abs().max() > 1
+
+
 def test_integers_stand_between_layers_and_nowhere_else(found: Any) -> None:
     """The input, each activation, the sum with the shortcut, the mean; not what is added, not the answer."""
     quantized = found[0]
@@ -213,7 +226,9 @@ def test_refusals(change: type[nn.Module], arguments: dict[str, Any], message: s
         quantize(model, **{"calibration": images(4), **arguments})
 
 
-def test_what_cannot_be_quantized_is_refused() -> None:
+def test_what_cannot_be_quantized_is_refused(found: Any) -> None:
+    with pytest.raises(ValueError, match="quantize: the model is quantized already"):
+        quantize(found[0], images(2))
     with pytest.raises(TypeError, match=r"quantize: model must be a torch\.nn\.Module, got int"):
         quantize(3, images(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantize: the model has no convolution or linear layer"):

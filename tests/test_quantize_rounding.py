@@ -17,7 +17,7 @@ def moments_of(x: Tensor) -> InputMoments:
     """Shape: (G, rows, F)"""
     centred = x - x.mean(1, keepdim=True)
     xx = centred.transpose(1, 2) @ centred / x.shape[1]
-    return InputMoments(x.mean(1), xx, xx.clone())
+    return InputMoments(x.mean(1), xx)
 
 
 def correlated(groups: int, features: int, seed: int = 0) -> Tensor:
@@ -49,14 +49,6 @@ def test_losses_handed_on_in_blocks_are_those_handed_on_one_by_one(monkeypatch: 
     found = round_weight(weight, moments, "mse", "moments").weight
     monkeypatch.setattr(rounding, "BLOCK", 1)
     assert torch.equal(round_weight(weight, moments, "mse", "moments").weight, found)
-
-
-def test_weights_make_good_what_integers_in_front_changed() -> None:
-    """The given input is half of the wanted one: the weights double."""
-    moments = moments_of(torch.randn(1, 997, 5, dtype=torch.float64))
-    moments.yx *= 2
-    weight = torch.randn(3, 5)
-    assert torch.allclose(round_weight(weight, moments, "mse", "moments").weight, 2 * weight, rtol=0.05, atol=0.05)
 
 
 def test_scales_reach_the_largest_weight_or_cut_it_where_that_pays() -> None:
@@ -111,6 +103,5 @@ def test_a_layer_knows_its_geometry() -> None:
     module = torch.export.export(Net().eval(), (torch.zeros(2, 4, 8, 8),)).module()
     [call] = [node for node in module.graph.nodes if node.name == "conv2d"]
     layer = GraphLayer("conv", call.args[1], [call])
-    assert layer.is_depthwise(module)
     conv = layer.like_conv(module)
     assert (conv.in_channels, conv.out_channels, conv.stride, conv.groups) == (4, 8, (2, 1), 4)

@@ -18,7 +18,7 @@ from sepconv.quantize import is_quantized, quantize
 from sepconv.quantize.saving import packed, rebuilt
 from sepconv.runs.model_file import Card, open_model, read_card, write
 
-SETTINGS = {"in_channels": 1, "num_classes": 10}
+SETTINGS = {"in_channels": 1, "num_classes": 10, "width_mult": 0.25}
 
 
 class _Saved(NamedTuple):

@@ -99,7 +99,7 @@ def run_case(
     cost = count(source.model, (3, source.side, source.side))
     torch._dynamo.reset()
     with threads_set_to(threads), torch.inference_mode():
-        truth = _truth(source, x)
+        truth, images = _truth(source, x), source.held_out()
         ready = {}
         for one in contenders:
             if (case.batch > 1 and one.single) or one.title in missing:
@@ -107,7 +107,7 @@ def run_case(
             call = _built(one, source, layouts[one.layout], threads, missing)
             if call is not None:
                 error = _verified(one, case, call, truth)
-                answers = on_held_out(call, layouts[one.layout], source.held_out(), source.scores)
+                answers = on_held_out(call, layouts[one.layout], images, source.scores)
                 ready[one.title] = _Ready(one, call, Agreement(error, *answers))
         timings = interleaved({name: found.call for name, found in ready.items()}, seconds)
     for name, t in timings.items():

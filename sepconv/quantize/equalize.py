@@ -3,7 +3,7 @@
 All channels of a value share one scale. A channel that stays near zero would get a few of the 256 steps: depthwise
 filters and batch norms make such channels, since nothing in training holds them together. Between two layers a factor
 per channel goes through what is positively homogeneous (ReLU, pooling). It goes through ReLU6 as well, as long as
-factors are at least 1: such a channel then ends at 6 divided by its factor, its largest value in the calibration,
+factors are at least 1: such a channel then ends at 6 divided by its factor, twice its largest value in the calibration,
 instead of at 6.
 
 A depthwise layer has a scale for each channel, so factors cost it nothing and the channels become equal. A layer that
@@ -28,6 +28,9 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Powers of the factor that would make all channels equal."""
 
 LARGEST_FACTOR = 4096.0
+
+MARGIN = 2.0
+"""Room above the largest value seen: of other images some are larger, and would be cut. It costs one bit of eight."""
 
 _LINEAR = frozenset({
     "relu", "clamp_min", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d",
@@ -158,7 +161,7 @@ def _factor(joint: Joint, seen: Channels, columns: list[Tensor]) -> Tensor:
     """The factor of each channel: (C,)."""
     top = seen.largest.max() if math.isinf(joint.bound) else seen.largest.new_tensor(joint.bound)
     alive = seen.largest > 0
-    most = torch.where(alive, top / seen.largest.clamp_min(1e-30), torch.ones_like(seen.largest))
+    most = torch.where(alive, top / (MARGIN * seen.largest.clamp_min(1e-30)), torch.ones_like(seen.largest))
     most = most.clamp(1.0, LARGEST_FACTOR)
     if all(layer.groups > 1 and layer.groups == len(most) for layer in joint.after):
         return most

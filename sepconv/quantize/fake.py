@@ -17,9 +17,7 @@ class FakeQuantize(nn.Module):
 
     Args:
         axis: -1 for one scale, else the dimension along which there are ``count``.
-
-    Attributes:
-        enabled: False lets all numbers through as they are.
+        low, high: the integers at the ends.
     """
 
     scale: Tensor
@@ -28,7 +26,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, axis: int = -1, count: int = 1, *, low: int = LOW, high: int = HIGH) -> None:
         super().__init__()
         shape = () if axis < 0 else (count,)
-        self.axis, self.low, self.high, self.enabled = axis, low, high, True
+        self.axis, self.low, self.high = axis, low, high
         self.register_buffer("scale", torch.ones(shape))
         # Of weights it is 0: a file need not say so for every channel.
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32), persistent=axis < 0)
@@ -48,12 +46,10 @@ class FakeQuantize(nn.Module):
         self.zero_point.copy_((self.low - low / scale.double()).round().clamp(self.low, self.high))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
         return fake_quantize(x, self.scale, self.zero_point, self.axis, self.low, self.high)
 
     def extra_repr(self) -> str:
-        return f"axis={self.axis}, {self.low}..{self.high}" + ("" if self.enabled else ", off")
+        return f"axis={self.axis}, {self.low}..{self.high}"
 
 
 def quantizer_at(module: nn.Module, node: fx.Node) -> FakeQuantize:

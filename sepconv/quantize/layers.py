@@ -48,9 +48,6 @@ class GraphLayer:
         node = argument(self.calls[0], "bias")
         return tensor_at(module, node) if isinstance(node, fx.Node) else None
 
-    def is_depthwise(self, module: nn.Module) -> bool:
-        return self.kind != "linear" and self.tensor(module).shape[1] == 1 and self.groups > 1
-
     def like_conv(self, module: nn.Module) -> Any:
         """An ``nn.Conv`` of the same geometry, without numbers."""
         call, weight = self.calls[0], self.tensor(module)

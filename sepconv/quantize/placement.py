@@ -38,7 +38,7 @@ def place(module: fx.GraphModule, left: Collection[str] = ()) -> list[GraphLayer
     """Put modules on weights and values, in place; their ranges are still to be found.
 
     Args:
-        left: names of layers that stay in fractions, and of values: ``quantizers.NAME`` is not placed.
+        left: names of layers that stay in fractions.
 
     Returns:
         The layers, those in fractions with the reason.

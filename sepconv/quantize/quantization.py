@@ -103,7 +103,7 @@ def _quantize(
     fitted, held_out = _divided(images)
     example = _example(images)
     base = prepared(copy.deepcopy(original), example)
-    _check_captured(original, base, example)
+    check_agreement(original, base, example)
     batches = list(fitted.batches(_most_images(base, example)))
     equalized = _equalize(base, batches) if options.equalize else []
     reasons = dict.fromkeys(skip, "skipped")
@@ -170,10 +170,6 @@ def prepared(model: nn.Module, example: Inputs) -> fx.GraphModule:
     compute_constants(base)
     fold_norms(base)
     return base
-
-
-def _check_captured(original: nn.Module, base: nn.Module, example: Inputs) -> None:
-    check_agreement(original, base, example)
 
 
 def _equalize(base: fx.GraphModule, batches: list[Inputs]) -> list[str]:

@@ -1,8 +1,8 @@
 """The graph once through, operation by operation, with all calibration images at once and in two networks.
 
 One is the original, the other computes with integers as far as it has come. So a layer is rounded for the inputs that
-the integers before it let through, against the outputs that it should have, and its mean error is taken away before the
-next layer sees it. What a value reaches is measured where it is used.
+the integers before it let through, and its mean error is taken away before the next layer sees it. What a value reaches
+is measured where it is used.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Sweep:
     def _round(self, layer: GraphLayer, x: Both, env: dict[fx.Node, Both]) -> float:
         """Give the layer its weights; returns the squared error of an output that this makes."""
         weight, node = layer.tensor(self.module), self._weight_quantizer(layer)
-        moments = input_moments(layer, self.module, x.given, x.wanted)
+        moments = input_moments(layer, self.module, x.given)
         rounded = round_weight(weight, moments, self.options.ranges, self.options.rounding)
         quantizer = quantizer_at(self.module, node)
         quantizer.scale.copy_(rounded.scale)

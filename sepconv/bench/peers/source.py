@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconv
+from sepconv.leaves import Inputs
 from sepconv.models import MobileNetV1, MobileNetV2
 from sepconv.runs.latency import with_torch_layers
+from sepconv.system.files import replacing
 
 SEED = 0
 HELD_OUT = 48
@@ -42,10 +48,26 @@ class Network:
 
     @cached_property
     def quantized(self) -> nn.Module:
-        """The network in integers, by this library; it says itself which layers it leaves in fractions."""
-        with torch.inference_mode(False), torch.enable_grad():
-            found: nn.Module = sepconv.quantize(self.model, self.calibration(), force=True)[0]
+        """The network in integers, by this library; it says itself which layers it leaves in fractions.
+
+        From its file: what was needed to find the integers is not part of a process that only runs them.
+        """
+        saving: Any = import_module("sepconv.quantize.saving")
+        path = self.file("-int8.safetensors", lambda path: self._quantize(saving, path))
+        with torch.inference_mode(False), safe_open(path, "pt") as file:
+            example, left = Inputs((self.images(2),)), file.metadata().values()
+            found: nn.Module = saving.rebuilt(copy.deepcopy(self.model), example, left)
+            found.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            saving.unpack(found)
         return found.eval()
+
+    def _quantize(self, saving: Any, path: Path) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            found = sepconv.quantize(self.model, self.calibration(), force=True)[0]
+        left = {str(i): name for i, name in enumerate(saving.left_in(found))}
+        state = {name: tensor.contiguous().clone() for name, tensor in saving.packed(found).items()}
+        with replacing(path) as file:
+            file.write(save(state, left))
 
     def forget(self) -> None:
         """Let go of the network; it is built anew when asked for again."""
@@ -82,13 +104,14 @@ def random_images(batch: int, side: int, seed: int) -> Tensor:
     """Noise of every size at once, as photographs have it: networks tell such images apart, which they do not with
     white noise, whose means over many pixels are all the same."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.zeros(batch, 3, side, side)
-    size = 1
-    while size <= side:
-        noise = torch.randn(batch, 3, size, size, generator=generator)
-        images += F.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
-        size *= 2
-    return images / images.std()
+    return torch.stack([_image(side, generator) for _ in range(batch)])
+
+
+def _image(side: int, generator: torch.Generator) -> Tensor:
+    sizes = [2**i for i in range(side.bit_length())]
+    noise = [torch.randn(1, 3, size, size, generator=generator) for size in sizes]
+    layers = [F.interpolate(layer, (side, side), mode="bilinear", align_corners=False) for layer in noise]
+    return sum(layers, torch.zeros(1, 3, side, side))[0] / len(layers) ** 0.5
 
 
 @torch.no_grad()

@@ -41,10 +41,8 @@ def supports(case: Case) -> str:
         raise ValueError(f"depthwise.supports: which must be one of {PASSES} but is {case.which!r}")
     if case.bound and not case.result.elements:
         return "the result is empty"
-    if case.bound and runtime.unsuitable(case.x, case.result):
-        return runtime.unsuitable(case.x, case.result)
     image, other = case.given[:2]
-    kinds = tuple(KINDS)
+    kinds = tuple(kind for kind in KINDS if kind.is_floating_point)
     of_filters = (image.dtype,) if case.which == "grad_weight" else (*runtime.FLOAT32, image.dtype)
     return (
         runtime.missing()

@@ -44,6 +44,7 @@ class WindowsSpec(NamedTuple):
     numbers: str
     hidden: str
     product: Product
+    parallel: str = "rows"
 
 
 def build(spec: WindowsSpec) -> tuple[Any, list[Any]]:
@@ -70,6 +71,7 @@ def build(spec: WindowsSpec) -> tuple[Any, list[Any]]:
     # Each number has a place of its own, which Halide cannot see; where vectors overlap they hold the same.
     fill.allow_race_conditions().reorder(lane, vector, tap_x, tap_y, column, row_in)
     fill.vectorize(lane).never_partition([row_in, tap_y, vector])
+    tile_rows.fill_in_parallel(spec, fill, row_in)
     if width <= UNROLLED_TAPS:
         fill.unroll(tap_x)
     return out, [*walk.numbers, walk.x, *parameters]
@@ -97,7 +99,7 @@ def plan(case: Case) -> RowsPlan:
     def spec(sizes: TilesSchedule) -> WindowsSpec:
         return WindowsSpec(
             channels, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]), lanes, kind, hidden,
-            tiles.product(case, terms, sizes),
+            tiles.product(case, terms, sizes), sizes.parallel,
         )  # fmt: skip
 
     return tile_rows.plan(case, terms, spec)
@@ -136,6 +138,7 @@ def describe(case: Case) -> dict[str, Any]:
         "pixels": found.pixels,
         "wide": spec.product.wide,
         "depth": spec.product.depth,
+        "parallel": spec.parallel,
     }
 
 

@@ -27,7 +27,7 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import KINDS, PAIRS
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
-from sepconv.kernels.halide.schedule.tiles import TilesSchedule, in_vectors, pixels_of, wide_of
+from sepconv.kernels.halide.schedule.tiles import TilesSchedule, in_vectors, pixels_of, shared_wide, wide_of
 from sepconv.kernels.layout import like, pixel_step
 
 _DEEPEST = amx.ROW_BYTES // 2
@@ -43,7 +43,7 @@ class TileSpec(NamedTuple):
     """All that the code of one kernel depends on.
 
     ``numbers``: the kind of x; ``hidden``: that of its copy, "" where it is multiplied in place; ``parallel``: whether
-    threads share out pixels or channels.
+    threads share out pixels ("rows") or channels.
     """
 
     channels: int
@@ -123,14 +123,14 @@ def plan(case: Case) -> TilePlan:
         steps = 1, channels
     together = tiles.together(case)
     sizes = TilesSchedule(1, pixels_of(-(-count // threads)), wide_of(out_channels, together))
+    if threads > 1 and out_channels > together and case.weight.elements > case.x.elements and not hidden:
+        wide = shared_wide(out_channels, together, threads)
+        sizes = TilesSchedule(1, pixels_of(count), wide, parallel="channels")
     if not on_tiles:
         sizes = in_vectors(sizes, out_channels, together, sizes.pixels)
     blocks, pixels = -(-out_channels // sizes.wide), sizes.pixels
-    parallel = "pixels"
-    if threads > 1 and case.weight.elements > case.x.elements and blocks >= threads and not hidden:
-        parallel, pixels = "channels", pixels_of(count)
-    passes = blocks if parallel == "channels" else -(-count // pixels)
-    spec = TileSpec(channels, kind, hidden, parallel, tiles.product(case, channels, sizes, steps))
+    passes = blocks if sizes.parallel == "channels" else -(-count // pixels)
+    spec = TileSpec(channels, kind, hidden, sizes.parallel, tiles.product(case, channels, sizes, steps))
     return TilePlan(spec, runtime.per_thread(passes, threads), pixels, count)
 
 

@@ -42,6 +42,7 @@ class FilterSpec(NamedTuple):
     numbers: str
     hidden: str
     product: Product
+    parallel: str = "rows"
 
 
 def build(spec: FilterSpec) -> tuple[Any, list[Any]]:
@@ -69,6 +70,7 @@ def build(spec: FilterSpec) -> tuple[Any, list[Any]]:
     # Each result has a place of its own, which Halide cannot see; where vectors overlap they hold the same values.
     fill.allow_race_conditions().reorder(lane, column_in, vector, m, step, row_in)
     fill.vectorize(lane).unroll(column_in).never_partition([row_in, vector])
+    tile_rows.fill_in_parallel(spec, fill, row_in)
     pair_filter.schedule(spec, filtered.compute_at(hidden, vector), tap)
     return out, [*walk.numbers, walk.x, taps, bias, *parameters]
 
@@ -86,7 +88,7 @@ def plan(case: Case) -> RowsPlan:
         return FilterSpec(
             channels, multiplier, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]), lanes,
             pair_filter.columns_of(case.y.shape[3], stride[1], width), case.activation, kind, hidden,
-            tiles.product(then, channels * multiplier, sizes),
+            tiles.product(then, channels * multiplier, sizes), sizes.parallel,
         )  # fmt: skip
 
     return tile_rows.plan(case, channels * multiplier, spec)
@@ -126,6 +128,7 @@ def describe(case: Case) -> dict[str, Any]:
         "pixels": found.pixels,
         "wide": spec.product.wide,
         "depth": spec.product.depth,
+        "parallel": spec.parallel,
         "depthwise_lanes": spec.lanes,
     }
 

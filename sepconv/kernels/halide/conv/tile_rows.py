@@ -25,8 +25,11 @@ from sepconv.kernels.layout import pixel_step
 
 
 class RowsSpec(Protocol):
-    """``numbers``: the kind of x; ``hidden``: that of the scratch array."""
+    """``numbers``: the kind of x; ``hidden``: that of the scratch array; ``parallel``: what threads share out, rows or
+    output channels."""
 
+    @property
+    def parallel(self) -> str: ...
     @property
     def numbers(self) -> str: ...
     @property
@@ -38,8 +41,8 @@ class RowsSpec(Protocol):
 class RowsPlan(NamedTuple):
     """The kernel for one input, and what each call of it computes: (rows per tile, first row, number of tiles).
 
-    ``before``: padding above and to the left; ``share``: tiles of one thread in each of the calls; ``pixels``: in one
-    part of the sums.
+    ``before``: padding above and to the left; ``share``: tiles, or blocks of output channels, of one thread in each of
+    the calls; ``pixels``: in one part of the sums.
     """
 
     spec: Any
@@ -71,7 +74,9 @@ def plan(case: Case, terms: int, spec_of: Callable[[TilesSchedule], RowsSpec]) -
     if tiles.unit() != "AMX":
         fewest = min(rows * width for rows, _, _ in calls)
         found = in_vectors(found, last.weight.shape[0], tiles.together(last), min(fewest, found.pixels))
-    share = tuple(runtime.per_thread(images * tasks, case.threads) for _, _, tasks in calls)
+    blocks = -(-last.weight.shape[0] // found.wide)
+    passes = [images * tasks if found.parallel == "rows" else blocks for _, _, tasks in calls]
+    share = tuple(runtime.per_thread(count, case.threads) for count in passes)
     return RowsPlan(spec_of(found), (height, width), (top, left), tuple(calls), share, found.pixels)
 
 
@@ -97,12 +102,22 @@ def finish(spec: RowsSpec, walk: Walk, hidden: Any) -> tuple[Any, list[Any]]:
     updates of ``hidden``. Returns the result and the arguments behind x and what the scratch array is made with."""
     out, sums, parameters = tiles.build(spec.product, hidden, [walk.o, walk.q, walk.t, walk.n])
     inner, block, part = tiles.schedule(spec.product, out, sums, walk.pixels)
-    task = hl.Var("task")
-    out.reorder(*inner, block, part, walk.t, walk.n).fuse(walk.t, walk.n, task)
-    out.never_partition([task, part, block, *inner[1:]])
-    runtime.share(out, task, walk.share)
+    if spec.parallel == "channels":
+        task = walk.t
+        runtime.share(out.reorder(*inner, part, block, walk.t, walk.n), block, walk.share)
+        out.never_partition([walk.t, walk.n, part, block, *inner[1:]])
+    else:
+        task = hl.Var("task")
+        out.reorder(*inner, block, part, walk.t, walk.n).fuse(walk.t, walk.n, task)
+        runtime.share(out.never_partition([task, part, block, *inner[1:]]), task, walk.share)
     hidden.compute_at(out, task).bound_extent(hidden.args()[0], spec.product.whole // numbers.parts(spec.hidden))
     return out, parameters
+
+
+def fill_in_parallel(spec: RowsSpec, fill: Any, row: Any) -> None:
+    """Where threads share out output channels, they make the scratch array together: a row each."""
+    if spec.parallel == "channels":
+        runtime.parallel(fill, row)
 
 
 def zeros_behind(spec: RowsSpec, hidden: Any) -> None:

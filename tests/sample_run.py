@@ -18,6 +18,19 @@ from sepconv.models.mobilenet_v1 import MobileNetV1Normal
 from sepconv.models.vgg import VGGSmall
 from sepconv.runs import layer_data, png
 
+PRECISIONS = [
+    {"network": "normal", "precision": "float32", "ms": 4.0, "bytes": 38000, "accuracy": 0.9, "reason": ""},
+    {
+        "network": "separable",
+        "precision": "bfloat16",
+        "ms": 1.0,
+        "bytes": 3000,
+        "accuracy": 0.87,
+        "reason": "a why",
+    },
+    {"network": "separable", "precision": "int8", "ms": None, "bytes": None, "reason": "moves too far"},
+]
+
 
 def separate(conv: nn.Conv2d, rank: int) -> SeparableConv2d:
     """The best separable layer of that rank: per input channel, the strongest directions of its (O, k*k) slice."""

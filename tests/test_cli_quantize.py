@@ -80,3 +80,13 @@ def test_convert_writes_a_quantized_network_beside_the_other(trained: Path, tmp_
     assert is_quantized(beside)
     assert not is_quantized(whole)
     assert record["int8"]["quantized"]["accuracy"] > record["separable"]["accuracy"] - 0.02
+    rows = {(row["network"], row["precision"]): row for row in record["precisions"]}
+    whole, short, bytes_ = (rows["separable", name] for name in ("float32", "bfloat16", "int8"))
+    assert [*rows][0] == ("normal", "float32")
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert whole["accuracy"] == record["separable"]["accuracy"]
+    assert abs(short["accuracy"] - whole["accuracy"]) < 0.02
+    # The compiled network of integers answers as the one in PyTorch that it was made of.
+    assert abs(bytes_["accuracy"] - record["int8"]["quantized"]["accuracy"]) <= 1 / record["test_images"]
+    assert bytes_["bytes"] < 0.27 * whole["bytes"] < 0.54 * whole["bytes"] < 1.05 * short["bytes"]
+    assert "In fewer bits, by sepconv.compile" in ran.out

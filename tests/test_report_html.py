@@ -39,18 +39,7 @@ SMALL = {
         "threads": 2,
         "kernels": {"separable_conv": "a_kernel"},
     },
-    "precisions": [
-        {"network": "normal", "precision": "float32", "ms": 4.0, "bytes": 38000, "accuracy": 0.9, "reason": ""},
-        {
-            "network": "separable",
-            "precision": "bfloat16",
-            "ms": 1.0,
-            "bytes": 3000,
-            "accuracy": 0.87,
-            "reason": "a why",
-        },
-        {"network": "separable", "precision": "int8", "ms": None, "bytes": None, "reason": "moves too far"},
-    ],
+    "precisions": sample_run.PRECISIONS,
     "stages": [{"name": "original", "accuracy": 0.9, "seconds": 3.0}, {"name": "converted", "accuracy": 0.5}],
     "layers": [
         {
@@ -149,20 +138,6 @@ def test_the_page_says_what_the_result_says(tmp_path):
         "a processor",
     ):
         assert expected in text, expected
-
-
-def test_the_page_shows_numbers_of_fewer_bits_or_why_not(tmp_path):
-    said = " ".join(report_of(tmp_path).text.replace("\N{NO-BREAK SPACE}", " ").split())
-    assert "network numbers time per call bytes of weights accuracy" in said
-    assert "normal float32 4.00 ms 38.0 k 90.00 %" in said
-    assert "separable bfloat16 1.00 ms 3.00 k 87.00 %" in said
-    assert "bfloat16: a why" in said
-    assert "separable int8 moves too far" in said
-    lost = [{key: value for key, value in row.items() if key != "accuracy"} for row in SMALL["precisions"]]
-    for row in lost[:2]:
-        row["error"] = 0.125
-    assert "relative error" in report_of(tmp_path, {**SMALL, "precisions": lost}).text
-    assert "In fewer bits" not in report_of(tmp_path, {**SMALL, "precisions": []}).text
 
 
 def test_the_formulas_are_those_of_the_form(tmp_path):

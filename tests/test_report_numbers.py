@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_report_html import SMALL
+from test_report_html import SMALL, report_of
 
 from sepconv.report import charts, facts, formats, plots
 
@@ -126,3 +126,17 @@ def test_what_is_no_number_is_a_dash(value):
 def test_three_figures(value, expected):
     assert formats.figures(value) == expected
     assert formats.figures(-value) in (f"-{expected}", expected)
+
+
+def test_the_page_shows_numbers_of_fewer_bits_or_why_not(tmp_path):
+    said = " ".join(report_of(tmp_path).text.replace("\N{NO-BREAK SPACE}", " ").split())
+    assert "network numbers time per call bytes of weights accuracy" in said
+    assert "normal float32 4.00 ms 38.0 k 90.00 %" in said
+    assert "separable bfloat16 1.00 ms 3.00 k 87.00 %" in said
+    assert "bfloat16: a why" in said
+    assert "separable int8 moves too far" in said
+    lost = [{key: value for key, value in row.items() if key != "accuracy"} for row in SMALL["precisions"]]
+    for row in lost[:2]:
+        row["error"] = 0.125
+    assert "relative error" in report_of(tmp_path, {**SMALL, "precisions": lost}).text
+    assert "In fewer bits" not in report_of(tmp_path, {**SMALL, "precisions": []}).text

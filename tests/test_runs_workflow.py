@@ -98,6 +98,18 @@ def test_latency_is_of_both_contenders(record: dict[str, Any]) -> None:
     assert "separable" in record["separable"]["kernels"]
 
 
+def test_int8_is_made_where_it_is_asked_for(record: dict[str, Any]) -> None:
+    *rows, last = record["precisions"]
+    assert [(row["network"], row["precision"]) for row in rows] == [
+        ("normal", "float32"),
+        ("separable", "float32"),
+        ("separable", "bfloat16"),
+    ]
+    assert (last["precision"], last["ms"], last["bytes"]) == ("int8", None, None)
+    assert last["reason"] == "not asked for: --precision int8 makes it"
+    assert "int8" not in record
+
+
 def test_onnx_file_was_checked(record: dict[str, Any]) -> None:
     assert record["onnx"]["checked_with"].startswith("onnxruntime")
     assert record["onnx"]["max_error"] < 1e-4

@@ -15,9 +15,10 @@ from sepconv.compile import CompiledModel, compile
 from sepconv.data import Data, SampleData
 from sepconv.data.samples import first_of
 from sepconv.layers.borrowed import copied
-from sepconv.leaves import Closeness, Inputs
+from sepconv.leaves import Inputs
+from sepconv.runs.compare import Judged
 from sepconv.runs.judge import Judge
-from sepconv.runs.quantized import Quantized
+from sepconv.runs.quantized import QuantizedNetwork
 from sepconv.system.threads import threads_set_to
 from sepconv.system.timing import in_turn
 from sepconv.train import Metrics
@@ -31,7 +32,7 @@ SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Candidate:
+class InPrecision:
     """A network in one kind of numbers; without ``run`` the ``reason`` says why it cannot be had."""
 
     network: str
@@ -43,8 +44,8 @@ class Candidate:
 
 def precisions(
     networks: Mapping[str, nn.Module],
-    quantized: Quantized | str,
-    known: Mapping[str, Metrics | Closeness],
+    quantized: QuantizedNetwork | str,
+    judged: Mapping[str, Judged],
     judge: Judge,
     data: Data | SampleData,
     batch: int,
@@ -54,7 +55,7 @@ def precisions(
     Args:
         networks: "normal" and "separable".
         quantized: the latter in int8, or why there is none.
-        known: what they are worth in float32.
+        judged: what they are worth in float32.
         batch: samples of the call that is timed.
     """
     threads, x = torch.get_num_threads(), first_of(data.test, batch)
@@ -71,26 +72,26 @@ def precisions(
             "precision": one.precision,
             "ms": times.get(i),
             "bytes": weight_bytes(one.module, one.precision) if one.run else None,
-            **(_score(one, known, judge, data) if one.run else {}),
+            **(_score(one, judged, judge, data) if one.run else {}),
             "reason": one.reason,
         }
         for i, one in enumerate(found)
     ]
 
 
-def _candidate(network: str, precision: str, module: nn.Module, x: Inputs) -> Candidate:
+def _candidate(network: str, precision: str, module: nn.Module, x: Inputs) -> InPrecision:
     run = compile(module, x.kwargs or x.args, precision=precision)
     explained = run.explain()
-    return Candidate(network, precision, module, run, "; ".join(filter(None, (explained.note, explained.reason))))
+    return InPrecision(network, precision, module, run, "; ".join(filter(None, (explained.note, explained.reason))))
 
 
-def _in_int8(quantized: Quantized | str, separable: nn.Module, x: Inputs) -> Candidate:
+def _in_int8(quantized: QuantizedNetwork | str, separable: nn.Module, x: Inputs) -> InPrecision:
     if isinstance(quantized, str):
-        return Candidate("separable", INT8, separable, None, quantized)
+        return InPrecision("separable", INT8, separable, None, quantized)
     module = copied(quantized.module, "precisions").cpu().eval()
     run, left = compile(module, x.kwargs or x.args), quantized.plan.left
     stay = f"{len(left)} layers stay in float32: {', '.join(left)}" if left else ""
-    return Candidate("separable", INT8, module, run, "; ".join(filter(None, (stay, run.explain().reason))))
+    return InPrecision("separable", INT8, module, run, "; ".join(filter(None, (stay, run.explain().reason))))
 
 
 def weight_bytes(module: nn.Module, precision: str) -> int:
@@ -99,7 +100,7 @@ def weight_bytes(module: nn.Module, precision: str) -> int:
 
 
 @torch.inference_mode()
-def _times(found: list[Candidate], x: Inputs, threads: int) -> dict[int, float]:
+def _times(found: list[InPrecision], x: Inputs, threads: int) -> dict[int, float]:
     """Median milliseconds of one call, all called in turn."""
     calls: dict[int, Callable[[], object]] = {
         i: partial(one.run, *x.args, **x.kwargs) for i, one in enumerate(found) if one.run
@@ -122,9 +123,7 @@ class _Compiled(nn.Module):
         return self._run(*args, **kwargs)
 
 
-def _score(
-    one: Candidate, known: Mapping[str, Metrics | Closeness], judge: Judge, data: Data | SampleData
-) -> dict[str, float]:
+def _score(one: InPrecision, judged: Mapping[str, Judged], judge: Judge, data: Data | SampleData) -> dict[str, float]:
     assert one.run is not None
-    found = known[one.network] if one.precision == FLOAT32 else judge.on(_Compiled(one.run), data.test)
+    found = judged[one.network].score if one.precision == FLOAT32 else judge.on(_Compiled(one.run), data.test)
     return {"accuracy": found.accuracy} if isinstance(found, Metrics) else {"error": found.relative_error}

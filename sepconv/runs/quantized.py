@@ -127,7 +127,7 @@ def quantize_model(
     return of_first(found)
 
 
-class Quantized(NamedTuple):
+class QuantizedNetwork(NamedTuple):
     """A quantized network and what was done to it."""
 
     module: nn.Module
@@ -136,16 +136,16 @@ class Quantized(NamedTuple):
 
 def quantized_or_why_not(
     model: nn.Module, data: Data | SampleData, job: QuantizationJob, on_progress: OnProgress = ignore
-) -> Quantized | str:
+) -> QuantizedNetwork | str:
     """The network of another run quantized, or the reason where that is refused."""
     try:
-        return Quantized(*_quantize(model, Choices.of(data), job, on_progress))
+        return QuantizedNetwork(*_quantize(model, Choices.of(data), job, on_progress))
     except ValueError as error:
         return str(error)
 
 
 def write_beside(
-    found: Quantized | str, card: Card, data: Data | SampleData, judge: Judge, out: Path
+    found: QuantizedNetwork | str, card: Card, data: Data | SampleData, judge: Judge, out: Path
 ) -> dict[str, Any]:
     """The files of a quantized network in a folder of its own beside those of the run that it belongs to."""
     if isinstance(found, str):

@@ -24,7 +24,7 @@ from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
 from sepconv.runs.model_file import Card
 from sepconv.runs.precisions import precisions
-from sepconv.runs.quantized import INT8, QuantizationJob, Quantized, quantized_or_why_not, write_beside
+from sepconv.runs.quantized import INT8, QuantizationJob, QuantizedNetwork, quantized_or_why_not, write_beside
 from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import (
     CHECKPOINTS,
@@ -273,14 +273,8 @@ def _run(
     if processes().is_main_process:
         quantized = _quantized(outcome, data, job, on_progress)
         measured = compare.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
-        measured["precisions"] = precisions(
-            {"normal": outcome.original, "separable": outcome.separable},
-            quantized,
-            {name: found.score for name, found in judged.items()},
-            outcome.judge,
-            data,
-            job.batch,
-        )
+        networks = {"normal": outcome.original, "separable": outcome.separable}
+        measured["precisions"] = precisions(networks, quantized, judged, outcome.judge, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
         record = _write(outcome, measured, plan, data, job, out, started, quantized)
@@ -290,7 +284,7 @@ def _run(
     return record
 
 
-def _quantized(outcome: Outcome, data: Data | SampleData, job: Job, on_progress: OnProgress) -> Quantized | str:
+def _quantized(outcome: Outcome, data: Data | SampleData, job: Job, on_progress: OnProgress) -> QuantizedNetwork | str:
     """The network in int8, or why there is none."""
     if job.precision != INT8:
         return "not asked for: --precision int8 makes it"
@@ -306,7 +300,7 @@ def _write(
     job: Job,
     out: Path,
     started: float,
-    quantized: Quantized | str,
+    quantized: QuantizedNetwork | str,
 ) -> dict[str, Any]:
     card = outcome.card.changed_to(outcome.separable)
     model_file.write(out / model_file.FILE, outcome.separable, card)

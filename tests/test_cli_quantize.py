@@ -88,5 +88,6 @@ def test_convert_writes_a_quantized_network_beside_the_other(trained: Path, tmp_
     assert abs(short["accuracy"] - whole["accuracy"]) < 0.02
     # The compiled network of integers answers as the one in PyTorch that it was made of.
     assert abs(bytes_["accuracy"] - record["int8"]["quantized"]["accuracy"]) <= 1 / record["test_images"]
-    assert bytes_["bytes"] < 0.27 * whole["bytes"] < 0.54 * whole["bytes"] < 1.05 * short["bytes"]
+    assert bytes_["bytes"] < 0.27 * whole["bytes"]
+    assert 0.5 * whole["bytes"] < short["bytes"] < 0.54 * whole["bytes"]
     assert "In fewer bits, by sepconv.compile" in ran.out

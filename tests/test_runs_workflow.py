@@ -242,8 +242,11 @@ def test_demo_does_the_whole_job(tmp_path: Path, without_onnx: None, monkeypatch
     assert record["command"] == "sepconv demo --seed 3"
     assert record["kind"] == "demo"
     assert {row["phase"] for row in record["curves"]} == {"original", "distilled"}
+    assert {row["precision"] for row in record["precisions"] if row["ms"]} == {"float32", "bfloat16", "int8"}
+    assert {path.name for path in (tmp_path / "int8").iterdir()} == {"model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {
         "explanation.json",
+        "int8",
         "model.safetensors",
         "report.html",
         "result.json",

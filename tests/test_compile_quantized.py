@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.jit import runtime
 from sepconv.ops.quantized import fake_quantize
 
+slices: Any = importlib.import_module("sepconv.compile.slices")
 needs_halide = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
 
@@ -269,4 +272,14 @@ def test_weights_stay_whole_where_they_are_cut_or_scaled() -> None:
     assert group.kernel_size == (1, 3)
     assert group.fused == ("scale",)
     assert isinstance(group.weight, QuantizedConstant)
+    assert steps_apart(fast, model, x, 0.02) <= 1.01
+
+
+@needs_halide
+@pytest.mark.parametrize("threads", [1, 8])
+def test_batches_go_image_by_image_in_8_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "_MANY_CACHES", 0)
+    model, x = Block().eval(), torch.randn(3, 3, 23, 29)
+    fast = compile(model, x, threads=threads)
+    assert network_of(fast).arena.slices == slices.Slices(3, 3)
     assert steps_apart(fast, model, x, 0.02) <= 1.01

@@ -129,15 +129,17 @@ def latency_table(result: dict[str, Any]) -> list[tuple[str, float | None, float
 
 def precisions(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each network in each kind of numbers: time, bytes of its weights, score, or why it has none."""
-    rows = [
+    found = dicts(result.get("precisions"))
+    times = [number(row.get("ms")) for row in found]
+    longest = max((time or 0 for time in times), default=0) or 1
+    return [
         {
             **{key: text(row.get(key)) for key in ("network", "precision", "reason")},
             **{key: number(row.get(key)) for key in ("ms", "bytes", "accuracy", "error")},
+            "share": None if time is None else 100 * max(0, time) / longest,
         }
-        for row in dicts(result.get("precisions"))
+        for row, time in zip(found, times, strict=True)
     ]
-    longest = max((row["ms"] or 0 for row in rows), default=0) or 1
-    return [{**row, "share": None if row["ms"] is None else 100 * max(0, row["ms"]) / longest} for row in rows]
 
 
 STEPS = {

@@ -135,7 +135,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {variant}, points | " + " | ".join(cells) + " |")
     lines.append("| bytes of weights, share of float32 | " + " | ".join(f"{r['bytes_share']:.3f}" for r in rows) + " |")
     left = " | ".join(str(len(row["plans"]["int8"]["left"])) for row in rows)
-    return "\n".join([*lines, f"| layers left in fractions | {left} |"]) + "\n"
+    return "\n".join([*lines, f"| layers left in float32 | {left} |"]) + "\n"
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def quantized(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ran.code == 0, ran.err
     assert "1/3" in next(line for line in ran.out.splitlines() if line.startswith("bytes of weights"))
     assert "points" in next(line for line in ran.out.splitlines() if line.startswith("accuracy"))
-    assert "classifier.1 stays in fractions: skipped" in ran.out
+    assert "classifier.1 stays in float32: skipped" in ran.out
     return out
 
 

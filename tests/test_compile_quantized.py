@@ -118,7 +118,7 @@ class Joined(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A layer in fractions, an operation of PyTorch's, and an output that another layer reads as 8 bits."""
+    """A layer in float32, an operation of PyTorch's, and an output that another layer reads as 8 bits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_what_rounds_in_the_middle_is_two_steps_where_it_has_no_kernel() -> None
     assert steps_apart(fast, model, x, 0.02) <= 1.01
 
 
-def test_layers_in_fractions_stand_between_conversions() -> None:
+def test_layers_in_float32_stand_between_conversions() -> None:
     groups = compile(Mixed().eval(), torch.randn(2, 8, 11, 13)).explain().groups
     [plain] = [group for group in groups if group.name == "plain"]
     assert plain.number == "float32"
@@ -229,7 +229,7 @@ def test_constants_are_whole_numbers_in_the_agreed_order() -> None:
     assert quantized_constants(group, (x, FLOAT32, FLOAT32))[3].tensor.tolist() == [7.0, 0.0, 0.0, 0.0, 0.0, 2.0]
 
 
-def test_weights_of_8_bits_are_not_kept_as_fractions() -> None:
+def test_weights_of_8_bits_are_not_kept_in_float32() -> None:
     model, x = nn.Sequential(Rounded(), conv(8, 8), Rounded()).eval(), torch.randn(1, 8, 5, 5)
     fast = compile(model, x)
     [group] = [step.group for step in network_of(fast).program.steps if isinstance(step.group, Convolution)]

@@ -37,7 +37,7 @@ def quantize_command(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip", metavar="NAME", help="A layer that stays in fractions; may be repeated.", show_default=False
+            "--skip", metavar="NAME", help="A layer that stays in float32; may be repeated.", show_default=False
         ),
     ] = None,
     calibration_images: Annotated[

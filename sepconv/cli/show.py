@@ -208,7 +208,7 @@ def cost(screen: Screen, name: str, found: Cost) -> None:
 
 
 def quantized(screen: Screen, record: dict[str, Any]) -> None:
-    """The network as it was and as integers, and what stayed in fractions."""
+    """The network as it was and in int8, and what stayed in float32."""
     before, after = record["normal"], record["quantized"]
     name = "accuracy" if "accuracy" in after else "error"
     written = "{:.2%}" if name == "accuracy" else "{:.3g}"
@@ -217,21 +217,21 @@ def quantized(screen: Screen, record: dict[str, Any]) -> None:
         ("bytes of weights", f"{before['bytes_of_weights']:,}", f"{after['bytes_of_weights']:,}", size),
         (name, written.format(before[name]), written.format(after[name]), _points(before[name], after[name], name)),
     ]
-    screen.table(f"{record['model']} on {record['data']}", ("", "fractions", "integers", "change"), rows)
+    screen.table(f"{record['model']} on {record['data']}", ("", "float32", "int8", "change"), rows)
     screen.say(f"{name.capitalize()} of {record['test_images']} test samples.")
     if record["kept"] != record["stages"][-1]["name"]:
         screen.say("The fine-tuning ended below its start and was undone: the network is kept as quantized.")
-    stayed_in_fractions(screen, record["plan"])
+    stayed_in_float32(screen, record["plan"])
 
 
 def _points(before: float, after: float, name: str) -> str:
     return f"{100 * (after - before):+.2f} points" if name == "accuracy" else ""
 
 
-def stayed_in_fractions(screen: Screen, plan: dict[str, Any]) -> None:
+def stayed_in_float32(screen: Screen, plan: dict[str, Any]) -> None:
     for row in plan["layers"]:
         if not row["integers"]:
-            screen.say(f"{row['name']} stays in fractions: {row['reason']}")
+            screen.say(f"{row['name']} stays in float32: {row['reason']}")
 
 
 def quantized_beside(screen: Screen, found: dict[str, Any], out: Path) -> None:
@@ -242,7 +242,7 @@ def quantized_beside(screen: Screen, found: dict[str, Any], out: Path) -> None:
     after = found["quantized"]
     score = f"accuracy {after['accuracy']:.2%}" if "accuracy" in after else f"error {after['error']:.3g}"
     screen.say(f"With 8-bit integers: {score}, {after['bytes_of_weights']:,} bytes of weights, in {out / 'int8'}")
-    stayed_in_fractions(screen, found["plan"])
+    stayed_in_float32(screen, found["plan"])
 
 
 def predictions(screen: Screen, found: list[Prediction]) -> None:

@@ -1,4 +1,4 @@
-"""``torch.ops.sepconv.fake_quantize``: numbers on a grid of integers, kept as fractions. It marks quantisation.
+"""``torch.ops.sepconv.fake_quantize``: numbers on a grid of integers, kept in floating point. It marks quantisation.
 
 What is between such operators may be computed in integers. Gradients go straight through the rounding, and stop where a
 number is outside of the range.
@@ -38,7 +38,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, low: 
 
 
 def integers(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """The integers of numbers, as fractions and whatever their size."""
+    """The integers of numbers, in floating point and whatever their size."""
     inverse = along(scale.float().reciprocal(), axis, x.dim())
     return x.float().mul(inverse).round_().add_(along(zero_point, axis, x.dim()))
 

@@ -1,6 +1,6 @@
 """The module that stands on an edge of a graph whose numbers are integers, and where such modules stand.
 
-Where they stand depends on the graph and on which layers stay in fractions, and on nothing else: a file need not say
+Where they stand depends on the graph and on which layers stay in float32, and on nothing else: a file need not say
 more.
 """
 

@@ -21,7 +21,7 @@ class GraphLayer:
     Attributes:
         name: of the module that has the weight.
         calls: the operations, in the order in which they run.
-        reason: why it stays in fractions; empty if it does not.
+        reason: why it stays in float32; empty if it does not.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 A value becomes integers where a layer reads it, or an operation between such values and a layer. What is computed with
 the layer in front of it (its activation, the sum with a shortcut) is not rounded in between. The network's outputs stay
-fractions. The graph and the names of the layers that stay in fractions decide alone, so that a file names those and no
+float32. The graph and the names of the layers that stay in float32 decide alone, so that a file names those and no
 more.
 """
 
@@ -38,10 +38,10 @@ def place(module: fx.GraphModule, left: Collection[str] = ()) -> list[GraphLayer
     """Put modules on weights and values, in place; their ranges are still to be found.
 
     Args:
-        left: names of layers that stay in fractions.
+        left: names of layers that stay in float32.
 
     Returns:
-        The layers, those in fractions with the reason.
+        The layers, those in float32 with the reason.
     """
     layers = find_layers(module)
     for layer in layers:

@@ -21,7 +21,7 @@ class QuantizedLayer:
         weight_error: what rounding its weights adds to its output, squared, relative to the output's variance.
         input_error: what rounding its input adds.
         output_error: all that has come together up to its output.
-        reason: why it stays in fractions.
+        reason: why it stays in float32.
     """
 
     name: str
@@ -69,7 +69,7 @@ class QuantizationPlan:
 
     @property
     def left(self) -> list[str]:
-        """Names of the layers that stay in fractions."""
+        """Names of the layers that stay in float32."""
         return [row.name for row in self.layers if not row.integers]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,5 +110,5 @@ def _cells(row: QuantizedLayer) -> list[str]:
         row.name if len(row.name) <= 32 else "..." + row.name[-29:],
         "x".join(map(str, row.shape)),
         *("-" if one is None else f"{one:.1e}" for one in errors),
-        f"stays in fractions: {row.reason}" if not row.integers else "equalized" if row.equalized else "",
+        f"stays in float32: {row.reason}" if not row.integers else "equalized" if row.equalized else "",
     ]

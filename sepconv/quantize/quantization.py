@@ -56,13 +56,13 @@ def quantize(
 
     No labels and no training: weights (signed, a scale for each output channel) and activations (unsigned, with a zero
     point) become multiples of scales that are found on unlabelled images. The model itself is left as it is. The result
-    is a module of fractions on these steps: it can be trained (gradients go straight through the rounding), saved,
+    is a module in float32 on these steps: it can be trained (gradients go straight through the rounding), saved,
     exported, and compiled to integer kernels by ``sepconv.compile``.
 
     Args:
         model: any module that ``torch.export`` can capture; of what ``torch.compile`` returned, the module inside.
         calibration: unlabelled data as for ``convert``, some hundreds of samples; or a data set of ``sepconv.data``.
-        skip: names of layers that stay in fractions, as the plan has them.
+        skip: names of layers that stay in float32, as the plan has them.
         equalize: bring channels to like ranges, across layers.
         bias_correction: take the mean error of each channel from the bias of its layer.
         ranges: "mse", those with the least squared error, or "minmax".

@@ -42,7 +42,7 @@ class Card:
         mean, std: per channel, that images are normalised with.
         resize, interpolation, squash: how images become squares of that shape, see ``data.Crop``; 0 is the side.
         bgr: whether its channels are blue, green, red.
-        quantized: empty for a network of fractions; else "left", the names of the layers that still are.
+        quantized: empty for a network in float32; else "left", the names of the layers that still are.
         data: name of the data set it was trained on.
     """
 

@@ -40,7 +40,7 @@ class QuantizationJob:
             on images held out from it, is undone.
         distillation: what it learns.
         calibration_images: unlabelled training images that are looked at; all where there are fewer.
-        skip: names of layers that stay in fractions.
+        skip: names of layers that stay in float32.
         force: write the network even if its outputs move too far.
         classes: names of the network's outputs in their order; those of the card where it is empty.
         seed: of the choice of images.

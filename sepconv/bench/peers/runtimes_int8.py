@@ -28,7 +28,7 @@ from sepconv.bench.peers.source import Contender, Network
 
 
 def _openvino(source: Network, x: Tensor, threads: int) -> Callable[[], Any]:
-    """What is left in fractions is computed as OpenVINO likes, in bfloat16 where that is fast."""
+    """What is left in float32 is computed as OpenVINO likes, in bfloat16 where that is fast."""
     path = source.file("-int8.xml", lambda path: quietly(_write_openvino, source, path))
     return run_openvino(path, "", x, threads)
 

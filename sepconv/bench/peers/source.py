@@ -48,7 +48,7 @@ class Network:
 
     @cached_property
     def quantized(self) -> nn.Module:
-        """The network in integers, by this library; it says itself which layers it leaves in fractions.
+        """The network in integers, by this library; it says itself which layers it leaves in float32.
 
         From its file: what was needed to find the integers is not part of a process that only runs them.
         """

@@ -1,7 +1,7 @@
 """Values that a model rounds to whole numbers of 8 bits are kept as these: ``sepconv::fake_quantize`` in a graph.
 
 That of a weight is found where constants are folded, that of a value behind what computes it: it says in
-which numbers the result is kept, and is no operation any more. What is computed from such values in fractions is so
+which numbers the result is kept, and is no operation any more. What is computed from such values in float32 is so
 still; which kernels multiply whole numbers, ``storage`` asks.
 """
 

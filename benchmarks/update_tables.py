@@ -96,8 +96,9 @@ def documents() -> dict[Path, str]:
         content = tables.read(record.path("zoo"))
         put(readme, "zoo", tables.zoo_summary(content))
         put(compiled, "zoo", _zoo(content))
-    if record.path("network-zen4").exists():
-        put(compiled, "network-zen4", _networks(tables.read(record.path("network-zen4"))))
+    for name in ("network-precisions", "network-zen4"):
+        if record.path(name).exists():
+            put(compiled, name, _networks(tables.read(record.path(name))))
     for name, make in ((sizes.NAME, sizes.table), (compile_times.NAME, compile_times.summary)):
         if record.path(name).exists():
             put(kernels, name, make(record.read(name)))

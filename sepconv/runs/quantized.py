@@ -173,15 +173,13 @@ def _quantize(
     data = choices.data
     images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
     on_progress(Step("quantize", 0, 1))
-    found = quantize(
+    return quantize(
         model,
         images,
         skip=job.skip,
         force=job.force,
         on_progress=lambda done, total: on_progress(Step("quantize", done, total)),
     )
-    on_progress(Step("quantize", 1, 1))
-    return found
 
 
 def _named(model: nn.Module, quantized: nn.Module, judge: Judge) -> list[tuple[str, nn.Module]]:

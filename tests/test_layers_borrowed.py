@@ -215,3 +215,10 @@ def test_a_copy_that_shares_has_its_own_parameters_and_buffers_over_the_same_wei
     with torch.inference_mode():
         model = nn.Linear(3, 3)
     assert copied(model, "test", sharing=True).weight.data_ptr() != model.weight.data_ptr()
+
+
+def test_a_copy_that_shares_has_computed_weights_of_its_own() -> None:
+    model = prune.l1_unstructured(nn.Linear(3, 3), "weight", amount=0.5)
+    shared = copied(nn.Sequential(model), "test", sharing=True)
+    assert shared[0].weight_orig.data_ptr() == model.weight_orig.data_ptr()
+    assert shared[0].weight.data_ptr() != model.weight.data_ptr()

@@ -243,6 +243,9 @@ def test_demo_does_the_whole_job(tmp_path: Path, without_onnx: None, monkeypatch
     assert record["kind"] == "demo"
     assert {row["phase"] for row in record["curves"]} == {"original", "distilled"}
     assert {row["precision"] for row in record["precisions"] if row["ms"]} == {"float32", "bfloat16", "int8"}
+    compiled = record["precisions"][-1]
+    assert "computed in" not in compiled["reason"]
+    assert abs(compiled["accuracy"] - record["int8"]["quantized"]["accuracy"]) <= 1 / record["test_images"]
     assert {path.name for path in (tmp_path / "int8").iterdir()} == {"model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {
         "explanation.json",

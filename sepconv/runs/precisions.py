@@ -90,8 +90,10 @@ def _in_int8(quantized: QuantizedNetwork | str, separable: nn.Module, x: Inputs)
         return InPrecision("separable", INT8, separable, None, quantized)
     module = copied(quantized.module, "precisions").cpu().eval()
     run, left = compile(module, x.kwargs or x.args), quantized.plan.left
+    explained = run.explain()
+    other = "" if explained.precision == INT8 else f"computed in {explained.precision}"
     stay = f"{len(left)} layers stay in float32: {', '.join(left)}" if left else ""
-    return InPrecision("separable", INT8, module, run, "; ".join(filter(None, (stay, run.explain().reason))))
+    return InPrecision("separable", INT8, module, run, "; ".join(filter(None, (other, stay, explained.reason))))
 
 
 def weight_bytes(module: nn.Module, precision: str) -> int:

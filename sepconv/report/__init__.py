@@ -23,6 +23,7 @@ layers              [{name, kind ("separable", or "normal" where it was left), k
                     out_channels, rank (M or R), error_closed_form and error (shares of the variance), params: [b, a],
                     macs: [b, a], bytes: [b, a], ms: [b, a], reason}]
 other_ms            [b, a]: time of everything that belongs to no layer
+precisions          [{network, precision, ms of one call, bytes of the weights, accuracy or error, reason}]
 curves              rows of the training log {epoch, phase, train_loss, train_accuracy, test_accuracy, ...}; every
                     number whose name ends with "loss", "accuracy" or "error" is a curve, for each "phase" one
 classes             names

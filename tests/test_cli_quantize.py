@@ -68,6 +68,23 @@ def test_the_folder_of_another_run_is_refused(trained: Path, quantized: Path, tm
     ran.failed_with(2, "--precision must be float32 or int8, but got 'int4'")
 
 
+def test_the_folder_of_integers_is_no_input_and_nobody_elses(trained: Path, quantized: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "out" / "int8"
+    beside.mkdir(parents=True)
+    weights = beside / "model.safetensors"
+    weights.write_bytes((trained / "model.safetensors").read_bytes())
+    before, options = weights.read_bytes(), ("--data", "digits", "--epochs", 0, "--precision", "int8")
+    ran = run("convert", trained, "--weights", weights, *options, "--out", tmp_path / "out")
+    ran.failed_with(2, f"--out {weights} would overwrite the input {weights}")
+    ran = run("convert", trained, *options, "--out", tmp_path / "out")
+    ran.failed_with(2, f"{beside} holds what sepconv train wrote: give another --out")
+    ran = run("demo", "--out", tmp_path / "out")
+    ran.failed_with(2, f"{beside} holds what sepconv train wrote: give another --out")
+    assert weights.read_bytes() == before
+    ran = run("convert", quantized, "--data", "digits", "--epochs", 0, "--out", tmp_path / "other")
+    ran.failed_with(2, "convert: the model is quantized: convert the one that it was made of")
+
+
 @pytest.mark.slow
 def test_convert_writes_a_quantized_network_beside_the_other(trained: Path, tmp_path: Path) -> None:
     options = ("--budget", "1/2", "--epochs", 0, "--precision", "int8")

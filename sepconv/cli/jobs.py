@@ -18,7 +18,7 @@ from sepconv.models.registry import function_of
 from sepconv.runs.classes import names_of, read_classes
 from sepconv.runs.model_file import model_path, open_model
 from sepconv.runs.preprocessing import preprocessing_of
-from sepconv.runs.run_folder import CHECKPOINTS, FILES, claim
+from sepconv.runs.run_folder import CHECKPOINTS, FILES, INT8, claim
 from sepconv.runs.workflow import DISTILLATION_LR, OUTPUTS_LR, Job, convert_model, demo, train_model
 from sepconv.system.allocator import keep_freed_memory
 from sepconv.system.files import check_folder
@@ -40,6 +40,7 @@ def demo_command(
     """The main job on embedded data, in about a minute: train, convert, distil, measure."""
     screen = Screen(quiet, json_file)
     claim_outputs(out, "demo", [], json_file)
+    claim(out / INT8, "quantize")
     keep_freed_memory()
     with threads_set_to(threads), screen.progress() as on_progress:
         record = demo(out, seed=seed, command=context.obj, on_progress=on_progress)
@@ -195,7 +196,9 @@ def convert_command(
     given = arguments.parse_settings(settings or ())
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
-    claim_outputs(out, "convert", arguments.inputs(model, weights, data), json_file)
+    claim_outputs(out, "convert", read := arguments.inputs(model, weights, data), json_file)
+    if precision == INT8:
+        claim(out / INT8, "quantize", read)
     wanted = typed.over(preprocessing_of(model, weights))
     images = load_data(screen, data, wanted, skip_broken, arguments.parse_task(task))
     show.preparation(screen, images)

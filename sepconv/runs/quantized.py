@@ -19,16 +19,22 @@ from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, is_worse
 from sepconv.runs.model_file import Card
 from sepconv.runs.relay import relay
-from sepconv.runs.run_folder import CHECKPOINTS, RESULT, about, export_onnx, prepare, remove_checkpoints, write_json
+from sepconv.runs.run_folder import (
+    CHECKPOINTS,
+    INT8,
+    RESULT,
+    about,
+    export_onnx,
+    prepare,
+    remove_checkpoints,
+    write_json,
+)
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
 from sepconv.train import Distillation, Recipe, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
-
-INT8 = "int8"
-"""The folder of the quantized network beside the one that it was made of."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,11 @@ class QuantizedNetwork(NamedTuple):
 
 
 def quantized_or_why_not(
-    model: nn.Module, data: Data | SampleData, job: QuantizationJob, on_progress: OnProgress = ignore
+    model: nn.Module, data: Data | SampleData, job: QuantizationJob | None, on_progress: OnProgress
 ) -> QuantizedNetwork | str:
-    """The network of another run quantized, or the reason where that is refused."""
+    """The network of another run quantized, or the reason where that is refused or not asked for."""
+    if job is None:
+        return "not asked for: --precision int8 makes it"
     try:
         return QuantizedNetwork(*_quantize(model, Choices.of(data), job, on_progress))
     except ValueError as error:

@@ -24,6 +24,8 @@ RESULT = "result.json"
 ONNX = "model.onnx"
 CHECKPOINTS = "checkpoints"
 EXPLANATION = "explanation.json"
+INT8 = "int8"
+"""In the folder of a conversion that of its network in 8-bit integers."""
 KINDS = ("train", "convert", "demo", "quantize")
 _LEARNS_FROM_ANOTHER = ("convert", "quantize")
 FILES = (model_file.FILE, ONNX, RESULT, EXPLANATION, "report.html", history.LOG)
@@ -102,14 +104,19 @@ def _kind_of(result: Path) -> str | None:
     return kind if kind in KINDS else None
 
 
-def prepare(out: Path, kind: str, model: nn.Module | None = None) -> None:
+def prepare(out: Path, kind: str, model: nn.Module | None = None, *, int8: bool = False) -> None:
     """See that the folder is this run's to write, can be written and has room, before any long work.
+
+    Args:
+        int8: whether a network in 8-bit integers will lie in a folder of its own there.
 
     Raises:
         ValueError: see :func:`claim`.
         OSError: it cannot be written, or has no room.
     """
     claim(out, kind)
+    if int8:
+        claim(out / INT8, "quantize")
     check_folder(out)
     weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
     needed, free = 2 * weights + SPACE, shutil.disk_usage(nearest_folder(out)).free

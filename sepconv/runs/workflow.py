@@ -24,11 +24,12 @@ from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
 from sepconv.runs.model_file import Card
 from sepconv.runs.precisions import precisions
-from sepconv.runs.quantized import INT8, QuantizationJob, QuantizedNetwork, quantized_or_why_not, write_beside
+from sepconv.runs.quantized import QuantizationJob, QuantizedNetwork, quantized_or_why_not, write_beside
 from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import (
     CHECKPOINTS,
     EXPLANATION,
+    INT8,
     RESULT,
     about,
     export_onnx,
@@ -128,7 +129,7 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     Returns:
         The record that is written as ``result.json``.
     """
-    prepare(out, "demo")
+    prepare(out, "demo", int8=True)
     started = time.perf_counter()
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
@@ -186,6 +187,8 @@ def convert_model(
     Returns:
         The record that is written as ``result.json``.
     """
+    if card.quantized:
+        raise ValueError("convert: the model is quantized: convert the one that it was made of")
     model = copied(model, "convert").to(_device())
     answer = answers_to(model, data)
     if isinstance(data, Data) and data.classes:
@@ -193,7 +196,7 @@ def convert_model(
     judge = Judge(model, bool(data.classes), job.output_weights, job.data_range, job.metric_function)
     judge.metrics(model)  # what is wrong with the user's function shows before the work
     card.with_data(data).check()
-    prepare(out, job.kind, model)
+    prepare(out, job.kind, model, int8=job.precision == INT8)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data), judge)
     if judge.classes:
@@ -271,7 +274,9 @@ def _run(
     judged = _judge(outcome, data)
     record: dict[str, Any] = {}
     if processes().is_main_process:
-        quantized = _quantized(outcome, data, job, on_progress)
+        wanted = QuantizationJob(calibration_images=job.calibration_images, seed=job.seed, command=job.command)
+        asked = wanted if job.precision == INT8 else None
+        quantized = quantized_or_why_not(outcome.separable, data, asked, on_progress)
         measured = compare.compare(outcome.original, outcome.separable, plan, judged, data, job.batch)
         networks = {"normal": outcome.original, "separable": outcome.separable}
         measured["precisions"] = precisions(networks, quantized, judged, outcome.judge, data, job.batch)
@@ -282,14 +287,6 @@ def _run(
     remove_checkpoints(out)
     on_progress(Step("write", 1, 1))
     return record
-
-
-def _quantized(outcome: Outcome, data: Data | SampleData, job: Job, on_progress: OnProgress) -> QuantizedNetwork | str:
-    """The network in int8, or why there is none."""
-    if job.precision != INT8:
-        return "not asked for: --precision int8 makes it"
-    wanted = QuantizationJob(calibration_images=job.calibration_images, seed=job.seed, command=job.command)
-    return quantized_or_why_not(outcome.separable, data, wanted, on_progress)
 
 
 def _write(

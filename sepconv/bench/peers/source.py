@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 import sepconv
 from sepconv.leaves import Inputs
 from sepconv.models import MobileNetV1, MobileNetV2
+from sepconv.quantize import saving
 from sepconv.runs.latency import with_torch_layers
 from sepconv.system.files import replacing
 
@@ -52,8 +52,7 @@ class Network:
 
         From its file: what was needed to find the integers is not part of a process that only runs them.
         """
-        saving: Any = import_module("sepconv.quantize.saving")
-        path = self.file("-int8.safetensors", lambda path: self._quantize(saving, path))
+        path = self.file("-int8.safetensors", self._quantize)
         with torch.inference_mode(False), safe_open(path, "pt") as file:
             example, left = Inputs((self.images(2),)), file.metadata().values()
             found: nn.Module = saving.rebuilt(copy.deepcopy(self.model), example, left)
@@ -61,7 +60,7 @@ class Network:
             saving.unpack(found)
         return found.eval()
 
-    def _quantize(self, saving: Any, path: Path) -> None:
+    def _quantize(self, path: Path) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             found = sepconv.quantize(self.model, self.calibration(), force=True)[0]
         left = {str(i): name for i, name in enumerate(saving.left_in(found))}

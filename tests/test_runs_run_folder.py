@@ -16,7 +16,7 @@ from sepconv.cli import jobs
 from sepconv.data import load
 from sepconv.runs import png, run_folder
 from sepconv.runs.model_file import FILE, open_model
-from sepconv.runs.run_folder import CHECKPOINTS, claim
+from sepconv.runs.run_folder import CHECKPOINTS, claim, prepare
 from sepconv.runs.workflow import Job, convert_model, demo
 from sepconv.train import checkpoint
 
@@ -230,3 +230,11 @@ class TestFilesOfOthers:
         checkpoint.save(tmp_path / CHECKPOINTS, 1, {"identity": {}})
         run_folder.remove_checkpoints(tmp_path)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_integers_is_claimed_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "model.onnx").write_bytes(b"somebody's")
+    prepare(tmp_path, "convert")
+    with pytest.raises(ValueError, match=r"int8 has files that no run of sepconv wrote, model.onnx"):
+        prepare(tmp_path, "convert", int8=True)

@@ -15,6 +15,7 @@ from sepconv.compile import CompiledModel, compile
 from sepconv.compile.groups import Convolution, Epilogue
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import FLOAT32, NumberType
+from sepconv.compile.precision import missing
 from sepconv.compile.quantized import quantized_constants
 from sepconv.compile.store import Constant, QuantizedConstant
 from sepconv.kernels import backends
@@ -200,6 +201,31 @@ def test_layers_in_float32_stand_between_conversions() -> None:
     [plain] = [group for group in groups if group.name == "plain"]
     assert plain.number == "float32"
     assert plain.reason == "in float32: its weights are not quantised"
+
+
+class Left(nn.Module):
+    """Two layers that were left in float32, between others of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.first, self.one = Rounded(), conv(8, 64), Rounded(0.02)
+        self.plain, self.wide = nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1)
+        self.two, self.last, self.out = Rounded(0.02), conv(64, 8), Rounded(0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(self.plain(self.one(self.first(self.image(x)))).relu()).relu()
+        return self.out(self.last(self.two(y)))
+
+
+@pytest.mark.skipif(bool(missing("bfloat16")), reason=missing("bfloat16"))
+def test_only_what_is_left_is_kept_in_16_bits() -> None:
+    """Where somebody asks for bfloat16, bytes stay bytes."""
+    model, x = Left().eval(), torch.randn(1, 8, 31, 37)
+    usual, asked = (compile(model, x, precision=precision).explain() for precision in (None, "bfloat16"))
+    assert (asked.reason, asked.precision) == ("", "int8")
+    numbers = [{group.name: group.number for group in known.groups if group.name} for known in (usual, asked)]
+    assert numbers[1] == {**numbers[0], "plain": "bfloat16"}
+    assert steps_apart(compile(model, x, precision="bfloat16"), model, x, 0.02) <= 4
 
 
 @needs_halide

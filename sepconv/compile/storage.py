@@ -66,6 +66,8 @@ def _ways(given: Numbers, wanted: NumberType, pays: bool) -> Iterator[Storage]:
         yield Storage(halves, wanted)
         if wanted == FLOAT32:
             yield Storage(halves, BFLOAT16)
+        elif wanted == BFLOAT16:
+            yield Storage((BFLOAT16,) * len(given), BFLOAT16)
     yield Storage(given, FLOAT32)
     yield Storage((FLOAT32,) * len(given), wanted)
     yield Storage((FLOAT32,) * len(given), FLOAT32)

@@ -23,8 +23,13 @@ def store_in_bfloat16(graph: fx.Graph) -> None:
     """Choose for every value of a rewritten graph, in place."""
     for node in graph.nodes:
         joined = called(node, _CAT) is not None and all(stored_as(part) == BFLOAT16 for part in node.all_input_nodes)
-        if (isinstance(node.target, ComputedGroup) or joined) and number_of(node) == FLOAT32 and _pays(node):
+        if (isinstance(node.target, ComputedGroup) or joined) and _is_float32(node) and _pays(node):
             store_as(node, BFLOAT16)
+
+
+def _is_float32(node: fx.Node) -> bool:
+    """What the model rounds to bytes stays so."""
+    return stored_as(node) is None and number_of(node) == FLOAT32
 
 
 def _pays(node: fx.Node) -> bool:

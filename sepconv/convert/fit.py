@@ -107,7 +107,7 @@ class Fit:
             ValueError: the layer sees or gives values that are no numbers.
         """
         problem = moments.problem(self.metrics[site.name], self.manner.ridge)
-        if not all(value.isfinite().all() for value in (problem.xx, problem.yx, problem.yy, problem.metric)):
+        if not all(value.sum().isfinite() for value in (problem.xx, problem.yx, problem.yy, problem.metric)):
             layer = in_words(site.name, site.conv)
             raise ValueError(
                 f"convert: {layer} sees or passes back values too large for float32 on the calibration images"

@@ -128,8 +128,10 @@ class Moments:
 
     def _from_zero(self) -> None:
         """Make the moments those of the values themselves, whatever they have counted from."""
-        self._mirror()
         self.xx = self.xx.double()
+        if not self._half:  # nothing was added since
+            return
+        self._mirror()
         for second, (left, left0), (right, right0) in (
             (self.xx, (self.x, self.x0), (self.x, self.x0)),
             (self.rx, (self.r, self.r0), (self.x, self.x0)),
@@ -142,7 +144,7 @@ class Moments:
 
     def _mirror(self) -> None:
         """Fill in the half that was left out."""
-        for start in range(0, len(self.xx) if self._half else 0, STRIP):
+        for start in range(0, len(self.xx), STRIP):
             rows = slice(start, start + STRIP)
             self.xx[start + STRIP :, rows] = self.xx[rows, start + STRIP :].T
         self._half = False
@@ -155,14 +157,15 @@ class Moments:
         self.count = int(count)
 
     def problem(self, metric: Tensor, ridge: float) -> LeastSquares:
-        """The centred problem; ``ridge`` (relative to the mean variance of a patch value) holds it to the weight.
+        """The centred problem; ``ridge`` (relative to the mean variance of a patch value) holds it to the weight. It
+        takes over the largest matrix, so it is asked for once.
 
         The ridge is what a handful of white-noise patches would add whose target is the original layer's answer. It
         keeps directions that the images never show (dead channels, constant borders) at their original weights.
         """
         self._from_zero()
         n, x, r, w = self.count, self.x / self.count, self.r / self.count, self.weight
-        xx = (self.xx / n).addr_(x, x, alpha=-1)
+        xx, self.xx = self.xx.div_(n).addr_(x, x, alpha=-1), self.xx.new_empty(0, 0)
         rx = self.rx / n - torch.outer(r, x)
         rr = self.rr / n - torch.outer(r, r)
         # Patches that are all the same vary by the rounding of their mean alone, which says nothing.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.compile import compile
-from sepconv.compile.verify import MOST, tolerance
+from sepconv.compile.verify import MOST, Nudged, tolerance
 from sepconv.kernels.halide.jit import runtime
+from sepconv.ops.quantized import fake_quantize
 
 
 class Amplifies(nn.Module):
@@ -57,3 +58,15 @@ def test_tolerance_grows_with_what_rounding_moves() -> None:
     assert tolerance(1e-4, [one], [one]) == 1e-4
     assert tolerance(1e-4, [one + 1e-4], [one]) == pytest.approx(3e-3, rel=1e-2)
     assert tolerance(1e-4, [one + 0.5], [one]) == MOST
+
+
+def test_what_lies_between_two_steps_falls_to_either() -> None:
+    """A mean of bytes often does; what is nearer to one step stays there, and weights are left alone."""
+    scale, zero = torch.tensor(0.25), torch.tensor(3, dtype=torch.int32)
+    x = torch.tensor([0.125, 0.13, 1.0]).repeat(64, 1)
+    with Nudged():
+        moved = fake_quantize(x, scale, zero, -1, 0, 255)
+        kept = fake_quantize(x, scale.repeat(64), zero.repeat(64) * 0, 0, -127, 127)
+    assert set(moved[:, 0].tolist()) == {0.0, 0.25}
+    assert (moved[:, 1:] == torch.tensor([0.25, 1.0])).all()
+    assert torch.equal(kept, fake_quantize(x, scale.repeat(64), zero.repeat(64) * 0, 0, -127, 127))

@@ -24,6 +24,7 @@ from sepconv.compile.passes import rewrite
 from sepconv.compile.precision import BFLOAT16, FLOAT32, missing, precision_of
 from sepconv.compile.store import Store
 from sepconv.compile.verify import (
+    NUDGES,
     InBfloat16,
     Nudged,
     ThroughPyTorch,
@@ -158,8 +159,10 @@ def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> s
     precision = precision_of(network.program.numbers)
     if precision == FLOAT32:
         return disagreement(got, expected, tolerance(usual, run(moved), expected))
-    with InBfloat16() if precision == BFLOAT16 else Nudged():
-        allowed = tolerance_of_few_bits(usual, [run(leaves), run(moved)], expected)
+    # A mean of bytes often lies between two steps, and by chance no nudge moves it: several are tried.
+    mode, ways = (InBfloat16(), 1) if precision == BFLOAT16 else (Nudged(), NUDGES)
+    with mode:
+        allowed = tolerance_of_few_bits(usual, [run(given) for given in [leaves, moved] * ways], expected)
     return disagreement(got, expected, allowed, step)
 
 

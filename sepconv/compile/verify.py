@@ -27,8 +27,8 @@ MOST = 1e-2
 MOST_OF_FEW_BITS, MARGIN_OF_FEW_BITS = 0.25, 4.0
 """The same for numbers of 16 and 8 bits, and by how much more than the model rounded otherwise ours may differ."""
 
-NUDGE = 2.0**-7
-"""Steps of a value, about the largest part of one that a step of the sums before it is."""
+NUDGE, NUDGES = 2.0**-7, 3
+"""Steps of a value, about the largest part of one that a step of the sums before it is; and how often all are moved."""
 
 NOISE, MARGIN = 2.0**-22, 30.0
 """Rounding at the input, and by how much more than that the rounding of all layers may move the result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from typing import Any
 
@@ -254,3 +255,20 @@ def test_a_network_that_moves_too_far_is_refused_with_the_numbers() -> None:
         quantize(Steep().eval(), images(4))
     _, plan = quantize(Steep().eval(), images(4), force=True)
     assert plan.error > 0.1
+
+
+def test_what_pytorch_finds_hard_is_not_written_to_the_user(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export, logger = torch.export.export, logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+    def complaining(*args: Any, **options: Any) -> Any:
+        logger.warning("Failed to reduce inequalities")
+        return export(*args, **options)
+
+    monkeypatch.setattr(torch.export, "export", complaining)
+    with caplog.at_level(logging.WARNING):
+        quantize(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), torch.randn(4, 3, 5, 7))
+    assert not caplog.records
+    logger.warning("as before")
+    assert caplog.records

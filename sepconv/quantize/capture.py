@@ -8,8 +8,10 @@ but the result is a module that lives on: it is trained, saved and exported.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,8 +53,7 @@ def _graph_of(model: nn.Module, example: Inputs) -> fx.GraphModule:
         dynamic = pytree.tree_map(lambda leaf, s=sizes: _dimensions(leaf, s), (example.args, example.kwargs))
         named = _by_name(model, *dynamic)
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with _quietly(), torch.no_grad():
                 program = torch.export.export(
                     model, example.args, example.kwargs or None, dynamic_shapes=named, strict=False
                 )
@@ -66,6 +67,20 @@ def _graph_of(model: nn.Module, example: Inputs) -> fx.GraphModule:
         f"quantize: PyTorch cannot export {type(model).__name__} ({said}); quantize a part of it whose code does not "
         "depend on values"
     ) from reason
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What PyTorch finds hard about sizes it writes down in hundreds of lines, and goes on; the result is compared."""
+    logger = logging.getLogger("torch.fx.experimental")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _dimensions(leaf: Any, sizes: Sequence[int]) -> Any:

@@ -139,6 +139,27 @@ def _chosen(key: Hashable, describe: Callable[[], StageCase]) -> StageChoice:
     return found
 
 
+def forward_choice(
+    op: str,
+    x: Tensor,
+    activation: str | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    statistics: bool,
+) -> StageChoice:
+    """Who computes a stage's forward pass; ``activation`` is the prologue's, None without one."""
+    key = (op, torch.get_num_threads(), *_outline(x), *_outline(weight), activation, bias is None, geometry, statistics)
+
+    def describe() -> StageCase:
+        image, filters = Outline.of(x), Outline.of(weight)
+        size = geometry.output_size(image.shape[2:], filters.shape[2:])
+        y = Outline.dense((image.shape[0], filters.shape[0], *size), image)
+        return StageCase(op, "forward", image, y, filters, geometry, activation, bias is not None, statistics)
+
+    return _chosen(key, describe)
+
+
 def _forward(
     op: str,
     x: Tensor,
@@ -149,15 +170,8 @@ def _forward(
     statistics: bool,
 ) -> StageOutput:
     activation = None if prologue is None else prologue.activation
-    key = (op, torch.get_num_threads(), *_outline(x), *_outline(weight), activation, bias is None, geometry, statistics)
-
-    def describe() -> StageCase:
-        image, filters = Outline.of(x), Outline.of(weight)
-        size = geometry.output_size(image.shape[2:], filters.shape[2:])
-        y = Outline.dense((image.shape[0], filters.shape[0], *size), image)
-        return StageCase(op, "forward", image, y, filters, geometry, activation, bias is not None, statistics)
-
-    result: StageOutput = _chosen(key, describe)(x, prologue, weight, bias)
+    choice = forward_choice(op, x, activation, weight, bias, geometry, statistics)
+    result: StageOutput = choice(x, prologue, weight, bias)
     return result
 
 

@@ -19,6 +19,7 @@ from sepconv.layers.conv import (
 )
 from sepconv.layers.fused import at_once
 from sepconv.layers.stage import Stage
+from sepconv.layers.training import finished
 from sepconv.ops.geometry import Padding, Size, positive
 
 Norm = str | Callable[[int], nn.Module] | None
@@ -54,6 +55,7 @@ class _SeparableConv(nn.Module):
     """What separable layers of all dimensions share."""
 
     dims: ClassVar[int]
+    waits = False  # whether its result may wait for the next layer, in training: see ``layers.training``
 
     def __init__(
         self,
@@ -96,6 +98,8 @@ class _SeparableConv(nn.Module):
             self.add_module(f"pointwise{i}_norm", _make_norm(name, norm, dims, out_channels))
         for module in self.children():
             module.to(device=device, dtype=dtype)
+        for name in self._names():
+            self._modules[name].waits = norm is not None  # type: ignore[union-attr]
 
     @property
     def in_channels(self) -> int:
@@ -138,7 +142,7 @@ class _SeparableConv(nn.Module):
             y = input
             for stage in stages:
                 y = stage(y)
-        return y
+        return y if self.waits else finished(y)
 
     @classmethod
     def from_conv(cls: Any, depthwise: nn.Module, pointwise: nn.Module) -> Any:

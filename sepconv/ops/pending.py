@@ -75,14 +75,15 @@ class Unfinished:
     Attributes:
         finished: the ordinary tensor, once there is one; from then on it is what everybody reads.
         changed: whether something was added to it in place.
+        made_by: the node of autograd's graph that the ordinary tensor came from.
     """
 
-    __slots__ = ("_hooks", "_version", "before", "call", "changed", "finished")
+    __slots__ = ("_hooks", "before", "call", "changed", "finished", "made_by")
 
     def __init__(self, call: Call, before: Before | None) -> None:
         self.call, self.before = call, before
         self.finished: Tensor | None = None
-        self._hooks, self._version, self.changed = _saving(), 0, False
+        self._hooks, self.made_by, self.changed = _saving(), None, False
 
     def value(self) -> Tensor:
         if self.finished is None:
@@ -93,7 +94,7 @@ class Unfinished:
         return self.finished
 
     def finish_as(self, h: Tensor) -> None:
-        self.finished, self._version = h, h._version
+        self.finished, self.made_by = h, h.grad_fn
 
     @contextmanager
     def as_when_made(self) -> Iterator[None]:
@@ -111,8 +112,6 @@ class Unfinished:
         return self.call.run(False).y, *self.before[:4]
 
     def compose(self, *tensors: Any) -> tuple[Tensor]:
-        if self.changed or (self.finished is not None and self.finished._version != self._version):
-            raise RuntimeError("a tensor needed for gradient computation was modified by an inplace operation")
         if self.before is None:
             return (self.call.compose(*tensors),)
         x, *norm = tensors
@@ -182,7 +181,14 @@ class Pending(Tensor):
 
 
 def _numbers_of(thing: Any) -> Any:
-    return thing.work.value().detach() if type(thing) is Pending else thing
+    """For who did not ask: the way back from here does not know what autograd saw change the numbers since."""
+    if type(thing) is not Pending:
+        return thing
+    work: Unfinished = thing.work
+    numbers = work.value()
+    if work.changed or numbers.grad_fn is not work.made_by:
+        raise RuntimeError("a tensor needed for gradient computation was modified by an inplace operation")
+    return numbers.detach()
 
 
 def value_of(thing: Any) -> Any:

@@ -1,0 +1,65 @@
+"""Loop sizes of stages in training, by rule from sizes and machine, and never from threads: sums stay the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sepconv.kernels.halide.schedule.depthwise import ceil_div
+from sepconv.kernels.halide.schedule.machine import Machine
+
+LEAST_LANES = 4
+# Channels of a block in bytes: several cache lines, so that memory is read in long runs.
+_BLOCK_BYTES = 256
+# Strips of a batch at least, where there are so many rows: a few for each thread.
+_STRIPS = 16
+_BODY = 128
+
+
+class Strips(NamedTuple):
+    """How an image is cut: ``rows`` of results in a strip, ``block`` channels in ``lanes``."""
+
+    rows: int
+    block: int
+    lanes: int
+
+
+def lanes_of(channels: int, machine: Machine) -> int:
+    """The longest vectors that channels fill without a rest; 0 if there are none."""
+    sizes = [lanes for lanes in (16, 8, LEAST_LANES) if lanes <= machine.lanes]
+    return next((lanes for lanes in sizes if channels % lanes == 0), 0)
+
+
+def block_of(channels: int, lanes: int) -> int:
+    """Equal blocks of whole vectors."""
+    vectors = channels // lanes
+    most = max(1, _BLOCK_BYTES // (4 * lanes))
+    return lanes * max(n for n in range(1, most + 1) if vectors % n == 0)
+
+
+def strips(channels: int, batch: int, height: int, row_bytes: int, machine: Machine) -> Strips:
+    """``height``: rows of results; ``row_bytes``: in float32 what all tiles hold for one of them, of one channel."""
+    lanes = lanes_of(channels, machine)
+    block = block_of(channels, lanes)
+    most = max(1, machine.l2_bytes // 2 // (row_bytes * block))
+    count = max(ceil_div(height, most), min(height, ceil_div(_STRIPS, max(1, batch))))
+    return Strips(ceil_div(height, count), block, lanes)
+
+
+def columns_of(width: int, phases: int, machine: Machine) -> int:
+    """Results of one row and phase that registers hold."""
+    room = machine.registers * 5 // 8 // phases
+    sizes = [size for size in (1, 2, 3, 4, 6, 7, 8) if size <= max(1, room)]
+    return min(sizes, key=lambda size: (ceil_div(width, size) * (size + 0.3), -size))
+
+
+def unrolled_taps(columns: int) -> int:
+    """Most taps in straight-line code."""
+    return max(1, _BODY // columns)
+
+
+def taps_in_registers(kernel: tuple[int, int], machine: Machine) -> tuple[int, int]:
+    """The group of a filter's taps whose sums are kept in registers."""
+    room = machine.registers * 5 // 8
+    across = min(kernel[0], room)
+    down = max(1, min(kernel[1], room // across))
+    return ceil_div(kernel[0], ceil_div(kernel[0], across)), ceil_div(kernel[1], ceil_div(kernel[1], down))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sepconv.kernels.case import Geometry, Outline
 from sepconv.kernels.halide.jit.runtime import BuildError
+from sepconv.kernels.halide.training import pointwise, pointwise_gradients
 from sepconv.kernels.prologue import (
     Deviation,
     InputGradients,
@@ -57,13 +59,18 @@ def _geometry(case: StageCase) -> Geometry:
     return case.geometry
 
 
+def _halide(kernel: ModuleType) -> StageBackend:
+    """A module of ``halide.training``, which all offer the same functions."""
+    return StageBackend("halide", kernel.prepare, kernel.supports, kernel.slower, kernel.describe)
+
+
 _TORCH_FORWARD = StageBackend("torch", _convolution)
 _TORCH_GRADIENTS = StageBackend("torch", _convolution_gradients)
 BACKENDS: dict[tuple[str, str], list[StageBackend]] = {
     ("depthwise", "forward"): [_TORCH_FORWARD],
     ("depthwise", "gradients"): [_TORCH_GRADIENTS],
-    ("pointwise", "forward"): [_TORCH_FORWARD],
-    ("pointwise", "gradients"): [_TORCH_GRADIENTS],
+    ("pointwise", "forward"): [_halide(pointwise), _TORCH_FORWARD],
+    ("pointwise", "gradients"): [_halide(pointwise_gradients), _TORCH_GRADIENTS],
     ("normal", "forward"): [_TORCH_FORWARD],
     ("normal", "gradients"): [_TORCH_GRADIENTS],
     ("finish", "forward"): [StageBackend("torch", lambda case: by_torch.finish)],

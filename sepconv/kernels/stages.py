@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sepconv.kernels.case import Geometry, Outline
 from sepconv.kernels.halide.jit.runtime import BuildError
-from sepconv.kernels.halide.training import pointwise, pointwise_gradients
+from sepconv.kernels.halide.training import normal, normal_gradients, pointwise, pointwise_gradients
 from sepconv.kernels.prologue import (
     Deviation,
     InputGradients,
@@ -71,8 +71,8 @@ BACKENDS: dict[tuple[str, str], list[StageBackend]] = {
     ("depthwise", "gradients"): [_TORCH_GRADIENTS],
     ("pointwise", "forward"): [_halide(pointwise), _TORCH_FORWARD],
     ("pointwise", "gradients"): [_halide(pointwise_gradients), _TORCH_GRADIENTS],
-    ("normal", "forward"): [_TORCH_FORWARD],
-    ("normal", "gradients"): [_TORCH_GRADIENTS],
+    ("normal", "forward"): [_halide(normal), _TORCH_FORWARD],
+    ("normal", "gradients"): [_halide(normal_gradients), _TORCH_GRADIENTS],
     ("finish", "forward"): [StageBackend("torch", lambda case: by_torch.finish)],
     ("finish", "gradients"): [StageBackend("torch", lambda case: by_torch.finish_gradients)],
     ("statistics", "forward"): [StageBackend("torch", lambda case: by_torch.statistics)],

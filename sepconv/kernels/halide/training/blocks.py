@@ -15,9 +15,10 @@ from sepconv.kernels.halide.jit.calls import Strided
 from sepconv.kernels.halide.numbers import KINDS
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
+from sepconv.kernels.halide.training import slopes
 from sepconv.kernels.halide.training.rows import PART, TOGETHER, PassSpec
 from sepconv.kernels.layout import pixel_step
-from sepconv.kernels.prologue import StageCase
+from sepconv.kernels.prologue import Deviation, StageCase
 
 DTYPES = (torch.float32, torch.bfloat16)
 _OF_SUMS = ("sums", "moments")
@@ -90,7 +91,7 @@ def numbers(pixels: int, block: Slab, threads: int) -> dict[str, Strided | int]:
     """What passes over a block are called with besides tensors."""
     shares = -(-block.size // TOGETHER), parts(block.size)
     share, parts_share = [runtime.per_thread(passes, threads) for passes in shares]
-    return {"share": share, "parts_share": parts_share, "pixels": pixels}
+    return {"share": share, "y_share": share, "parts_share": parts_share, "pixels": pixels}
 
 
 def sums(pixels: int, block: Slab, channels: int) -> dict[str, Strided | int]:
@@ -129,8 +130,18 @@ def unsuitable(case: StageCase) -> str:
         return f"x is {case.x.dtype} but y is {case.y.dtype}"
     if not PixelRows.of(case.x).step:
         return f"the pixels of x do not lie evenly spaced, channels side by side (strides {case.x.stride})"
+    if case.prologue is not None and slopes.missing(case.prologue):
+        return slopes.missing(case.prologue)  # forward, too: the way back is by the same passes
     few = min(PixelRows.of(image).pixels for image in (case.x, case.y))
     return f"{few} pixels are fewer than the kernel takes together" if few < TOGETHER else ""
+
+
+def unsuitable_forward(case: StageCase) -> str:
+    """The same where the result is not given."""
+    reason = unsuitable(case)
+    if not reason and not PixelRows.of(case.y).step:
+        reason = f"x and the result lie in memory in different orders (strides {case.y.stride})"
+    return reason
 
 
 PROLOGUE, DEVIATION = ("mean", "scale", "bias"), ("y_mean", "offset", "slope")
@@ -142,3 +153,15 @@ def place(places: dict[str, int], names: Sequence[str], values: Iterable[Tensor]
     for name, value in zip(names, held, strict=True):
         places[name] = value.data_ptr()
     return held
+
+
+def place_deviation(places: dict[str, int], deviation: Deviation) -> list[Tensor]:
+    """The same, with the addresses of its image and vectors."""
+    y = dense(deviation.y)
+    places["y"] = y.data_ptr()
+    return [y, *place(places, DEVIATION, deviation[1:])]
+
+
+def dense(image: Tensor) -> Tensor:
+    """In the layout in which results of ours lie."""
+    return image.contiguous(memory_format=torch.channels_last)

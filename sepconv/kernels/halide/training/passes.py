@@ -70,6 +70,15 @@ def arena(size: int) -> Tensor:
     return memory
 
 
+# Of larger images the way to memory costs as much as memory that is new every time.
+_LARGEST = 64 << 20
+
+
+def memory_for(size: int) -> Tensor:
+    """So many bytes: in the arena, unless that would keep too many for too long."""
+    return arena(size) if size <= _LARGEST else torch.empty(size, dtype=torch.uint8)
+
+
 class Room:
     """Tensors in the arena: how large each is, and where it begins."""
 

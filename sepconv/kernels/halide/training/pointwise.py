@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sepconv.kernels.halide.jit.calls import Strided
 from sepconv.kernels.halide.schedule.training import forward_block
-from sepconv.kernels.halide.training import blocks, slopes
+from sepconv.kernels.halide.training import blocks
 from sepconv.kernels.halide.training.blocks import PixelRows, Slab, spec
 from sepconv.kernels.halide.training.passes import Passes, Room, arena
 from sepconv.kernels.halide.training.rows import PART, PassSpec
@@ -40,7 +40,7 @@ class _Made(NamedTuple):
     end: Passes
 
 
-class Forward:
+class PointwiseForward:
     """The stage for images of these sizes and strides."""
 
     def __init__(self, case: StageCase) -> None:
@@ -138,11 +138,7 @@ class Forward:
 
 def supports(case: StageCase) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
-    reason = blocks.unsuitable(case)
-    if not reason and not PixelRows.of(case.y).step:
-        reason = f"x and the result lie in memory in different orders (strides {case.y.stride})"
-    # The way back is the same kernels', or nobody's.
-    return reason or ("" if case.prologue is None else slopes.missing(case.prologue))
+    return blocks.unsuitable_forward(case)
 
 
 def slower(case: StageCase) -> str:
@@ -152,8 +148,8 @@ def slower(case: StageCase) -> str:
 
 def describe(case: StageCase) -> dict[str, Any]:
     """The schedule in words and numbers."""
-    found = Forward(case).blocks
+    found = PointwiseForward(case).blocks
     return {"product": "torch.mm", "blocks": len(found), "pixels": found[0].size}
 
 
-prepare = Forward
+prepare = PointwiseForward

@@ -16,7 +16,7 @@ from torch import Tensor
 from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.jit.calls import Strided
 from sepconv.kernels.halide.schedule.training import gradient_block
-from sepconv.kernels.halide.training import blocks, slopes
+from sepconv.kernels.halide.training import blocks
 from sepconv.kernels.halide.training.blocks import PixelRows, Slab, spec
 from sepconv.kernels.halide.training.passes import Passes, Room, arena
 from sepconv.kernels.halide.training.rows import PART, PassSpec
@@ -51,7 +51,7 @@ class _Images(NamedTuple):
     grad_x: Tensor | None
 
 
-class Gradients:
+class PointwiseGradients:
     """Those of the stage for images of these sizes and strides."""
 
     def __init__(self, case: StageCase) -> None:
@@ -130,16 +130,14 @@ class Gradients:
         self, grad: Tensor, deviation: Deviation | None, x: Tensor, prologue: Prologue | None, weight: Tensor
     ) -> StageGradients:
         made, case = self._made(), self.case
-        grad = self._dense(grad) if self.grad is self.y else grad
+        grad = blocks.dense(grad) if self.grad is self.y else grad
         places = made.places | {"x": x.data_ptr(), "grad": grad.data_ptr()}
         places["all_parts"] = places["parts"]
         held = [grad]
         if prologue is not None:
             held += blocks.place(places, blocks.PROLOGUE, prologue[:3])
         if deviation is not None:
-            y = self._dense(deviation.y)
-            places["y"] = y.data_ptr()
-            held += [y, *blocks.place(places, blocks.DEVIATION, deviation[1:])]
+            held += blocks.place_deviation(places, deviation)
         grad_x = torch.empty_strided(case.x.shape, self._x_stride, dtype=self.dtype) if self.needs_x else None
         places["grad_x"] = 0 if grad_x is None else grad_x.data_ptr()
         result = torch.empty(2, self.x.channels) if self.back else None
@@ -154,10 +152,6 @@ class Gradients:
         of_weight = None if of_weight is None else of_weight.view(weight.shape).to(weight.dtype)
         total, deviation_total = (None, None) if result is None else result.unbind()
         return StageGradients(grad_x, total, deviation_total, of_weight, of_bias)
-
-    def _dense(self, image: Tensor) -> Tensor:
-        """In the layout in which results of ours lie."""
-        return image.contiguous(memory_format=torch.channels_last)
 
     def _multiply(
         self, made: _Made, places: dict[str, int], images: _Images, matrix: Tensor
@@ -207,8 +201,7 @@ class _Sum:
 
 def supports(case: StageCase) -> str:
     """Why this kernel cannot run, in a sentence; the empty string if it can."""
-    reason = blocks.unsuitable(case)
-    return reason or ("" if case.prologue is None else slopes.missing(case.prologue))
+    return blocks.unsuitable(case)
 
 
 def slower(case: StageCase) -> str:
@@ -218,8 +211,8 @@ def slower(case: StageCase) -> str:
 
 def describe(case: StageCase) -> dict[str, Any]:
     """The schedule in words and numbers."""
-    found = Gradients(case).blocks
+    found = PointwiseGradients(case).blocks
     return {"product": "torch.mm", "blocks": len(found), "pixels": found[0].size}
 
 
-prepare = Gradients
+prepare = PointwiseGradients

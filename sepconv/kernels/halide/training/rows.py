@@ -44,7 +44,7 @@ def build(spec: PassSpec) -> tuple[Any, list[Any]]:
 
 PASSES = {
     "normalise": ("share", "x", "mean", "scale", "bias", "h"),
-    "deviate": ("share", "grad", "y", "y_mean", "offset", "slope", "dz"),
+    "deviate": ("y_share", "grad", "y", "y_mean", "offset", "slope", "dz"),
     "gradient": ("share", "dh", "x", "mean", "scale", "bias", "grad_x"),
     "sums": ("parts_share", "dh", "x", "mean", "scale", "bias", "parts"),
     "moments": ("parts_share", "y", "parts"),

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from sepconv.kernels.case import Geometry, Outline
 from sepconv.kernels.halide.jit.runtime import BuildError
-from sepconv.kernels.halide.training import depthwise_calls
+from sepconv.kernels.halide.training import (
+    depthwise_calls,
+    normal,
+    normal_gradients,
+    pointwise,
+    pointwise_gradients,
+)
 from sepconv.kernels.prologue import (
     Deviation,
     InputGradients,
@@ -59,9 +65,10 @@ def _geometry(case: StageCase) -> Geometry:
     return case.geometry
 
 
-def _halide(kernel: ModuleType, prepare: Callable[[StageCase], Callable[..., Any]]) -> StageBackend:
-    """A module of ``halide.training``."""
-    return StageBackend("halide", prepare, kernel.supports, describe=kernel.describe)
+def _halide(kernel: ModuleType, prepare: Callable[[StageCase], Callable[..., Any]] | None = None) -> StageBackend:
+    """A module of ``halide.training``, which all offer the same functions."""
+    slower = getattr(kernel, "slower", lambda case: "")
+    return StageBackend("halide", prepare or kernel.prepare, kernel.supports, slower, kernel.describe)
 
 
 _TORCH_FORWARD = StageBackend("torch", _convolution)
@@ -69,10 +76,10 @@ _TORCH_GRADIENTS = StageBackend("torch", _convolution_gradients)
 BACKENDS: dict[tuple[str, str], list[StageBackend]] = {
     ("depthwise", "forward"): [_halide(depthwise_calls, depthwise_calls.prepare), _TORCH_FORWARD],
     ("depthwise", "gradients"): [_halide(depthwise_calls, depthwise_calls.prepare_gradients), _TORCH_GRADIENTS],
-    ("pointwise", "forward"): [_TORCH_FORWARD],
-    ("pointwise", "gradients"): [_TORCH_GRADIENTS],
-    ("normal", "forward"): [_TORCH_FORWARD],
-    ("normal", "gradients"): [_TORCH_GRADIENTS],
+    ("pointwise", "forward"): [_halide(pointwise), _TORCH_FORWARD],
+    ("pointwise", "gradients"): [_halide(pointwise_gradients), _TORCH_GRADIENTS],
+    ("normal", "forward"): [_halide(normal), _TORCH_FORWARD],
+    ("normal", "gradients"): [_halide(normal_gradients), _TORCH_GRADIENTS],
     ("finish", "forward"): [StageBackend("torch", lambda case: by_torch.finish)],
     ("finish", "gradients"): [StageBackend("torch", lambda case: by_torch.finish_gradients)],
     ("statistics", "forward"): [StageBackend("torch", lambda case: by_torch.statistics)],

@@ -13,6 +13,7 @@ _BLOCK_BYTES = 256
 # Strips of a batch at least, where there are so many rows: a few for each thread.
 _STRIPS = 16
 _BODY = 128
+_RUN_BYTES = 64 * 1024
 
 
 class Strips(NamedTuple):
@@ -63,3 +64,8 @@ def taps_in_registers(kernel: tuple[int, int], machine: Machine) -> tuple[int, i
     across = min(kernel[0], room)
     down = max(1, min(kernel[1], room // across))
     return ceil_div(kernel[0], ceil_div(kernel[0], across)), ceil_div(kernel[1], ceil_div(kernel[1], down))
+
+
+def pixels_of_run(channels: int, pixels: int) -> int:
+    """Pixels that are read twice while they are in the cache."""
+    return max(1, min(_RUN_BYTES // (4 * channels), ceil_div(pixels, _STRIPS)))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from sepconv.activations import ACTIVATIONS
+from sepconv.kernels import stages
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.prologue import Deviation, Prologue
+from sepconv.kernels.stages import StageChoice
 
 EPS = 1e-5
 
@@ -78,3 +83,35 @@ def truth(
 def relative(found: Tensor, true: Tensor) -> float:
     """The largest error over the largest number."""
     return float((found.double() - true).abs().max() / true.abs().max().clamp(min=1e-30))
+
+
+def channels_last(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers, pixel by pixel in memory."""
+    return torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def by(monkeypatch: pytest.MonkeyPatch, call: Callable[..., Any], *given: Any) -> tuple[Any, StageChoice]:
+    """What a stage's function returns, and who computed it; what is not written stays NaN."""
+    seen: list[StageChoice] = []
+    token = stages.watcher.set(seen.append)
+    empty = torch.empty
+    try:
+        monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(torch.nan))
+        result = call(*given)
+    finally:
+        monkeypatch.setattr(torch, "empty", empty)
+        stages.watcher.reset(token)
+    [choice] = seen
+    return result, choice
+
+
+def with_threads(counts: tuple[int, ...], call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+    """The results by so many threads each."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return found

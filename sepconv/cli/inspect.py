@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sepconv.bench import network, tables, tune, zoo
+from sepconv.bench import network, tables, training, training_tables, tune, zoo
 from sepconv.bench.operations import DTYPES, suite_name
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
@@ -179,7 +179,7 @@ def bench_training(
     command = f"sepconv bench training --threads {threads} --seconds {seconds:g}"
     command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
     training.run(_counts(threads), seconds, match, names, precisions, memory, json_file, command, screen.say)
-    _finish(screen, json_file, tables.training_summary)
+    _finish(screen, json_file, training_tables.summary)
 
 
 @bench_app.command("zoo", epilog="Example: sepconv bench zoo --threads 1,2 --match resnet --json zoo.json")

@@ -19,6 +19,7 @@ from sepconv.kernels.case import Geometry, Outline
 from sepconv.kernels.halide.jit.runtime import BuildError
 from sepconv.kernels.halide.training import (
     depthwise_calls,
+    finish_calls,
     normal,
     normal_gradients,
     pointwise,
@@ -80,9 +81,18 @@ BACKENDS: dict[tuple[str, str], list[StageBackend]] = {
     ("pointwise", "gradients"): [_halide(pointwise_gradients), _TORCH_GRADIENTS],
     ("normal", "forward"): [_halide(normal), _TORCH_FORWARD],
     ("normal", "gradients"): [_halide(normal_gradients), _TORCH_GRADIENTS],
-    ("finish", "forward"): [StageBackend("torch", lambda case: by_torch.finish)],
-    ("finish", "gradients"): [StageBackend("torch", lambda case: by_torch.finish_gradients)],
-    ("statistics", "forward"): [StageBackend("torch", lambda case: by_torch.statistics)],
+    ("finish", "forward"): [
+        _halide(finish_calls, finish_calls.prepare),
+        StageBackend("torch", lambda case: by_torch.finish),
+    ],
+    ("finish", "gradients"): [
+        _halide(finish_calls, finish_calls.prepare_gradients),
+        StageBackend("torch", lambda case: by_torch.finish_gradients),
+    ],
+    ("statistics", "forward"): [
+        _halide(finish_calls, finish_calls.prepare_statistics),
+        StageBackend("torch", lambda case: by_torch.statistics),
+    ],
 }
 """By operation and pass, in order; PyTorch's last."""
 

@@ -21,6 +21,7 @@ _BODY = 128
 _SHARE = 3
 # PyTorch's product of bfloat16 brings weights into its own order in every call: dearer than the way to memory.
 _WHOLE = 64 << 20
+_RUN_BYTES = 64 * 1024
 
 
 class Strips(NamedTuple):
@@ -81,3 +82,8 @@ def forward_block(dtype: torch.dtype, threads: int) -> int:
 def gradient_block(dtype: torch.dtype, threads: int) -> int:
     """The same of gradients: of what is between the passes."""
     return forward_block(dtype, threads)
+
+
+def pixels_of_run(channels: int, pixels: int) -> int:
+    """Pixels that are read twice while they are in the cache."""
+    return max(1, min(_RUN_BYTES // (4 * channels), ceil_div(pixels, _STRIPS)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
+from sepconv.kernels import stages as kernels
 from sepconv.layers.replace import Replacements
 from sepconv.ops import stages
 
@@ -18,9 +19,13 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages are computed as one also where no kernel makes it pay."""
+def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All stages are computed as one, by PyTorch's operators: no kernel has to be compiled for the sizes of a test."""
     monkeypatch.setattr(stages, "unpaid", lambda *case, **options: "")
+    monkeypatch.setattr(kernels, "BACKENDS", {key: backends[-1:] for key, backends in kernels.BACKENDS.items()})
+    kernels.forget()
+    yield
+    kernels.forget()
 
 
 class Branch(nn.Module):

@@ -99,12 +99,17 @@ CASES_BY_NAME = {case.name: case for case in CASES}
 def in_pytorch(model: nn.Module) -> nn.Module:
     """A copy made of ``nn.Conv2d`` alone, with the same weights."""
     new = copy.deepcopy(model)
-    for name, module in list(new.named_modules()):
-        plain = _plain(module)
-        if plain is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(new.get_submodule(parent), leaf, plain.train(module.training))
-    return new.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    _replace_children(new)
+    return new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _replace_children(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        plain = _plain(child)
+        if plain is None:
+            _replace_children(child)
+        else:
+            setattr(module, name, plain.train(child.training))
 
 
 def _plain(module: nn.Module) -> nn.Module | None:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from sepconv.activations import ACTIVATIONS, NAMES, is_name
@@ -137,7 +138,8 @@ class _SeparableConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # by the name that it has in nn.Conv2d
         stages = self.stages
-        y = at_once(input, stages)
+        # Between two convolutions that wait, what a way back would compute again is kept instead.
+        y = None if self.waits and torch.is_grad_enabled() else at_once(input, stages)
         if y is None:
             y = input
             for stage in stages:

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._pytree import tree_map
 
 from sepconv.layers.folding import watched
-from sepconv.ops import pending
+from sepconv.ops import pending, tracing
 from sepconv.ops.explain import Explanation, note, recording
 from sepconv.ops.geometry import Padding, Size, resolve
 from sepconv.ops.stages import StageConvolution
@@ -44,7 +44,7 @@ class NormalConv2d(nn.Conv2d):
 
 def waiting(layer: Any, op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The layer's convolution as a pending tensor; None where it is to be computed now."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or tracing.recorded(x):
         return None
     reason = _unfit(layer, x, weight, bias)
     if reason:
@@ -93,7 +93,7 @@ def _looked_at(layer: nn.Module) -> str:
         return "a mode wants to see each operator"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "a torch.func transformation goes through PyTorch's operators"
-    return "torch.jit.trace records PyTorch's operators" if torch._C._get_tracing_state() is not None else ""
+    return ""
 
 
 def finished(result: Any) -> Any:

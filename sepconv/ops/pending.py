@@ -53,7 +53,8 @@ class Call:
         return self.output
 
     def _computed(self, statistics: bool) -> stages.StageOutput:
-        if statistics or self.before is not None:
+        paid = statistics or self.before is not None
+        if paid or not stages.unpaid(self.how, self.x, None, self.weight, self.bias):
             return stages.stage(self.how, self.x, self.before, self.weight, self.bias, statistics)
         dtype, bias = self.x.dtype, self.bias
         y = self.plain(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -83,7 +84,8 @@ class Unfinished:
     def __init__(self, call: Call, before: Before | None) -> None:
         self.call, self.before = call, before
         self.finished: Tensor | None = None
-        self._hooks, self.made_by, self.changed = _saving(), None, False
+        self.made_by: Any = None
+        self._hooks, self.changed = _saving(), False
 
     def value(self) -> Tensor:
         if self.finished is None:

@@ -21,6 +21,7 @@ from sepconv.kernels.case import Geometry
 from sepconv.kernels.prologue import Deviation, Prologue, StageGradients, StageOutput
 from sepconv.kernels.torch import aten
 from sepconv.ops import tracing
+from sepconv.ops.autograd import laid_out_as
 
 
 class Before(NamedTuple):
@@ -194,7 +195,8 @@ class _Stage(torch.autograd.Function):
         of_norm: list[Tensor | None] = [None] * 4
         if ready is not None and found.sum is not None:
             of_norm = ready.gradients(found.sum, found.deviation, need[1:5])
-        return None, None, None, found.x, *of_norm, found.weight, found.bias
+        of_weight = None if found.weight is None else laid_out_as(weight, found.weight)
+        return None, None, None, found.x, *of_norm, of_weight, found.bias
 
 
 def _deviation(y: Tensor, mean: Tensor, grad_mean: Tensor | None, grad_var: Tensor | None) -> Deviation:

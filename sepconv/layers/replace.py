@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from sepconv.layers.training import NormalConv2d, finished
 Filter = Callable[[nn.Module, str], bool]
 
 _OURS = (DepthwiseConv2d, PointwiseConv2d, SeparableConv2d)
+_STATE = "replaced"
+"""The attribute of a replaced layer that says whether it was PyTorch's, and whether it waited before."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -96,10 +99,29 @@ def restore_layers(model: nn.Module) -> nn.Module:
     """
     _check("restore_layers", model)
     for module in model.modules():
-        if "waits_for_training" in vars(module):
+        if _STATE in vars(module):
             _restore(module)
     _drop_hooks(model)
     return model
+
+
+@contextmanager
+def replaced_layers(model: nn.Module) -> Iterator[None]:
+    """Inside the block the network has our layers; one that had them before keeps them."""
+    before = any(_STATE in vars(module) for module in model.modules())
+    if not before:
+        replace_layers(model)
+    try:
+        yield
+    finally:
+        if not before:
+            restore_layers(model)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module where nothing was replaced."""
+    was_pytorchs, _ = vars(module).get(_STATE, (False, False))
+    return nn.Conv2d if was_pytorchs else type(module)
 
 
 def finish_outputs(model: nn.Module, args: Any, result: Any) -> Any:
@@ -150,17 +172,16 @@ _CLASSES: dict[str, type[nn.Module]] = {
 
 
 def _replace(module: Any, kind: str) -> None:
-    """``waits_for_training``: whether PyTorch's class stood here, and whether the layer waited before."""
-    if "waits_for_training" not in vars(module):
+    if _STATE not in vars(module):
         was_pytorchs = type(module) is nn.Conv2d
-        module.waits_for_training = was_pytorchs, module.waits if not was_pytorchs else False
+        setattr(module, _STATE, (was_pytorchs, not was_pytorchs and module.waits))
         if was_pytorchs:
             module.__class__ = _CLASSES[kind]
     module.waits = True
 
 
 def _restore(module: Any) -> None:
-    was_pytorchs, waited = vars(module).pop("waits_for_training")
+    was_pytorchs, waited = vars(module).pop(_STATE)
     if was_pytorchs:
         del module.waits
         module.__class__ = nn.Conv2d

@@ -68,7 +68,9 @@ def _unfit(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         shape, _, dtype, _ = x.outline
     elif pending.is_ordinary(x):
         shape, dtype = x.shape, x.dtype
-        if not x.is_cpu or not (pending.laid_out(x) or weight.is_contiguous(memory_format=torch.channels_last)):
+        if shape[2:] == (1, 1):
+            return "a single pixel is no work that would pay"
+        if not x.is_cpu or not (pending.laid_out(x) or _is_laid_out(weight)):
             return "stages are for channels_last images on the CPU"
     else:
         return f"the image is a {type(x).__name__}"
@@ -76,13 +78,16 @@ def _unfit(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         return "the weight is frozen or not a plain tensor"
     if len(shape) != 4 or 0 in shape or shape[1] != layer.in_channels:
         return f"stages are for batches of images, got {tuple(shape)}"
-    if shape[2] * shape[3] == 1:
-        return "a single pixel is no work that would pay"
     if dtype is not torch.float32 and (dtype is not torch.bfloat16 or weight.dtype is not torch.float32):
         return f"stages have numbers of float32, or of bfloat16 by autocast, got {dtype}"
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is not torch.bfloat16:
         return f"autocast is to {torch.get_autocast_dtype('cpu')}"
     return _looked_at(layer)
+
+
+def _is_laid_out(weight: Tensor) -> bool:
+    """Whether a weight asks for channels_last images, as in PyTorch."""
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _looked_at(layer: nn.Module) -> str:

@@ -25,16 +25,16 @@ class Strips(NamedTuple):
 
 
 def lanes_of(channels: int, machine: Machine) -> int:
-    """The longest vectors that channels fill without a rest; 0 if there are none."""
+    """The longest vectors that channels fill; 0 where they are too few."""
     sizes = [lanes for lanes in (16, 8, LEAST_LANES) if lanes <= machine.lanes]
-    return next((lanes for lanes in sizes if channels % lanes == 0), 0)
+    return next((lanes for lanes in sizes if lanes <= channels), 0)
 
 
 def block_of(channels: int, lanes: int) -> int:
-    """Equal blocks of whole vectors."""
-    vectors = channels // lanes
-    most = max(1, _BLOCK_BYTES // (4 * lanes))
-    return lanes * max(n for n in range(1, most + 1) if vectors % n == 0)
+    """Blocks of whole vectors; the last one is shifted to end with the last channel."""
+    most = max(1, min(_BLOCK_BYTES // (4 * lanes), channels // lanes))
+    vectors = ceil_div(channels, lanes)
+    return lanes * min(range(1, most + 1), key=lambda n: (ceil_div(vectors, n) * (n + 0.5), -n))
 
 
 def strips(channels: int, batch: int, height: int, row_bytes: int, machine: Machine) -> Strips:

@@ -42,7 +42,7 @@ def unsuitable(case: StageCase, *images: Outline) -> str:
     if not images[0].elements or any(not image.elements for image in images):
         return "there is nothing to compute"
     if not schedule.lanes_of(shape[1], host()):
-        return f"the kernel is for channels in multiples of {schedule.LEAST_LANES}, got {shape[1]}"
+        return f"the kernel is for {schedule.LEAST_LANES} channels or more, got {shape[1]}"
     return slopes.missing(case.prologue) if case.prologue and case.which == "gradients" else ""
 
 

@@ -17,7 +17,7 @@ from sepconv.kernels.torch import stages as true
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "it is there")
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-SIZES = [(2, 16, 5, 7), (3, 24, 11, 9), (1, 4, 1, 3), (5, 144, 6, 6), (2, 1024, 3, 5)]
+SIZES = [(2, 16, 5, 7), (3, 24, 11, 9), (1, 4, 1, 3), (5, 144, 6, 6), (2, 1024, 3, 5), (2, 67, 4, 5), (2, 5, 6, 7)]
 
 
 def _prologue(x: Tensor, activation: str) -> Prologue:
@@ -106,7 +106,7 @@ def test_views_are_read_in_place_and_others_copied(monkeypatch: pytest.MonkeyPat
     ("x", "reason"),
     [
         (torch.randn(2, 16, 5, 5), "channels_last"),
-        (channels_last(2, 6, 5, 5), "multiples of 4, got 6"),
+        (channels_last(2, 3, 5, 5), "4 channels or more, got 3"),
         (channels_last(2, 16, 5, 5, dtype=torch.float64), "float64"),
         (torch.randn(2, 16, 5), "channels_last"),
     ],

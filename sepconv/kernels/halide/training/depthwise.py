@@ -128,10 +128,17 @@ def schedule_tile(gather: GatherSpec, v: Vars, tile: Any, sums: dict[tuple[int, 
         schedule_sums_channels_last(gather, v, function.compute_at(tile, xo), domain, phases, 1)
 
 
+def add_strips(total: Any, c: Any, order: list[Any], lanes: int) -> None:
+    """A sum over strips, of the channels that there are and no more."""
+    guard = hl.TailStrategy.GuardWithIf
+    total.vectorize(c, lanes, guard).update().reorder(*order).vectorize(c, lanes, guard)
+
+
 def split_in_tasks(function: Any, v: Vars, gather: GatherSpec) -> None:
     """Blocks of channels of strips of images: the loops that results have in common."""
     block, ci, cv = hl.vars("block ci cv")
-    function.split(v.c, block, ci, gather.tile.block).split(ci, cv, ci, gather.tile.lanes)
+    # The last block is shifted to end with the last channel: some are computed twice, and are the same.
+    function.split(v.c, block, ci, gather.tile.block, hl.TailStrategy.ShiftInwards).split(ci, cv, ci, gather.tile.lanes)
     function.vectorize(ci)
 
 
@@ -199,6 +206,6 @@ def _merged(spec: DepthwiseStageSpec, v: Vars, part: Any, rows: Any, sizes: tupl
     total.output_buffer().dim(0).set_min(0).set_stride(1)
     total.output_buffer().dim(1).set_min(0)
     for function in (mean, squares):
-        function.compute_root().vectorize(v.c, spec.gather.tile.lanes)
-        function.update().reorder(v.c, over[0], over[1]).vectorize(v.c, spec.gather.tile.lanes)
+        function.compute_root()
+        add_strips(function, v.c, [v.c, over[0], over[1]], spec.gather.tile.lanes)
     return total

@@ -42,7 +42,7 @@ def unsuitable(case: StageCase, *images: Outline) -> str:
     if not images[0].elements or any(not image.elements for image in images):
         return "there is nothing to compute"
     if not schedule.lanes_of(shape[1], host()):
-        return f"the kernel is for channels in multiples of {schedule.LEAST_LANES}, got {shape[1]}"
+        return f"the kernel is for {schedule.LEAST_LANES} channels or more, got {shape[1]}"
     return slopes.missing(case.prologue) if case.prologue and case.which == "gradients" else ""
 
 
@@ -79,12 +79,12 @@ def _reach(case: StageCase, d: int) -> int:
     return geometry.dilation[d] * (weight.shape[2 + d] - 1)
 
 
-def _strips(case: StageCase, tiles: int) -> schedule.Strips:
-    """``tiles``: as large as the result's, besides that of x."""
+def _strips(case: StageCase) -> schedule.Strips:
+    """Forward there are a tile of x and one of the result; back one of grad, and of x and its gradient."""
     (batch, channels, *_), (_, _, height, width), geometry = case.x.shape, case.y.shape, _parts(case)[1]
-    across = width * geometry.stride[1] + _reach(case, 1)
-    per_row = 4 * (across * geometry.stride[0] + tiles * (width + _reach(case, 1)))
-    return schedule.strips(channels, batch, height, per_row, host())
+    under = geometry.stride[0] * (width * geometry.stride[1] + _reach(case, 1))
+    per_row = width + under if case.which == "forward" else width + _reach(case, 1) + 2 * under
+    return schedule.strips(channels, batch, height, 4 * per_row, host())
 
 
 def _gather(case: StageCase, found: schedule.Strips, transposed: bool) -> GatherSpec:
@@ -106,13 +106,13 @@ def _gather(case: StageCase, found: schedule.Strips, transposed: bool) -> Gather
 
 def _forward_spec(case: StageCase) -> tuple[DepthwiseStageSpec, int]:
     """And rows of a strip."""
-    found = _strips(case, 1)
+    found = _strips(case)
     return DepthwiseStageSpec(_gather(case, found, False), case.prologue, case.statistics), found.rows
 
 
 def _gradients_spec(case: StageCase) -> tuple[DepthwiseGradientsSpec, int]:
     weight, geometry = _parts(case)
-    found, size = _strips(case, 2), _xy(weight.shape[2:])
+    found, size = _strips(case), _xy(weight.shape[2:])
     taps = schedule.taps_in_registers(size, host())
     groups = WeightTile(found.lanes, found.block, *taps, 1, 1)
     walk = size, _xy(geometry.stride), _xy(geometry.dilation)

@@ -32,6 +32,7 @@ from sepconv.kernels.halide.schedule.depthwise import WeightTile
 from sepconv.kernels.halide.training import slopes
 from sepconv.kernels.halide.training.depthwise import (
     Norm,
+    add_strips,
     channel_param,
     normalised_source,
     schedule_tile,
@@ -212,8 +213,8 @@ def _sums_of_pixels(
     over = w.all_strips()
     total[v.c, w.k] = hl.f32(0.0)
     total[v.c, w.k] += part[v.c, w.k, over[0], over[1]]
-    total.bound(w.k, 0, len(added)).vectorize(v.c, lanes)
-    total.update().reorder(v.c, w.k, over[0], over[1]).vectorize(v.c, lanes)
+    total.bound(w.k, 0, len(added))
+    add_strips(total, v.c, [v.c, w.k, over[0], over[1]], lanes)
     total.output_buffer().dim(0).set_min(0).set_stride(1)
     total.output_buffer().dim(1).set_min(0)
     return part, inner, total
@@ -252,8 +253,8 @@ def _weight_gradient(w: _Walk) -> tuple[Any, None, Any]:
     over = w.all_strips()
     summed[v.c, kx, ky] = hl.f32(0.0)
     summed[v.c, kx, ky] += part[v.c, kx, ky, over[0], over[1]]
-    summed.compute_root().vectorize(v.c, tile.lanes)
-    summed.update().reorder(v.c, kx, ky, over[0], over[1]).vectorize(v.c, tile.lanes)
+    summed.compute_root()
+    add_strips(summed, v.c, [v.c, kx, ky, over[0], over[1]], tile.lanes)
     total[kx, ky, v.c] = summed[v.c, kx, ky]
     for function in (part, summed, total):
         function.bound(kx, 0, spec.kernel[0]).bound(ky, 0, spec.kernel[1])

@@ -14,17 +14,19 @@ from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import halide_type, read, write
 from sepconv.kernels.halide.training import slopes
-from sepconv.kernels.halide.training.depthwise import Norm
+from sepconv.kernels.halide.training.depthwise import Norm, add_strips
 
 _TOGETHER = 4
 
 
 class FinishSpec(NamedTuple):
-    """All that the code of one kernel depends on. ``what``: "finish", "gradients" or "statistics"."""
+    """All that the code of one kernel depends on. ``what``: "finish", "gradients" or "statistics"; ``whole``: whether
+    the channels are vectors without a rest."""
 
     what: str
     numbers: str
     lanes: int
+    whole: bool
     activation: str = ""
     residual: bool = False
 
@@ -69,9 +71,9 @@ class _Runs:
         """The image that is written, run by run."""
         out, inner, group, of_group = hl.Func(name), hl.Var("inner"), hl.Var("group"), hl.Var("of_group")
         out[self.c, self.p] = write(self.spec.numbers, value)
-        guard = hl.TailStrategy.GuardWithIf
+        shift, guard = hl.TailStrategy.ShiftInwards, hl.TailStrategy.GuardWithIf
         out.split(self.p, self.task, inner, self.length, guard).split(inner, group, of_group, _TOGETHER, guard)
-        out.vectorize(self.c, self.spec.lanes).reorder(of_group, self.c, group, self.task).unroll(of_group)
+        out.vectorize(self.c, self.spec.lanes, shift).reorder(of_group, self.c, group, self.task).unroll(of_group)
         out.never_partition_all().partition(group, hl.Partition.Always)
         runtime.parallel(out, self.task)
         _side_by_side(out.output_buffer())
@@ -87,16 +89,17 @@ class _Runs:
         group, of_group = hl.RVar("group"), hl.RVar("of_group")
         update = sums.update().never_partition_all()
         update.split(inside.x, group, of_group, _TOGETHER, hl.TailStrategy.GuardWithIf)
-        update.vectorize(self.c, self.spec.lanes).reorder(of_group, self.c, group).unroll(of_group)
+        tail = hl.TailStrategy.RoundUp if self.spec.whole else hl.TailStrategy.Predicate
+        update.vectorize(self.c, self.spec.lanes, tail).reorder(of_group, self.c, group).unroll(of_group)
         update.partition(group, hl.Partition.Always)
         return sums
 
     def parts(self, first: Any, second: Any) -> Any:
         """Two numbers of each run."""
-        part = hl.Func("part")
+        part, shift = hl.Func("part"), hl.TailStrategy.ShiftInwards
         part[self.c, self.k, self.task] = hl.mux(self.k, [first, second])
         part.compute_root().bound(self.k, 0, 2).never_partition_all()
-        part.vectorize(self.c, self.spec.lanes).reorder(self.k, self.c, self.task).unroll(self.k)
+        part.vectorize(self.c, self.spec.lanes, shift).reorder(self.k, self.c, self.task).unroll(self.k)
         runtime.parallel(part, self.task)
         return part
 
@@ -105,8 +108,8 @@ class _Runs:
         total, run = hl.Func(name), hl.RDom([hl.Range(0, self.runs)], f"{name}_run")
         total[self.c] = hl.f32(0.0)
         total[self.c] += value(run.x)
-        total.compute_root().vectorize(self.c, self.spec.lanes)
-        total.update().reorder(self.c, run.x).vectorize(self.c, self.spec.lanes)
+        total.compute_root()
+        add_strips(total, self.c, [self.c, run.x], self.spec.lanes)
         return total
 
     def vectors(self, name: str, first: Any, second: Any) -> Any:

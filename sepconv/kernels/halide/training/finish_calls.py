@@ -34,8 +34,9 @@ def supports(case: StageCase) -> str:
 
 def _spec(case: StageCase) -> FinishSpec:
     what = {"forward": case.op, "gradients": "gradients"}[case.which]
-    lanes = schedule.lanes_of(case.x.shape[1], host())
-    return FinishSpec(what, KINDS[case.x.dtype], lanes, case.prologue or "", case.residual)
+    channels = case.x.shape[1]
+    lanes = schedule.lanes_of(channels, host())
+    return FinishSpec(what, KINDS[case.x.dtype], lanes, channels % lanes == 0, case.prologue or "", case.residual)
 
 
 def _length(case: StageCase) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.jit.buffers import CODES
 from sepconv.kernels.halide.jit.calls import Strided
-from sepconv.kernels.halide.numbers import KINDS
+from sepconv.kernels.halide.numbers import KINDS, PAIRS, codes
+from sepconv.kernels.halide.numbers import parts as parts_of
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.gemm import channel_lanes
 from sepconv.kernels.halide.training import slopes
@@ -45,8 +45,10 @@ class PixelRows(NamedTuple):
     def view(self, tensor: Tensor) -> Tensor:
         return tensor.as_strided((self.pixels, self.channels), (self.step, 1))
 
-    def layout(self, dtype: torch.dtype) -> Strided:
-        return Strided((self.pixels, self.channels), (self.step, 1), CODES[dtype])
+    def layout(self, kind: str) -> Strided:
+        """``kind`` of numbers (see :func:`kind_of`), pairs among them."""
+        halves = parts_of(kind)
+        return Strided((self.pixels, self.channels // halves), (self.step // halves, 1), codes(kind))
 
 
 class Slab(NamedTuple):
@@ -80,11 +82,20 @@ def parts(pixels: int) -> int:
     return -(-pixels // PART)
 
 
-def spec(what: str, dtype: torch.dtype, channels: int, activation: str = "") -> PassSpec:
+def kind_of(dtype: torch.dtype, *images: PixelRows) -> str:
+    """How passes read and write such rows: in pairs where each pixel of all of them has whole ones."""
+    even = all(rows.channels % 2 == 0 and rows.step % 2 == 0 for rows in images)
+    return PAIRS if dtype is torch.bfloat16 and even else KINDS[dtype]
+
+
+def spec(what: str, kind: str, channels: int, activation: str = "") -> PassSpec:
     """The code of a pass."""
-    lanes = channel_lanes(machine.host(), channels)
-    vectors = 2 if what in _OF_SUMS and channels >= 2 * lanes else 1
-    return PassSpec(what, "float32" if what in _OF_PARTS else KINDS[dtype], activation, lanes, vectors)
+    stored = channels // parts_of(kind)
+    lanes = channel_lanes(machine.host(), stored)
+    vectors = 2 if what in _OF_SUMS and stored >= 2 * lanes and kind != PAIRS else 1
+    if what in _OF_PARTS and kind != PAIRS:
+        kind = "float32"
+    return PassSpec(what, kind, activation, lanes, vectors)
 
 
 def numbers(pixels: int, block: Slab, threads: int) -> dict[str, Strided | int]:
@@ -94,9 +105,14 @@ def numbers(pixels: int, block: Slab, threads: int) -> dict[str, Strided | int]:
     return {"share": share, "y_share": share, "parts_share": parts_share, "pixels": pixels}
 
 
-def sums(pixels: int, block: Slab, channels: int) -> dict[str, Strided | int]:
+def sums(pixels: int, block: Slab, channels: int, kind: str) -> dict[str, Strided | int]:
     """The layouts of what is summed up in parts: of a block, of all pixels, and the two numbers of each channel."""
-    own, every = [Strided((parts(count), 2, channels), (2 * channels, channels, 1)) for count in (block.size, pixels)]
+    halves = parts_of(kind)
+    stored = channels // halves
+    own, every = [
+        Strided((parts(count), 2, halves, stored), (2 * channels, channels, stored, 1))
+        for count in (block.size, pixels)
+    ]
     return {"parts": own, "all_parts": every, "result": Strided((2, channels), (channels, 1))}
 
 

@@ -60,6 +60,8 @@ class PointwiseGradients:
         self.y = PixelRows.dense(self.x.pixels, case.weight.shape[0])
         given = PixelRows.of(case.y)
         self.grad = given if given.step else self.y
+        self.inner = blocks.kind_of(self.dtype, self.x)
+        self.outer = blocks.kind_of(self.dtype, self.y, self.grad)
         self.needs_x, self.needs_weight, self.needs_bias = case.need
         self.back = self.needs_x and case.prologue is not None
         self._x_stride = Outline.channels_last_of(case.x.shape).stride
@@ -99,29 +101,30 @@ class PointwiseGradients:
         return _Made(memory, self.room.places(memory), walks, Passes(end, self._layouts(self.blocks[0])))
 
     def _before(self) -> list[PassSpec]:
-        return [spec("deviate", self.dtype, self.y.channels)] if self.case.deviated else []
+        return [spec("deviate", self.outer, self.y.channels)] if self.case.deviated else []
 
     def _after(self) -> list[PassSpec]:
         if self.case.prologue is None:
             return []
         passes = ["sums", "gradient"] if self.needs_x else []
         passes += ["normalise"] if self.needs_weight else []
-        own = [spec(what, self.dtype, self.x.channels, self.case.prologue) for what in passes]
+        own = [spec(what, self.inner, self.x.channels, self.case.prologue) for what in passes]
         return own if len(self.blocks) > 1 else own + self._end()
 
     def _end(self) -> list[PassSpec]:
-        return [spec("total", self.dtype, self.x.channels)] if self.back else []
+        return [spec("total", self.inner, self.x.channels)] if self.back else []
 
     def _layouts(self, block: Slab) -> dict[str, Strided | int]:
         x, y, grad = [rows._replace(pixels=block.size) for rows in (self.x, self.y, self.grad)]
-        inner, outer = [PixelRows.dense(*rows[:2]).layout(self.dtype) for rows in (x, y)]
+        inner = PixelRows.dense(*x[:2]).layout(self.inner)
+        outer = PixelRows.dense(*y[:2]).layout(self.outer)
         return {
             **blocks.numbers(self.x.pixels, block, self.case.threads),
             **blocks.vectors(x.channels, *blocks.PROLOGUE),
             **blocks.vectors(y.channels, *blocks.DEVIATION),
-            **blocks.sums(self.x.pixels, block, x.channels),
-            "x": x.layout(self.dtype),
-            "grad": grad.layout(self.dtype),
+            **blocks.sums(self.x.pixels, block, x.channels, self.inner),
+            "x": x.layout(self.inner),
+            "grad": grad.layout(self.outer),
             **dict.fromkeys(("h", "dh", "grad_x"), inner),
             **dict.fromkeys(("y", "dz"), outer),
         }

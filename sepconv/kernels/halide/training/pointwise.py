@@ -120,7 +120,7 @@ class PointwiseForward:
     def _multiply(
         self, made: _Made, places: dict[str, int], x: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
-        """Slab by block; ``x``: None where the product reads what is made of it."""
+        """Block by block; ``x``: None where the product reads what is made of it."""
         matrix, starts, size = blocks.factors(weight, self.dtype).t(), dict(places), self.dtype.itemsize
         added = None if bias is None else bias.to(self.dtype)
         for block, before, after, h in made.walks:

@@ -1,6 +1,6 @@
 """Gradients of pointwise stages: PyTorch's two products, with passes in front, between and behind them.
 
-Slab by block of the pixels, dz is made of the gradient that came and of the result, dh is a product with the weights,
+Block by block of the pixels, dz is made of the gradient that came and of the result, dh is a product with the weights,
 the gradient of x and the sums for its norm are made of dh in the cache, and so is h again, which the weights' gradient
 needs: it is a product over pixels, added up in the order of the blocks.
 """
@@ -26,12 +26,19 @@ from sepconv.kernels.prologue import Deviation, Prologue, StageCase, StageGradie
 _LEAST_TURNED = 2048
 
 
+class _Behind(NamedTuple):
+    """Pixels that stay in the cache behind a product, where its block does not."""
+
+    slab: Slab
+    passes: Passes
+
+
 class _Walk(NamedTuple):
     """One block: what goes on before its first product and behind it, and what these and the second read."""
 
     block: Slab
     before: Passes
-    after: Passes
+    after: list[_Behind]
     dz: Tensor
     dh: Tensor
     h: Tensor
@@ -47,7 +54,7 @@ class _Made(NamedTuple):
 
 
 class _Images(NamedTuple):
-    """PixelRows of all pixels; None where those in the arena take their place."""
+    """Rows of all pixels; None where those in the arena take their place."""
 
     grad: Tensor | None
     x: Tensor | None
@@ -70,6 +77,7 @@ class PointwiseGradients:
         self._x_stride = Outline.channels_last_of(case.x.shape).stride
         pixel_bytes = (2 * self.x.channels + self.y.channels) * self.dtype.itemsize
         self.blocks = blocks.blocks(self.x.pixels, pixel_bytes, gradient_block(self.dtype, case.threads))
+        self._at_once = len(self.blocks) == 1 and len(self._slabs(self.blocks[0])) == 1
         self._make_room()
         self._local = threading.local()
         self._made()
@@ -94,14 +102,26 @@ class PointwiseGradients:
             self.room.view(memory, name).view(-1, rows.channels)
             for name, rows in (("dz", self.y), ("dh", self.x), ("h", self.x))
         ]
-        known: dict[int, tuple[Passes, Passes]] = {}
+        known: dict[int, Passes] = {}
+        walks = []
         for block in self.blocks:
-            if block.size not in known:
-                layouts = self._layouts(block)
-                known[block.size] = Passes(self._before(), layouts), Passes(self._after(), layouts)
-        walks = [_Walk(block, *known[block.size], *[block.first(view) for view in views]) for block in self.blocks]
-        end = self._end() if len(self.blocks) > 1 else []
+            before = Passes(self._before(), self._layouts(block))
+            walks.append(_Walk(block, before, self._behind(block, known), *[block.first(view) for view in views]))
+        end = [] if self._at_once else self._end()
         return _Made(memory, self.room.places(memory), walks, Passes(end, self._layouts(self.blocks[0])))
+
+    def _behind(self, block: Slab, known: dict[int, Passes]) -> list[_Behind]:
+        found = []
+        for start, size in self._slabs(block):
+            if size not in known:
+                known[size] = Passes(self._after(), self._layouts(Slab(start, size)))
+            found.append(_Behind(Slab(block.start + start, size), known[size]))
+        return found
+
+    def _slabs(self, block: Slab) -> list[Slab]:
+        """Parts of a block in which dh, x, h and the gradient of x stay in the cache."""
+        most = gradient_block(torch.float32, self.case.threads)
+        return blocks.blocks(block.size, 4 * self.x.channels * self.dtype.itemsize, most)
 
     def _before(self) -> list[PassSpec]:
         return [spec("deviate", self.outer, self.y.channels)] if self.case.deviated else []
@@ -112,7 +132,7 @@ class PointwiseGradients:
         passes = ["sums", "gradient"] if self.needs_x else []
         passes += ["normalise"] if self.needs_weight else []
         own = [spec(what, self.inner, self.x.channels, self.case.prologue) for what in passes]
-        return own if len(self.blocks) > 1 else own + self._end()
+        return own + self._end() if self._at_once else own
 
     def _end(self) -> list[PassSpec]:
         return [spec("total", self.inner, self.x.channels)] if self.back else []
@@ -162,30 +182,31 @@ class PointwiseGradients:
     def _multiply(
         self, made: _Made, places: dict[str, int], images: _Images, matrix: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Slab by block; the gradients of weight and bias."""
+        """Block by block; the gradients of weight and bias."""
         starts, weight, bias = dict(places), _Sum(self.dtype), _Sum(torch.float32)
         for block, before, after, dz, dh, h in made.walks:
-            if block.start:
-                self._move(places, starts, block)
+            self._move(places, starts, block.start, {"grad": self.grad.step, "y": self.y.channels})
             before(places)
             if images.grad is not None:
                 dz = block.of(images.grad)
             if self.needs_x:
                 torch.mm(dz, matrix, out=dh if images.grad_x is None else block.of(images.grad_x))
-            after(places)
+            for slab, passes in after:
+                self._move(places, starts, slab.start, {"x": self.x.step, "grad_x": self.x.channels})
+                self._move(places, starts, slab.start - block.start, {"dh": self.x.channels, "h": self.x.channels})
+                places["parts"] = starts["parts"] + slab.start // PART * blocks.part_bytes(self.x.channels)
+                passes(places)
             if self.needs_weight:
                 weight.add_product(dz, h if images.x is None else block.of(images.x))
             if self.needs_bias:
                 bias.add(torch.sum(dz, 0, dtype=torch.float32))
         return weight.total, bias.total
 
-    def _move(self, places: dict[str, int], starts: dict[str, int], block: Slab) -> None:
-        size = self.dtype.itemsize
-        steps = {"x": self.x.step, "grad_x": self.x.channels, "grad": self.grad.step, "y": self.y.channels}
+    def _move(self, places: dict[str, int], starts: dict[str, int], pixels: int, steps: dict[str, int]) -> None:
+        """On to the memory that so many pixels come before, of images with these steps from one to the next."""
         for name, step in steps.items():
             if name in starts:
-                places[name] = starts[name] + block.start * step * size
-        places["parts"] = starts["parts"] + block.start // PART * blocks.part_bytes(self.x.channels)
+                places[name] = starts[name] + pixels * step * self.dtype.itemsize
 
 
 class _Sum:

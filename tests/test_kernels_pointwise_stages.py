@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels import stages
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.training import passes, pointwise, pointwise_gradients, slopes
+from sepconv.kernels.halide.training import blocks, passes, pointwise, pointwise_gradients, slopes
 from sepconv.kernels.prologue import Deviation, Prologue, StageGradients, StageOutput
 from sepconv.kernels.stages import StageChoice
 
@@ -26,8 +27,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Whatever is read before it is written is NaN."""
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is read before it is written is NaN; small stages are ours, too."""
+    monkeypatch.setattr(blocks, "_LEAST_NUMBERS", 0)
     torch.use_deterministic_algorithms(True)
     passes.arena(1 << 22).fill_(0xFF)
     stages.forget()
@@ -222,6 +224,31 @@ def test_what_the_kernel_is_not_for(x: Tensor, activation: str | None, reason: s
         stages.watcher.reset(token)
     assert seen[0].backend.name == "torch"
     assert reason in seen[0].reasons["halide"]
+
+
+def test_small_stages_of_float32_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    seen: list[StageChoice] = []
+    token = stages.watcher.set(seen.append)
+    try:
+        for dtype in TOLERANCE:
+            x, weight = _image((2, 16, 7, 9), dtype, False), torch.randn(16, 16, 1, 1).to(dtype)
+            stages.pointwise_stage(x, None, weight, None, True)
+            stages.pointwise_stage_gradients(x, None, x, None, weight, ALL)
+    finally:
+        stages.watcher.reset(token)
+    assert [choice.backend.name for choice in seen] == ["torch", "torch", "halide", "halide"]
+    assert "4,032 numbers" in seen[0].reasons["halide"]
+
+
+def test_several_threads_call_at_once() -> None:
+    x, weight = _image((2, 24, 23, 29), torch.float32, False), torch.randn(16, 24, 1, 1)
+    t = truth(x, "relu6", weight, None, WAY, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        called = list(pool.map(lambda _: [_Called(t, torch.float32, weight, None) for _ in range(5)], range(4)))
+    for own in called:
+        for each in own:
+            _check(each, t, torch.float32)
 
 
 def test_gradients_of_activations_at_their_kinks() -> None:

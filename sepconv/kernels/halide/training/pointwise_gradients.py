@@ -185,22 +185,27 @@ class PointwiseGradients:
         """Block by block; the gradients of weight and bias."""
         starts, weight, bias = dict(places), _Sum(self.dtype), _Sum(torch.float32)
         for block, before, after, dz, dh, h in made.walks:
-            self._move(places, starts, block.start, {"grad": self.grad.step, "y": self.y.channels})
+            if block.start:
+                self._move(places, starts, block.start, {"grad": self.grad.step, "y": self.y.channels})
             before(places)
             if images.grad is not None:
                 dz = block.of(images.grad)
             if self.needs_x:
                 torch.mm(dz, matrix, out=dh if images.grad_x is None else block.of(images.grad_x))
             for slab, passes in after:
-                self._move(places, starts, slab.start, {"x": self.x.step, "grad_x": self.x.channels})
-                self._move(places, starts, slab.start - block.start, {"dh": self.x.channels, "h": self.x.channels})
-                places["parts"] = starts["parts"] + slab.start // PART * blocks.part_bytes(self.x.channels)
+                if slab.start:
+                    self._move_behind(places, starts, slab, block)
                 passes(places)
             if self.needs_weight:
                 weight.add_product(dz, h if images.x is None else block.of(images.x))
             if self.needs_bias:
                 bias.add(torch.sum(dz, 0, dtype=torch.float32))
         return weight.total, bias.total
+
+    def _move_behind(self, places: dict[str, int], starts: dict[str, int], slab: Slab, block: Slab) -> None:
+        self._move(places, starts, slab.start, {"x": self.x.step, "grad_x": self.x.channels})
+        self._move(places, starts, slab.start - block.start, {"dh": self.x.channels, "h": self.x.channels})
+        places["parts"] = starts["parts"] + slab.start // PART * blocks.part_bytes(self.x.channels)
 
     def _move(self, places: dict[str, int], starts: dict[str, int], pixels: int, steps: dict[str, int]) -> None:
         """On to the memory that so many pixels come before, of images with these steps from one to the next."""
@@ -243,7 +248,7 @@ def supports(case: StageCase) -> str:
 
 def slower(case: StageCase) -> str:
     """Why PyTorch's operations are the faster way here; the empty string if they are not."""
-    return ""
+    return blocks.slower(case)
 
 
 def describe(case: StageCase) -> dict[str, Any]:

@@ -117,6 +117,19 @@ def test_a_stage_and_its_gradients(
     _check(_Called(t, dtype, weight, bias), t, dtype)
 
 
+def test_the_way_back_in_parts_that_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of bfloat16, several parts of it behind the product."""
+    usual = pointwise_gradients.gradient_block
+    monkeypatch.setattr(
+        pointwise_gradients,
+        "gradient_block",
+        lambda dtype, threads: 1 if dtype is torch.float32 else usual(dtype, threads),
+    )
+    x, weight = _image((2, 16, 17, 19), torch.bfloat16, sliced=True), torch.randn(24, 16, 1, 1).bfloat16()
+    t = truth(x, "relu6", weight, None, WAY, torch.bfloat16)
+    _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
+
+
 def test_several_blocks_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     _small_blocks(monkeypatch)
     seen: list[StageChoice] = []

@@ -130,6 +130,15 @@ def test_the_way_back_in_parts_that_stay_in_the_cache(monkeypatch: pytest.Monkey
     _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
 
 
+def test_pairs_may_begin_between_words() -> None:
+    """Channels from an odd one on."""
+    x = torch.randn(2, 11, 9, 14).bfloat16().permute(0, 3, 1, 2)[:, 1:9]
+    assert x.data_ptr() % 4 == 2
+    weight = torch.randn(6, 8, 1, 1).bfloat16()
+    t = truth(x, "relu", weight, None, WAY, torch.bfloat16)
+    _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
+
+
 def test_several_blocks_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
     _small_blocks(monkeypatch)
     seen: list[StageChoice] = []

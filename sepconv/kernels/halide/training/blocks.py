@@ -132,9 +132,9 @@ def vector(values: Tensor) -> Tensor:
     return values if values.dtype is torch.float32 and values.is_contiguous() else values.float().contiguous()
 
 
-def factors(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def factors(weight: Tensor, out_channels: int, channels: int, dtype: torch.dtype) -> Tensor:
     """The weight (O, C, 1, 1) as a matrix."""
-    matrix = weight.view(weight.shape[:2])
+    matrix = weight.view(out_channels, channels)
     return matrix if matrix.dtype is dtype else matrix.to(dtype)
 
 

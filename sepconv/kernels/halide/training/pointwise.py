@@ -121,7 +121,8 @@ class PointwiseForward:
         self, made: _Made, places: dict[str, int], x: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
         """Block by block; ``x``: None where the product reads what is made of it."""
-        matrix, starts, size = blocks.factors(weight, self.dtype).t(), dict(places), self.dtype.itemsize
+        matrix = blocks.factors(weight, self.y.channels, self.x.channels, self.dtype).t()
+        starts, size = dict(places), self.dtype.itemsize
         added = None if bias is None else bias.to(self.dtype)
         for block, before, after, h in made.walks:
             if block.start:

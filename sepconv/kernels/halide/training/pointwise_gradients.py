@@ -173,7 +173,9 @@ class PointwiseGradients:
             self.x.view(x) if prologue is None else None,
             self.x._replace(step=self.x.channels).view(grad_x) if grad_x is not None and prologue is None else None,
         )
-        of_weight, of_bias = self._multiply(made, places, images, blocks.factors(weight, self.dtype))
+        of_weight, of_bias = self._multiply(
+            made, places, images, blocks.factors(weight, self.y.channels, self.x.channels, self.dtype)
+        )
         made.end(places)
         of_weight = None if of_weight is None else of_weight.view(weight.shape).to(weight.dtype)
         total, deviation_total = (None, None) if result is None else result.unbind()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels import stages
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.training import passes, pointwise, pointwise_gradients, slopes
+from sepconv.kernels.halide.training import blocks, passes, pointwise, pointwise_gradients, slopes
 from sepconv.kernels.prologue import Deviation, Prologue, StageGradients, StageOutput
 from sepconv.kernels.stages import StageChoice
 
@@ -26,8 +27,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Whatever is read before it is written is NaN."""
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is read before it is written is NaN; small stages are ours, too."""
+    monkeypatch.setattr(blocks, "_LEAST_NUMBERS", 0)
     torch.use_deterministic_algorithms(True)
     passes.arena(1 << 22).fill_(0xFF)
     stages.forget()
@@ -113,6 +115,28 @@ def test_a_stage_and_its_gradients(
     bias = torch.randn(out_channels).to(dtype) if activation == "silu" else None
     t = truth(x, activation, weight, bias, WAY, dtype)
     _check(_Called(t, dtype, weight, bias), t, dtype)
+
+
+def test_the_way_back_in_parts_that_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of bfloat16, several parts of it behind the product."""
+    usual = pointwise_gradients.gradient_block
+    monkeypatch.setattr(
+        pointwise_gradients,
+        "gradient_block",
+        lambda dtype, threads: 1 if dtype is torch.float32 else usual(dtype, threads),
+    )
+    x, weight = _image((2, 16, 17, 19), torch.bfloat16, sliced=True), torch.randn(24, 16, 1, 1).bfloat16()
+    t = truth(x, "relu6", weight, None, WAY, torch.bfloat16)
+    _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
+
+
+def test_pairs_may_begin_between_words() -> None:
+    """Channels from an odd one on."""
+    x = torch.randn(2, 11, 9, 14).bfloat16().permute(0, 3, 1, 2)[:, 1:9]
+    assert x.data_ptr() % 4 == 2
+    weight = torch.randn(6, 8, 1, 1).bfloat16()
+    t = truth(x, "relu", weight, None, WAY, torch.bfloat16)
+    _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
 
 
 def test_several_blocks_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +246,31 @@ def test_what_the_kernel_is_not_for(x: Tensor, activation: str | None, reason: s
         stages.watcher.reset(token)
     assert seen[0].backend.name == "torch"
     assert reason in seen[0].reasons["halide"]
+
+
+def test_small_stages_of_float32_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    seen: list[StageChoice] = []
+    token = stages.watcher.set(seen.append)
+    try:
+        for dtype in TOLERANCE:
+            x, weight = _image((2, 16, 7, 9), dtype, False), torch.randn(16, 16, 1, 1).to(dtype)
+            stages.pointwise_stage(x, None, weight, None, True)
+            stages.pointwise_stage_gradients(x, None, x, None, weight, ALL)
+    finally:
+        stages.watcher.reset(token)
+    assert [choice.backend.name for choice in seen] == ["torch", "torch", "halide", "halide"]
+    assert "4,032 numbers" in seen[0].reasons["halide"]
+
+
+def test_several_threads_call_at_once() -> None:
+    x, weight = _image((2, 24, 23, 29), torch.float32, False), torch.randn(16, 24, 1, 1)
+    t = truth(x, "relu6", weight, None, WAY, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        called = list(pool.map(lambda _: [_Called(t, torch.float32, weight, None) for _ in range(5)], range(4)))
+    for own in called:
+        for each in own:
+            _check(each, t, torch.float32)
 
 
 def test_gradients_of_activations_at_their_kinks() -> None:

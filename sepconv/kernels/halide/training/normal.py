@@ -32,6 +32,7 @@ class NormalStage:
         self.geometry: Geometry = case.geometry
         self.groups = case.x.shape[1] // max(1, case.weight.shape[1])
         self.y = PixelRows.dense(case.y.elements // max(1, case.y.shape[1]), case.y.shape[1])
+        self.inner, self.outer = blocks.kind_of(self.dtype, self.x), blocks.kind_of(self.dtype, self.y)
         self.room = Room()
         self._local = threading.local()
 
@@ -52,12 +53,12 @@ class NormalStage:
     def layouts(self) -> dict[str, Strided | int]:
         raise NotImplementedError
 
-    def whole(self, rows: PixelRows) -> dict[str, Strided | int]:
+    def whole(self, rows: PixelRows, kind: str) -> dict[str, Strided | int]:
         """Numbers and sums of an image that goes through at once."""
         slab = Slab(0, rows.pixels)
         return {
             **blocks.numbers(rows.pixels, slab, self.case.threads),
-            **blocks.sums(rows.pixels, slab, rows.channels),
+            **blocks.sums(rows.pixels, slab, rows.channels, kind),
         }
 
     def share(self, rows: PixelRows) -> Strided | int:
@@ -81,20 +82,20 @@ class NormalForward(NormalStage):
 
     def before(self) -> list[PassSpec]:
         activation = self.case.prologue
-        return [] if activation is None else [spec("normalise", self.dtype, self.x.channels, activation)]
+        return [] if activation is None else [spec("normalise", self.inner, self.x.channels, activation)]
 
     def after(self) -> list[PassSpec]:
         passes = ("moments", "merge") if self.case.statistics else ()
-        return [spec(what, self.dtype, self.y.channels) for what in passes]
+        return [spec(what, self.outer, self.y.channels) for what in passes]
 
     def layouts(self) -> dict[str, Strided | int]:
         return {
-            **self.whole(self.y),
+            **self.whole(self.y, self.outer),
             "share": self.share(self.x),
             **blocks.vectors(self.x.channels, *blocks.PROLOGUE),
-            "x": self.x.layout(self.dtype),
-            "h": PixelRows.dense(*self.x[:2]).layout(self.dtype),
-            "y": self.y.layout(self.dtype),
+            "x": self.x.layout(self.inner),
+            "h": PixelRows.dense(*self.x[:2]).layout(self.inner),
+            "y": self.y.layout(self.outer),
         }
 
     def __call__(self, x: Tensor, prologue: Prologue | None, weight: Tensor, bias: Tensor | None) -> StageOutput:

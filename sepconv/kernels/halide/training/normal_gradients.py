@@ -28,31 +28,33 @@ class NormalGradients(NormalStage):
         self.again = self.needs_weight and case.prologue is not None
         given = PixelRows.of(case.y)
         self.grad = given if given.step else self.y
+        self.outer = blocks.kind_of(self.dtype, self.y, self.grad)
         self.room.add("dz", self.y.pixels * self.y.channels if case.deviated else 0, self.dtype)
         self.room.add("h", self.x.pixels * self.x.channels if self.again else 0, self.dtype)
         self.room.add("parts", blocks.parts(self.x.pixels) * 2 * self.x.channels if self.back else 0, torch.float32)
         self.passes()
 
     def before(self) -> list[PassSpec]:
-        own = [spec("deviate", self.dtype, self.y.channels)] if self.case.deviated else []
+        own = [spec("deviate", self.outer, self.y.channels)] if self.case.deviated else []
         activation = self.case.prologue
         if self.again and activation is not None:
-            own.append(spec("normalise", self.dtype, self.x.channels, activation))
+            own.append(spec("normalise", self.inner, self.x.channels, activation))
         return own
 
     def after(self) -> list[PassSpec]:
         passes: Sequence[str] = ("sums", "gradient", "total") if self.back else ()
-        return [spec(what, self.dtype, self.x.channels, self.case.prologue or "") for what in passes]
+        return [spec(what, self.inner, self.x.channels, self.case.prologue or "") for what in passes]
 
     def layouts(self) -> dict[str, Strided | int]:
-        inner, outer = [PixelRows.dense(*rows[:2]).layout(self.dtype) for rows in (self.x, self.y)]
+        inner = PixelRows.dense(*self.x[:2]).layout(self.inner)
+        outer = PixelRows.dense(*self.y[:2]).layout(self.outer)
         return {
-            **self.whole(self.x),
+            **self.whole(self.x, self.inner),
             **blocks.vectors(self.x.channels, *blocks.PROLOGUE),
             **blocks.vectors(self.y.channels, *blocks.DEVIATION),
             "y_share": self.share(self.y),
-            "x": self.x.layout(self.dtype),
-            "grad": self.grad.layout(self.dtype),
+            "x": self.x.layout(self.inner),
+            "grad": self.grad.layout(self.outer),
             **dict.fromkeys(("h", "dh", "grad_x"), inner),
             **dict.fromkeys(("y", "dz"), outer),
         }

@@ -47,6 +47,7 @@ class PointwiseForward:
         assert case.weight is not None
         self.case, self.x, self.dtype = case, PixelRows.of(case.x), case.x.dtype
         self.y = PixelRows.dense(self.x.pixels, case.weight.shape[0])
+        self.inner, self.outer = blocks.kind_of(self.dtype, self.x), blocks.kind_of(self.dtype, self.y)
         channels = self.x.channels + self.y.channels
         self.blocks = blocks.blocks(
             self.x.pixels, channels * self.dtype.itemsize, forward_block(self.dtype, case.threads)
@@ -81,26 +82,26 @@ class PointwiseForward:
 
     def _before(self) -> list[PassSpec]:
         activation = self.case.prologue
-        return [] if activation is None else [spec("normalise", self.dtype, self.x.channels, activation)]
+        return [] if activation is None else [spec("normalise", self.inner, self.x.channels, activation)]
 
     def _after(self) -> list[PassSpec]:
         if not self.case.statistics:
             return []
-        own = [spec("moments", self.dtype, self.y.channels)]
+        own = [spec("moments", self.outer, self.y.channels)]
         return own if len(self.blocks) > 1 else own + self._end()
 
     def _end(self) -> list[PassSpec]:
-        return [spec("merge", self.dtype, self.y.channels)] if self.case.statistics else []
+        return [spec("merge", self.outer, self.y.channels)] if self.case.statistics else []
 
     def _layouts(self, block: Slab) -> dict[str, Strided | int]:
-        x, y, dtype = self.x._replace(pixels=block.size), self.y._replace(pixels=block.size), self.dtype
+        x, y = self.x._replace(pixels=block.size), self.y._replace(pixels=block.size)
         return {
             **blocks.numbers(self.x.pixels, block, self.case.threads),
             **blocks.vectors(x.channels, *blocks.PROLOGUE),
-            **blocks.sums(self.x.pixels, block, y.channels),
-            "x": x.layout(dtype),
-            "h": PixelRows.dense(*x[:2]).layout(dtype),
-            "y": y.layout(dtype),
+            **blocks.sums(self.x.pixels, block, y.channels, self.outer),
+            "x": x.layout(self.inner),
+            "h": PixelRows.dense(*x[:2]).layout(self.inner),
+            "y": y.layout(self.outer),
         }
 
     def __call__(self, x: Tensor, prologue: Prologue | None, weight: Tensor, bias: Tensor | None) -> StageOutput:
@@ -119,8 +120,9 @@ class PointwiseForward:
     def _multiply(
         self, made: _Made, places: dict[str, int], x: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor | None
     ) -> None:
-        """Slab by block; ``x``: None where the product reads what is made of it."""
-        matrix, starts, size = blocks.factors(weight, self.dtype).t(), dict(places), self.dtype.itemsize
+        """Block by block; ``x``: None where the product reads what is made of it."""
+        matrix = blocks.factors(weight, self.y.channels, self.x.channels, self.dtype).t()
+        starts, size = dict(places), self.dtype.itemsize
         added = None if bias is None else bias.to(self.dtype)
         for block, before, after, h in made.walks:
             if block.start:
@@ -143,7 +145,7 @@ def supports(case: StageCase) -> str:
 
 def slower(case: StageCase) -> str:
     """Why PyTorch's operations are the faster way here; the empty string if they are not."""
-    return ""
+    return blocks.slower(case)
 
 
 def describe(case: StageCase) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Passes over an image as rows of channels, pixel after pixel: norms and activations on the way into a product and
 back, and the sums that norms need.
 
-Each reads every number once; vectors lie along the channels. What is summed over pixels is summed in parts of so many
-pixels, which sizes alone decide: sums do not depend on threads. Sums of squares are taken around a number of the part
-itself, so that nothing cancels however far the mean is from 0, and parts are merged by Chan's formula.
+Each reads every number once; vectors lie along the channels, those of bfloat16 in pairs. What is summed over pixels is
+summed in parts of so many pixels, which sizes alone decide: sums do not depend on threads. Squares are taken around a
+number of the part itself, so that nothing cancels however far the mean is from 0, and parts are merged by Chan's
+formula.
 
 Reference: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
 """
@@ -22,6 +23,8 @@ PART = 128
 """Pixels in one part of a sum."""
 TOGETHER = 4
 """Pixels for which the vectors of the channels are read once; no image may have fewer."""
+# Half of a step of bfloat16 would be Halide's own rounding, in seven instructions; a little less is one.
+_HALF, _HIGH = 0x7FFF, 0xFFFF0000
 
 
 class PassSpec(NamedTuple):
@@ -36,10 +39,10 @@ class PassSpec(NamedTuple):
     lanes: int
     vectors: int = 1
 
-
-def build(spec: PassSpec) -> tuple[Any, list[Any]]:
-    """The pipeline; its arguments are those that ``PASSES`` names, the result last."""
-    return _BUILD[spec.what](spec)
+    @property
+    def halves(self) -> int:
+        """Channels in one number that is stored."""
+        return numbers.parts(self.numbers)
 
 
 PASSES = {
@@ -57,10 +60,9 @@ sum of g, sum of g * (x - mean); mean, sum of squares around it. "total" adds pa
 variance of them."""
 
 
-def _image(spec: PassSpec, name: str) -> Any:
-    param = hl.ImageParam(numbers.halide_type(spec.numbers), 2, name)
-    _side_by_side(param)
-    return param
+def build(spec: PassSpec) -> tuple[Any, list[Any]]:
+    """The pipeline; its arguments are those that ``PASSES`` names, the result last."""
+    return _BUILD[spec.what](spec)
 
 
 def _side_by_side(param: Any) -> None:
@@ -69,152 +71,217 @@ def _side_by_side(param: Any) -> None:
     param.dim(0).set_stride(1)
 
 
-def _vectors(*names: str) -> list[Any]:
-    params = [hl.ImageParam(hl.Float(32), 1, name) for name in names]
-    for param in params:
+class _Image:
+    """Rows of numbers: ``image(c, half, p)`` is one of them in float32."""
+
+    def __init__(self, spec: PassSpec, name: str) -> None:
+        self._kind, self.param = spec.numbers, hl.ImageParam(numbers.halide_type(spec.numbers), 2, name)
+        _side_by_side(self.param)
+
+    def __call__(self, c: Any, half: Any, p: Any) -> Any:
+        return numbers.read(self._kind, self.param[c, p], half)
+
+
+class _Vectors:
+    """A number for each channel, several times: ``vectors[name](c, half)``."""
+
+    def __init__(self, spec: PassSpec, *names: str) -> None:
+        self.params = [hl.ImageParam(hl.Float(32), 1, name) for name in names]
+        self._halves = [self._apart(spec, param) for param in self.params]
+
+    def __getitem__(self, number: int) -> Any:
+        return self._halves[number]
+
+    def _apart(self, spec: PassSpec, param: Any) -> Any:
+        """The even channels, then the odd ones, where vectors have these."""
         _side_by_side(param)
-    return params
+        if spec.halves == 1:
+            return lambda c, half: param[c]
+        found, (c, half) = hl.Func(f"{param.name()}_halves"), hl.vars("c half")
+        found[c, half] = param[spec.halves * c + half]
+        found.compute_root().vectorize(c, spec.lanes, hl.TailStrategy.GuardWithIf)
+        return lambda c, half: found[c, half]
+
+
+class _Norm:
+    """x and its prologue: what is a Func is rounded as it is written here, with products and sums in one step."""
+
+    def __init__(self, spec: PassSpec) -> None:
+        self.x, self.vectors = _Image(spec, "x"), _Vectors(spec, "mean", "scale", "bias")
+        c, half, p = self.at = hl.vars("c half p")
+        mean, scale, bias = (self.vectors[i](c, half) for i in range(3))
+        deviation = self.x(c, half, p) - mean
+        self.func = hl.Func("argument")
+        self.func[c, half, p] = (deviation, deviation * scale + bias)
+
+    def deviation(self, *at: Any) -> Any:
+        return self.func[at][0]
+
+    def argument(self, *at: Any) -> Any:
+        """Of the activation."""
+        return self.func[at][1]
+
+    @property
+    def params(self) -> list[Any]:
+        return [self.x.param, *self.vectors.params]
+
+
+def _stored(kind: str, values: list[Any]) -> Any:
+    """What is written: the nearest number, of two as near that nearer to 0, which costs a quarter of the even one."""
+    if kind == "float32":
+        return values[0]
+    rounded = [hl.reinterpret(hl.UInt(32), value) + hl.u32(_HALF) for value in values]
+    if len(rounded) == 1:
+        return hl.cast(hl.UInt(16), rounded[0] >> hl.u32(16))
+    return (rounded[0] >> hl.u32(16)) | (rounded[1] & hl.u32(_HIGH))
 
 
 def _share(name: str = "share") -> Any:
     return hl.Param(hl.Int(32), name)
 
 
-class _Norm:
-    """x and its prologue."""
-
-    def __init__(self, spec: PassSpec) -> None:
-        self.spec, self.x, self.vectors = spec, _image(spec, "x"), _vectors("mean", "scale", "bias")
-
-    def deviation(self, c: Any, p: Any) -> Any:
-        return numbers.read(self.spec.numbers, self.x[c, p]) - self.vectors[0][c]
-
-    def argument(self, c: Any, p: Any) -> Any:
-        """Of the activation."""
-        return self.deviation(c, p) * self.vectors[1][c] + self.vectors[2][c]
-
-    def backward(self, grad: Any, c: Any, p: Any) -> Any:
-        """The gradient of the argument, from that of h."""
-        return backward(self.spec.activation, numbers.read(self.spec.numbers, grad[c, p]), self.argument(c, p))
-
-
 def _normalise(spec: PassSpec) -> tuple[Any, list[Any]]:
     share, norm, (c, p) = _share(), _Norm(spec), hl.vars("c p")
+    activate = ACTIVATIONS[spec.activation].expression
     out = hl.Func("normalise")
-    value = ACTIVATIONS[spec.activation].expression(hl, norm.argument(c, p))
-    out[c, p] = numbers.write(spec.numbers, value, quiet=True)
-    _schedule_numbers(spec, out, c, p, share)
-    return out, [share, norm.x, *norm.vectors]
+    out[c, p] = _stored(spec.numbers, [activate(hl, norm.argument(c, half, p)) for half in range(spec.halves)])
+    _schedule_numbers(spec, out, [norm.func], share)
+    return out, [share, *norm.params]
 
 
 def _deviate(spec: PassSpec) -> tuple[Any, list[Any]]:
-    share, grad, y, (c, p) = _share(), _image(spec, "grad"), _image(spec, "y"), hl.vars("c p")
-    mean, offset, factor = _vectors("y_mean", "offset", "slope")
-    out, kind = hl.Func("deviate"), spec.numbers
-    moved = (numbers.read(kind, y[c, p]) - mean[c]) * factor[c] + offset[c]
-    out[c, p] = numbers.write(kind, moved + numbers.read(kind, grad[c, p]), quiet=True)
-    _schedule_numbers(spec, out, c, p, share)
-    return out, [share, grad, y, mean, offset, factor]
+    share, grad, y, (c, p) = _share(), _Image(spec, "grad"), _Image(spec, "y"), hl.vars("c p")
+    vectors, out = _Vectors(spec, "y_mean", "offset", "slope"), hl.Func("deviate")
+    values = []
+    for half in range(spec.halves):
+        mean, offset, factor = (vectors[i](c, half) for i in range(3))
+        values.append((y(c, half, p) - mean) * factor + offset + grad(c, half, p))
+    out[c, p] = _stored(spec.numbers, values)
+    _schedule_numbers(spec, out, [], share)
+    return out, [share, grad.param, y.param, *vectors.params]
 
 
 def _gradient(spec: PassSpec) -> tuple[Any, list[Any]]:
-    share, grad, norm, (c, p) = _share(), _image(spec, "dh"), _Norm(spec), hl.vars("c p")
-    out = hl.Func("gradient")
-    value = norm.backward(grad, c, p) * norm.vectors[1][c]
-    out[c, p] = numbers.write(spec.numbers, value, quiet=True)
-    _schedule_numbers(spec, out, c, p, share)
-    return out, [share, grad, norm.x, *norm.vectors]
+    share, grad, norm, (c, p) = _share(), _Image(spec, "dh"), _Norm(spec), hl.vars("c p")
+    out, values = hl.Func("gradient"), []
+    for half in range(spec.halves):
+        g = backward(spec.activation, grad(c, half, p), norm.argument(c, half, p))
+        values.append(g * norm.vectors[1](c, half))
+    out[c, p] = _stored(spec.numbers, values)
+    _schedule_numbers(spec, out, [norm.func], share)
+    return out, [share, grad.param, *norm.params]
 
 
-def _schedule_numbers(spec: PassSpec, out: Any, c: Any, p: Any, share: Any) -> None:
+def _schedule_numbers(spec: PassSpec, out: Any, inner: list[Any], share: Any) -> None:
     """Some pixels together, for which the vectors of the channels stay in registers."""
-    step, inner = hl.Var("step"), hl.Var("inner")
-    out.split(p, step, inner, TOGETHER, hl.TailStrategy.ShiftInwards).reorder(inner, c, step).unroll(inner)
-    out.vectorize(c, spec.lanes, hl.TailStrategy.ShiftInwards)
+    c, p = out.args()
+    step, pixel, vector, lane = hl.vars("step pixel vector lane")
+    out.split(p, step, pixel, TOGETHER, hl.TailStrategy.ShiftInwards)
+    out.split(c, vector, lane, spec.lanes, hl.TailStrategy.ShiftInwards)
+    out.reorder(lane, pixel, vector, step).vectorize(lane).unroll(pixel)
     runtime.share(out, step, share)
+    for func in inner:
+        channel, half = func.args()[:2]
+        func.compute_at(out, pixel).bound_extent(channel, spec.lanes).vectorize(channel)
+        func.bound(half, 0, spec.halves).unroll(half)
     _side_by_side(out.output_buffer())
 
 
-def _part(image: Any, t: Any) -> tuple[Any, Any, Any]:
-    """The pixels of part ``t``: how many, over which a sum goes, and the pixel of each."""
-    pixels = image.dim(1).extent()
+def _part(image: _Image, t: Any) -> tuple[Any, Any]:
+    """Of part ``t`` the number of pixels, and the pixel of each term of a sum over it."""
+    pixels = image.param.dim(1).extent()
     r = hl.RDom([hl.Range(0, PART)], "r")
     pixel = t * PART + r.x
     r.where(pixel < pixels)
-    return hl.min(PART, pixels - t * PART), r, hl.unsafe_promise_clamped(pixel, 0, pixels - 1)
+    return hl.min(PART, pixels - t * PART), hl.unsafe_promise_clamped(pixel, 0, pixels - 1)
 
 
 def _sums(spec: PassSpec) -> tuple[Any, list[Any]]:
-    share, grad, norm, (c, t) = _share("parts_share"), _image(spec, "dh"), _Norm(spec), hl.vars("c t")
-    _, _, pixel = _part(norm.x, t)
-    sums = hl.Func("sums")
-    g = norm.backward(grad, c, pixel)
-    sums[c, t] = (hl.f32(0.0), hl.f32(0.0))
-    sums[c, t] = (sums[c, t][0] + g, sums[c, t][1] + g * norm.deviation(c, pixel))
-    out = _two_rows(spec, sums, (sums[c, t][0], sums[c, t][1]), c, t, share)
-    return out, [share, grad, norm.x, *norm.vectors]
+    share, grad, norm, (c, half, t) = _share("parts_share"), _Image(spec, "dh"), _Norm(spec), hl.vars("c half t")
+    _, pixel = _part(norm.x, t)
+    g = backward(spec.activation, grad(c, half, pixel), norm.argument(c, half, pixel))
+    sums, at = hl.Func("sums"), (c, half, t)
+    sums[at] = (hl.f32(0.0), hl.f32(0.0))
+    sums[at] = (sums[at][0] + g, sums[at][1] + g * norm.deviation(c, half, pixel))
+    out = _two_rows(spec, sums, (sums[at][0], sums[at][1]), share)
+    lane, part = norm.func.args()[:2]
+    norm.func.compute_at(sums, sums.rvars(0)[0]).bound_extent(lane, spec.lanes * spec.vectors)
+    norm.func.vectorize(lane, spec.lanes).unroll(lane).bound(part, 0, spec.halves).unroll(part)
+    return out, [share, grad.param, *norm.params]
 
 
 def _moments(spec: PassSpec) -> tuple[Any, list[Any]]:
-    share, y, (c, t) = _share("parts_share"), _image(spec, "y"), hl.vars("c t")
-    count, _, pixel = _part(y, t)
-    first, sums = numbers.read(spec.numbers, y[c, t * PART]), hl.Func("sums")
-    moved = numbers.read(spec.numbers, y[c, pixel]) - first
-    sums[c, t] = (hl.f32(0.0), hl.f32(0.0))
-    sums[c, t] = (sums[c, t][0] + moved, sums[c, t][1] + moved * moved)
-    mean = sums[c, t][0] / hl.cast(hl.Float(32), count)
-    out = _two_rows(spec, sums, (first + mean, sums[c, t][1] - sums[c, t][0] * mean), c, t, share)
-    return out, [share, y]
+    share, y, (c, half, t) = _share("parts_share"), _Image(spec, "y"), hl.vars("c half t")
+    count, pixel = _part(y, t)
+    first, sums, at = y(c, half, t * PART), hl.Func("sums"), (c, half, t)
+    moved = y(c, half, pixel) - first
+    sums[at] = (hl.f32(0.0), hl.f32(0.0))
+    sums[at] = (sums[at][0] + moved, sums[at][1] + moved * moved)
+    mean = sums[at][0] / hl.cast(hl.Float(32), count)
+    out = _two_rows(spec, sums, (first + mean, sums[at][1] - sums[at][0] * mean), share)
+    return out, [share, y.param]
 
 
-def _two_rows(spec: PassSpec, sums: Any, values: tuple[Any, Any], c: Any, t: Any, share: Any) -> Any:
+def _two_rows(spec: PassSpec, sums: Any, values: tuple[Any, Any], share: Any) -> Any:
     """``values`` of each channel and part, from sums in registers."""
+    c, half, t = sums.args()
     out, k, block, inner = hl.Func("rows"), hl.Var("k"), hl.Var("block"), hl.Var("inner")
     wide = spec.lanes * spec.vectors
-    out[c, k, t] = hl.select(k == 0, values[0], values[1])
-    out.bound(k, 0, 2).split(c, block, inner, wide, hl.TailStrategy.ShiftInwards).reorder(inner, k, block, t)
-    out.vectorize(inner, spec.lanes).unroll(inner).unroll(k)
+    out[c, half, k, t] = hl.select(k == 0, values[0], values[1])
+    out.bound(k, 0, 2).bound(half, 0, spec.halves)
+    out.split(c, block, inner, wide, hl.TailStrategy.ShiftInwards).reorder(inner, half, k, block, t)
+    out.vectorize(inner, spec.lanes).unroll(inner).unroll(half).unroll(k)
     runtime.share(out, t, share)
-    sums.compute_at(out, block).bound_extent(c, wide).vectorize(c, spec.lanes).unroll(c)
-    sums.update().reorder(c, sums.rvars(0)[0]).vectorize(c, spec.lanes).unroll(c)
+    sums.compute_at(out, block).bound_extent(c, wide).bound(half, 0, spec.halves)
+    sums.vectorize(c, spec.lanes).unroll(c).unroll(half)
+    sums.update().reorder(c, half, sums.rvars(0)[0]).vectorize(c, spec.lanes).unroll(c).unroll(half)
     _side_by_side(out.output_buffer())
     return out
 
 
 def _parts() -> tuple[Any, Any]:
     """Those of all parts of an image, and the number of the part."""
-    parts = hl.ImageParam(hl.Float(32), 3, "parts")
+    parts = hl.ImageParam(hl.Float(32), 4, "parts")
     _side_by_side(parts)
-    return parts, hl.RDom([hl.Range(0, parts.dim(2).extent())], "q")
+    return parts, hl.RDom([hl.Range(0, parts.dim(3).extent())], "q")
 
 
 def _total(spec: PassSpec) -> tuple[Any, list[Any]]:
-    (parts, q), (c, k) = _parts(), hl.vars("c k")
+    (parts, q), (c, half, k, i) = _parts(), hl.vars("c half k i")
     total, out = hl.Func("sum"), hl.Func("total")
-    total[c, k] = hl.f32(0.0)
-    total[c, k] += parts[c, k, q.x]
-    out[c, k] = total[c, k]
-    out.vectorize(c, spec.lanes, hl.TailStrategy.ShiftInwards)
-    total.compute_at(out, c).vectorize(c, spec.lanes).update().vectorize(c, spec.lanes)
-    _side_by_side(out.output_buffer())
+    total[c, half, k] = hl.f32(0.0)
+    total[c, half, k] += parts[c, half, k, q.x]
+    out[i, k] = total[i // spec.halves, i % spec.halves, k]
+    _schedule_channels(spec, total, out)
+    total.update().reorder(c, half, k, q.x)
     return out, [parts]
 
 
 def _merge(spec: PassSpec) -> tuple[Any, list[Any]]:
-    (parts, q), (c, k), pixels = _parts(), hl.vars("c k"), _share("pixels")
-    both, out = hl.Func("both"), hl.Func("merge")
+    (parts, q), (c, half, k, i), pixels = _parts(), hl.vars("c half k i"), _share("pixels")
+    both, out, at = hl.Func("both"), hl.Func("merge"), (c, half)
     before, more = q.x * PART, hl.min(PART, pixels - q.x * PART)
     share = hl.cast(hl.Float(32), more) / hl.cast(hl.Float(32), before + more)
-    both[c] = (hl.f32(0.0), hl.f32(0.0))
-    apart = parts[c, 0, q.x] - both[c][0]
+    both[at] = (hl.f32(0.0), hl.f32(0.0))
+    apart = parts[c, half, 0, q.x] - both[at][0]
     between = apart * apart * hl.cast(hl.Float(32), before) * share
-    both[c] = (both[c][0] + apart * share, both[c][1] + parts[c, 1, q.x] + between)
-    squares = hl.strict_float(hl.select(both[c][1] < hl.f32(0.0), hl.f32(0.0), both[c][1]))
-    out[c, k] = hl.select(k == 0, both[c][0], squares / hl.cast(hl.Float(32), pixels))
-    out.bound(k, 0, 2).reorder(k, c).unroll(k).vectorize(c, spec.lanes, hl.TailStrategy.ShiftInwards)
-    both.compute_at(out, c).vectorize(c, spec.lanes).update().vectorize(c, spec.lanes)
-    _side_by_side(out.output_buffer())
+    both[at] = (both[at][0] + apart * share, both[at][1] + parts[c, half, 1, q.x] + between)
+    mean, squares = (both[i // spec.halves, i % spec.halves][n] for n in range(2))
+    rounded = hl.strict_float(hl.select(squares < hl.f32(0.0), hl.f32(0.0), squares))
+    out[i, k] = hl.select(k == 0, mean, rounded / hl.cast(hl.Float(32), pixels))
+    out.bound(k, 0, 2)
+    _schedule_channels(spec, both, out)
+    both.update().reorder(c, half, q.x)
     return out, [pixels, parts]
+
+
+def _schedule_channels(spec: PassSpec, sums: Any, out: Any) -> None:
+    """Row by row of the parts, then the channels in their order."""
+    guarded = hl.TailStrategy.GuardWithIf
+    sums.compute_root().vectorize(sums.args()[0], spec.lanes, guarded)
+    sums.update().vectorize(sums.args()[0], spec.lanes, guarded)
+    out.vectorize(out.args()[0], spec.lanes, hl.TailStrategy.ShiftInwards)
+    _side_by_side(out.output_buffer())
 
 
 _BUILD = {

@@ -6,6 +6,8 @@ A kink's are PyTorch's: nothing comes through at the limits themselves.
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import and_
 from typing import Any
 
 from sepconv.activations import ACTIVATIONS
@@ -27,11 +29,9 @@ def backward(activation: str, grad: Any, x: Any) -> Any:
 
 def _between(grad: Any, x: Any, low: float, high: float) -> Any:
     """Not a product: infinity times 0 would be NaN."""
-    if low > -math.inf:
-        grad = hl.select(x <= hl.f32(low), hl.f32(0.0), grad)
-    if high < math.inf:
-        grad = hl.select(x >= hl.f32(high), hl.f32(0.0), grad)
-    return hl.strict_float(grad)
+    inside = [x > hl.f32(low)] if low > -math.inf else []
+    inside += [x < hl.f32(high)] if high < math.inf else []
+    return hl.select(reduce(and_, inside), grad, hl.f32(0.0)) if inside else grad
 
 
 def _hardswish(grad: Any, x: Any) -> Any:

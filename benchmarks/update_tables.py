@@ -9,7 +9,7 @@ from benchmarks import compile_times, conversion_cost, quantization, record, siz
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import speed, verdicts
 from benchmarks.published import documents as published
-from sepconv.bench import tables
+from sepconv.bench import tables, training_tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,12 +61,20 @@ def _zoo(content: dict[str, Any]) -> str:
     return "\n".join([*parts, f"Not measured: {failed or 'none'}.\n"])
 
 
+def _training(content: dict[str, Any]) -> str:
+    """A summary, the parts of a step, and who could not take part."""
+    about = f"On {content['machine']['cpu']}, code of {content['commit']}.\n"
+    missing = "; ".join(f"{name}: {reason}" for name, reason in sorted(content["absent"].items()))
+    parts = [about, f"{training_tables.summary(content)}", f"{training_tables.parts(content)}"]
+    return "\n".join([*parts, f"Absent: {missing or 'none'}.\n"])
+
+
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    names = ("conversion", "claims", "compile", "kernels", "scale", "quantize")
+    names = ("conversion", "claims", "compile", "kernels", "scale", "quantize", "training")
     guides = [ROOT / "docs" / f"{name}.md" for name in names]
-    conversion, claims, compiled, kernels, scale, integers = guides
+    conversion, claims, compiled, kernels, scale, integers, trained = guides
     found = {path: path.read_text() for path in (readme, details, *guides)}
 
     def put(path: Path, name: str, content: str | tables.Table) -> None:
@@ -102,6 +110,9 @@ def documents() -> dict[Path, str]:
     for name, make in ((sizes.NAME, sizes.table), (compile_times.NAME, compile_times.summary)):
         if record.path(name).exists():
             put(kernels, name, make(record.read(name)))
+    if record.path("training").exists():
+        content = tables.read(record.path("training"))
+        put(trained, "training", _training(content))
     put(conversion, "evidence", evidence.conversion())
     put(conversion, "published", published.table())
     if record.path(conversion_cost.NAME).exists():

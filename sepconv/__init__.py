@@ -20,6 +20,8 @@ from sepconv.layers import PointwiseConv3d as PointwiseConv3d
 from sepconv.layers import SeparableConv1d as SeparableConv1d
 from sepconv.layers import SeparableConv2d as SeparableConv2d
 from sepconv.layers import SeparableConv3d as SeparableConv3d
+from sepconv.layers import replace_layers as replace_layers
+from sepconv.layers import restore_layers as restore_layers
 from sepconv.ops import depthwise_conv1d as depthwise_conv1d
 from sepconv.ops import depthwise_conv2d as depthwise_conv2d
 from sepconv.ops import depthwise_conv3d as depthwise_conv3d

@@ -39,6 +39,8 @@ PUBLIC = [
     "doctor",
     "explain",
     "quantize",
+    "replace_layers",
+    "restore_layers",
 ]
 
 

@@ -25,6 +25,7 @@ class Record:
         precision: in which networks are computed; None where the suite says it.
         top1, relative_error: how far the answers to held-out images agree with those in float32 (see ``agreement``);
             None where nothing has answers.
+        images_per_second: of training, as the parts of its step: forward, backward, optimizer.
     """
 
     suite: str
@@ -45,6 +46,10 @@ class Record:
     precision: str | None = None
     top1: float | None = None
     relative_error: float | None = None
+    images_per_second: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    optimizer_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         row = {key: value for key, value in asdict(self).items() if value is not None}

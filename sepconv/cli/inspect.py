@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from sepconv.bench import network, tables, tune, zoo
+from sepconv.bench import network, tables, training, training_tables, tune, zoo
 from sepconv.bench.operations import DTYPES, suite_name
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
@@ -152,6 +152,34 @@ def bench_network(
     if precisions != ["float32"]:
         show.summary(screen, "Answers to images, against float32", tables.agreement(tables.read(json_file)))
     _finish(screen, json_file, tables.networks_summary)
+
+
+@bench_app.command("training", epilog="Example: sepconv bench training --threads 1,2 --json training.json")
+@guarded
+def bench_training(
+    json_file: SuiteFile,
+    threads: SuiteThreads = "1",
+    seconds: SuiteSeconds = 10.0,
+    match: SuiteMatch = "",
+    contenders: Annotated[
+        str, typer.Option("--contenders", metavar="NAME,NAME", help="Only these; all if left out.", show_default=False)
+    ] = "",
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="P,P", help="float32 and bfloat16 (autocast), one after the other.")
+    ] = "float32",
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Also memory of a step, in new processes.")
+    ] = True,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """One optimizer step of whole networks, against PyTorch in both layouts and torch.compile."""
+    screen = _benchmark_screen(quiet, json_file)
+    names, precisions = ([one.strip() for one in text.split(",") if one.strip()] for text in (contenders, precision))
+    command = f"sepconv bench training --threads {threads} --seconds {seconds:g}"
+    command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
+    training.run(_counts(threads), seconds, match, names, precisions, memory, json_file, command, screen.say)
+    _finish(screen, json_file, training_tables.summary)
 
 
 @bench_app.command("zoo", epilog="Example: sepconv bench zoo --threads 1,2 --match resnet --json zoo.json")

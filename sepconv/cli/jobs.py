@@ -95,6 +95,7 @@ def convert_command(
     mixup: options.Mixup = 0.0,
     cutmix: options.Cutmix = 0.0,
     mixed_precision: options.Precision = "no",
+    kernels: options.Kernels = "sepconv",
     average: options.Average = 0.0,
     temperature: Annotated[
         float, typer.Option("--temperature", callback=options.finite, help="Of the distillation.")
@@ -176,6 +177,7 @@ def convert_command(
             mixed_precision=mixed_precision,
             ema=average,
             seed=seed,
+            kernels=kernels,
         )
     job = Job(
         budget=arguments.parse_budget(budget),
@@ -242,6 +244,7 @@ def train_command(
     mixup: options.Mixup = 0.0,
     cutmix: options.Cutmix = 0.0,
     mixed_precision: options.Precision = "no",
+    kernels: options.Kernels = "sepconv",
     average: options.Average = 0.0,
     whiten: options.Whiten = False,
     image_size: options.ImageSize = None,
@@ -276,6 +279,7 @@ def train_command(
         ema=average,
         whiten=whiten,
         seed=seed,
+        kernels=kernels,
     )
     given = arguments.parse_settings(settings or ())
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)

@@ -186,6 +186,9 @@ Cutmix = Annotated[
     ),
 ]
 Precision = Annotated[str, typer.Option("--mixed-precision", help="no, bf16 or fp16.")]
+Kernels = Annotated[
+    str, typer.Option("--kernels", help="sepconv, or torch: train without our layers in the place of PyTorch's.")
+]
 Average = Annotated[
     float,
     typer.Option(

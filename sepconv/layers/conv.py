@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import ops
-from sepconv.ops import tracing
+from sepconv.layers.training import waiting
+from sepconv.ops import pending, tracing
 from sepconv.ops.geometry import Padding, Size, as_tuple, positive
 
 Layer = TypeVar("Layer", bound="nn.Module")
@@ -57,6 +58,7 @@ class _DepthwiseConv(_Scriptable):
 
     dims: ClassVar[int]
     function: ClassVar[Callable[..., Tensor]]
+    waits = False  # for what comes behind, in training: see ``layers.training``
 
     def __init__(
         self,
@@ -100,7 +102,11 @@ class _DepthwiseConv(_Scriptable):
     def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if tracing.recorded(x):
             return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
-        padding = self.padding
+        y = waiting(self, "depthwise", x, weight, bias) if self.waits and self.padding_mode == "zeros" else None
+        return self._alone(x, weight, bias) if y is None else y
+
+    def _alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, padding = pending.value_of(x), self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return type(self).function(x, weight, bias, self.stride, padding, self.dilation)
@@ -187,6 +193,7 @@ class _PointwiseConv(_Scriptable):
 
     dims: ClassVar[int]
     function: ClassVar[Callable[..., Tensor]]
+    waits = False
 
     def __init__(
         self,
@@ -209,7 +216,12 @@ class _PointwiseConv(_Scriptable):
     def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if tracing.recorded(x):
             return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
-        return type(self).function(x, weight, bias, self.stride)
+        op = "pointwise" if set(self.stride) == {1} else "normal"
+        y = waiting(self, op, x, weight, bias) if self.waits else None
+        return self._alone(x, weight, bias) if y is None else y
+
+    def _alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return type(self).function(pending.value_of(x), weight, bias, self.stride)
 
     @classmethod
     def from_conv(cls: Any, conv: Any) -> Any:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from sepconv.activations import ACTIVATIONS, NAMES, is_name
@@ -19,6 +20,7 @@ from sepconv.layers.conv import (
 )
 from sepconv.layers.fused import at_once
 from sepconv.layers.stage import Stage
+from sepconv.layers.training import finished
 from sepconv.ops.geometry import Padding, Size, positive
 
 Norm = str | Callable[[int], nn.Module] | None
@@ -54,6 +56,7 @@ class _SeparableConv(nn.Module):
     """What separable layers of all dimensions share."""
 
     dims: ClassVar[int]
+    waits = False  # whether its result may wait for the next layer, in training: see ``layers.training``
 
     def __init__(
         self,
@@ -96,6 +99,8 @@ class _SeparableConv(nn.Module):
             self.add_module(f"pointwise{i}_norm", _make_norm(name, norm, dims, out_channels))
         for module in self.children():
             module.to(device=device, dtype=dtype)
+        for name in self._names():
+            self._modules[name].waits = norm is not None  # type: ignore[union-attr]
 
     @property
     def in_channels(self) -> int:
@@ -133,12 +138,13 @@ class _SeparableConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # by the name that it has in nn.Conv2d
         stages = self.stages
-        y = at_once(input, stages)
+        # Between two convolutions that wait, what a way back would compute again is kept instead.
+        y = None if self.waits and torch.is_grad_enabled() else at_once(input, stages)
         if y is None:
             y = input
             for stage in stages:
                 y = stage(y)
-        return y
+        return y if self.waits else finished(y)
 
     @classmethod
     def from_conv(cls: Any, depthwise: nn.Module, pointwise: nn.Module) -> Any:

@@ -1,6 +1,7 @@
 """One call of one operation: from the arguments of a public function to the kernel that computes it."""
 
 from sepconv.ops import flops as flops
+from sepconv.ops import postpone as postpone
 from sepconv.ops.functions import depthwise_conv1d as depthwise_conv1d
 from sepconv.ops.functions import depthwise_conv2d as depthwise_conv2d
 from sepconv.ops.functions import depthwise_conv3d as depthwise_conv3d

@@ -39,7 +39,7 @@ def _before_activation(grad: Tensor, activation: str, y: Tensor, compute_z: Call
     return known.backward(grad, y if known.from_output else compute_z())
 
 
-def _laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
+def laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
     """The gradient with the weight's strides, also in dimensions of size 1, which DistributedDataParallel compares."""
     if grad.stride() == weight.stride() or not (weight.is_contiguous() and grad.is_contiguous()):
         return grad
@@ -82,7 +82,7 @@ Gradients = tuple[Tensor | None, ...]
 def _depthwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Gradients:
     return (
         depthwise_grad_input(grad, weight, x.shape, geometry) if need[0] else None,
-        _laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, geometry)) if need[1] else None,
+        laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, geometry)) if need[1] else None,
         _sum_to_bias(grad) if need[2] else None,
     )
 
@@ -105,7 +105,7 @@ def _pointwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tens
     elif need[1]:
         grad_weight = torch.einsum("nop,ncp->oc", grad.flatten(2), x.flatten(2)).view_as(weight)
     if grad_weight is not None:
-        grad_weight = _laid_out_as(weight, grad_weight)
+        grad_weight = laid_out_as(weight, grad_weight)
     return grad_x, grad_weight, _sum_to_bias(grad) if need[2] else None
 
 

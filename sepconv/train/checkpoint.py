@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sepconv.layers.replace import class_of
 from sepconv.system.files import replacing
 
 MAGIC = "sepconv checkpoint 1"
@@ -106,7 +107,7 @@ def newest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def describe(model: nn.Module) -> dict[str, str]:
     """What the model is made of: one line for each module without children and for each tensor in its state."""
     layers = {
-        name: f"{type(module).__name__}({ADDRESS.sub('', module.extra_repr())})"
+        name: f"{class_of(module).__name__}({ADDRESS.sub('', module.extra_repr())})"
         for name, module in model.named_modules()
         if not any(True for _ in module.children())
     }

@@ -18,6 +18,7 @@ from sepconv.data import Data, LoaderSplit, SampleData, Samples
 from sepconv.data.dataset import NO_AUGMENT
 from sepconv.data.samples import as_samples
 from sepconv.layers.borrowed import copied, evaluating
+from sepconv.layers.replace import replaced_layers
 from sepconv.leaves import Inputs
 from sepconv.system.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.system.processes import of_first
@@ -86,12 +87,13 @@ def train(
     classes = _try_model(model, example, data, teacher is not None)
     if recipe.whiten:
         whiten_first_layer(model, _only_tensor(data.calibration(min(WHITENED, len(data.train)))))
-    with _guide(model, teacher, distillation, recipe, example, classes) as guide:
+    identity = _identity(model, data, recipe, distillation or (Distillation() if teacher else None))
+    ours = replaced_layers(model) if recipe.kernels == "sepconv" else nullcontext()
+    with _guide(model, teacher, distillation, recipe, example, classes) as guide, ours:
         trainer = Trainer(model, data, recipe, guide, on_progress, classes=classes)
         folder = None if out is None else Path(out)
         history = History()
         if folder is not None:
-            identity = _identity(model, data, recipe, distillation or (Distillation() if teacher else None))
             if process.is_main_process:
                 _open_folder(folder, model, recipe, resume)
             process.wait_for_everyone()
@@ -205,8 +207,9 @@ def _identity(
     model: nn.Module, data: Data | SampleData, recipe: Recipe, distillation: Distillation | None
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued."""
+    settings = {name: value for name, value in asdict(recipe).items() if name != "kernels"}
     return {
-        "recipe": asdict(recipe),
+        "recipe": settings,
         "distillation": None if distillation is None else _settings(distillation),
         "data": {
             "train": len(data.train),

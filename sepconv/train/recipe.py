@@ -18,6 +18,7 @@ CHOICES = {
     "optimizer": ("sgd", "adamw", "rmsprop"),
     "schedule": ("cosine", "one_cycle", "constant"),
     "mixed_precision": ("no", "bf16", "fp16"),
+    "kernels": ("sepconv", "torch"),
 }
 MOST_EPOCHS = 99_999  # checkpoints are named by five digits, so that their names are in order
 ONE_CYCLE_RISE = 0.3
@@ -45,6 +46,8 @@ class Recipe:
         ema: decay of the running average of the weights, which is then what is evaluated and returned; 0 for none.
         whiten: start the first layer as the whitened principal patterns of the training images.
         seed: of order, augmentation and dropout. The weights are the caller's.
+        kernels: "sepconv" trains with our layers in place (see `sepconv.replace_layers`), "torch" with the network's
+            own; a run may go on with the other.
 
     Example:
         >>> Recipe(epochs=2, lr=0.2).learning_rate(step=4, steps_per_epoch=10)
@@ -70,6 +73,7 @@ class Recipe:
     ema: float = 0.0
     whiten: bool = False
     seed: int = 0
+    kernels: str = "sepconv"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

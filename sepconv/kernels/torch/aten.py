@@ -119,6 +119,19 @@ def prepare_grad_weight(
     return run
 
 
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, need: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and weight of any convolution, where they are needed."""
+    padded, amounts = _symmetric(x, geometry.padding)
+    options = _backward_options(geometry, amounts, x.shape[1] // max(1, weight.shape[1]), [*need, False])
+    grad_x, grad_weight, _ = _BACKWARD(grad, padded, weight, *options)
+    if grad_x is not None and padded is not x:
+        for d, (low, _) in enumerate(geometry.padding):
+            grad_x = grad_x.narrow(2 + d, low, x.shape[2 + d])
+    return grad_x, grad_weight
+
+
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
 

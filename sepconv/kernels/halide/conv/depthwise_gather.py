@@ -18,6 +18,7 @@ How memory is walked, in both layouts:
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +93,18 @@ def weight_param() -> Any:
     return param
 
 
-def padded_source(source: Any, base: list[Any], v: Vars, spec: Any) -> Any:
-    """``padded[x, ...] = source[x + base, ...]`` in float32, zero outside of the image."""
+def padded_source(
+    source: Any, base: list[Any], v: Vars, spec: Any, value: Callable[[list[Any]], Any] | None = None
+) -> Any:
+    """``padded[x, ...] = source[x + base, ...]`` in float32, zero outside of the image.
+
+    ``value``: what is made of the place in the image instead of the number that is there.
+    """
+    if value is None:
+
+        def value(at: list[Any]) -> Any:
+            return read(spec.numbers, source[at])
+
     padded = hl.Func("padded")
     index, within = [], []
     for d, var in enumerate(v.space):
@@ -103,14 +114,14 @@ def padded_source(source: Any, base: list[Any], v: Vars, spec: Any) -> Any:
     image = hl.clamp(v.n, 0, source.dim(5).extent() - 1)
     here = [v.x, v.y, v.z, v.m, v.c, v.n]
     if spec.channels_last or spec.cut_rows:
-        row = hl.select(within[0], hl.likely(read(spec.numbers, source[[*index, v.m, v.c, image]])), hl.f32(0.0))
+        row = hl.select(within[0], hl.likely(value([*index, v.m, v.c, image])), hl.f32(0.0))
         padded[here] = hl.select(within[1] & within[2], row, hl.f32(0.0))
     else:
         # Whole rows are copied in vectors: at the ends of a row a clamped column would turn their loads into gathers.
         column = hl.RDom([hl.Range(0, source.dim(0).extent())], "column")
         column.where(within[1] & within[2])
         padded[here] = hl.f32(0.0)
-        padded[[column.x - base[0], *here[1:]]] = read(spec.numbers, source[[column.x, *index[1:], v.m, v.c, image]])
+        padded[[column.x - base[0], *here[1:]]] = value([column.x, *index[1:], v.m, v.c, image])
     return padded
 
 
@@ -166,9 +177,9 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     kx, ky, kz = (hl.Var(name) for name in ("kx", "ky", "kz"))
     packed[v.c, v.m, kx, ky, kz] = weight[kx, ky, kz, v.m, v.c]
 
-    sums = _sums(spec, v, packed, sorted_columns, bias, base, source.dim(1).extent())
+    sums = phase_sums(spec, v, packed, sorted_columns, bias, base, source.dim(1).extent())
     out = hl.Func("out")
-    activated = ACTIVATIONS[spec.activation].expression(hl, _pick(spec, v, sums))
+    activated = ACTIVATIONS[spec.activation].expression(hl, pick_phase(spec, v, sums))
     out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.written, activated)
 
     fix_layout(out.output_buffer(), spec.dims, out_multiplier, spec.channels_last)
@@ -176,7 +187,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     for var in v.space[spec.dims :]:
         out.bound(var, 0, 1)
     item = _schedule_out(spec, v, out, boxes, items, planes)
-    schedule_sums = _schedule_sums_channels_last if spec.channels_last else _schedule_sums_contiguous
+    schedule_sums = schedule_sums_channels_last if spec.channels_last else _schedule_sums_contiguous
     for function, domain, phases in sums.values():
         schedule_sums(spec, v, function.compute_at(out, hl.Var("xo")), domain, phases, out_multiplier)
     by_row = spec.channels_last and spec.dims == 2
@@ -190,7 +201,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
     return out, [source, weight, bias, *base[: spec.dims], *boxes[: spec.dims], items, planes]
 
 
-def _sums(
+def phase_sums(
     spec: GatherSpec, v: Vars, packed: Any, padded: Any, bias: Any, base: list[Any], height: Any
 ) -> dict[tuple[int, ...], Any]:
     """For every combination of phases the sum over its taps: (Func, its reduction domain, its phases)."""
@@ -218,7 +229,7 @@ def _sums(
     return sums
 
 
-def _pick(spec: GatherSpec, v: Vars, sums: dict[tuple[int, ...], Any]) -> Any:
+def pick_phase(spec: GatherSpec, v: Vars, sums: dict[tuple[int, ...], Any]) -> Any:
     """The sum of the phase that each output position belongs to."""
     phases = [len(p) for p in spec.taps]
     at = [var // count for var, count in zip(v.space, phases, strict=True)]
@@ -265,7 +276,7 @@ def _read_whole_tiles(sums: Any, v: Vars, tile: GatherTile) -> None:
     sums.align_bounds(v.x, tile.columns).align_bounds(v.y, tile.rows)
 
 
-def _schedule_sums_channels_last(
+def schedule_sums_channels_last(
     spec: GatherSpec, v: Vars, sums: Any, domain: Any, phases: list[Phase], multiplier: int
 ) -> None:
     tile = spec.tile

@@ -1,0 +1,274 @@
+"""Tensors whose numbers are still to be computed: convolutions that wait until it is known what comes behind them.
+
+A layer that may (``layers.replace``) answers with a :class:`Pending` tensor. Where ``F.batch_norm`` is called with it,
+the convolution runs and gathers the statistics that the norm needs; norm and activation wait in turn, until the next
+such convolution does them where it reads. All else that touches the tensor, be it a function, a method, a hook or a
+sum, gets an ordinary one with the same numbers and the same gradients: PyTorch tells (``__torch_function__``), and what
+does not ask first, such as an autograd function of somebody's own, finds the numbers (``__torch_dispatch__``) and in
+its graph the node that leads back to them (``_Connection``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map
+
+from sepconv.kernels.layout import memory_format
+from sepconv.ops import stages
+from sepconv.ops.stages import Before, StageConvolution, composed_gradients
+
+Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""The convolution of (x, weight, bias) as the layer computes it alone."""
+
+
+class Call:
+    """A convolution that was called: run once, when somebody needs its numbers, with statistics or without.
+
+    What it reads may not change until then, which autograd forbids for its own reasons.
+    """
+
+    def __init__(
+        self, how: StageConvolution, plain: Plain, x: Tensor, before: Before | None, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        self.how, self.plain = how, plain
+        self.x, self.before, self.weight, self.bias = x, before, weight, bias
+        self.versions = x._version, weight._version
+        self.output: stages.StageOutput | None = None
+
+    def run(self, statistics: bool) -> stages.StageOutput:
+        if self.output is None:
+            if (self.x._version, self.weight._version) != self.versions:
+                raise RuntimeError(
+                    f"{self.how.op} convolution: its input or weight was modified by an inplace operation before its "
+                    "result was used; autograd needs both as they were"
+                )
+            self.output = self._computed(statistics)
+        return self.output
+
+    def _computed(self, statistics: bool) -> stages.StageOutput:
+        paid = statistics or self.before is not None
+        if paid or not stages.unpaid(self.how, self.x, None, self.weight, self.bias):
+            return stages.stage(self.how, self.x, self.before, self.weight, self.bias, statistics)
+        dtype, bias = self.x.dtype, self.bias
+        y = self.plain(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+        return stages.StageOutput(y, None, None)
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        norm = (None,) * 4 if self.before is None else self.before[:4]
+        return self.x, *norm, self.weight, self.bias
+
+    def compose(self, x: Tensor, *tensors: Any) -> Tensor:
+        *norm, weight, bias = tensors
+        before = None if self.before is None else Before.of(norm, *self.before[4:])
+        return stages.composed_convolution(self.how, x, before, weight, bias)
+
+
+class Unfinished:
+    """What has to be done for a tensor's numbers: a convolution to run, then ``before`` (None: nothing).
+
+    Attributes:
+        finished: the ordinary tensor, once there is one; from then on it is what everybody reads.
+        changed: whether something was added to it in place.
+        made_by: the node of autograd's graph that the ordinary tensor came from.
+    """
+
+    __slots__ = ("_hooks", "before", "call", "changed", "finished", "made_by")
+
+    def __init__(self, call: Call, before: Before | None) -> None:
+        self.call, self.before = call, before
+        self.finished: Tensor | None = None
+        self.made_by: Any = None
+        self._hooks, self.changed = _saving(), False
+
+    def value(self) -> Tensor:
+        if self.finished is None:
+            with torch.enable_grad(), self.as_when_made():
+                z = self.call.run(False).y
+                self.finish_as(z if self.before is None else stages.finish(z, self.before))
+        assert self.finished is not None
+        return self.finished
+
+    def finish_as(self, h: Tensor) -> None:
+        self.finished, self.made_by = h, h.grad_fn
+
+    @contextmanager
+    def as_when_made(self) -> Iterator[None]:
+        """What is saved for the way back belongs to where the tensor was made: ``torch.utils.checkpoint`` counts what
+        is saved between, twice."""
+        if _saving() == self._hooks:
+            yield
+        else:
+            with saved_tensors_hooks(_itself, _itself):
+                yield
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        if self.before is None:
+            return self.call.inputs()
+        return self.call.run(False).y, *self.before[:4]
+
+    def compose(self, *tensors: Any) -> tuple[Tensor]:
+        if self.before is None:
+            return (self.call.compose(*tensors),)
+        x, *norm = tensors
+        return (stages.composed(x, Before.of(norm, *self.before[4:])),)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _saving() -> Any:
+    """The hooks that are told of every tensor saved for the way back."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+class _Connection(torch.autograd.Function):
+    """Makes the pending tensor of some work, in the graph behind all that it is made from."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Unfinished, outline: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        shape, stride, dtype, device = outline
+        ctx.work, ctx.given = work, tensors
+        return Tensor._make_wrapper_subclass(Pending, shape, strides=stride, dtype=dtype, device=device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        need = ctx.needs_input_grad[2:]
+        return None, None, *composed_gradients(ctx.work.compose, (grad,), ctx.given, need)
+
+
+class Pending(Tensor):
+    """A tensor in the making; see the module."""
+
+    work: Unfinished
+    outline: tuple[Any, ...]
+    node: Any
+
+    @classmethod
+    def of(cls, work: Unfinished, outline: tuple[Any, ...]) -> Tensor:
+        made: Any = _Connection.apply(work, outline, *work.inputs())
+        with torch._C.DisableTorchFunctionSubclass():
+            made.node = made.grad_fn
+        made.work, made.outline = work, outline
+        result: Tensor = made
+        return result
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        known = HANDLERS.get(func)
+        if known is not None and not kwargs.get("out"):
+            result = known(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map(value_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(_numbers_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _numbers_of(thing: Any) -> Any:
+    """For who did not ask: the way back from here does not know what autograd saw change the numbers since."""
+    if type(thing) is not Pending:
+        return thing
+    work: Unfinished = thing.work
+    numbers = work.value()
+    if work.changed or numbers.grad_fn is not work.made_by:
+        raise RuntimeError("a tensor needed for gradient computation was modified by an inplace operation")
+    return numbers.detach()
+
+
+def value_of(thing: Any) -> Any:
+    """The ordinary tensor in the place of a pending one."""
+    if type(thing) is not Pending:
+        return thing
+    with torch._C.DisableTorchFunctionSubclass():
+        if thing.grad_fn is not thing.node:  # somebody's own function has changed it in place
+            return thing.clone()
+    return thing.work.value()
+
+
+def waiting(x: Any) -> Unfinished | None:
+    """The work behind a tensor that nobody needs the numbers of so far."""
+    if type(x) is not Pending:
+        return None
+    work: Unfinished = x.work
+    if work.finished is not None:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return work if x.grad_fn is x.node else None
+
+
+def convolve(how: StageConvolution, plain: Plain, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution of a plain or pending x, waiting."""
+    work = waiting(x)
+    before = None if work is None else work.before
+    if work is None or before is None:
+        x = value_of(x)
+    else:
+        x = work.call.run(False).y
+        if stages.unpaid(how, x, before, weight, bias):
+            x, before = work.value(), None
+    if torch.is_autocast_enabled("cpu") and x.dtype is torch.float32:
+        if before is not None and work is not None:
+            x, before = work.value(), None
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    call = Call(how, plain, x, before, weight, bias)
+    size = how.geometry.output_size(x.shape[2:], weight.shape[2:])
+    return Pending.of(Unfinished(call, None), _outline(x, weight.shape[0], size))
+
+
+def _outline(x: Tensor, channels: int, size: Sequence[int]) -> tuple[Any, ...]:
+    """Shape, strides, dtype and device of what a convolution makes of a channels_last image."""
+    height, width = size
+    shape = (x.shape[0], channels, height, width)
+    return shape, (channels * height * width, 1, width * channels, channels), x.dtype, x.device
+
+
+def laid_out(x: Tensor) -> bool:
+    """Whether an image's layout is one that convolutions wait for."""
+    return type(x) is Pending or memory_format(x) is torch.channels_last
+
+
+def is_ordinary(t: Any) -> bool:
+    return type(t) is Tensor or type(t) is Parameter
+
+
+LOOKS: set[Any] = {
+    *[
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_sparse",
+            "is_quantized", "is_meta", "is_mkldnn", "is_mps", "grad_fn", "itemsize", "nbytes",
+        )
+    ],
+    *[
+        getattr(Tensor, name)
+        for name in (
+            "size", "dim", "stride", "numel", "nelement", "ndimension", "is_contiguous", "is_floating_point",
+            "is_complex", "element_size", "get_device", "__len__",
+        )
+    ],
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}  # fmt: skip
+"""Functions that ask for nothing but what is known without the numbers."""
+
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+"""Functions that may let a tensor wait on; ``NotImplemented`` where they may not. Filled by ``postpone``."""

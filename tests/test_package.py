@@ -22,7 +22,7 @@ LEVELS = [
     ["ops"],
     ["system.doctor", "layers"],
     ["models", "cost", "convert", "compile", "data"],
-    ["quantize"],
+    ["quantize", "device"],
     ["train", "report"],
     ["runs"],
     ["bench"],
@@ -38,6 +38,7 @@ PUBLIC = [
     "count",
     "doctor",
     "explain",
+    "export_c",
     "quantize",
 ]
 

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from sepconv.compile.prepare import WrittenModel
+from sepconv.device import wasm
 from sepconv.device.targets import DeviceTarget
 from sepconv.kernels.halide.jit import llvm
 
 if TYPE_CHECKING:
     from sepconv.device.export import ExportedLibrary
 
-_SECONDS = 600
+_SECONDS, _INPUT = 600, "input.bin"
 WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
 
 
 def missing(goal: DeviceTarget) -> str:
     """Why no program for the target can be built and run here, in a sentence; "" if it can."""
+    if goal.is_wasm:
+        return "" if shutil.which("node") else "there is no node here"
     if not goal.compiler:
         return f"nothing here builds programs for {goal.name}"
     if not shutil.which(goal.compiler):
@@ -44,7 +47,7 @@ def check(library: ExportedLibrary, goal: DeviceTarget, written: WrittenModel) -
     if reason:
         return f"not checked: {reason}"
     with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
-        program = Path(folder) / "example"
+        program = Path(folder) / ("example.mjs" if goal.is_wasm else "example")
         build(library, goal, program)
         got = answers(library, goal, program, written.inputs)
     difference = written.disagreement(got)
@@ -59,13 +62,16 @@ def build(library: ExportedLibrary, goal: DeviceTarget, program: Path, *options:
     Raises:
         RuntimeError: the compiler refuses it.
     """
+    if goal.is_wasm:
+        program.write_text(wasm.check_script(library, program.with_name(_INPUT)))
+        return
     source = [str(library.folder / "example.c"), "-o", str(program), "-L", str(library.folder)]
     _run([goal.compiler, "-O2", *WARNINGS, *options, *source, f"-l{library.name}", "-lm"])
 
 
 def answers(library: ExportedLibrary, goal: DeviceTarget, program: Path, inputs: list[Tensor]) -> list[Tensor]:
     """What the example prints for these inputs, as the model returns it."""
-    file = program.with_name("input.bin")
+    file = program.with_name(_INPUT)
     file.write_bytes(b"".join(x.contiguous().numpy().tobytes() for x in inputs))
     printed = _run([*goal.runner, str(program), str(file)])
     numbers = torch.tensor([float(line.split()[0]) for line in printed.splitlines()])

@@ -18,7 +18,8 @@ from sepconv.compile.capture import CaptureError
 from sepconv.compile.model import CompiledModel, arguments_of, unprepared
 from sepconv.compile.precision import BFLOAT16, INT8, precision_of
 from sepconv.compile.prepare import WrittenModel
-from sepconv.device import archive, check, files, glue, objects, targets
+from sepconv.device import archive, files, glue, objects, targets, wasm
+from sepconv.device import check as checking
 from sepconv.device.origin import UNKNOWN, where
 from sepconv.device.record import Normalisation, Recorder, Recording
 from sepconv.device.targets import DeviceTarget
@@ -102,6 +103,8 @@ def export_c(
     files.check_folder(folder)
     if runtime.missing():
         raise ValueError(f"export_c: {runtime.missing()}")
+    if goal.is_wasm and not wasm.linker():
+        raise ValueError(f"export_c: {target} needs the linker wasm-ld; apt install lld, or pip install ziglang")
     normalisation = Normalisation(tuple(mean), tuple(std), bgr) if mean else None
     with targeting(goal.machine), threads_set_to(1):
         written = _written(model, example)
@@ -109,7 +112,7 @@ def export_c(
         built = _built(name, goal, recording, tuple(classes))
     library = _described(folder, name, target, written, recording, built)
     content = files.texts(library, goal, normalisation, classes)
-    content[f"lib{name}.a"] = built.library
+    content[f"{name}.wasm" if goal.is_wasm else f"lib{name}.a"] = built.library
     content[files.MANIFEST] = _manifest(library, built)
     files.write(folder, content)
     return _checked(library, goal, written) if check else library
@@ -185,6 +188,9 @@ def _built(name: str, goal: DeviceTarget, recording: Recording, classes: tuple[s
     kernels = list(objects.compiled(name, recording.recipes))
     made = glue.glue_of(name, tuple(kernel.symbol for kernel in kernels), recording, classes)
     own = glue.compiled(glue.assembly(made, goal), goal)
+    if goal.is_wasm:
+        linked = wasm.link([own, *(kernel.code for kernel in kernels)], made.functions)
+        return _Built(linked, len(linked) - len(recording.weights))
     members = [archive.Member(f"{name}.o", own, made.exported)]
     members += [archive.Member(f"{kernel.symbol}.o", kernel.code, [kernel.symbol]) for kernel in kernels]
     code = sum(len(member.content) for member in members) - len(recording.weights)
@@ -218,4 +224,4 @@ def _manifest(library: ExportedLibrary, built: _Built) -> bytes:
 
 
 def _checked(library: ExportedLibrary, goal: DeviceTarget, written: WrittenModel) -> ExportedLibrary:
-    return replace(library, checked=check.check(library, goal, written))
+    return replace(library, checked=checking.check(library, goal, written))

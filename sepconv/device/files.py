@@ -6,9 +6,11 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sepconv.device import wasm
 from sepconv.device.header import header, parameters
 from sepconv.device.record import Normalisation
 from sepconv.device.targets import DeviceTarget
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from sepconv.device.export import ExportedLibrary
 
 MANIFEST = "manifest.json"
+_SHAPES = ("inputs", "outputs")
 _EXAMPLE = """/* Runs {name} on a file: {reads}. Prints one number of the result in a line. */
 #include "{name}.h"
 
@@ -76,7 +79,7 @@ target_link_libraries(example {name} m)
 """
 _README = """# {name}
 
-A network as a C library for {target}, which needs nothing but the C library. Written by sepconv.
+A network for {target}, which needs nothing else. Written by sepconv.
 
 | | |
 |---|---|
@@ -88,13 +91,24 @@ A network as a C library for {target}, which needs nothing but the C library. Wr
 | weights | {weights_bytes:,} bytes |
 | memory (arena) | {arena_bytes:,} bytes |
 
-`{name}.h` says how it is called; `example.c` calls it:
+{how}"""
+_FOR_C = """`{name}.h` says how it is called; `example.c` calls it:
 
 ```
 {build}
 ```
 
 Or with CMake: `cmake -B build && cmake --build build`.
+"""
+_FOR_PAGES = """In a page, from a server, or in node (`example.mjs`):
+
+```js
+import {{ load }} from "./{name}.mjs";
+const network = await load();
+console.log(network.run(new Float32Array({size})));
+```
+
+`{name}.mjs` says what it takes. Nothing leaves the page.
 """
 
 
@@ -103,6 +117,10 @@ def texts(
 ) -> dict[str, bytes]:
     """All text files but the manifest, by name."""
     name = library.name
+    if goal.is_wasm:
+        module = wasm.module(library, normalisation is not None, classes)
+        readme = _README.format(**_facts(library), how=_FOR_PAGES.format(name=name, size=prod(library.inputs[0])))
+        return {f"{name}.mjs": module.encode(), "README.md": readme.encode()}
     found = {
         f"{name}.h": header(library, normalisation is not None, len(classes)),
         "example.c": _example(library, normalisation is not None, len(classes)),
@@ -146,18 +164,13 @@ def _shown(library: ExportedLibrary, outputs: Sequence[str], classes: int) -> st
 
 
 def _readme(library: ExportedLibrary, goal: DeviceTarget) -> str:
-    shapes = ("; ".join("x".join(map(str, shape)) for shape in given) for given in (library.inputs, library.outputs))
-    facts = {key: getattr(library, key) for key in ("name", "target", "precision", "macs", "code_bytes")}
-    inputs, outputs = shapes
     build = f"{goal.compiler or 'cc'} -O2 example.c -o example -L. -l{library.name} -lm"
-    return _README.format(
-        **facts,
-        inputs=inputs,
-        outputs=outputs,
-        build=build,
-        weights_bytes=library.weights_bytes,
-        arena_bytes=library.arena_bytes,
-    )
+    return _README.format(**_facts(library), how=_FOR_C.format(name=library.name, build=build))
+
+
+def _facts(library: ExportedLibrary) -> dict[str, Any]:
+    shown = {kind: "; ".join("x".join(map(str, shape)) for shape in getattr(library, kind)) for kind in _SHAPES}
+    return {**vars(library), **shown}
 
 
 def check_folder(folder: Path) -> None:

@@ -134,10 +134,14 @@ class Glue(NamedTuple):
     classes: tuple[str, ...] = ()
 
     @property
+    def functions(self) -> list[str]:
+        """Their symbols."""
+        return [f"{self.name}_{name}" for entry in self.entries for name in (entry.name, f"{entry.name}_in")]
+
+    @property
     def exported(self) -> list[str]:
         """What the object defines for others, weak functions aside."""
-        names = [name for entry in self.entries for name in (entry.name, f"{entry.name}_in")]
-        return [f"{self.name}_{name}" for name in (*names, *["classes"] * bool(self.classes))]
+        return self.functions + [f"{self.name}_classes"] * bool(self.classes)
 
 
 def glue_of(name: str, symbols: tuple[str, ...], recording: Recording, classes: tuple[str, ...]) -> Glue:

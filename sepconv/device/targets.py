@@ -33,8 +33,12 @@ class DeviceTarget:
     needs: tuple[str, ...] = ()
 
     @property
+    def is_wasm(self) -> bool:
+        return self.triple.startswith("wasm32")
+
+    @property
     def pointer_bits(self) -> int:
-        return 32 if self.triple.startswith("wasm32") else 64
+        return 32 if self.is_wasm else 64
 
 
 _NEEDS = {
@@ -59,6 +63,10 @@ def _arm(system: str, triple: str, dot_products: bool, compiler: str = "") -> De
     return DeviceTarget(name, machine, triple, compiler, ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"))
 
 
+def _wasm(name: str, halide: str) -> DeviceTarget:
+    return DeviceTarget(name, Machine(name, halide, 4, 16), "wasm32-unknown-unknown", runner=("node",))
+
+
 _LINUX, _ANDROID, _APPLE = "aarch64-unknown-linux-gnu", "aarch64-linux-android21", "arm64-apple-macosx11.0"
 TARGETS = {
     target.name: target
@@ -72,11 +80,8 @@ TARGETS = {
         _arm("android", _ANDROID, False),
         _arm("android", _ANDROID, True),
         _arm("osx", _APPLE, True),
-        DeviceTarget(
-            "wasm-32",
-            Machine("wasm-32", "wasm-32-wasmrt-wasm_simd128", 4, 16),
-            "wasm32-unknown-unknown",
-        ),
+        _wasm("wasm-32", "wasm-32-wasmrt-wasm_simd128"),
+        _wasm("wasm-32-scalar", "wasm-32-wasmrt"),
     )
 }
 

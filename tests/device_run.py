@@ -15,7 +15,7 @@ from quantizable import with_statistics
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.device import check, targets
+from sepconv.device import check, targets, wasm
 from sepconv.layers import SeparableConv2d
 
 EXAMPLE = torch.randn(1, 3, 13, 11, generator=torch.Generator().manual_seed(3))
@@ -75,7 +75,10 @@ def loaded(library: Path, name: str, folder: Path) -> ctypes.CDLL:
 
 def needs(target: str) -> None:
     """Skip where programs for it cannot be built and run here."""
-    reason = check.missing(targets.TARGETS[target])
+    goal = targets.TARGETS[target]
+    reason = check.missing(goal)
+    if goal.is_wasm and not wasm.linker():
+        reason = "there is no wasm-ld here"
     if reason:
         pytest.skip(reason)
 

@@ -167,7 +167,7 @@ def test_header_serves_c_plus_plus(tmp_path: Path) -> None:
     subprocess.run([str(tmp_path / "uses")], check=True)
 
 
-@pytest.mark.parametrize("target", ["x86-64-linux", "arm-64-linux"])
+@pytest.mark.parametrize("target", ["x86-64-linux", "arm-64-linux", "wasm-32"])
 def test_small_network_on_each_target(target: str, tmp_path: Path) -> None:
     needs(target)
     folder = exported(target)
@@ -192,7 +192,7 @@ def quantized() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["x86-64-linux-avx2", "arm-64-linux", "arm-64-linux-dotprod"])
+@pytest.mark.parametrize("target", ["x86-64-linux-avx2", "arm-64-linux", "arm-64-linux-dotprod", "wasm-32"])
 def test_int8_on_each_target(target: str, tmp_path: Path) -> None:
     needs(target)
     library = sepconv.export_c(quantized(), EXAMPLE, tmp_path, target=target, check=True)
@@ -203,6 +203,28 @@ def test_int8_on_each_target(target: str, tmp_path: Path) -> None:
             ["aarch64-linux-gnu-objdump", "-d", tmp_path / "libmodel.a"], capture_output=True, text=True, check=True
         )
         assert "sdot" in found.stdout
+
+
+@pytest.mark.slow
+def test_images_of_bytes_in_node(tmp_path: Path) -> None:
+    """Pixels with and without alpha; the module is short."""
+    needs("wasm-32")
+    folder = exported("wasm-32")
+    assert len((folder / "small.mjs").read_text().splitlines()) <= 60
+    pixels = torch.randint(0, 256, (13, 11, 4), dtype=torch.uint8)
+    (tmp_path / "pixels").write_bytes(pixels.numpy().tobytes())
+    (tmp_path / "run.mjs").write_text(
+        f'import {{ load }} from "{(folder / "small.mjs").as_uri()}";\n'
+        'import { readFileSync } from "node:fs";\n'
+        f'const all = new Uint8Array(readFileSync("{tmp_path / "pixels"}")), network = await load();\n'
+        "console.log(JSON.stringify([...network.runImage(all)]));\n"
+        "console.log(JSON.stringify([...network.runImage(all.filter((_, i) => i % 4 < 3))]));\n"
+    )
+    done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, check=True)
+    image = pixels[..., :3].permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+    for line in done.stdout.splitlines():
+        close(torch.tensor([json.loads(line)]), answer((image - mean) / std))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ OUT ?= demo
 
 NEWEST := build/newest
 
-.PHONY: demo test test-newest lint browser docs clean
+.PHONY: demo test test-newest lint browser cross docs clean
 .DELETE_ON_ERROR:
 
 # The stamp is made last, so that an interrupted installation is done again.
@@ -26,7 +26,7 @@ docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	$(BIN)/python website/check.py build/site
 
-test: lint browser
+test: lint browser cross
 	$(BIN)/python -m pytest
 
 # The wheel in an environment of its own beside the newest releases of what it uses, whatever constraints.txt says: takes
@@ -49,6 +49,13 @@ browser:
 	@command -v chromium >/dev/null \
 		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y chromium; } \
 		|| echo "No chromium and no way to install it here: the report is not tested in a browser."
+
+# What C libraries for other machines are built and run with. Without it their tests are skipped, and say so.
+cross:
+	@( for tool in aarch64-linux-gnu-gcc qemu-aarch64 wasm-ld node; do command -v $$tool >/dev/null || exit 1; done ) \
+		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y \
+			gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user lld nodejs; } \
+		|| echo "No cross compiler and no way to install it here: C libraries for other machines are not run."
 
 clean:
 	rm -rf .venv demo build

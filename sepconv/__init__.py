@@ -11,6 +11,7 @@ from sepconv import reference as reference
 from sepconv.compile import compile as compile
 from sepconv.convert import convert as convert
 from sepconv.cost import count as count
+from sepconv.device import export_c as export_c
 from sepconv.layers import DepthwiseConv1d as DepthwiseConv1d
 from sepconv.layers import DepthwiseConv2d as DepthwiseConv2d
 from sepconv.layers import DepthwiseConv3d as DepthwiseConv3d

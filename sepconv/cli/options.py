@@ -67,6 +67,23 @@ ComputedIn = Annotated[
         show_default=False,
     ),
 ]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        metavar="T",
+        help="Of a C library: x86-64-linux, x86-64-linux-avx2, -avx512, arm-64-linux, -android, -osx, wasm-32.",
+    ),
+]
+DevicePrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="P",
+        help="Of a C library: float32, or int8 of a network that was quantized.",
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A setting of the model; may be repeated.", show_default=False),

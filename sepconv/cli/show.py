@@ -10,6 +10,7 @@ from sepconv.bench.tune import Tuned
 from sepconv.cli.console import Screen
 from sepconv.cost import Cost
 from sepconv.data import Data, SampleData
+from sepconv.device import ExportedLibrary
 from sepconv.models import BUILT_IN
 from sepconv.runs.model_file import FILE
 from sepconv.runs.predict import Prediction
@@ -243,6 +244,19 @@ def quantized_beside(screen: Screen, found: dict[str, Any], out: Path) -> None:
     score = f"accuracy {after['accuracy']:.2%}" if "accuracy" in after else f"error {after['error']:.3g}"
     screen.say(f"With 8-bit integers: {score}, {after['bytes_of_weights']:,} bytes of weights, in {out / 'int8'}")
     stayed_in_float32(screen, found["plan"])
+
+
+def library(screen: Screen, found: ExportedLibrary) -> None:
+    """A C library that was written."""
+    rows = [("code", found.code_bytes), ("weights", found.weights_bytes), ("memory for a call", found.arena_bytes)]
+    screen.table(
+        f"{found.name} for {found.target} in {found.precision}",
+        ("part", "bytes"),
+        [(part, f"{count:,}") for part, count in rows],
+    )
+    if found.checked:
+        screen.say(f"{found.checked[0].upper()}{found.checked[1:]}")
+    screen.say(f"Written: {found.folder}")
 
 
 def predictions(screen: Screen, found: list[Prediction]) -> None:

@@ -14,6 +14,8 @@ from sepconv.cli.console import Screen
 from sepconv.cli.guard import guarded
 from sepconv.data import load
 from sepconv.data.listing import Ignored, image_files
+from sepconv.device.files import check_folder as check_library
+from sepconv.runs.library import Device, export_library
 from sepconv.runs.model_file import open_model
 from sepconv.runs.onnx_file import export_onnx
 from sepconv.runs.predict import predict
@@ -25,8 +27,18 @@ from sepconv.runs.preprocessing import preprocessing_of
 def export_command(
     model: options.Model,
     onnx: Annotated[
-        Path, typer.Option("--onnx", parser=options.path, metavar="FILE", help="The file to write.", show_default=False)
-    ],
+        Path | None,
+        typer.Option("--onnx", parser=options.path, metavar="FILE", help="An ONNX file to write.", show_default=False),
+    ] = None,
+    c: Annotated[
+        Path | None,
+        typer.Option("--c", parser=options.path, metavar="DIR", help="A folder for a C library.", show_default=False),
+    ] = None,
+    target: options.Target = "x86-64-linux",
+    precision: options.DevicePrecision = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the C library: 1.")] = 1,
+    name: Annotated[str, typer.Option("--name", help="Its symbols begin with it.")] = "model",
+    check: Annotated[bool, typer.Option("--check", help="Build its example and run it here, if that can be.")] = False,
     weights: options.Weights = None,
     settings: options.Settings = None,
     shape: options.InputShape = None,
@@ -34,10 +46,21 @@ def export_command(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a network as an ONNX file of plain Conv nodes for a batch of any size."""
+    """Write a network as an ONNX file of plain Conv nodes for a batch of any size, or as a C library for a device."""
     screen = Screen(quiet, json_file)
+    if (onnx is None) == (c is None):
+        raise ValueError("export: give --onnx FILE or --c DIR, one of them")
     arguments.check_outputs(arguments.inputs(model, weights), onnx=onnx, json=json_file)
+    if c is not None:
+        check_library(c)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    if c is not None:
+        goal = Device(target, precision, threads, name, check)
+        library = export_library(network, card, arguments.shape_of(shape, card), c, goal)
+        show.library(screen, library)
+        screen.result({**asdict(library), "folder": str(library.folder)})
+        return
+    assert onnx is not None
     found = export_onnx(network, arguments.shape_of(shape, card), onnx)
     checked = f"largest error {found.max_error:.2g} in {found.checked_with}" if found.checked_with else "not checked"
     screen.say(f"Written: {found.path}, {found.size:,} bytes, {found.convolutions} Conv nodes, {checked}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from sepconv.compile.bind import BoundStep, bind_direct, bind_step
 from sepconv.compile.layout import Arena
 from sepconv.compile.lower import Lowered
+from sepconv.compile.memory import ArenaMemory, in_order
 from sepconv.compile.program import Place, Program, TensorForm
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.machine_code import in_chains
@@ -33,14 +34,13 @@ class Instance:
 
     def __init__(self, program: Program, arena: Arena, lowered: Sequence[Lowered], store: Store) -> None:
         self._program, self._arena, self._store = program, arena, store
-        self._memory, self._direct = torch.empty(arena.bytes, dtype=torch.uint8), program.direct or 0
+        self._memory, self._direct = ArenaMemory(arena), program.direct or 0
         images, sliced = arena.slices
         # By step: one call for each image where the step runs image by image, else one for all of them.
         parts = [range(images) if i < sliced else (None,) for i in range(len(program.steps))]
         bound = [[self.bind(i, lowered[i], image) for image in part] for i, part in enumerate(parts)]
         self.calls = [calls[0] for calls in bound]
-        in_turn = [(i, calls[image]) for image in range(images) for i, calls in enumerate(bound[:sliced])]
-        in_turn += [(i, calls[0]) for i, calls in enumerate(bound[sliced:], sliced)]
+        in_turn = [(i, bound[i][image or 0]) for i, image in in_order(program, arena)]
         self._runs = [_Run(i, call.run, program.is_direct(i)) for i, call in in_turn]
         self._chains: list[tuple[Callable[..., Any], bool]] = []
         for direct, group in groupby(self._runs, lambda run: run.direct):
@@ -79,18 +79,7 @@ class Instance:
 
     def tensor(self, place: Place, image: int | None = None) -> Tensor:
         """The value that lies there, or one image of it."""
-        form = place.form
-        if not isinstance(place.memory, int):
-            memory = place.memory.tensor
-            return memory.as_strided(form.shape, form.stride, memory.storage_offset() + place.offset)
-        region = self._arena.regions[place.memory]
-        memory = self._memory[region.offset : region.offset + region.bytes].view(form.number.storage)
-        offset = memory.storage_offset() + place.offset
-        if image is None and region.images == 1:
-            return memory.as_strided(form.shape, form.stride, offset)
-        if region.images == 1:
-            offset += (image or 0) * form.stride[0]
-        return memory.as_strided((1, *form.shape[1:]), form.stride, offset)
+        return self._memory.tensor(place, image)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The network's outputs, in memory of their own."""

@@ -23,7 +23,7 @@ from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.parts import CompiledPart, put_in_place
 from sepconv.compile.precision import FLOAT32, checked_precision
-from sepconv.compile.prepare import EMPTY, How, apart, as_captured, prepare
+from sepconv.compile.prepare import EMPTY, How, WrittenModel, apart, as_captured, prepare
 from sepconv.compile.store import Store
 from sepconv.kernels.halide.jit.threads import alone
 from sepconv.layers.borrowed import in_training, is_exported
@@ -72,15 +72,24 @@ def compile(
         >>> fast(torch.randn(2, 3, 96, 96)).shape
         torch.Size([2, 10])
     """
-    # What torch.compile returned computes the same as what it was given.
-    model = getattr(model, "_orig_mod", model)
-    _check_model(model)
     if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS):
         raise ValueError(
             f"compile: threads must be None or a positive integer, got {threads!r} (the most are {MOST_THREADS})"
         )
-    wanted = checked_precision(precision)
-    args, kwargs = _arguments(example_input)
+    compiled = unprepared(model, threads, tune, checked_precision(precision))
+    args, kwargs = arguments_of(example_input)
+    with torch.inference_mode(False), torch.no_grad():
+        compiled.prepare(*args, **kwargs)
+    return compiled
+
+
+def unprepared(
+    model: nn.Module, threads: int | None = None, tune: bool = False, precision: str = FLOAT32
+) -> CompiledModel:
+    """What :func:`compile` returns, before it is prepared for inputs of any size."""
+    # What torch.compile returned computes the same as what it was given.
+    model = getattr(model, "_orig_mod", model)
+    _check_model(model)
     _warn_of_hooks(model)
     with torch.inference_mode(False), torch.no_grad():
         reason = ""
@@ -88,9 +97,7 @@ def compile(
             frozen = frozen_copy(model)
         except ValueError as error:
             frozen, reason = model, f"{str(error).removeprefix('compile: ')}; later changes to it count"
-        compiled = CompiledModel(frozen, threads, tune, precision=wanted, reason=reason)
-        compiled.prepare(*args, **kwargs)
-    return compiled
+        return CompiledModel(frozen, threads, tune, precision=precision, reason=reason)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -113,7 +120,7 @@ def _warn_of_hooks(model: nn.Module) -> None:
             warnings.warn(
                 f"compile: {name or 'the model'} has forward hooks: they run while a new input size is prepared, "
                 "and not in later calls",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 
@@ -122,7 +129,7 @@ def _home(hook: object) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, dict):
         return (), example
     return (tuple(example) if isinstance(example, (tuple, list)) else (example,)), {}
@@ -202,6 +209,23 @@ class CompiledModel:
             ]
         with _num_threads(self._threads):
             self._network(self._key(leaves), leaves)
+
+    @property
+    def precision(self) -> str:
+        """What was asked for: "float32" or "bfloat16"."""
+        return self._precision
+
+    def write(self, *args: Any, **kwargs: Any) -> WrittenModel:
+        """The program for arguments of these sizes, with kernels for the machine that they are made for.
+
+        Raises:
+            CaptureError: the model cannot be captured as a whole.
+            ValueError: it does not accept these arguments, or has parameters that our kernels do not compute with.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if self._reason and not self._parts:
+            raise ValueError(self._reason)
+        return WrittenModel(self._frozen, leaves, spec, self._store, self._precision)
 
     def explain(self, *, measure: bool = False) -> NetworkExplanation:
         """What is computed how for the size used last: groups, kernels, multiply-adds and reasons of fallbacks.

@@ -6,7 +6,7 @@ through PyTorch, and the reason is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.passes import rewrite
 from sepconv.compile.precision import BFLOAT16, FLOAT32, missing, precision_of
+from sepconv.compile.program import Program
+from sepconv.compile.steps import write_program
 from sepconv.compile.store import Store
 from sepconv.compile.verify import (
     NUDGES,
@@ -73,6 +75,54 @@ def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Sto
         if isinstance(network, PreparedNetwork):
             network.note = note
         return network
+
+
+class WrittenModel:
+    """A program for inputs of one size, with kernels for the machine that they are made for, and the model's answers.
+
+    Attributes:
+        model: a copy.
+        inputs: the tensors among the arguments that it was written for, as the program takes them.
+        expected: the tensors that the model gives for them.
+    """
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Store, precision: str) -> None:
+        """
+        Raises:
+            CaptureError: the model cannot be captured as a whole.
+            ValueError: it does not accept these inputs.
+        """
+        self.model, self.store, self._leaves, self._spec = model, store, leaves, spec
+        with apart():
+            self._expected = self.run(leaves)
+            graph, _ = _captured(model, leaves, spec)
+            rewrite(graph, store, precision)
+            self.program = write_program(graph, self.expected)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [as_captured(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def expected(self) -> list[Tensor]:
+        return [result for result in self._expected if isinstance(result, Tensor)]
+
+    def run(self, leaves: Sequence[Any]) -> list[Any]:
+        """The model's own results, for arguments of that structure."""
+        return _expected(trial_copy(self.model, buffers=False), [_copied(leaf) for leaf in leaves], self._spec)
+
+    def again(self) -> None:
+        """The model itself, not a copy, once more on its example."""
+        args, kwargs = pytree.tree_unflatten([_copied(leaf) for leaf in self._leaves], self._spec)
+        with apart(), ThroughPyTorch():
+            self.model(*args, **kwargs)
+
+    def disagreement(self, got: Sequence[Tensor]) -> str:
+        """How results differ from the model's by more than rounding may; "" if they do not."""
+        tensors = iter(got)
+        results = [next(tensors) if isinstance(result, Tensor) else result for result in self._expected]
+        with apart():
+            return _differs(self.program, results, _Check(self._leaves, self._expected), self.run)
 
 
 class _Check(NamedTuple):
@@ -148,15 +198,17 @@ def _expected(model: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> list[A
 
 
 def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> str:
-    leaves, expected = check
-    tensors = network.run([as_captured(leaf) for leaf in leaves if isinstance(leaf, Tensor)])
-    got, usual, step = network.leaves(tensors), agreement(network.program.numbers), network.program.last_step
+    tensors = network.run([as_captured(leaf) for leaf in check.leaves if isinstance(leaf, Tensor)])
+    return _differs(network.program, network.leaves(tensors), check, partial(_expected, checks.model, spec=checks.spec))
+
+
+def _differs(program: Program, got: Sequence[Any], check: _Check, run: Callable[[Sequence[Any]], list[Any]]) -> str:
+    (leaves, expected), usual, step = check, agreement(program.numbers), program.last_step
     if not disagreement(got, expected, usual, step):
         return ""
     # Some networks multiply rounding errors: this one is asked only where it has to be.
-    run = partial(_expected, checks.model, spec=checks.spec)
     moved = [rounded(leaf) for leaf in leaves]
-    precision = precision_of(network.program.numbers)
+    precision = precision_of(program.numbers)
     if precision == FLOAT32:
         return disagreement(got, expected, tolerance(usual, run(moved), expected))
     # A mean of bytes often lies between two steps, and by chance no nudge moves it: several are tried.

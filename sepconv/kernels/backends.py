@@ -40,6 +40,8 @@ from sepconv.kernels.halide.quantized import depthwise as quantized_depthwise
 from sepconv.kernels.halide.quantized import normal as quantized_normal
 from sepconv.kernels.halide.quantized import pointwise as quantized_pointwise
 from sepconv.kernels.halide.quantized import separable as quantized_separable
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule.machine import Machine
 from sepconv.kernels.torch import prepared
 
 Prepared = Callable[..., Tensor]
@@ -227,21 +229,22 @@ class Choice:
 
 
 MAX_CHOICES = 4096
-_choices: dict[Case, Choice] = {}
+_choices: dict[tuple[Case, Machine | None], Choice] = {}
 
 
 def choose(case: Case) -> Choice:
     """Who computes a case, remembered: to weigh the kernels takes longer than a small one runs.
 
-    What is remembered depends on nothing but the case, the list and the table of tuned schedules: :func:`forget` where
-    one of the latter changes. At ``MAX_CHOICES`` all is forgotten and weighed again.
+    What is remembered depends on nothing but the case, the machine, the list and the table of tuned schedules:
+    :func:`forget` where one of the latter changes. At ``MAX_CHOICES`` all is forgotten and weighed again.
     """
-    choice = _choices.get(case)
+    key = case, machine.targeted()
+    choice = _choices.get(key)
     if choice is None:
         choice = Choice(case, BACKENDS[case.op])
         if len(_choices) >= MAX_CHOICES:
             _choices.clear()
-        _choices[case] = choice
+        _choices[key] = choice
     return choice
 
 

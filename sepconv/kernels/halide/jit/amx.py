@@ -17,6 +17,7 @@ from platform import machine
 from typing import NamedTuple
 
 from sepconv.kernels.halide.jit import llvm
+from sepconv.kernels.halide.schedule.machine import targeted
 
 
 class TileProduct(NamedTuple):
@@ -286,12 +287,14 @@ def _code(stage: TileProduct) -> str:
     return _HEAD.format(**kind) + blocks + span + _STAGE.format(**kind, **parts, **spans)
 
 
-@lru_cache(maxsize=len(STAGES))
 def missing(stage: TileProduct = BF16) -> str:
-    """Why there are no tiles to compute with, in a sentence; the empty string if there are.
+    """Why there are no tiles to compute with, in a sentence; the empty string if there are."""
+    return "kernels for another machine use no tiles" if targeted() else _missing(stage)
 
-    A process must ask Linux for them, once for all its threads.
-    """
+
+@lru_cache(maxsize=len(STAGES))
+def _missing(stage: TileProduct) -> str:
+    """A process must ask Linux for them, once for all its threads."""
     if llvm.missing():
         return llvm.missing()
     if sys.platform != "linux" or machine() != "x86_64":

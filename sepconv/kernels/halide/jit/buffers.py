@@ -57,6 +57,23 @@ class Buffer:
         kind = code | 1 << 16 | len(shape) << 32
         pack(self._memory, 0, 0, 0, host, 0, kind, self.address + _HEAD, 0, *dims)
 
+    @property
+    def host(self) -> int:
+        """The address of its first number."""
+        return int(_HOST.unpack_from(self._memory, 0)[0])
+
+    @property
+    def extent_bytes(self) -> int:
+        """From its first number to the end of its last, those in between included."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * (self.code >> 8 & 0xFF) // 8
+
+    def dimensions(self) -> list[int]:
+        """From, extent, stride and flags of each dimension, the first of Halide's first."""
+        return list(struct.unpack_from(f"{4 * len(self.shape)}i", self._memory, _HEAD))
+
     def move(self, host: int) -> None:
         """Point at other memory, of the same sizes and steps."""
         _HOST.pack_into(self._memory, 0, host)

@@ -12,7 +12,8 @@ import re
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ _CALLED = re.compile(rb"halide_[a-z0-9_]+")
 class Kernel:
     """Object code that was loaded; several Python threads may run it at once."""
 
-    def __init__(self, code: bytes, name: str = "loaded") -> None:
+    def __init__(self, code: bytes, name: str = "loaded", memory: tuple[int, int] | None = None) -> None:
         """``code`` comes from :func:`compile_object`; errors tell the ``name``.
+
+        ``memory``: addresses of functions like ``halide_malloc`` and ``halide_free``, if not the usual ones.
 
         Raises:
             RuntimeError: the code needs a function that is not given here.
@@ -40,7 +43,8 @@ class Kernel:
         limits, _, code = code.partition(b"\n")
         with forks.undivided(), _loading:
             _define_runtime(code)
-            engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
+            with _given(memory):
+                engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
         # Not by the engine itself, which knows nothing of forks.
         weakref.finalize(self, llvm.unload, engine).atexit = False
         self.name = name
@@ -119,12 +123,21 @@ def compile_object(pipeline: Any, inputs: list[Any], target: Any) -> bytes:
     Raises:
         OSError: there is no room for a temporary file.
     """
+    return fit.written(fit.limits(pipeline, inputs)) + b"\n" + compile_named(pipeline, inputs, NAME, target)
+
+
+def compile_named(pipeline: Any, inputs: list[Any], name: str, target: Any) -> bytes:
+    """Halide's object code for a pipeline, as a function of that name.
+
+    Raises:
+        OSError: there is no room for a temporary file.
+    """
     import halide as hl
 
     with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
         path = Path(folder) / "kernel.o"
-        pipeline.compile_to({hl.OutputFileType.object: str(path)}, inputs, NAME, target)
-        return fit.written(fit.limits(pipeline, inputs)) + b"\n" + path.read_bytes()
+        pipeline.compile_to({hl.OutputFileType.object: str(path)}, inputs, name, target)
+        return path.read_bytes()
 
 
 _loading = threading.Lock()
@@ -151,6 +164,20 @@ def _define_memory() -> None:
     for name in _MEMORY_FUNCTIONS:
         llvm.define(name, getattr(entry.functions(), name))
     _defined.update(_MEMORY_FUNCTIONS)
+
+
+@contextmanager
+def _given(memory: tuple[int, int] | None) -> Iterator[None]:
+    """Code that is loaded meanwhile takes and gives back memory by these functions."""
+    if memory is None:
+        yield
+        return
+    for name, address in zip(_MEMORY_FUNCTIONS, memory, strict=True):
+        llvm.define(name, address)
+    try:
+        yield
+    finally:
+        _define_memory()
 
 
 @forks.in_child

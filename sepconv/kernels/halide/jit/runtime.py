@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, reduce
 from math import prod
 from operator import mul
@@ -22,6 +24,7 @@ from torch import Tensor
 from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.jit import code_cache, forks, llvm, machine_code, threads
 from sepconv.kernels.halide.jit.machine_code import Kernel
+from sepconv.kernels.halide.schedule import machine
 
 try:
     import halide as hl
@@ -83,6 +86,20 @@ class _Entry:
         self.error: BuildError | None = None
 
 
+Make = Callable[[Hashable, Build, bool], Kernel]
+_maker: ContextVar[Make | None] = ContextVar("sepconv_maker", default=None)
+
+
+@contextmanager
+def made_by(make: Make) -> Iterator[None]:
+    """Kernels come from ``make(key, build, old)``, in this context, and not from the cache."""
+    token = _maker.set(make)
+    try:
+        yield
+    finally:
+        _maker.reset(token)
+
+
 _cache: OrderedDict[Hashable, _Entry] = OrderedDict()
 _cache_lock = threading.Lock()
 
@@ -97,6 +114,9 @@ def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
     (``hl.ImageParam``, ``hl.Param``) in the order in which the kernel takes them; the output buffer comes last. A
     failure is remembered and raised again as BuildError.
     """
+    other = _maker.get()
+    if other is not None:
+        return other(key, build, old)
     place = (key, torch.get_num_threads() > 1)
     with _cache_lock:
         entry = _cache.get(place)
@@ -179,12 +199,24 @@ def clear_cache() -> None:
         _cache.clear()
 
 
-@lru_cache(maxsize=1)
 def target() -> Any:
-    """What is compiled for: this machine. Arguments are checked when they are bound (see ``fit``), not in each call."""
-    host = hl.get_host_target()
+    """What is compiled for: this machine, or another (``machine.targeting``).
+
+    Arguments are checked when they are bound (see ``fit``), not in each call.
+    """
+    other = machine.targeted()
+    return native_target() if other is None else _bare(hl.Target(other.target))
+
+
+@lru_cache(maxsize=1)
+def native_target() -> Any:
+    """This machine, whatever kernels are made for."""
+    return _bare(hl.get_host_target())
+
+
+def _bare(found: Any) -> Any:
     features = (hl.TargetFeature.NoRuntime, hl.TargetFeature.NoAsserts, hl.TargetFeature.UserContext)
-    return reduce(lambda made, feature: made.with_feature(feature), features, host)
+    return reduce(lambda made, feature: made.with_feature(feature), features, found)
 
 
 _PRODUCTS_OF_BYTES = ("AVX512_Zen4", "AVX512_Zen5", "AVX512_SapphireRapids", "AVX10_1", "AVXVNNI")
@@ -198,11 +230,19 @@ def multiplies_bytes() -> bool:
     return any(target().has_feature(getattr(hl.TargetFeature, name)) for name in zen4)
 
 
-@lru_cache(maxsize=1)
+def multiplies_signed_bytes() -> bool:
+    """Whether the processor adds up products of four signed bytes at a time (ARM's dot product)."""
+    return hl is not None and target().has_feature(hl.TargetFeature.ARMDotProd)
+
+
 def old_target() -> Any:
     """The same machine without products of bytes, as others like it are."""
+    return without_products_of_bytes(target())
+
+
+def without_products_of_bytes(found: Any) -> Any:
     features = [getattr(hl.TargetFeature, name) for name in _PRODUCTS_OF_BYTES]
-    return reduce(lambda made, feature: made.without_feature(feature), features, target())
+    return reduce(lambda made, feature: made.without_feature(feature), features, found)
 
 
 @forks.in_child

@@ -111,7 +111,8 @@ def describe(case: Case) -> dict[str, Any]:
 def pack(found: DepthwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight, bias, scale and numbers as the kernel takes them."""
     given = epilogue.constants(weights)
-    return [filters.pack(found.spec.filter, given.weight), *epilogue.pack(found.spec.epilogue, given)]
+    spec = found.spec
+    return [filters.pack(spec.filter, given.weight), *epilogue.pack(spec.epilogue, given, product.less(spec.way))]
 
 
 def bind(found: DepthwisePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

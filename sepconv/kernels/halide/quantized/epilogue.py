@@ -125,8 +125,8 @@ def constants(tensors: Sequence[Tensor | None]) -> Quantized:
     return Quantized(weight, bias, scale, numbers)
 
 
-def pack(spec: Ending, of: Quantized) -> list[Buffer]:
-    """Copies of bias, scale and numbers for :class:`Constants`."""
+def pack(spec: Ending, of: Quantized, less: int = 0) -> list[Buffer]:
+    """Copies of bias, scale and numbers for :class:`Constants`; what is summed is so much ``less`` than x."""
     x_zero, residual_zero, residual_scale, inverse, zero, *x_inverse = of.numbers.double().tolist()
     low, high = (_byte(limit * of.numbers[3], zero) for limit in spec.limits or (-math.inf, math.inf))
     given = {
@@ -134,7 +134,7 @@ def pack(spec: Ending, of: Quantized) -> list[Buffer]:
         "inverse": inverse, "zero": zero, "residual_zero": residual_zero, "residual_scale": residual_scale,
         "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
     }  # fmt: skip
-    offset = -int(x_zero) * of.weight.detach().long().flatten(1).sum(1)
+    offset = (less - int(x_zero)) * of.weight.detach().long().flatten(1).sum(1)
     if of.bias is not None:
         offset += of.bias.detach().long()
     numbers = torch.tensor([given[name] for name in _NAMES])

@@ -33,6 +33,7 @@ class FilterSpec8(NamedTuple):
         groups: so many hold the rows that are read.
         apart: rows between two of them.
         vector: channels of one register of sums.
+        way: one of ``product.ways()``, without tiles.
     """
 
     channels: int
@@ -45,6 +46,7 @@ class FilterSpec8(NamedTuple):
     apart: int
     vector: int
     tile: FilterTile
+    way: str
 
     @property
     def step(self) -> int:
@@ -53,7 +55,7 @@ class FilterSpec8(NamedTuple):
 
     @property
     def number_type(self) -> Any:
-        return hl.UInt(8) if self.group == 4 else hl.Int(16)
+        return product.row_type(self.way)
 
 
 def spec(case: Case, way: str) -> FilterSpec8:
@@ -67,7 +69,7 @@ def spec(case: Case, way: str) -> FilterSpec8:
     tile = schedule.filter_tile(machine.host(), channels, size, shared, column_bytes)
     return FilterSpec8(
         channels, channels // case.x.shape[1], (height, width), (stride_y, stride_x), (dilation_y, dilation_x), group,
-        groups, dilation_y if tile.rows == 1 else 1, min(tile.lanes, machine.host().lanes), tile,
+        groups, dilation_y if tile.rows == 1 else 1, min(tile.lanes, machine.host().lanes), tile, way,
     )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def filtered(given: FilterSpec8, x: Any, weights: list[Any], before: tuple[Any, 
     at, (width, height) = column - before[1], (x.dim(1).extent(), x.dim(2).extent())
     value = x[c // given.multiplier, hl.clamp(hl.likely(at), 0, width - 1), hl.clamp(row, 0, height - 1), n]
     inside = hl.select((row >= 0) & (row < height), value, zero)
-    beside[i, c, column, j, part, n] = hl.cast(
+    beside[i, c, column, j, part, n] = product.in_row(
         given.number_type, hl.select((at >= 0) & (at < width), hl.likely(inside), zero)
     )
 

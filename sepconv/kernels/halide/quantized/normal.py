@@ -152,7 +152,7 @@ def _rows(spec: NormalSpec8, padded: Any, walk: tuple[Any, ...], at: list[Any]) 
     down = (first + t * count + row) * spec.stride[0] + tap * spec.dilation[0]
     k, q, rows = hl.Var("k"), hl.Var("q"), hl.Func("rows")
     rows[k, q, g, t, n] = hl.undef(spec.product.row_type)
-    rows[number + copied * (run + runs * tap), column + width * row, g, t, n] = hl.cast(
+    rows[number + copied * (run + runs * tap), column + width * row, g, t, n] = product.in_row(
         spec.product.row_type, padded[source, down, n]
     )
     return rows, place
@@ -257,7 +257,8 @@ def pack(found: NormalPlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
     runs, length, copied = spec.runs
     rows = given.weight.permute(0, 2, 3, 1).reshape(len(given.weight), spec.kernel_size[0], runs, length)
     padded = torch.nn.functional.pad(rows, (0, copied - length))
-    return [product.pack(spec.product, padded.flatten(1)), *epilogue.pack(spec.epilogue, given)]
+    ending = epilogue.pack(spec.epilogue, given, product.less(spec.product.way))
+    return [product.pack(spec.product, padded.flatten(1)), *ending]
 
 
 def bind(found: NormalPlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound | Chain:

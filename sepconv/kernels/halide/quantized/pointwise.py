@@ -96,7 +96,7 @@ def _copied(multiply: ByteProduct, x: Any) -> Any:
     # The last part overlaps the one before.
     channel = hl.min(place.y * lanes, multiply.terms - lanes) + place.x
     rows[k, p] = hl.undef(multiply.row_type)
-    rows[channel, p] = hl.cast(multiply.row_type, x[channel, p])
+    rows[channel, p] = product.in_row(multiply.row_type, x[channel, p])
     return rows
 
 
@@ -160,7 +160,8 @@ def describe(case: Case) -> dict[str, Any]:
 def pack(found: PointwisePlan8, weights: Sequence[Tensor | None]) -> list[Buffer]:
     """Copies of weight, bias, scale and numbers as the kernel takes them."""
     given = epilogue.constants(weights)
-    return [product.pack(found.spec.product, given.weight), *epilogue.pack(found.spec.epilogue, given)]
+    multiply, ending = found.spec.product, found.spec.epilogue
+    return [product.pack(multiply, given.weight), *epilogue.pack(ending, given, product.less(multiply.way))]
 
 
 def bind(found: PointwisePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound:

@@ -1,14 +1,13 @@
 """The product of rows of bytes and weights: ``sums[o, p] = sum over k of weight[o, k] * x[k, p]``, exact in 32 bits.
 
-x is unsigned, the weights are signed. Three ways: the processor's tiles (AMX), its product of four bytes at a time
-(VNNI), or of two numbers of 16 bits, which every x86 has. (The old product of two bytes at a time rounds off what is
-beyond 16 bits.)
+x is unsigned, the weights are signed. Four ways: the processor's tiles (AMX), its product of four bytes at a time
+(VNNI), that of four signed bytes (ARM's dot product), for which x is read as 128 less, or of two numbers of 16 bits,
+which every processor has. (The old product of two bytes at a time rounds off what is beyond 16 bits.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +20,15 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule import quantized as schedule
 
-TILES, QUADS, PAIRS = "tiles", "quads", "pairs"
-NAMES = {TILES: "AMX tiles", QUADS: "VNNI", PAIRS: "pairs of 16 bits"}
+TILES, QUADS, SIGNED, PAIRS = "tiles", "quads", "signed", "pairs"
+NAMES = {TILES: "AMX tiles", QUADS: "VNNI", SIGNED: "dot products", PAIRS: "pairs of 16 bits"}
+_LESS = 128
 
 
-@lru_cache(maxsize=1)
 def ways() -> tuple[str, ...]:
     """How this machine can multiply, the fastest first."""
+    if runtime.multiplies_signed_bytes():
+        return SIGNED, PAIRS
     found = (QUADS, PAIRS) if runtime.multiplies_bytes() else (PAIRS,)
     return found if amx.missing(amx.BYTES) else (TILES, *found)
 
@@ -35,6 +36,23 @@ def ways() -> tuple[str, ...]:
 def best(terms: int, pixels: int) -> str:
     """How sums of so many terms are made for so many pixels; of the depthwise ones, which are short, never by tiles."""
     return next(way for way in ways() if way != TILES or schedule.worth_tiles(terms, pixels))
+
+
+def row_type(way: str) -> Any:
+    """Of what is multiplied by weights."""
+    return {PAIRS: hl.Int(16), SIGNED: hl.Int(8)}.get(way, hl.UInt(8))
+
+
+def in_row(kind: Any, byte: Any) -> Any:
+    """A byte of x as it is multiplied: of a signed one ``less`` than it was."""
+    if kind == hl.Int(8):
+        return hl.reinterpret(kind, byte ^ hl.cast(hl.UInt(8), _LESS))
+    return hl.cast(kind, byte)
+
+
+def less(way: str) -> int:
+    """By how much what is multiplied is less than x."""
+    return _LESS if way == SIGNED else 0
 
 
 class ByteProduct(NamedTuple):
@@ -67,7 +85,7 @@ class ByteProduct(NamedTuple):
     @property
     def in_place(self) -> bool:
         """Whether rows of bytes can be read where they are; else they are copied, with zeros behind them."""
-        return self.way != PAIRS and self.whole == self.terms
+        return self.way in (TILES, QUADS) and self.whole == self.terms
 
     @property
     def group(self) -> int:
@@ -76,7 +94,7 @@ class ByteProduct(NamedTuple):
 
     @property
     def row_type(self) -> Any:
-        return hl.Int(16) if self.way == PAIRS else hl.UInt(8)
+        return row_type(self.way)
 
     @property
     def padded_outputs(self) -> int:
@@ -90,7 +108,7 @@ def product(way: str, terms: int, outputs: int, pixels: int) -> ByteProduct:
         steps, tile = -(-terms // amx.ROW_BYTES), schedule.on_tiles(outputs, pixels, amx.ROWS)
         depth = -(-terms // (4 * steps)) * 4
     else:
-        tile, depth = schedule.in_registers(machine.host(), outputs, pixels), 4 if way == QUADS else 2
+        tile, depth = schedule.in_registers(machine.host(), outputs, pixels), 2 if way == PAIRS else 4
         steps = -(-terms // depth)
     return ByteProduct(way, terms, outputs, steps, depth, tile.wide, tile.scalars, tile.lanes)
 

@@ -93,7 +93,7 @@ def _hidden(spec: SeparableSpec8, stages: Filtered, inner: Constants, walk: tupl
     k, hidden = hl.Var("k"), hl.Func("hidden")
     hidden[k, q, t, n] = hl.undef(spec.product.row_type)
     made = epilogue.finished(spec.between, stages.sums[channel, column, within, part, n], channel, inner)
-    hidden[channel, column + width * (part_in * tile.rows + within), t, n] = hl.cast(spec.product.row_type, made)
+    hidden[channel, column + width * (part_in * tile.rows + within), t, n] = product.in_row(spec.product.row_type, made)
     return hidden, place
 
 
@@ -133,7 +133,7 @@ def planned(case: Case, way: str) -> SeparablePlan8:
     """The kernel that multiplies in one of ``product.ways()``."""
     then = case.then
     assert then is not None
-    given = filters.spec(case.first, product.PAIRS if way == product.PAIRS else product.QUADS)
+    given = filters.spec(case.first, product.QUADS if way == product.TILES else way)
     size, outputs = Size(then.y.shape[0], *then.y.shape[2:]), then.y.shape[1]
     calls = tiling.cut(size, given.tile.rows, SEPARABLE_PIXELS, case.threads)
     multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * size.width)
@@ -169,7 +169,8 @@ def pack(found: SeparablePlan8, weights: Sequence[Tensor | None]) -> list[Buffer
     """Copies of filters, weights, biases, scales and numbers as the kernel takes them."""
     spec, (first, second) = found.spec, (epilogue.constants(weights[half::2]) for half in (0, 1))
     packed = [filters.pack(spec.filter, first.weight), product.pack(spec.product, second.weight)]
-    return [*packed, *epilogue.pack(spec.between, first), *epilogue.pack(spec.epilogue, second)]
+    less = product.less(spec.product.way)
+    return [*packed, *epilogue.pack(spec.between, first, less), *epilogue.pack(spec.epilogue, second, less)]
 
 
 def bind(found: SeparablePlan8, x: Tensor, packed: list[Buffer], residual: Tensor | None, out: Tensor) -> Bound | Chain:

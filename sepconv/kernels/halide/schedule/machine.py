@@ -1,12 +1,16 @@
 """What a schedule may know about a processor: vector width, registers, caches, and its Halide target.
 
-``host()`` describes this machine; ``named()`` others, to cross-compile for them and read the assembly.
+``host()`` describes this machine, or the one that kernels are made for meanwhile (``targeting``); ``named()`` others,
+to cross-compile for them and read the assembly.
 """
 
 from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,8 +66,31 @@ def named(name: str) -> Machine:
     return _NAMED[name]
 
 
-@lru_cache(maxsize=1)
+_targeted: ContextVar[Machine | None] = ContextVar("sepconv_targeted", default=None)
+
+
+def targeted() -> Machine | None:
+    """Another machine that kernels are made for in this context; None where it is this one."""
+    return _targeted.get()
+
+
+@contextmanager
+def targeting(machine: Machine) -> Iterator[None]:
+    """Choose and schedule kernels for another machine, in this context; what they are called with cannot run here."""
+    token = _targeted.set(machine)
+    try:
+        yield
+    finally:
+        _targeted.reset(token)
+
+
 def host() -> Machine:
+    """The machine that kernels are made for: this one, unless :func:`targeting` another."""
+    return _targeted.get() or _host()
+
+
+@lru_cache(maxsize=1)
+def _host() -> Machine:
     """This machine. Needs Halide (see ``runtime.missing``), which knows the instruction set."""
     import halide as hl
 

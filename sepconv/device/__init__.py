@@ -1,0 +1,12 @@
+"""A network as a C library that needs nothing, for other machines than this one: ``export_c``.
+
+record      the program of a network, with kernels for the other machine, bound to memory of this process and run
+objects     the kernels once more, as object code for the other machine
+glue        what calls them in order, the weights and the arena, as object code made by LLVM
+archive     all objects in one library
+files       header, example and what else lies beside it
+check       the example, built and run here if that can be
+"""
+
+from sepconv.device.export import ExportedLibrary as ExportedLibrary
+from sepconv.device.export import export_c as export_c

@@ -1,0 +1,227 @@
+"""``sepconv.export_c``: a network as a C library for another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sepconv.compile.capture import CaptureError
+from sepconv.compile.model import CompiledModel, arguments_of, unprepared
+from sepconv.compile.precision import BFLOAT16, INT8, precision_of
+from sepconv.compile.prepare import WrittenModel
+from sepconv.device import archive, files, glue, objects, targets, wasm
+from sepconv.device import check as checking
+from sepconv.device.origin import UNKNOWN, where
+from sepconv.device.record import Normalisation, Recorder, Recording
+from sepconv.device.targets import DeviceTarget
+from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule.machine import targeting
+from sepconv.system.environment import installed
+from sepconv.system.threads import threads_set_to
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
+_VERSIONS = ("torch", "halide", "llvmlite")
+
+
+@dataclass(frozen=True)
+class ExportedLibrary:
+    """What was written.
+
+    Attributes:
+        folder, name, target: as asked for.
+        precision: "float32" or "int8".
+        inputs, outputs: their sizes.
+        macs: multiply-adds of one call.
+        code_bytes: of all objects without the weights.
+        weights_bytes, arena_bytes: of what is read, and of all the memory that a call writes to.
+        checked: what was found when the example ran here, or why it did not run.
+    """
+
+    folder: Path
+    name: str
+    target: str
+    precision: str
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    macs: int
+    code_bytes: int
+    weights_bytes: int
+    arena_bytes: int
+    checked: str = ""
+
+
+def export_c(
+    model: nn.Module | CompiledModel,
+    example: Any,
+    folder: str | Path,
+    *,
+    target: str = "x86-64-linux",
+    name: str = "model",
+    threads: int = 1,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    bgr: bool = False,
+    classes: Sequence[str] = (),
+    check: bool = False,
+) -> ExportedLibrary:
+    """A network as a C library that needs nothing but the C library: kernels, weights and memory for one call.
+
+    ``NAME_run(input, output)`` of ``NAME.h`` computes what the model does for inputs of the example's sizes. No C
+    compiler is needed; what a call computes is compared with the model before anything is written.
+
+    Args:
+        model: in evaluation mode, in float32 or quantized (see ``sepconv.quantize``), or compiled.
+        example: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Its sizes are those of the
+            library.
+        folder: is made where it does not exist.
+        target: "x86-64-linux" (SSE4.1), "x86-64-linux-avx2", "x86-64-linux-avx512", "x86-64-linux-avx512-vnni",
+            "arm-64-linux", "arm-64-android" (both also with "-dotprod"), "arm-64-osx" or "wasm-32".
+        name: every symbol of the library begins with it.
+        threads: 1.
+        mean, std: of each channel, from 0 to 1: with them the library also takes images of bytes.
+        bgr: whether the network's channels are blue, green, red.
+        classes: names for the outputs.
+        check: build the example with the C compiler for that machine and run it here, if both can be.
+
+    Raises:
+        ValueError: an argument is wrong, or an operation has no kernel; each is named. Nothing is written.
+        OSError: the folder cannot be written.
+        RuntimeError: what was built gives other answers than the model.
+    """
+    goal = targets.target_named(target)
+    _check_arguments(name, threads, mean, std)
+    folder = Path(folder)
+    files.check_folder(folder)
+    if runtime.missing():
+        raise ValueError(f"export_c: {runtime.missing()}")
+    if goal.is_wasm and not wasm.linker():
+        raise ValueError(f"export_c: {target} needs the linker wasm-ld; apt install lld, or pip install ziglang")
+    normalisation = Normalisation(tuple(mean), tuple(std), bgr) if mean else None
+    with targeting(goal.machine), threads_set_to(1):
+        written = _written(model, example)
+        recording = _recorded(written, normalisation)
+        built = _built(name, goal, recording, tuple(classes))
+    library = _described(folder, name, target, written, recording, built)
+    content = files.texts(library, goal, normalisation, classes)
+    content[f"{name}.wasm" if goal.is_wasm else f"lib{name}.a"] = built.library
+    content[files.MANIFEST] = _manifest(library, built)
+    files.write(folder, content)
+    return _checked(library, goal, written) if check else library
+
+
+def _check_arguments(name: str, threads: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"export_c: name must be a C identifier of at most 60 letters, got {name!r}")
+    if threads != 1:
+        raise ValueError(f"export_c: threads must be 1: the library has no threads of its own, got {threads!r}")
+    if len(mean) != len(std):
+        raise ValueError(f"export_c: mean and std must have a number for each channel, got {mean} and {std}")
+
+
+def _written(model: nn.Module | CompiledModel, example: Any) -> WrittenModel:
+    try:
+        compiled = model if isinstance(model, CompiledModel) else unprepared(model)
+        example = pytree.tree_map_only(Tensor, Tensor.contiguous, example)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("compile:", "export_c:", 1)) from error
+    if compiled.precision == BFLOAT16:
+        raise ValueError("export_c: libraries compute in float32 or int8, but the model was compiled for bfloat16")
+    args, kwargs = arguments_of(example)
+    try:
+        written = compiled.write(*args, **kwargs)
+    except CaptureError as error:
+        raise ValueError(f"export_c: the model cannot be captured: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"export_c: {str(error).removeprefix('compile: ')}") from error
+    for what, tensors in (("inputs", written.inputs), ("outputs", written.expected)):
+        wrong = next((tensor.dtype for tensor in tensors if tensor.dtype is not torch.float32), None)
+        if wrong is not None or not tensors:
+            raise ValueError(f"export_c: {what} must be float32 tensors, got {wrong or 'none'}")
+    return written
+
+
+def _recorded(written: WrittenModel, normalisation: Normalisation | None) -> Recording:
+    """The network's calls, once they have computed here what the model does."""
+    recorder = Recorder(written.program, written.store)
+    refused = recorder.refused()
+    if refused:
+        known = where(written, {step.what for step in refused if not step.name})
+        texts = [f"{step.what} in {step.name or known.get(step.what, UNKNOWN)} ({step.reason})" for step in refused]
+        raise ValueError(f"export_c: no kernel computes {'; '.join(dict.fromkeys(texts))}")
+    _check_image(written.inputs, normalisation)
+    recorder.bind(normalisation)
+    difference = written.disagreement(recorder.run(written.inputs))
+    if difference:
+        raise RuntimeError(f"export_c: {difference}")
+    return recorder.recording()
+
+
+def _check_image(inputs: Sequence[Tensor], normalisation: Normalisation | None) -> None:
+    if normalisation is None:
+        return
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != len(normalisation.mean):
+        raise ValueError(
+            f"export_c: mean and std must have a number for each channel of one image, got {len(normalisation.mean)} "
+            f"for inputs of {shapes}"
+        )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The library, and bytes of its objects without the weights."""
+
+    library: bytes
+    code: int
+
+
+def _built(name: str, goal: DeviceTarget, recording: Recording, classes: tuple[str, ...]) -> _Built:
+    kernels = list(objects.compiled(name, recording.recipes))
+    made = glue.glue_of(name, tuple(kernel.symbol for kernel in kernels), recording, classes)
+    own = glue.compiled(glue.assembly(made, goal), goal)
+    if goal.is_wasm:
+        linked = wasm.link([own, *(kernel.code for kernel in kernels)], made.functions)
+        return _Built(linked, len(linked) - len(recording.weights))
+    members = [archive.Member(f"{name}.o", own, made.exported)]
+    members += [archive.Member(f"{kernel.symbol}.o", kernel.code, [kernel.symbol]) for kernel in kernels]
+    code = sum(len(member.content) for member in members) - len(recording.weights)
+    return _Built(archive.archive(members, bsd=goal.name.endswith("osx")), code)
+
+
+def _described(
+    folder: Path, name: str, target: str, written: WrittenModel, recording: Recording, built: _Built
+) -> ExportedLibrary:
+    steps = [(step.group, step.outputs[0].form.shape) for step in written.program.steps if step.outputs]
+    return ExportedLibrary(
+        folder,
+        name,
+        target,
+        INT8 if precision_of(written.program.numbers) == INT8 else "float32",
+        tuple(tuple(tensor.shape) for tensor in written.inputs),
+        tuple(tuple(tensor.shape) for tensor in written.expected),
+        sum(group.macs(shape) for group, shape in steps if group is not None),
+        built.code,
+        len(recording.weights),
+        recording.arena,
+    )
+
+
+def _manifest(library: ExportedLibrary, built: _Built) -> bytes:
+    facts = {key: value for key, value in asdict(library).items() if key not in ("folder", "checked")}
+    facts["versions"] = {package: installed(package) for package in _VERSIONS}
+    facts["library_bytes"] = len(built.library)
+    facts["sha256"] = hashlib.sha256(built.library).hexdigest()
+    return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+def _checked(library: ExportedLibrary, goal: DeviceTarget, written: WrittenModel) -> ExportedLibrary:
+    return replace(library, checked=checking.check(library, goal, written))

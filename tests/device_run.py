@@ -1,0 +1,88 @@
+"""Small networks as C libraries, exported once, and programs that call them."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import shared
+import torch
+from quantizable import with_statistics
+from torch import Tensor, nn
+
+import sepconv
+from sepconv.device import check, targets, wasm
+from sepconv.layers import SeparableConv2d
+
+EXAMPLE = torch.randn(1, 3, 13, 11, generator=torch.Generator().manual_seed(3))
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+class Small(nn.Module):
+    """A stem, a separable layer with a residual, a pool and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.block = SeparableConv2d(8, 8, 3, padding=1, norm=nn.BatchNorm2d, activation=nn.ReLU)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        scores: Tensor = self.head(x + self.block(x))
+        return scores
+
+
+@cache
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    found: nn.Module = with_statistics(Small())
+    return found
+
+
+def native() -> str:
+    """The level for this processor."""
+    for level in ("-avx512", "-avx2", ""):
+        name = f"x86-64-linux{level}"
+        if not check.missing(targets.TARGETS[name]):
+            return name
+    pytest.skip("no C compiler for this machine's own programs")
+
+
+def exported(target: str, name: str = "small") -> Path:
+    """The folder of the small network's library; every network of that kind has the same kernels."""
+
+    def make(folder: Path) -> None:
+        sepconv.export_c(
+            small(), EXAMPLE, folder, target=target, name=name, mean=MEAN, std=STD, classes=["a", "b", "c", "d", "e"]
+        )
+
+    return shared.once(f"device-{target}-{name}", make)
+
+
+def loaded(library: Path, name: str, folder: Path) -> ctypes.CDLL:
+    """A library in this process."""
+    program = folder / f"{name}.so"
+    archive = str(library / f"lib{name}.a")
+    whole = ["-Wl,--whole-archive", archive, "-Wl,--no-whole-archive", "-Wl,-z,defs"]
+    subprocess.run(["gcc", "-shared", "-o", str(program), *whole, "-lm"], check=True)
+    return ctypes.CDLL(str(program))
+
+
+def needs(target: str) -> None:
+    """Skip where programs for it cannot be built and run here."""
+    goal = targets.TARGETS[target]
+    reason = check.missing(goal)
+    if goal.is_wasm and not wasm.linker():
+        reason = "there is no wasm-ld here"
+    if reason:
+        pytest.skip(reason)
+
+
+def needs_program(name: str) -> None:
+    if not shutil.which(name):
+        pytest.skip(f"there is no {name} here")

@@ -1,0 +1,370 @@
+"""Networks as C libraries: they compute what the model does, by themselves, and say clearly what cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import device_run
+import pytest
+import torch
+from device_run import EXAMPLE, MEAN, STD, exported, loaded, native, needs, small
+from networks import NETWORKS, randomise
+from quantizable import with_statistics
+from random_networks import RandomNetwork
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sepconv
+from sepconv.device import targets
+
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+GUARD = 256
+
+
+def answer(x: Tensor = EXAMPLE) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = small()(x)
+    return found
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def at(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def test_arena_alone_is_written(tmp_path: Path) -> None:
+    """A call in an arena full of NaN, between margins, gives the model's answer, twice the same bits."""
+    folder = exported(native())
+    library = loaded(folder, "small", tmp_path)
+    facts = json.loads((folder / "manifest.json").read_text())
+    memory = torch.full((facts["arena_bytes"] + 2 * GUARD + 64,), 0xFF, dtype=torch.uint8)
+    start = GUARD + -(memory.data_ptr() + GUARD) % 64
+    outputs = torch.full((3, 5 + 2 * GUARD), float("nan"))
+    for out in outputs[:2]:
+        place = ctypes.c_void_p(memory.data_ptr() + start)
+        assert library.small_run_in(place, at(EXAMPLE), ctypes.c_void_p(out.data_ptr() + 4 * GUARD)) == 0
+    close(outputs[0, GUARD:-GUARD].view(1, 5), answer())
+    assert torch.equal(outputs[0, GUARD:-GUARD], outputs[1, GUARD:-GUARD])
+    assert bool((memory[:start] == 0xFF).all())
+    assert bool((memory[start + facts["arena_bytes"] :] == 0xFF).all())
+    assert bool(outputs[:2, :GUARD].isnan().all())
+    assert bool(outputs[:2, -GUARD:].isnan().all())
+
+
+def test_wrong_pointers_are_refused(tmp_path: Path) -> None:
+    library = loaded(exported(native()), "small", tmp_path)
+    out, memory = torch.empty(5), torch.empty(1 << 20, dtype=torch.uint8)
+    assert library.small_run(None, at(out)) == -1
+    assert library.small_run(at(EXAMPLE), None) == -1
+    assert library.small_run_in(ctypes.c_void_p(memory.data_ptr() // 64 * 64 + 65), at(EXAMPLE), at(out)) == -1
+
+
+def test_images_of_bytes_are_normalised_as_the_network_was_trained(tmp_path: Path) -> None:
+    library = loaded(exported(native()), "small", tmp_path)
+    pixels, out = torch.randint(0, 256, (13, 11, 3), dtype=torch.uint8), torch.empty(1, 5)
+    assert library.small_run_image(at(pixels), at(out)) == 0
+    image = (pixels.permute(2, 0, 1)[None] / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    close(out, answer(image))
+    names = (ctypes.c_char_p * 5).in_dll(library, "small_classes")
+    assert [name.decode() for name in names] == ["a", "b", "c", "d", "e"]
+
+
+def test_two_networks_and_two_threads_in_one_program(tmp_path: Path) -> None:
+    """Two libraries link into one; two threads call on two arenas, each as if it were alone."""
+    folders = [exported(native()), exported(native(), "other")]
+    archives = [str(folder / f"lib{name}.a") for folder, name in zip(folders, ("small", "other"), strict=True)]
+    program = tmp_path / "both.so"
+    whole = ["-Wl,--whole-archive", *archives, "-Wl,--no-whole-archive", "-Wl,-z,defs"]
+    subprocess.run(["gcc", "-shared", "-o", str(program), *whole, "-lm"], check=True)
+    library = ctypes.CDLL(str(program))
+    size = json.loads((folders[0] / "manifest.json").read_text())["arena_bytes"]
+    inputs = [torch.randn_like(EXAMPLE) for _ in range(2)]
+    results: list[Tensor] = [torch.empty(0)] * 2
+
+    def run(i: int) -> None:
+        memory, out = torch.empty(size + 64, dtype=torch.uint8), torch.empty(1, 5)
+        place = ctypes.c_void_p(memory.data_ptr() + -memory.data_ptr() % 64)
+        function = (library.small_run_in, library.other_run_in)[i]
+        codes = {function(place, at(inputs[i]), at(out)) for _ in range(200)}
+        results[i] = out if codes == {0} else torch.full((1, 5), math.nan)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for x, out in zip(inputs, results, strict=True):
+        close(out, answer(x))
+
+
+def test_nothing_but_the_c_library_is_needed() -> None:
+    """No function is asked for but of memory blocks, and none that allocates."""
+    folder = exported(native())
+    listed = subprocess.run(
+        ["nm", "--undefined-only", folder / "libsmall.a"], capture_output=True, text=True, check=True
+    )
+    defined = subprocess.run(
+        ["nm", "--defined-only", folder / "libsmall.a"], capture_output=True, text=True, check=True
+    )
+    known = {line.split()[-1] for line in defined.stdout.splitlines() if len(line.split()) == 3}
+    asked = {line.split()[-1] for line in listed.stdout.splitlines() if " U " in line}
+    allowed = {"memset", "memcpy", "memmove", "expf", "logf", "powf", "sqrtf", "floorf", "_GLOBAL_OFFSET_TABLE_"}
+    assert asked - known <= allowed
+    public = {name for name in known if not name.startswith(("small_", "halide_"))}
+    assert public <= {"arena", "weights", "point"} | {name for name in public if name.startswith(("d", "t", "."))}
+
+
+def test_example_runs_without_malloc_and_under_sanitizers(tmp_path: Path) -> None:
+    """The C part has no warning and no undefined behaviour; a malloc that aborts is never called by a network."""
+    target = targets.TARGETS[native()]
+    folder = exported(target.name)
+    source = tmp_path / "strict.c"
+    source.write_text(
+        '#include "small.h"\n#include <stdlib.h>\n#include <stdio.h>\n'
+        "static float in[SMALL_INPUT_SIZE], out[SMALL_OUTPUT_SIZE];\n"
+        "static int inside;\nextern void *__libc_malloc(size_t);\n"
+        "void *malloc(size_t size) { if (inside) abort(); return __libc_malloc(size); }\n"
+        "int main(void) { int code; inside = 1; code = small_run(in, out); inside = 0; return code; }\n"
+    )
+    warnings = ["-std=c99", "-Wall", "-Wextra", "-Werror"]
+    link = ["-I", str(folder), "-L", str(folder), "-lsmall", "-lm"]
+    subprocess.run(["gcc", *warnings, str(source), "-o", str(tmp_path / "strict"), *link], check=True)
+    subprocess.run([str(tmp_path / "strict")], check=True)
+    library = _described(folder, target.name)
+    program = tmp_path / "example"
+    device_run.check.build(library, target, program, *SANITIZED)
+    [got] = device_run.check.answers(library, target, program, [EXAMPLE])
+    close(got, answer())
+
+
+def _described(folder: Path, target: str) -> sepconv.device.ExportedLibrary:
+    facts = json.loads((folder / "manifest.json").read_text())
+    names = ("name", "precision", "macs", "code_bytes", "weights_bytes", "arena_bytes")
+    sizes = {kind: tuple(map(tuple, facts[kind])) for kind in ("inputs", "outputs")}
+    return sepconv.device.ExportedLibrary(folder=folder, target=target, **{n: facts[n] for n in names}, **sizes)
+
+
+def test_header_serves_c_plus_plus(tmp_path: Path) -> None:
+    device_run.needs_program("g++")
+    source = tmp_path / "uses.cpp"
+    source.write_text(
+        '#include "small.h"\nint main() { return small_run(nullptr, nullptr) == SMALL_REFUSED ? 0 : 1; }\n'
+    )
+    folder = exported(native())
+    build = ["g++", "-Wall", "-Wextra", "-Werror", str(source), "-o", str(tmp_path / "uses"), "-I", str(folder)]
+    subprocess.run([*build, "-L", str(folder), "-lsmall", "-lm"], check=True)
+    subprocess.run([str(tmp_path / "uses")], check=True)
+
+
+@pytest.mark.parametrize("target", ["x86-64-linux", "arm-64-linux", "wasm-32"])
+def test_small_network_on_each_target(target: str, tmp_path: Path) -> None:
+    needs(target)
+    folder = exported(target)
+    goal, library, program = targets.TARGETS[target], _described(folder, target), tmp_path / "example"
+    device_run.check.build(library, goal, program)
+    [got] = device_run.check.answers(library, goal, program, [EXAMPLE])
+    close(got, answer())
+
+
+@pytest.mark.parametrize("target", ["arm-64-android", "arm-64-osx"])
+@pytest.mark.slow
+def test_other_systems_get_objects_of_their_kind(target: str) -> None:
+    content = (exported(target) / "libsmall.a").read_bytes()
+    assert content.startswith(b"!<arch>\n")
+    magic = b"\xcf\xfa\xed\xfe" if target.endswith("osx") else b"\x7fELF"
+    assert magic in content[:4096]
+
+
+def quantized() -> nn.Module:
+    found, _ = sepconv.quantize(small(), torch.randn(16, *EXAMPLE.shape[1:]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x86-64-linux-avx2", "arm-64-linux", "arm-64-linux-dotprod", "wasm-32"])
+def test_int8_on_each_target(target: str, tmp_path: Path) -> None:
+    needs(target)
+    library = sepconv.export_c(quantized(), EXAMPLE, tmp_path, target=target, check=True)
+    assert library.precision == "int8"
+    assert library.checked.startswith("the example gives the model's answer")
+    if target.endswith("dotprod"):
+        found = subprocess.run(
+            ["aarch64-linux-gnu-objdump", "-d", tmp_path / "libmodel.a"], capture_output=True, text=True, check=True
+        )
+        assert "sdot" in found.stdout
+
+
+@pytest.mark.slow
+def test_images_of_bytes_in_node(tmp_path: Path) -> None:
+    """Pixels with and without alpha; the module is short."""
+    needs("wasm-32")
+    folder = exported("wasm-32")
+    assert len((folder / "small.mjs").read_text().splitlines()) <= 60
+    pixels = torch.randint(0, 256, (13, 11, 4), dtype=torch.uint8)
+    (tmp_path / "pixels").write_bytes(pixels.numpy().tobytes())
+    (tmp_path / "run.mjs").write_text(
+        f'import {{ load }} from "{(folder / "small.mjs").as_uri()}";\n'
+        'import { readFileSync } from "node:fs";\n'
+        f'const all = new Uint8Array(readFileSync("{tmp_path / "pixels"}")), network = await load();\n'
+        "console.log(JSON.stringify([...network.runImage(all)]));\n"
+        "console.log(JSON.stringify([...network.runImage(all.filter((_, i) => i % 4 < 3))]));\n"
+    )
+    done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, check=True)
+    image = pixels[..., :3].permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+    for line in done.stdout.splitlines():
+        close(torch.tensor([json.loads(line)]), answer((image - mean) / std))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_compile_run_or_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    make, inputs = NETWORKS[name]
+    _exports_or_says_why(randomise(make()), inputs(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks_run_or_are_refused_by_name(seed: int, tmp_path: Path) -> None:
+    network = RandomNetwork(seed)
+    _exports_or_says_why(network, network.example, tmp_path)
+
+
+def _exports_or_says_why(model: nn.Module, example: Any, folder: Path) -> None:
+    """``explain`` and the export agree on what has a kernel."""
+    ours = {group.kernel for group in sepconv.compile(model, example, threads=1).explain().groups} <= {"halide", "copy"}
+    said, checked = "", ""
+    try:
+        checked = sepconv.export_c(model, example, folder / "out", target=native(), check=True).checked
+    except ValueError as error:
+        said = str(error)
+    whole = "must be float32 tensors" in said
+    assert said == "" or whole or "no kernel computes aten." in said
+    assert ours == (said == "") or whole
+    assert checked.startswith("the example gives the model's answer") == (said == "")
+    assert (folder / "out").exists() == (said == "")
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        self.sampled = _Sampled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.sampled(self.inner(x))
+        return found
+
+
+class _Sampled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.grid_sample(x, torch.zeros(len(x), 4, 4, 2), align_corners=False)
+
+
+def test_operations_without_a_kernel_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"export_c: no kernel computes aten\.grid_sampler_2d\.default in sampled"):
+        sepconv.export_c(Odd().eval(), torch.randn(1, 3, 8, 8), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": "arm-32"}, "export_c: target must be one of x86-64-linux, "),
+        ({"name": "a-b"}, "export_c: name must be a C identifier"),
+        ({"threads": 2}, "export_c: threads must be 1"),
+        ({"mean": [0.5]}, "export_c: mean and std must have a number for each channel"),
+        ({"mean": [0.5], "std": [0.5]}, "of one image, got 1 for inputs of"),
+    ],
+)
+def test_wrong_arguments(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        sepconv.export_c(small(), EXAMPLE, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: (small(), torch.randn(1, 4, 13, 11)), ValueError, "export_c: the model does not accept inputs"),
+        (lambda: (nn.Conv2d(3, 4, 1), EXAMPLE), ValueError, "export_c: the model is in training mode"),
+        (lambda: ("mobilenet", EXAMPLE), TypeError, "export_c: model must be a torch.nn.Module"),
+        (lambda: (nn.ReLU().eval(), torch.ones(3, dtype=torch.int64)), ValueError, "inputs must be float32 tensors"),
+        (
+            lambda: (sepconv.compile(small(), EXAMPLE, precision="bfloat16"), EXAMPLE),
+            ValueError,
+            "compiled for bfloat16",
+        ),
+    ],
+)
+def test_wrong_models(
+    make: Callable[[], tuple[Any, Tensor]], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    model, example = make()
+    with pytest.raises(error, match=message):
+        sepconv.export_c(model, example, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_or_should_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to the folder"):
+        sepconv.export_c(small(), EXAMPLE, tmp_path / "file" / "out")
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(OSError, match="cannot write to the folder"):
+            sepconv.export_c(small(), EXAMPLE, tmp_path / "closed" / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        sepconv.export_c(small(), EXAMPLE, tmp_path / "full")
+
+
+def test_a_library_is_replaced_by_the_next(tmp_path: Path) -> None:
+    """The same network gives the same bytes."""
+    found = []
+    for _ in range(2):
+        sepconv.export_c(small(), EXAMPLE, tmp_path / "out", target=native())
+        found.append((tmp_path / "out" / "libmodel.a").read_bytes())
+    assert found[0] == found[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_channels_of_blue_green_red(tmp_path: Path) -> None:
+    sepconv.export_c(small(), EXAMPLE, tmp_path, target=native(), mean=MEAN, std=STD, bgr=True)
+    library = loaded(tmp_path, "model", tmp_path)
+    pixels, out = torch.randint(0, 256, (13, 11, 3), dtype=torch.uint8), torch.empty(1, 5)
+    assert library.model_run_image(at(pixels), at(out)) == 0
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+    close(out, answer((pixels.flip(2).permute(2, 0, 1)[None] / 255 - mean) / std))
+
+
+def test_batches_run_image_by_image_as_in_compile(tmp_path: Path) -> None:
+    """Large first layers in slices, several inputs and outputs, results in other layouts."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.next = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, 2, 1)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            first = self.next(self.stem(x).relu()).relu()
+            return first, first + y
+
+    torch.manual_seed(0)
+    model: nn.Module = with_statistics(Pair())
+    example = torch.randn(5, 3, 140, 140), torch.randn(5, 8, 70, 70)
+    library = sepconv.export_c(model, example, tmp_path, target=native(), check=True)
+    assert library.outputs == ((5, 8, 70, 70), (5, 8, 70, 70))
+    assert library.checked.startswith("the example gives the model's answer")

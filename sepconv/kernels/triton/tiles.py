@@ -12,6 +12,8 @@ import torch
 
 from sepconv.kernels.triton.forms import Patch, Schedule, Taps
 
+MOST = 4
+"""So many tiles are tried: each is compiled, which takes a second or two."""
 _MOST_UNROLLED = 27
 _MOST_SUMS = 72
 
@@ -58,22 +60,19 @@ def gathering(extent: Extent, lanes: int) -> list[Schedule]:
     rows = min(extent.kernel_rows, 7 if extent.kernel_rows <= 7 else 4)
     unrolled = rows == extent.kernel_rows and rows * extent.kernel_columns <= _MOST_UNROLLED
     taps = Taps(rows, extent.kernel_columns if unrolled else 1)
-    tried = [(4, 1, 4), (2, 1, 4), (4, 2, 4), (2, 2, 4), (8, 1, 4), (4, 1, 2)] if extent.vector else _PIXELS
+    tried = [(4, 1, 4), (2, 1, 4), (4, 2, 4), (8, 1, 4)] if extent.vector else _PIXELS
     return _distinct([Schedule(_tile(extent, lanes, *one), taps) for one in tried])
 
 
-_PIXELS = [(4, 1, 4), (8, 1, 4), (2, 1, 4), (4, 2, 4), (4, 1, 2), (2, 1, 2)]
+_PIXELS = [(4, 1, 4), (8, 1, 4), (2, 1, 4), (4, 1, 2)]
 
 
 def of_filters(extent: Extent, lanes: int) -> list[Schedule]:
     """Of the gradient of filters: the rows that a thread has are all in the image or all outside of it."""
     each = max(1, extent.vector)
-    found = []
-    for deep, wide, warps in [(4, 1, 4), (2, 1, 4), (1, 1, 4), (7, 1, 4), (3, 1, 4), (4, 2, 4)]:
-        if extent.rows % deep == 0:
-            tile = _tile(extent, lanes, deep, wide, warps)
-            found.append(Schedule(tile, _taps_of_sums(extent, each)))
-    return _distinct(found)
+    tried = [(4, 1, 4), (2, 1, 4), (7, 1, 4), (1, 1, 4), (4, 2, 4), (2, 2, 4)]
+    fitting = [one for one in tried if extent.rows % one[0] == 0][:MOST]
+    return _distinct([Schedule(_tile(extent, lanes, *one), _taps_of_sums(extent, each)) for one in fitting])
 
 
 def _taps_of_sums(extent: Extent, each: int) -> Taps:

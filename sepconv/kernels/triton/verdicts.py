@@ -103,9 +103,15 @@ def _text(case: Case) -> str:
     return f"{what} | {tensors} | {_device(case.x.device)} | {_settings()} | {_sources()}"
 
 
-def _path(text: str) -> Path | None:
+def folder() -> Path | None:
+    """Where the files lie, beside those of compiled kernels; None where none are kept."""
     kernels = code_cache.folder()
-    return None if kernels is None else kernels.parent / "gpu" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    return None if kernels is None else kernels.parent / "gpu"
+
+
+def _path(text: str) -> Path | None:
+    place = folder()
+    return None if place is None else place / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
 def _read(case: Case, tiles: int) -> Verdict | None:

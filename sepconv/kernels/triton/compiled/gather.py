@@ -60,13 +60,12 @@ def _column(sums, source, filters, at, row_tap, j, FORM: tl.constexpr, ROWS: tl.
         added = ()
         for r in tl.static_range(DEEP):
             if met(r, READS[n], STEP, ROWS, ADVANCE[1]) >= 0:
-                tap = met(r, READS[n], STEP, ROWS, ADVANCE[1])
+                value = pixels
                 if SKIP[1] > 1:
                     # Zero times what is no number would be none.
-                    met_there = first_row + (row_tap + tap) * SKIP[1] < KH
-                    added = added + (sums[r] + tl.where(met_there, pixels, 0.0) * taps[tap],)
-                else:
-                    added = added + (sums[r] + pixels * taps[tap],)
+                    row_of_taps = row_tap + met(r, READS[n], STEP, ROWS, ADVANCE[1])
+                    value = tl.where(first_row + row_of_taps * SKIP[1] < KH, pixels, 0.0)
+                added = added + (sums[r] + value * taps[met(r, READS[n], STEP, ROWS, ADVANCE[1])],)
             else:
                 added = added + (sums[r],)
         sums = added

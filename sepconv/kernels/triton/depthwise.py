@@ -40,7 +40,9 @@ def missing() -> str:
     except ImportError as error:
         return f"the package triton cannot be imported ({error}); pip install 'sepconv[gpu]'"
     except AttributeError:
-        return f"the package triton is too old ({triton.__version__}); pip install --upgrade triton"
+        return (
+            f"the package triton has version {triton.__version__}, and 3.5 (of PyTorch 2.9) is the first that will do"
+        )
     return ""
 
 

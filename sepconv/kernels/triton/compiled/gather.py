@@ -114,6 +114,9 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
     ACROSS: tl.constexpr = FORM.tile.columns
     DEEP: tl.constexpr = FORM.tile.deep
     M: tl.constexpr = FORM.multiplier
+    ACTIVATION: tl.constexpr = FORM.activation
+    FIRST: tl.constexpr = FORM.parameters[0]
+    SECOND: tl.constexpr = FORM.parameters[1]
     UNIT: tl.constexpr = FORM.unit
     SKIP: tl.constexpr = FORM.skip
     ADVANCE: tl.constexpr = FORM.advance
@@ -202,7 +205,7 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
     x = phase_w + column * PW
     for r in tl.static_range(DEEP):
         y = phase_h + (row + r) * PH
-        value = apply(sums[r] + added, FORM.activation, FORM.parameters[0], FORM.parameters[1])
+        value = apply(sums[r] + added, ACTIVATION, FIRST, SECOND)
         there = near & (y < written.rows) & (x < written.columns) & (phase_d + plane * PD < written.depth)
         place_of = y * (written.of_row // UNIT * UNIT) + x * (written.of_column // UNIT * UNIT)
         tl.store(to + place_of, value.to(out.dtype.element_ty), there)

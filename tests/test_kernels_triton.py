@@ -31,7 +31,7 @@ _SHORT = {
     ("dilation_2", "channels_last"),
     ("multiplier_2", "contiguous"),
     ("signal_k4", "sliced"),
-    ("volume_stride_2", "channels_last"),
+    ("volume", "channels_last"),
 }
 _ARRANGED = [
     *(pytest.param(replace(_BY_NAME[name], batch=1), how, id=f"{name}-{how}-1") for name, how in sorted(_SHORT)),

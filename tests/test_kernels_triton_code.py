@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import CASES
 from triton_checks import needs_triton
 
 pytestmark = needs_triton
@@ -18,16 +19,20 @@ _TARGETS: list[tuple[str, Any]] = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("
 _PASSES = ("forward", "grad_input", "grad_weight")
 
 
-def _codes(wanted: list[list[Any]], tmp_path: Path) -> list[dict[str, Any]]:
-    """From a process that interprets nothing, and keeps its code to itself."""
+def _told(wanted: str, tmp_path: Path) -> Any:
+    """By a process that interprets nothing, and keeps its code to itself."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     script = Path(__file__).with_name("triton_code.py")
     done = subprocess.run(
-        [sys.executable, script, json.dumps(wanted)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script, wanted], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def _codes(wanted: list[list[Any]], tmp_path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _told(json.dumps(wanted), tmp_path)
     assert len(found) == len(wanted)
     return found
 
@@ -67,3 +72,11 @@ def test_every_tile_that_is_tried(which: str, tmp_path: Path) -> None:
         for size in (3, 7):
             tiles = range(first["tiles"]) if layout == "channels_last" else range(1)
             _check([["cuda", 90, "bfloat16", layout, which, size, 1, tile] for tile in tiles], tmp_path)
+
+
+@pytest.mark.slow
+def test_every_edge_case_compiles(tmp_path: Path) -> None:
+    """Sizes and steps of 1 are constants to the compiler, and never to the interpreter."""
+    count, spilling = _told("cases", tmp_path)
+    assert count > 3 * len(CASES)
+    assert spilling == []

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -122,5 +123,26 @@ def look(wanted: Wanted) -> dict[str, Any]:
     return {**found, "shared": code.metadata.shared, "tiles": len(tried)}
 
 
+def names_of_what_spills(target: GPUTarget) -> tuple[int, list[str]]:
+    """Every named edge case in every pass and layout, as it would be launched first: how many there were."""
+    formats, count, spilling = {4: torch.channels_last, 5: torch.channels_last_3d}, 0, []
+    for one in CASES:
+        size = (max(1, one.batch), one.channels, *one.image)
+        for form in dict.fromkeys((torch.contiguous_format, formats.get(len(size), torch.contiguous_format))):
+            x = torch.empty(size, device="meta").to(memory_format=form)
+            weight = torch.empty(one.channels * one.multiplier, 1, *one.kernel, device="meta")
+            forward = case.depthwise(x, weight, None, one.geometry, "gelu_tanh")
+            grad_input = case.depthwise_grad_input(forward.y, weight, x.shape, one.geometry)
+            grad_weight = case.depthwise_grad_weight(forward.y, x, weight.shape, one.geometry)
+            for known in (forward, grad_input, grad_weight):
+                count += 1
+                if _nvidia(compiled(known, plan.schedules(known)[0], target))["spilled"]:
+                    spilling.append(f"{one.name}, {form}, {known.which}")
+    return count, spilling
+
+
 if __name__ == "__main__":
-    print(json.dumps([look(Wanted(*one)) for one in json.loads(sys.argv[1])]))
+    if sys.argv[1] == "cases":
+        print(json.dumps(names_of_what_spills(GPUTarget("cuda", 90, 32))))
+    else:
+        print(json.dumps([look(Wanted(*one)) for one in json.loads(sys.argv[1])]))

@@ -102,7 +102,8 @@ def _nvidia(code: Any) -> dict[str, Any]:
 def _amd(code: Any) -> dict[str, Any]:
     text = code.asm["amdgcn"]
     [registers] = re.findall(r"\.vgpr_count:\s+(\d+)", text)
-    spilled = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", text))
+    # Scalar registers are spilled to lanes of vector registers; only these go to memory.
+    spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text))
     loads = re.findall(r"(?:global|buffer)_load_\w+", text)
     return {
         "registers": int(registers),

@@ -15,7 +15,10 @@ from sepconv.kernels.triton.forms import Patch, Schedule, Taps
 MOST = 4
 """So many tiles are tried: each is compiled, which takes a second or two."""
 _MOST_UNROLLED = 27
+"""Taps without a loop; where a tap is a number for each of several channels, a third of them."""
 _MOST_SUMS = 72
+_MOST_PRODUCTS = 192
+"""Of one number of an image for the rows of a place and of taps, times the channels of a thread."""
 
 
 class Gpu(NamedTuple):
@@ -57,8 +60,9 @@ class Extent(NamedTuple):
 
 def gathering(extent: Extent, lanes: int) -> list[Schedule]:
     """Of the result of a convolution, or of the gradient of its input."""
-    rows = min(extent.kernel_rows, 7 if extent.kernel_rows <= 7 else 4)
-    unrolled = rows == extent.kernel_rows and rows * extent.kernel_columns <= _MOST_UNROLLED
+    rows = extent.kernel_rows if extent.kernel_rows <= 7 else 5
+    most = _MOST_UNROLLED // 3 if extent.vector else _MOST_UNROLLED
+    unrolled = rows == extent.kernel_rows and rows * extent.kernel_columns <= most
     taps = Taps(rows, extent.kernel_columns if unrolled else 1)
     tried = [(4, 1, 4), (2, 1, 4), (4, 2, 4), (8, 1, 4)] if extent.vector else _PIXELS
     return _distinct([Schedule(_tile(extent, lanes, *one), taps) for one in tried])
@@ -71,8 +75,10 @@ def of_filters(extent: Extent, lanes: int) -> list[Schedule]:
     """Of the gradient of filters: the rows that a thread has are all in the image or all outside of it."""
     each = max(1, extent.vector)
     tried = [(4, 1, 4), (2, 1, 4), (7, 1, 4), (1, 1, 4), (4, 2, 4), (2, 2, 4)]
-    fitting = [one for one in tried if extent.rows % one[0] == 0][:MOST]
-    return _distinct([Schedule(_tile(extent, lanes, *one), _taps_of_sums(extent, each)) for one in fitting])
+    taps = _taps_of_sums(extent, each)
+    deepest = _MOST_PRODUCTS // (taps.rows * each)
+    fitting = [one for one in tried if extent.rows % one[0] == 0 and one[0] <= deepest][:MOST]
+    return _distinct([Schedule(_tile(extent, lanes, *one), taps) for one in fitting])
 
 
 def _taps_of_sums(extent: Extent, each: int) -> Taps:

@@ -6,13 +6,15 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sepconv.bench import blocks, operations, run, tables
 from sepconv.bench.operations import OpCase
-from sepconv.system.timing import interleaved, summary
+from sepconv.kernels.triton import events
+from sepconv.system.timing import Timing, interleaved, summary
 
 SMALL = OpCase(1, 8, (7, 5), (3, 3))
 pytestmark = pytest.mark.usefixtures("unsettled")
@@ -49,6 +51,41 @@ def test_numbers_of_16_bits_are_verified_and_recorded_apart() -> None:
     assert all(0 < r.max_error <= 1 for r in found)
     in_float32 = list(operations.run_case(SMALL, 1, 0.0))
     assert [2 * r.bytes for r in found] == [r.bytes for r in in_float32]
+
+
+def test_a_gpu_is_timed_by_events_and_pytorchs_error_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the CPU is called a GPU."""
+    make = operations.make_tensors
+    monkeypatch.setattr(operations, "make_tensors", lambda case, form, dtype, device: make(case, form, dtype))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    asked = []
+
+    def timed(calls: dict[str, Any], seconds: float, device: torch.device) -> dict[str, Timing]:
+        asked.append((sorted(calls), device))
+        return {name: Timing(1.0, 1.0, 1.0, 7) for name in calls}
+
+    monkeypatch.setattr(events, "interleaved", timed)
+    inexact = operations.pytorchs
+
+    def in_few_digits(case: OpCase, t: operations.Tensors) -> dict[str, Any]:
+        calls = inexact(case, t)
+        return calls if t.x.dtype is torch.float64 else {**calls, "forward": lambda: calls["forward"]() * 1.001}
+
+    monkeypatch.setattr(operations, "pytorchs", in_few_digits)
+    found = list(operations.run_case(SMALL, 1, 0.0, device="cuda"))
+    assert {r.suite for r in found} == {"ops-cuda"}
+    assert (
+        asked == [(sorted(["torch-nchw", "sepconv-nchw", "torch-nhwc", "sepconv-nhwc"]), torch.device("cuda", 0))] * 3
+    )
+    assert max(r.max_error for r in found if r.contender == "torch-nchw") > 1
+    assert all(r.max_error <= 1 for r in found if r.contender == "sepconv")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_none_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no GPU that this PyTorch can use"):
+        run.run("ops-cuda", [1], 0.001, "", tmp_path / "ops.json", "sepconv bench ops", lambda *_: None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_result_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +168,10 @@ def test_all_passes_together_are_of_one_layout() -> None:
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("suite must be one of ops, ops-bfloat16, blocks, got 'all'", ("all", [1], 1.0, "")),
+        (
+            "suite must be one of ops, ops-bfloat16, ops-cuda, ops-cuda-bfloat16, blocks, got 'all'",
+            ("all", [1], 1.0, ""),
+        ),
         ("threads must be positive", ("ops", [0], 1.0, "")),
         ("no case has 'zebra' in its name", ("ops", [1], 1.0, "zebra")),
     ],

@@ -116,3 +116,27 @@ def test_cache_folder_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, t
     assert finding.status == "ok"
     assert finding.detail.endswith(f" kernels in {tmp_path / 'deep' / 'kernels'}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_one_would_need() -> None:
+    found = _finding("gpu")
+    assert found.status == "ok"
+    assert found.detail.startswith("none that this PyTorch can use")
+    assert "need a build of PyTorch for it and the package triton" in found.detail
+
+
+def test_on_a_gpu_it_says_what_is_missing_and_what_was_proven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 1000")
+    monkeypatch.setattr(doctor.triton_kernels, "missing", lambda: "the package triton cannot be imported")
+    found = doctor._gpu()
+    assert (found.status, found.remedy) == ("missing", "pip install 'sepconv[gpu]'")
+    assert "PyTorch's kernels alone run there; the package triton cannot be imported" in found.detail
+    monkeypatch.setattr(doctor.triton_kernels, "missing", lambda: "")
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "one.json").touch()
+    assert f"depthwise kernels are tried there; 1 proofs in {tmp_path / 'gpu'}" in doctor._gpu().detail
+    monkeypatch.setenv(code_cache.VARIABLE, "")
+    assert doctor._gpu().detail.endswith("proofs are not kept on disk")

@@ -18,14 +18,21 @@ BATCHES = (1, 8)
 
 
 def run_ops(
-    threads: Sequence[int], seconds: float, match: str, progress: Progress, dtype: torch.dtype = torch.float32
+    threads: Sequence[int],
+    seconds: float,
+    match: str,
+    progress: Progress,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> list[Record]:
-    """Every case of ``operations`` whose name contains ``match``, with numbers of ``dtype``."""
+    """Every case of ``operations`` whose name contains ``match``, with numbers of ``dtype`` on ``device``."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench ops: there is no GPU that this PyTorch can use; sepconv doctor says what is missing")
     jobs = [(case, n) for n in threads for case in operations.CASES if match in case.name]
     found: list[Record] = []
     for done, (case, n) in enumerate(jobs):
         progress(done, len(jobs), f"{case.name}, threads={n}")
-        found += operations.run_case(case, n, seconds, dtype)
+        found += operations.run_case(case, n, seconds, dtype, device)
     return found
 
 
@@ -40,7 +47,11 @@ def run_blocks(threads: Sequence[int], seconds: float, match: str, progress: Pro
 
 
 SUITES: dict[str, Callable[..., list[Record]]] = {
-    **{operations.suite_name(dtype): partial(run_ops, dtype=dtype) for dtype in operations.DTYPES.values()},
+    **{
+        operations.suite_name(dtype, device): partial(run_ops, dtype=dtype, device=device)
+        for device in operations.DEVICES
+        for dtype in operations.DTYPES.values()
+    },
     "blocks": run_blocks,
 }
 

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from sepconv.bench import network, tables, training, training_tables, tune, zoo
-from sepconv.bench.operations import DTYPES, suite_name
+from sepconv.bench.operations import DEVICES, DTYPES, suite_name
 from sepconv.bench.run import run as run_suite
 from sepconv.cli import arguments, options, show
 from sepconv.cli.app import Commands, app
@@ -101,13 +101,17 @@ def bench_ops(
     seconds: SuiteSeconds = 1.0,
     match: SuiteMatch = "",
     dtype: Annotated[str, typer.Option("--dtype", help="Of all numbers: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Depthwise convolutions of every kind, each pass, against PyTorch in both layouts."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}")
-    _bench(suite_name(DTYPES[dtype]), f"ops --dtype {dtype}", json_file, threads, seconds, match, quiet)
+    if device not in DEVICES:
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, but got {device!r}")
+    called = f"ops --dtype {dtype}" + (f" --device {device}" if device != "cpu" else "")
+    _bench(suite_name(DTYPES[dtype], device), called, json_file, threads, seconds, match, quiet)
 
 
 @bench_app.command("blocks", epilog="Example: sepconv bench blocks --threads 1,2 --json blocks.json")

@@ -43,6 +43,7 @@ from sepconv.kernels.halide.quantized import separable as quantized_separable
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.machine import Machine
 from sepconv.kernels.torch import prepared
+from sepconv.kernels.triton import depthwise as triton_depthwise
 
 Prepared = Callable[..., Tensor]
 """A kernel made ready for a case: call it with the case's tensors, in the order that ``case`` lists."""
@@ -88,6 +89,8 @@ class Backend:
         describe: its schedule in words and numbers.
         binder: how ``compile`` uses it; None where it cannot.
         numbers: the type that some tensor must have, where a kernel before it in the list is for all others.
+        device: the kind of device that it is for, where it has nothing to say of others.
+        postponed: why it cannot be weighed at the moment, in a sentence; what is chosen meanwhile is not remembered.
     """
 
     name: str
@@ -97,6 +100,8 @@ class Backend:
     describe: Callable[[Case], dict[str, Any]] = _nothing
     binder: Binder | None = None
     numbers: torch.dtype | None = None
+    device: str = ""
+    postponed: Callable[[Case], str] = _never
 
 
 class InTurn:
@@ -136,11 +141,19 @@ def _halide(kernel: ModuleType, numbers: torch.dtype | None = None) -> Backend:
     return Backend("halide", prepare, kernel.supports, kernel.slower, kernel.describe, binder, numbers)
 
 
+def _triton(kernel: ModuleType) -> Backend:
+    return Backend(
+        "triton", kernel.prepare, kernel.supports, kernel.slower, kernel.describe, device="cuda",
+        postponed=kernel.postponed,
+    )  # fmt: skip
+
+
 BACKENDS: dict[str, list[Backend]] = {
     "depthwise": [
         _halide(depthwise_direct, torch.bfloat16),
         _halide(depthwise),
         _halide(quantized_depthwise, torch.int8),
+        _triton(triton_depthwise),
         Backend("torch", prepared.depthwise),
     ],
     "pointwise": [
@@ -182,11 +195,12 @@ class Choice:
     memory (``case.bound``) nothing is prepared; ``backend.binder`` ties it to the memory.
     """
 
-    __slots__ = ("_others", "backend", "case", "reasons", "run")
+    __slots__ = ("_others", "_weighed", "backend", "case", "reasons", "run")
 
     def __init__(self, case: Case, backends: Sequence[Backend]) -> None:
         self.case = case
         self.reasons: dict[str, str] = {}
+        self._weighed = True
         self._others = iter(tuple(backends))
         self._take_next()
 
@@ -194,7 +208,13 @@ class Choice:
         for backend in self._others:
             if backend.numbers is not None and backend.numbers not in self.case.numbers:
                 continue
-            reason = backend.supports(self.case) or backend.slower(self.case)
+            if backend.device and backend.device != self.case.x.device.type:
+                continue
+            reason = backend.supports(self.case)
+            if not reason:
+                reason = backend.postponed(self.case)
+                self._weighed = self._weighed and not reason
+            reason = reason or backend.slower(self.case)
             if not reason:
                 try:
                     self.run = _unprepared if self.case.bound else backend.prepare(self.case)
@@ -223,6 +243,11 @@ class Choice:
         self._take_next()
 
     @property
+    def settled(self) -> bool:
+        """Whether it would be the same at another time: no kernel was passed over that could not be weighed now."""
+        return self._weighed and all(part.settled for part in self.parts)
+
+    @property
     def parts(self) -> tuple[Choice, ...]:
         """The choices behind a backend that is several kernels."""
         return self.run.parts if isinstance(self.run, InTurn) else ()
@@ -242,6 +267,8 @@ def choose(case: Case) -> Choice:
     choice = _choices.get(key)
     if choice is None:
         choice = Choice(case, BACKENDS[case.op])
+        if not choice.settled:
+            return choice
         if len(_choices) >= MAX_CHOICES:
             _choices.clear()
         _choices[key] = choice

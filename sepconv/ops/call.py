@@ -93,7 +93,7 @@ def compute(describe: Callable[..., Case], tensors: Sequence[Tensor | None], *op
     choice: Any = find(known)
     if choice is None:
         choice = backends.choose(describe(*tensors, *options))
-        if known is not None:
+        if known is not None and choice.settled:
             keep(known, choice)
     y: Tensor = choice(*tensors)
     if recording():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS, NAMES, is_name
-from sepconv.kernels.backends import choose
+from sepconv.kernels.backends import Choice, choose
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.layout import memory_format
 from sepconv.kernels.torch import aten
@@ -109,20 +109,24 @@ def _run(
     tensors and the last activation."""
     if known is not None and not known[0]:
         choice = choose(operation.describe(*tensors, *options, activation))
-        return call.keep(known, choice.shortest())(*tensors)
+        return _kept(known, choice, choice.shortest())(*tensors)
     split = _split_for_gradient(activation, *tensors)
     options = (*options, "" if split else activation)
     if known is not None:
-        return call.keep(known, _recorded(operation, tensors, options, activation if split else ""))(*tensors)
+        choice = choose(operation.describe(*tensors, *options))
+        return _kept(known, choice, _recorded(operation, choice, options, activation if split else ""))(*tensors)
     y = operation.through_dispatcher(tensors, *options)
     return ACTIVATIONS[activation].function(y) if split else y
 
 
-def _recorded(
-    operation: Operator, tensors: Sequence[Tensor | None], options: tuple[Any, ...], activation: str
-) -> call.Run:
+def _kept(known: tuple[Any, ...], choice: Choice, run: call.Run) -> call.Run:
+    """Remembered, unless another kernel may be chosen for the next call."""
+    return call.keep(known, run) if choice.settled else run
+
+
+def _recorded(operation: Operator, choice: Choice, options: tuple[Any, ...], activation: str) -> call.Run:
     """A call that autograd records; an activation that it is to see apart comes after."""
-    choice, function = choose(operation.describe(*tensors, *options)), operation.recorded
+    function = operation.recorded
     if not activation:
         return lambda *tensors: function(choice, *tensors, *options)
     activate = ACTIVATIONS[activation].function

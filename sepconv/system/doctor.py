@@ -12,6 +12,8 @@ from torch import Tensor
 from sepconv import ops
 from sepconv.kernels.halide.jit import code_cache, runtime
 from sepconv.kernels.halide.jit import threads as halide_threads
+from sepconv.kernels.triton import depthwise as triton_kernels
+from sepconv.kernels.triton import verdicts
 from sepconv.ops import explain
 from sepconv.system import environment
 
@@ -97,9 +99,20 @@ def _threads() -> Finding:
 
 
 def _gpu() -> Finding:
-    if torch.cuda.is_available():
-        return Finding("gpu", "ok", f"{torch.cuda.get_device_name()}: PyTorch's kernels run there")
-    return Finding("gpu", "ok", "none that this PyTorch can use; everything runs on the processor")
+    if not torch.cuda.is_available():
+        build = "" if torch.version.cuda or torch.version.hip else ", whose build is for processors"
+        needed = "kernels for one (NVIDIA, AMD) need a build of PyTorch for it and the package triton"
+        return Finding(
+            "gpu", "ok", f"none that this PyTorch can use{build}; everything runs on the processor; {needed}"
+        )
+    name, reason = torch.cuda.get_device_name(), triton_kernels.missing()
+    if reason:
+        detail = f"{name}: PyTorch's kernels alone run there; {reason}"
+        return Finding("gpu", "missing", detail, "pip install 'sepconv[gpu]'")
+    folder = verdicts.folder()
+    proven = f"{len(list(folder.glob('*.json')))} proofs in {folder}" if folder else "proofs are not kept on disk"
+    detail = f"{name}, triton {environment.installed('triton')}: depthwise kernels are tried there; {proven}"
+    return Finding("gpu", "ok", detail)
 
 
 def _halide() -> Finding:

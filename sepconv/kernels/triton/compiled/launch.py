@@ -1,0 +1,81 @@
+"""Kernels as functions of tensors: memory for the result, filters in the order of the program, and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.triton.compiled import filters as filter_programs
+from sepconv.kernels.triton.compiled import gather as gather_programs
+from sepconv.kernels.triton.forms import Schedule
+from sepconv.kernels.triton.plan import Launch, launch
+
+_FILTERS_AT_ONCE = 128
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _new(outline: Outline, device: torch.device) -> Tensor:
+    return torch.empty_strided(outline.shape, outline.stride, dtype=outline.dtype, device=device)
+
+
+def _filters(weight: Tensor, prepared: Launch) -> Tensor:
+    rows = weight.reshape(weight.shape[0], -1)
+    if prepared.steps.of_filter != 1:
+        return rows.contiguous()
+    # Their numbers are read as often as an image's: side by side, and in the type of the sums.
+    return torch.empty(rows.shape[::-1], dtype=torch.float32, device=weight.device).copy_(rows.T)
+
+
+def gather(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
+    """The forward pass, or the gradient of the input."""
+    prepared = launch(case, schedule)
+    grid, warps = (prepared.programs,), prepared.form.tile.warps
+
+    def run(image: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = _new(case.result, image.device)
+        added = out if bias is None else bias.contiguous()
+        with _on(image.device):
+            gather_programs.gather[grid](
+                image, _filters(weight, prepared), added, out, prepared.read, prepared.written, prepared.steps,
+                FORM=prepared.form, num_warps=warps,
+            )  # fmt: skip
+        return out
+
+    return run
+
+
+def filter_gradient(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
+    """By shares of the images, whose sums are then added in their order: the same numbers in every run."""
+    prepared = launch(case, schedule)
+    assert prepared.shares is not None
+    grid, warps = (prepared.programs,), prepared.form.tile.warps
+    filters, taps, shares = case.weight.shape[0], prod(case.kernel_size), prepared.shares.shares
+    last = (taps * -(-filters // _FILTERS_AT_ONCE),)
+
+    def run(grad: Tensor, image: Tensor) -> Tensor:
+        out = _new(case.result, grad.device)
+        partial = torch.empty(shares, taps, filters, dtype=torch.float32, device=grad.device)
+        with _on(grad.device):
+            filter_programs.filter_gradient[grid](
+                grad, image, partial, prepared.read, prepared.written, prepared.shares,
+                FORM=prepared.form, num_warps=warps,
+            )  # fmt: skip
+            filter_programs.add_shares[last](partial, out, shares, filters, taps, BLOCK=_FILTERS_AT_ONCE, num_warps=4)
+        return out
+
+    return run
+
+
+def kernel(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
+    return (filter_gradient if case.which == "grad_weight" else gather)(case, schedule)

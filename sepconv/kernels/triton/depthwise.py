@@ -1,0 +1,158 @@
+"""Depthwise convolution on GPUs: forward, gradient of the input and of the filters, each proven before it is used.
+
+float32, bfloat16 and float16 with sums in float32; one to three spatial dimensions; tensors are read where they lie,
+whatever their steps. Results have the layout of the first tensor that is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.halide.jit.runtime import BuildError
+from sepconv.kernels.triton import plan, proof, verdicts
+from sepconv.kernels.triton.forms import Schedule
+from sepconv.kernels.triton.proof import Kernel, Verdict
+
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+LONGEST = 63
+MAX_PROOFS = 32
+"""For so many sizes of images one convolution is proven in a process; networks whose images all have sizes of their own
+would do nothing else."""
+
+_proofs: Counter[Case] = Counter()
+
+
+@lru_cache(maxsize=1)
+def missing() -> str:
+    """Why Triton cannot be used, in a sentence; "" if it can. Triton is imported here first."""
+    try:
+        import triton
+
+        triton.constexpr_function  # noqa: B018
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error}); pip install 'sepconv[gpu]'"
+    except AttributeError:
+        return (
+            f"the package triton has version {triton.__version__}, and 3.5 (of PyTorch 2.9) is the first that will do"
+        )
+    return ""
+
+
+def supports(case: Case) -> str:
+    """Why this kernel cannot do it, in a sentence; "" if it can."""
+    if case.x.device.type != "cuda":
+        return f"the kernel runs on cuda tensors but got device {case.x.device}"
+    return unsuitable(case) or missing() or _too_old(case.x.device)
+
+
+def unsuitable(case: Case) -> str:
+    """The same, whatever the device."""
+    given = (*case.given, case.result)
+    if case.bound:
+        return "the kernel does not write to given memory"
+    if any(not outline.plain for outline in given):
+        return "the kernel reads plain strided tensors only"
+    if len(case.numbers) > 1 or case.x.dtype not in NUMBERS:
+        found = ", ".join(sorted(map(str, case.numbers)))
+        return f"the kernel computes float32, bfloat16 or float16 but got {found}"
+    if len({outline.device for outline in given}) > 1:
+        return "the tensors are on several devices"
+    if not all(outline.elements for outline in given):
+        return "there is nothing to compute"
+    if max(case.kernel_size) > LONGEST:
+        return f"filters have {max(case.kernel_size)} taps in a row, and {LONGEST} are the most"
+    programs = plan.launch(case, plan.schedules(case)[0]).programs
+    return f"{programs} programs are more than a launch can have" if programs > plan.MOST_PROGRAMS else ""
+
+
+def _too_old(device: torch.device) -> str:
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and found.major < 7:
+        return f"Triton compiles for compute capability 7.0 and later, and this device has {found.major}.{found.minor}"
+    return ""
+
+
+def postponed(case: Case) -> str:
+    """Why it cannot be proven at the moment, in a sentence; "" if it can."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces, and nothing is proven meanwhile"
+    if case.x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured, and nothing is proven or loaded meanwhile; call it once before"
+    return ""
+
+
+def slower(case: Case) -> str:
+    """Why PyTorch's kernel is used, in a sentence; "" if this one is. What nobody knows yet is tried."""
+    return verdict(case).reason
+
+
+def verdict(case: Case) -> Verdict:
+    case = _anywhere(case)
+    tried = plan.schedules(case)
+    found = verdicts.find(case, len(tried))
+    if found is None:
+        kind = _any_size(case)
+        _proofs[kind] += 1
+        if _proofs[kind] > MAX_PROOFS:
+            return proof.refused(f"{MAX_PROOFS} sizes of this convolution were tried in this process, and no more are")
+        found = proof.prove(case, _kernels(case, tried), proof.on_device(case.x.device))
+        verdicts.keep(case, found)
+    return found
+
+
+def _kernels(case: Case, tried: Sequence[Schedule]) -> list[Callable[[], Kernel]]:
+    from sepconv.kernels.triton.compiled.launch import kernel
+
+    return [partial(kernel, case, one) for one in tried]
+
+
+def _anywhere(case: Case) -> Case:
+    """On a GPU nothing depends on the number of threads."""
+    return replace(case, threads=0)
+
+
+def _any_size(case: Case) -> Case:
+    def kind(outline: Outline) -> Outline:
+        return Outline(outline.shape[1:2], (), outline.dtype, outline.device)
+
+    return replace(case, x=kind(case.x), y=kind(case.y))
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """The tile, and both times of the proof."""
+    found = verdict(case)
+    return {
+        "layout": "channels_last" if plan.pixelwise(case) else "contiguous",
+        **plan.schedules(case)[found.schedule].tile._asdict(),
+        "milliseconds": round(found.ours.device, 5),
+        "pytorch_milliseconds": round(found.pytorch.device, 5),
+    }
+
+
+def _chosen(case: Case) -> Kernel:
+    from sepconv.kernels.triton.compiled.launch import kernel
+
+    return kernel(case, plan.schedules(case)[verdict(case).schedule])
+
+
+def prepare(case: Case) -> Callable[..., Tensor]:
+    """Where a launch fails, as for a tensor whose address asks for other code, the next kernel computes."""
+    launched = _chosen(case)
+
+    def run(*tensors: Tensor | None) -> Tensor:
+        try:
+            return launched(*tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise BuildError(f"it failed on this device: {type(error).__name__}: {error}") from error
+
+    return run

@@ -1,0 +1,80 @@
+"""How long calls take on a GPU: each between two events, its caches flushed, and in a row as a network calls them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from sepconv.system import timing
+
+ROUNDS = 20
+IN_A_ROW = 20
+_SMALLEST_FLUSH = 64 * 2**20
+
+
+class Times(NamedTuple):
+    """Of one call in milliseconds.
+
+    Attributes:
+        device: on the device alone, nothing of its tensors in the caches.
+        call: one of many in a row, what Python takes for each included.
+    """
+
+    device: float
+    call: float
+
+
+def _flush(device: torch.device) -> torch.Tensor:
+    """Memory that takes the place of all else in the caches when it is written."""
+    caches = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return torch.empty(max(_SMALLEST_FLUSH, 2 * caches), dtype=torch.int8, device=device)
+
+
+Calls = Mapping[str, Callable[[], object]]
+
+
+def _alone(calls: Calls, device: torch.device, rounds: int, budget: float = math.inf) -> dict[str, list[float]]:
+    """Milliseconds of every contender on the device alone, in rounds; after a few none begins beyond the budget."""
+    flush = _flush(device)
+
+    def sample(name: str, call: Callable[[], object]) -> float:
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    for call in calls.values():
+        call()
+    return timing.in_turn(calls, rounds, fewest=min(rounds, timing.FEWEST), budget=budget, sample=sample)
+
+
+def _in_a_row(name: str, call: Callable[[], object]) -> float:
+    def several() -> None:
+        for _ in range(IN_A_ROW):
+            call()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return timing.seconds(several) * 1e3 / IN_A_ROW
+
+
+def measure(calls: Calls, device: torch.device, rounds: int = ROUNDS) -> dict[str, Times]:
+    """The medians of every contender, taken in turn."""
+    with torch.cuda.device(device):
+        alone = _alone(calls, device, rounds)
+        rows = timing.in_turn(calls, max(3, rounds // 4), sample=_in_a_row)
+    return {name: Times(median(alone[name]), median(rows[name])) for name in calls}
+
+
+def interleaved(calls: Calls, budget: float, device: torch.device) -> dict[str, timing.Timing]:
+    """As ``timing.interleaved``, of the device alone."""
+    with torch.cuda.device(device):
+        found = _alone(calls, device, timing.MOST, budget)
+    return {name: timing.summary(times) for name, times in found.items()}

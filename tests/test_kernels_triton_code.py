@@ -1,0 +1,82 @@
+"""The code of Triton's kernels for GPUs that are not here: registers, spills, and how much a load brings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import CASES
+from triton_checks import needs_triton
+
+pytestmark = needs_triton
+
+_TARGETS: list[tuple[str, Any]] = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
+_PASSES = ("forward", "grad_input", "grad_weight")
+
+
+def _told(wanted: str, tmp_path: Path) -> Any:
+    """By a process that interprets nothing, and keeps its code to itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("triton_code.py")
+    done = subprocess.run(
+        [sys.executable, script, wanted], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def _codes(wanted: list[list[Any]], tmp_path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _told(json.dumps(wanted), tmp_path)
+    assert len(found) == len(wanted)
+    return found
+
+
+def _check(wanted: list[list[Any]], tmp_path: Path) -> None:
+    for one, code in zip(wanted, _codes(wanted, tmp_path), strict=True):
+        assert code["spilled"] == 0, (one, code)
+        assert code["registers"] <= (255 if one[0] == "cuda" else 512), (one, code)
+        if one[4] != "grad_weight":
+            assert code["shared"] == 0, (one, code)
+        if one[3] == "channels_last":
+            assert code["wide"] == code["loads"] > 0, (one, code)
+
+
+def test_channels_last_is_read_16_bytes_at_once_and_nothing_is_spilled(tmp_path: Path) -> None:
+    _check(
+        [["cuda", 90, "bfloat16", "channels_last", which, 3, 1, 0] for which in ("forward", "grad_weight")], tmp_path
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", _TARGETS, ids=lambda target: str(target[1]))
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_every_target(target: tuple[str, Any], layout: str, dtype: str, tmp_path: Path) -> None:
+    sizes = [(3, 1), (3, 2), (5, 1), (7, 1), (31, 1)]
+    wanted = [[*target, dtype, layout, which, *size, 0] for which in _PASSES for size in sizes]
+    _check([*wanted, *([*target, dtype, layout, which, 3, 1, 0, 3] for which in _PASSES)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", _PASSES)
+def test_every_tile_that_is_tried(which: str, tmp_path: Path) -> None:
+    [first] = _codes([["cuda", 90, "bfloat16", "channels_last", which, 3, 1, 0]], tmp_path)
+    assert first["tiles"] > 1
+    for layout in ("channels_last", "contiguous"):
+        for size in (3, 7):
+            tiles = range(first["tiles"]) if layout == "channels_last" else range(1)
+            _check([["cuda", 90, "bfloat16", layout, which, size, 1, tile] for tile in tiles], tmp_path)
+
+
+@pytest.mark.slow
+def test_every_edge_case_compiles(tmp_path: Path) -> None:
+    """Sizes and steps of 1 are constants to the compiler, and never to the interpreter."""
+    count, spilling = _told("cases", tmp_path)
+    assert count > 3 * len(CASES)
+    assert spilling == []

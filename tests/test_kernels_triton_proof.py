@@ -1,0 +1,364 @@
+"""The proof before use, without a GPU: kernels that are wrong, slow, broken or good, and what is remembered of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import depthwise_case
+from torch import Tensor
+
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.jit import code_cache
+from sepconv.kernels.torch import prepared
+from sepconv.kernels.triton import depthwise, events, plan, proof, tiles, verdicts
+from sepconv.kernels.triton.events import Times
+from sepconv.kernels.triton.proof import Kernel, Verdict, Workbench
+from sepconv.system import timing
+
+_WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
+_SLOW, _FAST = Times(0.04, 0.05), Times(0.01, 0.02)
+
+
+@pytest.fixture(autouse=True)
+def verdict_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
+    verdicts.forget()
+    depthwise._proofs.clear()
+    yield tmp_path
+    verdicts.forget()
+
+
+def _case(dtype: torch.dtype = torch.float32, activation: str = "", channels: int = 5) -> Case:
+    x, weight = torch.randn(2, channels, 7, 6).to(dtype), torch.randn(channels, 1, 3, 3).to(dtype)
+    return depthwise_case("forward", x, weight, *_WALK, activation, bias=torch.randn(channels).to(dtype))
+
+
+def _gradient_case(which: str) -> Case:
+    grad, other = torch.randn(2, 5, 7, 6), torch.randn(5, 1, 3, 3)
+    if which == "grad_weight":
+        return depthwise_case(which, grad, grad, *_WALK, size=other.shape)
+    return depthwise_case(which, grad, other, *_WALK, size=grad.shape)
+
+
+def _bench(**times: Times) -> Workbench:
+    """Everything runs; how long it takes is told by ``times``, of tiles ``_0``, ``_1`` ..."""
+
+    def time(calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
+        for call in calls.values():
+            call()
+        return {name: times[name if name == "torch" else f"_{name}"] for name in calls}
+
+    return Workbench(proof._run, proof.compare, time)
+
+
+def _good(case: Case) -> Kernel:
+    return prepared.depthwise(case)
+
+
+def _wrong(case: Case) -> Kernel:
+    """One tap of one filter is lost."""
+    right = prepared.depthwise(case)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.clone()
+        weight[3, 0, 2, 1] += 1
+        return right(x, weight, bias)
+
+    return run
+
+
+def _fail(*given: Any) -> Any:
+    raise RuntimeError("out of resource: registers\nand a page of details")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["", "relu", "gelu"])
+def test_what_is_right_and_faster_is_used(dtype: torch.dtype, activation: str) -> None:
+    case = _case(dtype, activation)
+    found = proof.prove(case, [lambda: _good(case)], _bench(torch=_SLOW, _0=_FAST))
+    assert found == Verdict(0, _FAST, _SLOW)
+    assert found.reason == ""
+
+
+@pytest.mark.parametrize("which", ["grad_input", "grad_weight"])
+def test_gradients_are_proven_too(which: str) -> None:
+    case = _gradient_case(which)
+    found = proof.prove(case, [lambda: _good(case)], _bench(torch=_SLOW, _0=_FAST))
+    assert found.reason == ""
+    wrong = proof.prove(case, [lambda: lambda *given: _good(case)(*given) + 1], _bench(torch=_SLOW, _0=_FAST))
+    assert wrong.reason.startswith("its result is wrong")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_wrong_is_never_used_nor_timed(dtype: torch.dtype) -> None:
+    case = _case(dtype)
+    found = proof.prove(case, [lambda: _wrong(case)], Workbench(proof._run, proof.compare, _fail))
+    wrong, of = (int(word) for word in found.reason.split() if word.isdigit())
+    assert found.reason == f"its result is wrong: {wrong} of 420 numbers"
+    assert (of, found.lasting) == (420, True)
+    assert 40 < wrong <= 84  # those of one channel, but where a pixel or padding is 0
+
+
+def test_one_wrong_tile_is_a_reason_against_all() -> None:
+    case = _case()
+    found = proof.prove(case, [lambda: _good(case), lambda: _wrong(case)], _bench(torch=_SLOW, _0=_FAST, _1=_FAST))
+    assert (found.schedule, found.reason[:19]) == (1, "its result is wrong")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_was_not_written_is_wrong(value: float) -> None:
+    case = _case()
+
+    def run(*tensors: Any) -> Tensor:
+        y = _good(case)(*tensors)
+        y[1, 4, 6, 5] = value
+        return y
+
+    assert proof.prove(case, [lambda: run], _bench()).reason == "its result is wrong: 1 of 420 numbers"
+    assert "sizes (2, 5, 7, 5)" in proof.prove(case, [lambda: lambda *t: _good(case)(*t)[..., 1:]], _bench()).reason
+
+
+@pytest.mark.parametrize(
+    ("ours", "reason"),
+    [
+        (Times(0.05, 0.01), "it takes 0.0500 ms on this device, PyTorch's kernel 0.0400 ms"),
+        (Times(0.0389, 0.01), "it takes 0.0389 ms on this device, PyTorch's kernel 0.0400 ms"),
+        (Times(0.0388, 0.01), ""),
+        (Times(0.01, 0.06), "called in a row it takes 0.0600 ms on this device, PyTorch's kernel 0.0500 ms"),
+    ],
+)
+def test_what_is_not_three_percent_faster_is_not_used(ours: Times, reason: str) -> None:
+    case = _case()
+    found = proof.prove(case, [lambda: _good(case)], _bench(torch=_SLOW, _0=ours))
+    assert (found.reason, found.lasting) == (reason, True)
+
+
+def test_the_fastest_tile_is_chosen_and_one_that_does_not_fit_is_left_out() -> None:
+    case = _case()
+    tried = [lambda: _good(case), lambda: _good(case), lambda: _fail, _fail]
+    found = proof.prove(case, tried, _bench(torch=_SLOW, _0=Times(0.03, 0.03), _1=_FAST))
+    assert found == Verdict(1, _FAST, _SLOW)
+
+
+def test_what_fails_is_a_reason_and_no_error() -> None:
+    case = _case()
+    none = proof.prove(case, [_fail, lambda: _fail], _bench())
+    assert (none.reason, none.lasting) == (
+        "it could not be compiled: RuntimeError: out of resource: registers",
+        False,
+    )
+    broken = proof.prove(case, [lambda: _good(case)], Workbench(proof._run, proof.compare, _fail))
+    assert broken.reason == "it could not be tried: RuntimeError: out of resource: registers"
+
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    small = proof.prove(case, [lambda: full], _bench())
+    assert (small.reason, small.lasting) == ("there is no memory to compare it with PyTorch's kernel", False)
+
+
+def test_a_proof_has_tensors_as_the_case_describes_them() -> None:
+    whole = torch.randn(3, 9, 8, 7).contiguous(memory_format=torch.channels_last)
+    x, bias = whole[:, 2:7, 1:], torch.randn(1).expand(5)
+    case = depthwise_case("forward", x, torch.randn(5, 1, 3, 3), *_WALK, bias=bias)
+    given = proof.operands(case)
+    assert [t.stride() for t in given if t is not None] == [x.stride(), (9, 9, 3, 1), (0,)]
+    for tensor in given:
+        assert tensor is not None
+        assert torch.equal(tensor, tensor.round())
+        assert 1 <= tensor.abs().max() <= 8
+    # Of many products the sums stay below what 16 bits hold, and exact.
+    many = x[:1].expand(999, 5, 7, 7)
+    long = depthwise_case("grad_weight", many, many, *_WALK, size=(5, 1, 3, 3))
+    assert max(float(t.abs().max()) for t in proof.operands(long) if t is not None) == 2
+
+
+def test_verdicts_are_remembered_on_disk(verdict_files: Path) -> None:
+    case, found = _case(), Verdict(2, _FAST, _SLOW)
+    assert verdicts.find(case, 3) is None
+    verdicts.keep(case, found)
+    [file] = (verdict_files / "gpu").iterdir()
+    for _ in range(2):
+        assert verdicts.find(case, 3) == found
+        verdicts.forget()
+    assert verdicts.find(case, 2) is None, "there is no third tile any more"
+    assert verdicts.find(_case(channels=6), 3) is None
+    assert verdicts.find(_case(torch.bfloat16), 3) is None
+    assert verdicts.find(_case(activation="relu"), 3) is None
+    assert json.loads(file.read_text()).keys() == {"case", "schedule", "ours", "pytorch", "fault"}
+
+
+def test_settings_that_change_pytorchs_kernel_are_part_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    verdicts.forget()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    assert verdicts.find(case, 1) is None
+
+
+def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) -> None:
+    case = _case()
+    verdicts.keep(case, proof.refused("there is no memory"))
+    assert verdicts.find(case, 1) is not None
+    assert not (verdict_files / "gpu").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"",
+        b"[" * 100_000,
+        b"[]",
+        {"schedule": 3},
+        {"schedule": True},
+        {"schedule": "0"},
+        {"ours": [0.1]},
+        {"ours": [float("nan"), 0.1]},
+        {"ours": ["0.1", "0.1"]},
+        {"pytorch": None},
+        {"fault": 5},
+        {"case": "another"},
+    ],
+    ids=lambda change: str(change)[:20],
+)
+def test_a_file_that_is_not_as_it_should_be_is_no_verdict(change: Any, verdict_files: Path) -> None:
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    [file] = (verdict_files / "gpu").iterdir()
+    content = change if isinstance(change, bytes) else json.dumps(json.loads(file.read_text()) | change).encode()
+    file.write_bytes(content)
+    verdicts.forget()
+    assert verdicts.find(case, 3) is None
+
+
+def test_verdicts_have_bounds(monkeypatch: pytest.MonkeyPatch, verdict_files: Path) -> None:
+    monkeypatch.setattr(verdicts, "MAX_VERDICTS", 3)
+    monkeypatch.setattr(verdicts, "MAX_FILES", 4)
+    for channels in range(1, 9):
+        verdicts.keep(_case(channels=channels), Verdict(0, _FAST, _SLOW))
+        assert len(verdicts._known) <= 3
+        assert len(list((verdict_files / "gpu").iterdir())) <= 4
+
+
+def test_without_a_folder_a_verdict_lasts_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(code_cache.VARIABLE, "")
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    assert verdicts.find(case, 1) is not None
+    verdicts.forget()
+    assert verdicts.find(case, 1) is None
+
+
+def test_a_case_is_proven_once_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(proof, "prove", lambda case, tried, bench: asked.append(case) or Verdict(0, _FAST, _SLOW))
+    monkeypatch.setattr(depthwise, "_kernels", lambda case, tried: [])
+    case = _case()
+    for threads in (1, 2, 3):
+        assert depthwise.slower(replace(case, threads=threads)) == ""
+    assert len(asked) == 1
+    told = depthwise.describe(case)
+    assert (told["milliseconds"], told["pytorch_milliseconds"]) == (0.01, 0.04)
+
+
+def test_images_that_all_have_other_sizes_are_not_all_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(proof, "prove", lambda case, tried, bench: asked.append(case) or Verdict(0, _FAST, _SLOW))
+    monkeypatch.setattr(depthwise, "_kernels", lambda case, tried: [])
+    monkeypatch.setattr(depthwise, "MAX_PROOFS", 2)
+
+    def of(rows: int, filters: int = 3) -> str:
+        x, weight = torch.randn(1, 4, rows, 6), torch.randn(4, 1, filters, filters)
+        return depthwise.slower(depthwise_case("forward", x, weight, *_WALK))
+
+    assert [of(rows) for rows in (5, 6)] == ["", ""]
+    assert of(7) == "2 sizes of this convolution were tried in this process, and no more are"
+    assert of(5) == "", "what is known stays"
+    assert of(7, filters=5) == "", "another convolution"
+    assert len(asked) == 3
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    case = _case()
+    assert depthwise.supports(case) == "the kernel runs on cuda tensors but got device cpu"
+    assert depthwise.unsuitable(case) == ""
+    assert depthwise.unsuitable(_case(torch.float64)).endswith("float16 but got torch.float64")
+    mixed = replace(case, weight=case.weight.to(torch.bfloat16))
+    assert depthwise.unsuitable(mixed).endswith("but got torch.bfloat16, torch.float32")
+    assert depthwise.unsuitable(case.into(case.y)) == "the kernel does not write to given memory"
+    x, weight = torch.randn(0, 5, 7, 6), torch.randn(5, 1, 3, 3)
+    assert depthwise.unsuitable(depthwise_case("forward", x, weight, *_WALK)) == "there is nothing to compute"
+    long = depthwise_case("forward", torch.randn(1, 5, 7, 99), torch.randn(5, 1, 1, 65), *_WALK)
+    assert depthwise.unsuitable(long) == "filters have 65 taps in a row, and 63 are the most"
+    assert depthwise.unsuitable(replace(case, x=case.x._replace(plain=False))) == (
+        "the kernel reads plain strided tensors only"
+    )
+    large = torch.empty(1, 1, 1, device="meta").expand(2**40, 1, 1)
+    many = depthwise_case("forward", large, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
+    assert "are more than a launch can have" in depthwise.unsuitable(many)
+
+
+class _Event:
+    """Each lasts a millisecond longer than the one before."""
+
+    made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        _Event.made += 1
+        self.number, self.recorded = _Event.made, False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert self.recorded
+        assert end.recorded
+        return float(end.number - self.number)
+
+
+def test_events_stand_around_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer as far as it goes without a device: every contender as often as the others, caches flushed before."""
+    counts = {"torch": 0, "0": 0}
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**10))
+    monkeypatch.setattr(timing, "seconds", lambda call: call() or 0.02)
+    calls = {name: lambda name=name: counts.__setitem__(name, counts[name] + 1) for name in counts}
+    found = events.measure(calls, torch.device("cpu"), 5)
+    assert found == {name: Times(1.0, 1.0) for name in counts}
+    assert counts["torch"] == counts["0"] == 1 + 5 + 3 * events.IN_A_ROW
+    told = events.interleaved(calls, 0.0, torch.device("cpu"))
+    assert {name: (one.median_ms, one.samples) for name, one in told.items()} == dict.fromkeys(counts, (1.0, 7))
+
+
+def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case()
+    there = replace(case, x=case.x._replace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "a CUDA graph is captured" in depthwise.postponed(there)
+    assert depthwise.postponed(case) == ""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert depthwise.postponed(there) == ""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "torch.compile traces" in depthwise.postponed(there)
+
+
+@pytest.mark.parametrize("which", ["forward", "grad_input", "grad_weight"])
+def test_a_few_tiles_are_tried(which: str) -> None:
+    case = _case() if which == "forward" else _gradient_case(which)
+    tried = plan.schedules(case)
+    assert 1 <= len(tried) <= tiles.MOST
+    assert len(set(tried)) == len(tried)

@@ -18,7 +18,7 @@ from sepconv.compile.capture import CaptureError
 from sepconv.compile.model import CompiledModel, arguments_of, unprepared
 from sepconv.compile.precision import BFLOAT16, INT8, precision_of
 from sepconv.compile.prepare import WrittenModel
-from sepconv.device import archive, files, glue, objects, targets, wasm
+from sepconv.device import archive, files, glue, objects, targets, wasm_link
 from sepconv.device import check as checking
 from sepconv.device.origin import UNKNOWN, where
 from sepconv.device.record import Normalisation, Recorder, Recording
@@ -103,8 +103,6 @@ def export_c(
     files.check_folder(folder)
     if runtime.missing():
         raise ValueError(f"export_c: {runtime.missing()}")
-    if goal.is_wasm and not wasm.linker():
-        raise ValueError(f"export_c: {target} needs the linker wasm-ld; apt install lld, or pip install ziglang")
     normalisation = Normalisation(tuple(mean), tuple(std), bgr) if mean else None
     with targeting(goal.machine), threads_set_to(1):
         written = _written(model, example)
@@ -189,7 +187,7 @@ def _built(name: str, goal: DeviceTarget, recording: Recording, classes: tuple[s
     made = glue.glue_of(name, tuple(kernel.symbol for kernel in kernels), recording, classes)
     own = glue.compiled(glue.assembly(made, goal), goal)
     if goal.is_wasm:
-        linked = wasm.link([own, *(kernel.code for kernel in kernels)], made.functions)
+        linked = wasm_link.link([own, *(kernel.code for kernel in kernels)], made.functions)
         return _Built(linked, len(linked) - len(recording.weights))
     members = [archive.Member(f"{name}.o", own, made.exported)]
     members += [archive.Member(f"{kernel.symbol}.o", kernel.code, [kernel.symbol]) for kernel in kernels]

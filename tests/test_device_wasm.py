@@ -44,7 +44,11 @@ define i32 @unused() {
 declare i32 @nowhere()
 """
 SECOND = """
-@factor = internal constant i32 7
+@before = internal constant i32 3, section ".rodata.both"
+@factor = internal constant i32 7, section ".rodata.both"
+define ptr @keeps() {
+  ret ptr @before
+}
 define i32 @other(i32 %x) {
   %f = load i32, ptr @factor
   %y = mul i32 %x, %f

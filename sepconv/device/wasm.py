@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sepconv.device.export import ExportedLibrary
 
+PROVIDED = ("expf", "logf", "powf", "sqrtf", "floorf", "tanhf", "sinf", "cosf", "memcpy", "memmove", "memset")
+"""Functions that the ES module offers to the other."""
 _MODULE = """\
 // {name}: a network of {macs:,} multiply-adds in {precision}, for browsers and node. Written by sepconv.
 //
@@ -32,6 +34,7 @@ export async function load(wasm) {{
   const bytes = () => new Uint8Array(memory.buffer);
   const env = {{
     expf: Math.exp, logf: Math.log, powf: Math.pow, sqrtf: Math.sqrt, floorf: Math.floor, tanhf: Math.tanh,
+    sinf: Math.sin, cosf: Math.cos,
     memcpy: (to, from, count) => (bytes().copyWithin(to, from, from + count), to),
     memmove: (to, from, count) => (bytes().copyWithin(to, from, from + count), to),
     memset: (to, value, count) => (bytes().fill(value, to, to + count), to),

@@ -37,11 +37,12 @@ class _Place(NamedTuple):
 class Linked:
     """What is reached, in the order in which it is."""
 
-    def __init__(self, objects: Sequence[bytes], names: Sequence[str]) -> None:
+    def __init__(self, objects: Sequence[bytes], names: Sequence[str], outside: Sequence[str]) -> None:
         """
         Raises:
             ValueError: a name is not defined, or an object has something that no network needs.
         """
+        self._outer = outside
         self._objects = [read(content) for content in objects]
         self._defined = {
             (symbol.kind, symbol.name): (owner, symbol)
@@ -97,9 +98,9 @@ class Linked:
         return _Place(owner, symbol.place), (found.code if symbol.kind == FUNCTION else found.data)[number]
 
     def _outside(self, owner: int, symbol: WasmSymbol) -> None:
-        if symbol.kind == FUNCTION:
+        if symbol.kind == FUNCTION and symbol.name in self._outer:
             self._imports.setdefault(symbol.name, self._type(self._objects[owner].type_of(symbol.place)))
-        elif symbol.kind == DATA or symbol.name not in _GLOBALS:
+        elif symbol.kind != GLOBAL or symbol.name not in _GLOBALS:
             raise ValueError(f"{symbol.name} is not defined")
 
     def _type(self, content: bytes) -> int:
@@ -168,13 +169,15 @@ class Linked:
         return self._number(*self._defined[FUNCTION, name])
 
 
-def link(objects: Sequence[bytes], names: Sequence[str]) -> bytes:
+def link(objects: Sequence[bytes], names: Sequence[str], outside: Sequence[str] = ()) -> bytes:
     """One module that offers the functions of these names, its memory, and where what is free of it begins.
+
+    ``outside``: names of functions that whoever loads it offers.
 
     Raises:
         ValueError: a name is not defined, or an object has something that no network needs.
     """
-    return Linked(objects, names).module()
+    return Linked(objects, names, outside).module()
 
 
 def _number(value: int, signed: bool = False) -> bytes:

@@ -100,6 +100,8 @@ def export_c(
     """
     goal = targets.target_named(target)
     _check_arguments(name, threads, mean, std)
+    if any(re.search(r"[\0\r\n]", text) for text in classes):
+        raise ValueError("export_c: the names of classes must be single lines")
     folder = Path(folder)
     files.check_folder(folder)
     if runtime.missing():

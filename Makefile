@@ -52,9 +52,9 @@ browser:
 
 # What C libraries for other machines are built and run with. Without it their tests are skipped, and say so.
 cross:
-	@( for tool in aarch64-linux-gnu-gcc qemu-aarch64 wasm-ld node; do command -v $$tool >/dev/null || exit 1; done ) \
+	@( for tool in aarch64-linux-gnu-gcc qemu-aarch64 node; do command -v $$tool >/dev/null || exit 1; done ) \
 		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y \
-			gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user lld nodejs; } \
+			gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user nodejs; } \
 		|| echo "No cross compiler and no way to install it here: C libraries for other machines are not run."
 
 clean:

@@ -15,7 +15,7 @@ from quantizable import with_statistics
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.device import check, targets, wasm
+from sepconv.device import check, targets
 from sepconv.layers import SeparableConv2d
 
 EXAMPLE = torch.randn(1, 3, 13, 11, generator=torch.Generator().manual_seed(3))
@@ -77,8 +77,6 @@ def needs(target: str) -> None:
     """Skip where programs for it cannot be built and run here."""
     goal = targets.TARGETS[target]
     reason = check.missing(goal)
-    if goal.is_wasm and not wasm.linker():
-        reason = "there is no wasm-ld here"
     if reason:
         pytest.skip(reason)
 

@@ -39,6 +39,12 @@ def close(got: Tensor, wanted: Tensor) -> None:
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes of an image (H, W, 3) as the network was trained on."""
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+    return (pixels.permute(2, 0, 1)[None] / 255 - mean) / std
+
+
 def at(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
@@ -74,8 +80,7 @@ def test_images_of_bytes_are_normalised_as_the_network_was_trained(tmp_path: Pat
     library = loaded(exported(native()), "small", tmp_path)
     pixels, out = torch.randint(0, 256, (13, 11, 3), dtype=torch.uint8), torch.empty(1, 5)
     assert library.small_run_image(at(pixels), at(out)) == 0
-    image = (pixels.permute(2, 0, 1)[None] / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    close(out, answer(image))
+    close(out, answer(normalised(pixels)))
     names = (ctypes.c_char_p * 5).in_dll(library, "small_classes")
     assert [name.decode() for name in names] == ["a", "b", "c", "d", "e"]
 
@@ -146,6 +151,15 @@ def test_example_runs_without_malloc_and_under_sanitizers(tmp_path: Path) -> Non
     device_run.check.build(library, target, program, *SANITIZED)
     [got] = device_run.check.answers(library, target, program, [EXAMPLE])
     close(got, answer())
+    pixels = torch.randint(0, 256, (13, 11, 3), dtype=torch.uint8)
+    (tmp_path / "image.ppm").write_bytes(b"P6\n11 13\n255\n" + pixels.numpy().tobytes())
+    done = subprocess.run([program, tmp_path / "image.ppm"], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    close(torch.tensor([[float(number) for number, _ in lines]]), answer(normalised(pixels)))
+    assert [name for _, name in lines] == ["a", "b", "c", "d", "e"]
+    (tmp_path / "small.ppm").write_bytes(b"P6\n4 4\n255\n" + bytes(48))
+    done = subprocess.run([program, tmp_path / "small.ppm"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "the image must have 11 x 13 pixels\n")
 
 
 def _described(folder: Path, target: str) -> sepconv.device.ExportedLibrary:
@@ -153,6 +167,13 @@ def _described(folder: Path, target: str) -> sepconv.device.ExportedLibrary:
     names = ("name", "precision", "macs", "code_bytes", "weights_bytes", "arena_bytes")
     sizes = {kind: tuple(map(tuple, facts[kind])) for kind in ("inputs", "outputs")}
     return sepconv.device.ExportedLibrary(folder=folder, target=target, **{n: facts[n] for n in names}, **sizes)
+
+
+def test_cmake_builds_the_example(tmp_path: Path) -> None:
+    device_run.needs_program("cmake")
+    for command in (["-S", str(exported(native())), "-B", str(tmp_path)], ["--build", str(tmp_path)]):
+        subprocess.run(["cmake", *command], check=True, capture_output=True)
+    assert (tmp_path / "small_example").exists()
 
 
 def test_header_serves_c_plus_plus(tmp_path: Path) -> None:
@@ -206,6 +227,17 @@ def test_int8_on_each_target(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_code_of_a_small_mobilenet_in_int8_takes_few_bytes(tmp_path: Path) -> None:
+    """All objects but the weights, tables of symbols included; for a Raspberry Pi 5."""
+    model: nn.Module = with_statistics(sepconv.models.MobileNetV1(0.25))
+    found, _ = sepconv.quantize(model, torch.randn(16, 3, 128, 128))
+    library = sepconv.export_c(found, torch.randn(1, 3, 128, 128), tmp_path, target="arm-64-linux-dotprod")
+    assert library.precision == "int8"
+    assert library.code_bytes <= 300_000
+    assert library.weights_bytes < 600_000
+
+
+@pytest.mark.slow
 def test_images_of_bytes_in_node(tmp_path: Path) -> None:
     """Pixels with and without alpha; the module is short."""
     needs("wasm-32")
@@ -221,10 +253,8 @@ def test_images_of_bytes_in_node(tmp_path: Path) -> None:
         "console.log(JSON.stringify([...network.runImage(all.filter((_, i) => i % 4 < 3))]));\n"
     )
     done = subprocess.run(["node", tmp_path / "run.mjs"], capture_output=True, text=True, check=True)
-    image = pixels[..., :3].permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
     for line in done.stdout.splitlines():
-        close(torch.tensor([json.loads(line)]), answer((image - mean) / std))
+        close(torch.tensor([json.loads(line)]), answer(normalised(pixels[..., :3])))
 
 
 @pytest.mark.slow
@@ -284,6 +314,7 @@ def test_operations_without_a_kernel_are_named_before_anything_is_written(tmp_pa
         ({"target": "arm-32"}, "export_c: target must be one of x86-64-linux, "),
         ({"name": "a-b"}, "export_c: name must be a C identifier"),
         ({"threads": 2}, "export_c: threads must be 1"),
+        ({"classes": ["a\nb"]}, "export_c: the names of classes must be single lines"),
         ({"mean": [0.5]}, "export_c: mean and std must have a number for each channel"),
         ({"mean": [0.5], "std": [0.5]}, "of one image, got 1 for inputs of"),
     ],
@@ -346,8 +377,7 @@ def test_channels_of_blue_green_red(tmp_path: Path) -> None:
     library = loaded(tmp_path, "model", tmp_path)
     pixels, out = torch.randint(0, 256, (13, 11, 3), dtype=torch.uint8), torch.empty(1, 5)
     assert library.model_run_image(at(pixels), at(out)) == 0
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
-    close(out, answer((pixels.flip(2).permute(2, 0, 1)[None] / 255 - mean) / std))
+    close(out, answer(normalised(pixels.flip(2))))
 
 
 def test_batches_run_image_by_image_as_in_compile(tmp_path: Path) -> None:

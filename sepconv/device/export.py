@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import sepconv
 from sepconv.compile.capture import CaptureError
 from sepconv.compile.model import CompiledModel, arguments_of, unprepared
 from sepconv.compile.precision import BFLOAT16, INT8, precision_of
 from sepconv.compile.prepare import WrittenModel
-from sepconv.device import archive, files, glue, objects, targets, wasm
+from sepconv.device import archive, files, glue, objects, targets, wasm, wasm_link
 from sepconv.device import check as checking
 from sepconv.device.origin import UNKNOWN, where
 from sepconv.device.record import Normalisation, Recorder, Recording
@@ -99,12 +100,12 @@ def export_c(
     """
     goal = targets.target_named(target)
     _check_arguments(name, threads, mean, std)
+    if any(re.search(r"[\0\r\n]", text) for text in classes):
+        raise ValueError("export_c: the names of classes must be single lines")
     folder = Path(folder)
     files.check_folder(folder)
     if runtime.missing():
         raise ValueError(f"export_c: {runtime.missing()}")
-    if goal.is_wasm and not wasm.linker():
-        raise ValueError(f"export_c: {target} needs the linker wasm-ld; apt install lld, or pip install ziglang")
     normalisation = Normalisation(tuple(mean), tuple(std), bgr) if mean else None
     with targeting(goal.machine), threads_set_to(1):
         written = _written(model, example)
@@ -189,7 +190,7 @@ def _built(name: str, goal: DeviceTarget, recording: Recording, classes: tuple[s
     made = glue.glue_of(name, tuple(kernel.symbol for kernel in kernels), recording, classes)
     own = glue.compiled(glue.assembly(made, goal), goal)
     if goal.is_wasm:
-        linked = wasm.link([own, *(kernel.code for kernel in kernels)], made.functions)
+        linked = wasm_link.link([own, *(kernel.code for kernel in kernels)], made.functions, wasm.PROVIDED)
         return _Built(linked, len(linked) - len(recording.weights))
     members = [archive.Member(f"{name}.o", own, made.exported)]
     members += [archive.Member(f"{kernel.symbol}.o", kernel.code, [kernel.symbol]) for kernel in kernels]
@@ -217,7 +218,7 @@ def _described(
 
 def _manifest(library: ExportedLibrary, built: _Built) -> bytes:
     facts = {key: value for key, value in asdict(library).items() if key not in ("folder", "checked")}
-    facts["versions"] = {package: installed(package) for package in _VERSIONS}
+    facts["versions"] = {"sepconv": sepconv.__version__, **{package: installed(package) for package in _VERSIONS}}
     facts["library_bytes"] = len(built.library)
     facts["sha256"] = hashlib.sha256(built.library).hexdigest()
     return (json.dumps(facts, indent=1) + "\n").encode()

@@ -74,8 +74,8 @@ set_target_properties({name} PROPERTIES
   IMPORTED_LOCATION ${{CMAKE_CURRENT_SOURCE_DIR}}/lib{name}.a
   INTERFACE_INCLUDE_DIRECTORIES ${{CMAKE_CURRENT_SOURCE_DIR}})
 
-add_executable(example example.c)
-target_link_libraries(example {name} m)
+add_executable({name}_example example.c)
+target_link_libraries({name}_example {name} m)
 """
 _README = """# {name}
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sepconv.device.export import ExportedLibrary
 
-_LINKERS = ("wasm-ld", *(f"wasm-ld-{version}" for version in range(22, 13, -1)))
-_STACK = 1 << 20
+PROVIDED = ("expf", "logf", "powf", "sqrtf", "floorf", "tanhf", "sinf", "cosf", "memcpy", "memmove", "memset")
+"""Functions that the ES module offers to the other."""
 _MODULE = """\
 // {name}: a network of {macs:,} multiply-adds in {precision}, for browsers and node. Written by sepconv.
 //
@@ -39,6 +34,7 @@ export async function load(wasm) {{
   const bytes = () => new Uint8Array(memory.buffer);
   const env = {{
     expf: Math.exp, logf: Math.log, powf: Math.pow, sqrtf: Math.sqrt, floorf: Math.floor, tanhf: Math.tanh,
+    sinf: Math.sin, cosf: Math.cos,
     memcpy: (to, from, count) => (bytes().copyWithin(to, from, from + count), to),
     memmove: (to, from, count) => (bytes().copyWithin(to, from, from + count), to),
     memset: (to, value, count) => (bytes().fill(value, to, to + count), to),
@@ -77,34 +73,6 @@ _IMAGE = """\
       return call("run_image", places.slice(0, 1));
     }},
 """
-
-
-def linker() -> list[str]:
-    """The command that links WebAssembly: LLVM's, or the one inside of the package ziglang; none where neither is."""
-    found = next(filter(None, map(shutil.which, _LINKERS)), None)
-    if found:
-        return [found]
-    return [sys.executable, "-m", "ziglang", "wasm-ld"] if find_spec("ziglang") else []
-
-
-def link(objects: Sequence[bytes], names: Sequence[str]) -> bytes:
-    """One module that offers functions of these names and its memory.
-
-    Raises:
-        RuntimeError: the linker refuses the objects.
-    """
-    with tempfile.TemporaryDirectory(prefix="sepconv-") as folder:
-        files = [Path(folder) / f"{number}.o" for number in range(len(objects))]
-        for file, content in zip(files, objects, strict=True):
-            file.write_bytes(content)
-        out = Path(folder) / "out.wasm"
-        exports = [f"--export={name}" for name in (*names, "__heap_base")]
-        options = ["--no-entry", "--gc-sections", "--strip-all", "--allow-undefined", "-z", f"stack-size={_STACK}"]
-        command = [*linker(), *options, *exports, *map(str, files), "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"export_c: {command[0]} failed: {done.stderr.strip().splitlines()[0]}")
-        return out.read_bytes()
 
 
 def module(library: ExportedLibrary, has_image: bool, classes: Sequence[str]) -> str:

@@ -129,6 +129,20 @@ def test_residuals(in_place: bool, behind: Callable[..., nn.Module]) -> None:
     assert_as_exact(network(_residual(in_place, last)), images(), gradients)
 
 
+def _penalty(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of a gradient."""
+    x = x.clone().requires_grad_()
+    [grad] = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("run", [gradients, _penalty])
+def test_norms_behind_pools(run: Callable[[nn.Module, Tensor], dict[str, Tensor]]) -> None:
+    between = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(12), nn.SiLU())
+    assert_as_exact(network(between), images(), run)
+
+
 def test_kernels_of_stages_run() -> None:
     """One pass a convolution forward and back, and one at the end, where the pool needs numbers."""
     model, _ = ours(network())
@@ -274,13 +288,7 @@ def test_hooks_on_modules_see_ordinary_numbers() -> None:
 
 
 def test_double_backward() -> None:
-    def penalty(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        x = x.clone().requires_grad_()
-        [grad] = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        grad.square().sum().backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    assert_as_exact(network(), images(), penalty)
+    assert_as_exact(network(), images(), _penalty)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

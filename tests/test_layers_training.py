@@ -52,6 +52,19 @@ class _Doubled(torch.autograd.Function):
         return grad * 2
 
 
+class _Reversed(torch.autograd.Function):
+    """Changes the gradient of its input in place, and not one number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
 def _hooked(x: Tensor) -> Tensor:
     x.register_hook(lambda grad: 2 * grad)
     return x
@@ -85,6 +98,7 @@ def _twice(x: Tensor) -> Tensor:
 USES: dict[str, Callable[[Tensor], Tensor]] = {
     "custom function": _Swish.apply,
     "custom function in place": _Doubled.apply,
+    "custom function of the gradient in place": _Reversed.apply,
     "gradient hook": _hooked,
     "retained gradient": _kept,
     "looked at": _watched,

@@ -38,6 +38,19 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stages.forget()
 
 
+@pytest.fixture
+def ran() -> Iterator[list[str]]:
+    """The backends of all stages that ran."""
+    names: list[str] = []
+
+    def note(choice: StageChoice) -> None:
+        names.append(choice.backend.name)
+
+    token = stages.watcher.set(note)
+    yield names
+    stages.watcher.reset(token)
+
+
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((pointwise, "forward_block"), (pointwise_gradients, "gradient_block")):
         monkeypatch.setattr(module, name, lambda dtype, threads: 1)
@@ -273,16 +286,38 @@ def test_several_threads_call_at_once() -> None:
             _check(each, t, torch.float32)
 
 
-def test_gradients_of_activations_at_their_kinks() -> None:
-    """Infinity that does not come through is 0, as in PyTorch."""
-    x = torch.tensor([-3.0, 0.0, 3.0, 6.0, 7.0]).view(1, 1, 1, 5)
-    for activation in ("relu", "relu6", "hardswish", "clamp(-3.0, 3.0)"):
-        assert not slopes.missing(activation)
-        prologue = Prologue(torch.zeros(1), torch.ones(1), torch.zeros(1), activation)
-        grad, weight = torch.full((1, 1, 1, 5), 2.0), torch.ones(1, 1, 1, 1)
-        found = stages.pointwise_stage_gradients(grad, None, x, prologue, weight, (True, False, False))
-        assert found.x is not None
-        argument = x.clone().requires_grad_()
-        ACTIVATIONS[activation].function(argument).backward(grad)
-        assert argument.grad is not None
-        assert torch.allclose(found.x, argument.grad, rtol=1e-6)
+@pytest.mark.parametrize(
+    "activation",
+    ["relu", "relu6", "hardswish", "clamp(-3.0, 3.0)", "silu", "sigmoid", "hardsigmoid", "tanh", "gelu", "leaky_relu"],
+)
+def test_gradients_of_activations(activation: str, ran: list[str]) -> None:
+    """At their kinks as well, where PyTorch's are a choice; and far from 0."""
+    values = torch.tensor([-3.0, 0.0, 3.0, 6.0, -6.0, 100.0, -100.0, 1e4, -1e4, 20.0, -20.0])
+    x = torch.cat([values, torch.linspace(-9, 9, 200)]).view(1, 1, 1, -1)
+    assert not slopes.missing(activation)
+    prologue = Prologue(torch.zeros(1), torch.ones(1), torch.zeros(1), activation)
+    grad, weight = torch.full(x.shape, 2.0), torch.ones(1, 1, 1, 1)
+    found = stages.pointwise_stage_gradients(grad, None, x, prologue, weight, (True, False, False))
+    assert found.x is not None
+    argument = x.double().requires_grad_()
+    ACTIVATIONS[activation].function(argument).backward(grad.double())
+    assert argument.grad is not None
+    assert float((found.x - argument.grad).abs().max()) < 2e-6
+    assert ran == ["halide"]
+
+
+def test_parameters_of_leaky_relu() -> None:
+    x = torch.linspace(-2, 2, 8).view(1, 1, 1, 8)
+    prologue = Prologue(torch.zeros(1), torch.ones(1), torch.zeros(1), "leaky_relu(0.25)")
+    weight = torch.ones(1, 1, 1, 1)
+    found = stages.pointwise_stage_gradients(torch.ones_like(x), None, x, prologue, weight, (True, False, False))
+    assert found.x is not None
+    assert found.x.flatten().tolist() == [0.25] * 4 + [1.0] * 4
+
+
+def test_infinity_that_does_not_come_through_is_0() -> None:
+    x, grad = torch.full((1, 1, 1, 4), -1.0), torch.full((1, 1, 1, 4), torch.inf)
+    prologue = Prologue(torch.zeros(1), torch.ones(1), torch.zeros(1), "relu6")
+    found = stages.pointwise_stage_gradients(grad, None, x, prologue, torch.ones(1, 1, 1, 1), (True, False, False))
+    assert found.x is not None
+    assert found.x.flatten().tolist() == [0.0] * 4

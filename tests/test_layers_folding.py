@@ -204,8 +204,7 @@ def test_what_pytorch_says_of_unusual_tensors_is_what_the_layer_says(change: str
 def test_with_gradients_nothing_is_folded() -> None:
     """The norms' own gradients need what is before them: they become part of the next pass instead."""
     layer, x = _layer(), _image()
-    ran = [choice.op for choice in sepconv.explain(layer, x)]
-    assert ran == ["depthwise_stage", "pointwise_stage", "finish_stage"]
+    assert "separable_conv" not in [choice.op for choice in sepconv.explain(layer, x)]
     layer(x).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 

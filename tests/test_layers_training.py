@@ -52,6 +52,19 @@ class _Doubled(torch.autograd.Function):
         return grad * 2
 
 
+class _Reversed(torch.autograd.Function):
+    """Changes the gradient of its input in place, and not one number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
 def _hooked(x: Tensor) -> Tensor:
     x.register_hook(lambda grad: 2 * grad)
     return x
@@ -85,6 +98,7 @@ def _twice(x: Tensor) -> Tensor:
 USES: dict[str, Callable[[Tensor], Tensor]] = {
     "custom function": _Swish.apply,
     "custom function in place": _Doubled.apply,
+    "custom function of the gradient in place": _Reversed.apply,
     "gradient hook": _hooked,
     "retained gradient": _kept,
     "looked at": _watched,
@@ -127,6 +141,20 @@ def _residual(in_place: bool, *around: nn.Module) -> nn.Module:
 def test_residuals(in_place: bool, behind: Callable[..., nn.Module]) -> None:
     last = behind(12) if behind is nn.BatchNorm2d else behind()
     assert_as_exact(network(_residual(in_place, last)), images(), gradients)
+
+
+def _penalty(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of a gradient."""
+    x = x.clone().requires_grad_()
+    [grad] = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("run", [gradients, _penalty])
+def test_norms_behind_pools(run: Callable[[nn.Module, Tensor], dict[str, Tensor]]) -> None:
+    between = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(12), nn.SiLU())
+    assert_as_exact(network(between), images(), run)
 
 
 def test_kernels_of_stages_run() -> None:
@@ -274,13 +302,7 @@ def test_hooks_on_modules_see_ordinary_numbers() -> None:
 
 
 def test_double_backward() -> None:
-    def penalty(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        x = x.clone().requires_grad_()
-        [grad] = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        grad.square().sum().backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    assert_as_exact(network(), images(), penalty)
+    assert_as_exact(network(), images(), _penalty)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

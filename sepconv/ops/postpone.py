@@ -81,13 +81,22 @@ def _follow(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor
 
 def _activate(input: Any, activation: str, inplace: bool = False) -> Any:
     work = waiting(input)
-    if work is None or work.before is None or work.before.activation or not torch.is_grad_enabled():
+    if work is None or not torch.is_grad_enabled():
         return NotImplemented
-    before = work.before._replace(activation=activation)
+    before = _alone(work, activation) if work.before is None else work.before._replace(activation=activation)
+    if before is None or (work.before is not None and work.before.activation):
+        return NotImplemented
     if inplace:
         work.before = before
         return input
     return Pending.of(Unfinished(work.call, before), input.outline)
+
+
+def _alone(work: Unfinished, activation: str) -> Before | None:
+    """An activation right behind a convolution: None where it is better computed now."""
+    with work.as_when_made():
+        z = work.call.run(False).y
+    return None if stages.unpaid_activation(z, activation) else stages.without_norm(z.shape[1], activation)
 
 
 def _usual(name: str) -> Callable[..., Any]:

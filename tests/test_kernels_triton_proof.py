@@ -181,6 +181,24 @@ def test_a_proof_has_tensors_as_the_case_describes_them() -> None:
     assert max(float(t.abs().max()) for t in proof.operands(long) if t is not None) == 2
 
 
+def test_a_proof_leaves_the_users_random_numbers_alone() -> None:
+    case, before = _case(), torch.get_rng_state()
+    proof.prove(case, [lambda: _good(case)], _bench(torch=_SLOW, _0=_FAST))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_does_not_reach_a_proof() -> None:
+    """It would take digits from the truth: sums of hundreds have more than bfloat16 holds."""
+    x, weight = torch.randn(1, 5, 9, 9).half(), torch.randn(5, 1, 7, 7).half()
+    case = depthwise_case("forward", x, weight, (1, 1), ((3, 3), (3, 3)), (1, 1))
+
+    def right(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.conv2d(x.double(), weight.double(), None, 1, 3, 1, 5).half()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert proof.prove(case, [lambda: right], _bench(torch=_SLOW, _0=_FAST)).reason == ""
+
+
 def test_verdicts_are_remembered_on_disk(verdict_files: Path) -> None:
     case, found = _case(), Verdict(2, _FAST, _SLOW)
     assert verdicts.find(case, 3) is None

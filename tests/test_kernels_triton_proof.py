@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -322,6 +323,16 @@ def test_what_it_cannot_do_is_said() -> None:
     large = torch.empty(1, 1, 1, device="meta").expand(2**40, 1, 1)
     many = depthwise_case("forward", large, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
     assert "are more than a launch can have" in depthwise.unsuitable(many)
+
+
+def test_what_of_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    depthwise.missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert depthwise.missing().endswith("pip install 'sepconv[gpu]'")
+    depthwise.missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
+    assert "has version 3.4.0, and 3.5 (of PyTorch 2.9) is the first that will do" in depthwise.missing()
+    depthwise.missing.cache_clear()
 
 
 class _Event:

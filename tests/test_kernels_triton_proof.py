@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,80 +201,24 @@ def test_autocast_does_not_reach_a_proof() -> None:
         assert proof.prove(case, [lambda: right], _bench(torch=_SLOW, _0=_FAST)).reason == ""
 
 
-def test_verdicts_are_remembered_on_disk(verdict_files: Path) -> None:
-    case, found = _case(), Verdict(2, _FAST, _SLOW)
-    assert verdicts.find(case, 3) is None
-    verdicts.keep(case, found)
-    [file] = (verdict_files / "gpu").iterdir()
-    for _ in range(2):
-        assert verdicts.find(case, 3) == found
-        verdicts.forget()
-    assert verdicts.find(case, 2) is None, "there is no third tile any more"
-    assert verdicts.find(_case(channels=6), 3) is None
-    assert verdicts.find(_case(torch.bfloat16), 3) is None
-    assert verdicts.find(_case(activation="relu"), 3) is None
-    assert json.loads(file.read_text()).keys() == {"case", "schedule", "ours", "pytorch", "fault"}
+def test_threads_prove_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would be in each other's times."""
+    asked = []
 
+    def slow(case: Case, tried: Any, bench: Any) -> Verdict:
+        asked.append(case)
+        sleep(0.05)
+        return Verdict(0, _FAST, _SLOW)
 
-def test_settings_that_change_pytorchs_kernel_are_part_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "prove", slow)
+    monkeypatch.setattr(depthwise, "_kernels", lambda case, tried: [])
     case = _case()
-    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
-    verdicts.forget()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
-    assert verdicts.find(case, 1) is None
-
-
-def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) -> None:
-    case = _case()
-    verdicts.keep(case, proof.refused("there is no memory"))
-    assert verdicts.find(case, 1) is not None
-    assert not (verdict_files / "gpu").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        b"",
-        b"[" * 100_000,
-        b"[]",
-        {"schedule": 3},
-        {"schedule": True},
-        {"schedule": "0"},
-        {"ours": [0.1]},
-        {"ours": [float("nan"), 0.1]},
-        {"ours": ["0.1", "0.1"]},
-        {"pytorch": None},
-        {"fault": 5},
-        {"case": "another"},
-    ],
-    ids=lambda change: str(change)[:20],
-)
-def test_a_file_that_is_not_as_it_should_be_is_no_verdict(change: Any, verdict_files: Path) -> None:
-    case = _case()
-    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
-    [file] = (verdict_files / "gpu").iterdir()
-    content = change if isinstance(change, bytes) else json.dumps(json.loads(file.read_text()) | change).encode()
-    file.write_bytes(content)
-    verdicts.forget()
-    assert verdicts.find(case, 3) is None
-
-
-def test_verdicts_have_bounds(monkeypatch: pytest.MonkeyPatch, verdict_files: Path) -> None:
-    monkeypatch.setattr(verdicts, "MAX_VERDICTS", 3)
-    monkeypatch.setattr(verdicts, "MAX_FILES", 4)
-    for channels in range(1, 9):
-        verdicts.keep(_case(channels=channels), Verdict(0, _FAST, _SLOW))
-        assert len(verdicts._known) <= 3
-        assert len(list((verdict_files / "gpu").iterdir())) <= 4
-
-
-def test_without_a_folder_a_verdict_lasts_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(code_cache.VARIABLE, "")
-    case = _case()
-    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
-    assert verdicts.find(case, 1) is not None
-    verdicts.forget()
-    assert verdicts.find(case, 1) is None
+    threads = [Thread(target=depthwise.verdict, args=(case,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
 
 
 def test_a_case_is_proven_once_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:

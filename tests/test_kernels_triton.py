@@ -210,11 +210,11 @@ def _meets(pixel: int, tap: int, stride: int, outputs: int) -> bool:
 
 def test_expanded_and_transposed_tensors() -> None:
     weight, walk = torch.randn(8, 1, 3, 3), ((1, 1), ((1, 1), (1, 1)), (1, 1))
-    bias = torch.randn(1).expand(8)
-    for x in (torch.randn(1, 8, 1, 1).expand(2, 8, 3, 5), torch.randn(1, 8, 5, 3).transpose(2, 3)):
-        there = x.to(DEVICE) if DEVICE.type == "cpu" else x.contiguous().to(DEVICE)
-        y = forward(there, weight.to(DEVICE), bias.to(DEVICE), *walk)
-        truth = reference.depthwise_conv(x.double(), weight.double(), bias.double(), *walk)
+    bias = torch.randn(1).to(DEVICE).expand(8)
+    pixel, image = torch.randn(1, 8, 1, 1).to(DEVICE), torch.randn(1, 8, 5, 3).to(DEVICE)
+    for x in (pixel.expand(2, 8, 3, 5), image.transpose(2, 3)):
+        y = forward(x, weight.to(DEVICE), bias, *walk)
+        truth = reference.depthwise_conv(x.cpu().double(), weight.double(), bias.cpu().double(), *walk)
         torch.testing.assert_close(y.cpu().double(), truth, rtol=1e-5, atol=1e-5)
 
 

@@ -80,3 +80,9 @@ def test_every_edge_case_compiles(tmp_path: Path) -> None:
     count, spilling = _told("cases", tmp_path)
     assert count > 3 * len(CASES)
     assert spilling == []
+
+
+@pytest.mark.slow
+def test_a_launch_takes_the_arguments_that_it_is_given(tmp_path: Path) -> None:
+    """As far as there is no device: types, constants and code for tensors that lie on the CPU."""
+    assert _told("launches", tmp_path) == ["gather", "filter_gradient", "add_shares"]

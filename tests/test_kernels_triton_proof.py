@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,80 +183,42 @@ def test_a_proof_has_tensors_as_the_case_describes_them() -> None:
     assert max(float(t.abs().max()) for t in proof.operands(long) if t is not None) == 2
 
 
-def test_verdicts_are_remembered_on_disk(verdict_files: Path) -> None:
-    case, found = _case(), Verdict(2, _FAST, _SLOW)
-    assert verdicts.find(case, 3) is None
-    verdicts.keep(case, found)
-    [file] = (verdict_files / "gpu").iterdir()
-    for _ in range(2):
-        assert verdicts.find(case, 3) == found
-        verdicts.forget()
-    assert verdicts.find(case, 2) is None, "there is no third tile any more"
-    assert verdicts.find(_case(channels=6), 3) is None
-    assert verdicts.find(_case(torch.bfloat16), 3) is None
-    assert verdicts.find(_case(activation="relu"), 3) is None
-    assert json.loads(file.read_text()).keys() == {"case", "schedule", "ours", "pytorch", "fault"}
+def test_a_proof_leaves_the_users_random_numbers_alone() -> None:
+    case, before = _case(), torch.get_rng_state()
+    proof.prove(case, [lambda: _good(case)], _bench(torch=_SLOW, _0=_FAST))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_settings_that_change_pytorchs_kernel_are_part_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_does_not_reach_a_proof() -> None:
+    """It would take digits from the truth: sums of hundreds have more than bfloat16 holds."""
+    x, weight = torch.randn(1, 5, 9, 9).half(), torch.randn(5, 1, 7, 7).half()
+    case = depthwise_case("forward", x, weight, (1, 1), ((3, 3), (3, 3)), (1, 1))
+
+    def right(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.conv2d(x.double(), weight.double(), None, 1, 3, 1, 5).half()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert proof.prove(case, [lambda: right], _bench(torch=_SLOW, _0=_FAST)).reason == ""
+
+
+def test_threads_prove_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would be in each other's times."""
+    asked = []
+
+    def slow(case: Case, tried: Any, bench: Any) -> Verdict:
+        asked.append(case)
+        sleep(0.05)
+        return Verdict(0, _FAST, _SLOW)
+
+    monkeypatch.setattr(proof, "prove", slow)
+    monkeypatch.setattr(depthwise, "_kernels", lambda case, tried: [])
     case = _case()
-    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
-    verdicts.forget()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
-    assert verdicts.find(case, 1) is None
-
-
-def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) -> None:
-    case = _case()
-    verdicts.keep(case, proof.refused("there is no memory"))
-    assert verdicts.find(case, 1) is not None
-    assert not (verdict_files / "gpu").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        b"",
-        b"[" * 100_000,
-        b"[]",
-        {"schedule": 3},
-        {"schedule": True},
-        {"schedule": "0"},
-        {"ours": [0.1]},
-        {"ours": [float("nan"), 0.1]},
-        {"ours": ["0.1", "0.1"]},
-        {"pytorch": None},
-        {"fault": 5},
-        {"case": "another"},
-    ],
-    ids=lambda change: str(change)[:20],
-)
-def test_a_file_that_is_not_as_it_should_be_is_no_verdict(change: Any, verdict_files: Path) -> None:
-    case = _case()
-    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
-    [file] = (verdict_files / "gpu").iterdir()
-    content = change if isinstance(change, bytes) else json.dumps(json.loads(file.read_text()) | change).encode()
-    file.write_bytes(content)
-    verdicts.forget()
-    assert verdicts.find(case, 3) is None
-
-
-def test_verdicts_have_bounds(monkeypatch: pytest.MonkeyPatch, verdict_files: Path) -> None:
-    monkeypatch.setattr(verdicts, "MAX_VERDICTS", 3)
-    monkeypatch.setattr(verdicts, "MAX_FILES", 4)
-    for channels in range(1, 9):
-        verdicts.keep(_case(channels=channels), Verdict(0, _FAST, _SLOW))
-        assert len(verdicts._known) <= 3
-        assert len(list((verdict_files / "gpu").iterdir())) <= 4
-
-
-def test_without_a_folder_a_verdict_lasts_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(code_cache.VARIABLE, "")
-    case = _case()
-    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
-    assert verdicts.find(case, 1) is not None
-    verdicts.forget()
-    assert verdicts.find(case, 1) is None
+    threads = [Thread(target=depthwise.verdict, args=(case,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
 
 
 def test_a_case_is_proven_once_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +268,16 @@ def test_what_it_cannot_do_is_said() -> None:
     large = torch.empty(1, 1, 1, device="meta").expand(2**40, 1, 1)
     many = depthwise_case("forward", large, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
     assert "are more than a launch can have" in depthwise.unsuitable(many)
+
+
+def test_what_of_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    depthwise.missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert depthwise.missing().endswith("pip install 'sepconv[gpu]'")
+    depthwise.missing.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
+    assert "has version 3.4.0, and 3.5 (of PyTorch 2.9) is the first that will do" in depthwise.missing()
+    depthwise.missing.cache_clear()
 
 
 class _Event:

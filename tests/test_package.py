@@ -105,12 +105,14 @@ def test_kernels_know_nothing_of_autograd_and_modules() -> None:
 
 
 def test_import_is_lean_and_modules_are_there_after_it() -> None:
-    """Importing the library starts no thread pool, no device and none of the libraries that only some commands need.
+    """Importing the library starts no thread pool, no device and none of the libraries that only some commands need;
+    nor does a convolution on a CPU.
 
     Its modules are there as the guides and docstrings write them.
     """
     code = (
         "import sys, sepconv, torch\n"
+        "sepconv.depthwise_conv2d(torch.ones(1, 2, 5, 5).double(), torch.ones(2, 1, 3, 3).double())\n"
         "heavy = {'datasets', 'sklearn', 'accelerate', 'onnx', 'onnxruntime', 'typer', 'triton'}\n"
         "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())\n"
         "sepconv.models.MobileNetV1, sepconv.reference.depthwise_conv, sepconv.train.Recipe, sepconv.data.Augment\n"

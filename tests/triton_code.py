@@ -16,13 +16,17 @@ import triton
 from cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from sepconv.kernels import case
 from sepconv.kernels.case import Case, Geometry
 from sepconv.kernels.triton import plan, tiles
-from sepconv.kernels.triton.compiled import filters, gather
+from sepconv.kernels.triton.compiled import filters, gather, launch
 from sepconv.kernels.triton.forms import Schedule
 from sepconv.kernels.triton.tiles import Gpu
+
+CHANNELS = 72
+"""A multiple of 8: Triton finds out by itself what 16 divides, and no less."""
 
 
 class Wanted(NamedTuple):
@@ -40,14 +44,14 @@ class Wanted(NamedTuple):
 
     def case(self) -> Case:
         dtype = getattr(torch, self.dtype)
-        image, forms = (32, 96, *(56,) * self.dims), {4: torch.channels_last, 5: torch.channels_last_3d}
+        image, forms = (32, CHANNELS, *(56,) * self.dims), {4: torch.channels_last, 5: torch.channels_last_3d}
         x = torch.empty(image, dtype=dtype, device="meta")
         if self.layout == "channels_last":
             x = x.to(memory_format=forms[x.dim()])
-        weight = torch.empty(96, 1, *(self.size,) * self.dims, dtype=dtype, device="meta")
+        weight = torch.empty(CHANNELS, 1, *(self.size,) * self.dims, dtype=dtype, device="meta")
         padding = ((self.size // 2,) * 2,) * self.dims
         geometry = Geometry((self.stride,) * self.dims, padding, (1,) * self.dims)
-        bias = torch.empty(96, dtype=dtype, device="meta")
+        bias = torch.empty(CHANNELS, dtype=dtype, device="meta")
         forward = case.depthwise(x, weight, bias, geometry, "silu")
         if self.which == "forward":
             return forward
@@ -71,15 +75,15 @@ def _types(argument: Any, at: tuple[int, ...], constants: dict[Any, Any], attrib
 
 def compiled(known: Case, schedule: Schedule, target: GPUTarget) -> Any:
     names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-    number, launch = names[known.x.dtype], plan.launch(known, schedule)
+    number, planned = names[known.x.dtype], plan.launch(known, schedule)
     if known.which == "grad_weight":
         program: Any = filters.filter_gradient
-        arguments = [number, number, "*fp32", launch.read, launch.written, launch.shares]
+        arguments = [number, number, "*fp32", planned.read, planned.written, planned.shares]
     else:
         program = gather.gather
-        filter_number = "*fp32" if launch.steps.of_filter == 1 else number
-        arguments = [number, filter_number, number, number, launch.read, launch.written, launch.steps]
-    constants: dict[Any, Any] = {(len(arguments),): launch.form}
+        filter_number = "*fp32" if planned.steps.of_filter == 1 else number
+        arguments = [number, filter_number, number, number, planned.read, planned.written, planned.steps]
+    constants: dict[Any, Any] = {(len(arguments),): planned.form}
     attributes: dict[Any, Any] = {}
     types = [_types(argument, (i,), constants, attributes) for i, argument in enumerate(arguments)]
     signature = dict(zip(program.arg_names, [*types, "constexpr"], strict=True))
@@ -142,8 +146,44 @@ def names_of_what_spills(target: GPUTarget) -> tuple[int, list[str]]:
     return count, spilling
 
 
+class _Driver:
+    """Of a device that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def names_of_what_is_launched() -> list[str]:
+    """Both kinds of kernels called with tensors, all but the launch itself: Triton finds the types of the arguments."""
+    launched = []
+    driver.set_active(_Driver())
+    for program in (gather.gather, filters.filter_gradient, filters.add_shares):
+
+        def compile_only(*given: Any, program: Any = program, **options: Any) -> None:
+            code = type(program).run(program, *given, **{**options, "warmup": True})
+            assert code.asm["ptx"]
+            launched.append(program.__name__)
+
+        program.run = compile_only
+    x = torch.randn(2, 72, 9, 11).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(72, 1, 3, 3), torch.randn(72)
+    forward = case.depthwise(x, weight, bias, Geometry((1, 1), ((1, 1), (1, 1)), (1, 1)), "clamp(-1.0, 0.5)")
+    gradient = case.depthwise_grad_weight(x, x, weight.shape, forward.geometry)
+    launch.kernel(forward, plan.schedules(forward)[0])(x, weight, bias)
+    launch.kernel(gradient, plan.schedules(gradient)[0])(x, x)
+    return launched
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "cases":
+    if sys.argv[1] == "launches":
+        print(json.dumps(names_of_what_is_launched()))
+    elif sys.argv[1] == "cases":
         print(json.dumps(names_of_what_spills(GPUTarget("cuda", 90, 32))))
     else:
         print(json.dumps([look(Wanted(*one)) for one in json.loads(sys.argv[1])]))

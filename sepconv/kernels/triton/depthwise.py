@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ MAX_PROOFS = 32
 would do nothing else."""
 
 _proofs: Counter[Case] = Counter()
+_proving = Lock()
 
 
 @lru_cache(maxsize=1)
@@ -95,16 +97,20 @@ def slower(case: Case) -> str:
 
 
 def verdict(case: Case) -> Verdict:
+    """Threads prove one after the other, or they would be in each other's times."""
     case = _anywhere(case)
     tried = plan.schedules(case)
-    found = verdicts.find(case, len(tried))
-    if found is None:
-        kind = _any_size(case)
-        _proofs[kind] += 1
-        if _proofs[kind] > MAX_PROOFS:
-            return proof.refused(f"{MAX_PROOFS} sizes of this convolution were tried in this process, and no more are")
-        found = proof.prove(case, _kernels(case, tried), proof.on_device(case.x.device))
-        verdicts.keep(case, found)
+    with _proving:
+        return verdicts.find(case, len(tried)) or _proven(case, tried)
+
+
+def _proven(case: Case, tried: Sequence[Schedule]) -> Verdict:
+    kind = _any_size(case)
+    _proofs[kind] += 1
+    if _proofs[kind] > MAX_PROOFS:
+        return proof.refused(f"{MAX_PROOFS} sizes of this convolution were tried in this process, and no more are")
+    found = proof.prove(case, _kernels(case, tried), proof.on_device(case.x.device))
+    verdicts.keep(case, found)
     return found
 
 

@@ -97,10 +97,10 @@ def on_device(device: torch.device) -> Workbench:
     return Workbench(_run, compare, lambda calls: events.measure(calls, device))
 
 
-def _laid_out(outline: Outline, most: int) -> Tensor:
+def _laid_out(outline: Outline, most: int, generator: torch.Generator) -> Tensor:
     """Whole numbers in memory as a tensor of the case has it; along steps of 0 all are one."""
     shape = tuple(1 if step == 0 else size for size, step in zip(outline.shape, outline.stride, strict=True))
-    values = torch.randint(-most, most + 1, shape, device=outline.device, dtype=torch.int8).to(outline.dtype)
+    values = torch.randint(-most, most + 1, shape, generator=generator, device=outline.device, dtype=torch.int8)
     span = 1 + sum((size - 1) * step for size, step in zip(shape, outline.stride, strict=True))
     memory = torch.zeros(span, dtype=outline.dtype, device=outline.device)
     memory.as_strided(shape, outline.stride).copy_(values)
@@ -111,7 +111,8 @@ def operands(case: Case) -> Operands:
     """Tensors as the case describes them, of whole numbers whose sums are exact and no larger than 16 bits can hold."""
     terms = prod(case.kernel_size) if case.which != "grad_weight" else prod(case.y.shape) // max(1, case.y.shape[1])
     most = 8 if terms <= _FEW_TERMS else 2
-    given = [_laid_out(outline, most) for outline in case.given]
+    generator = torch.Generator(case.x.device).manual_seed(0)  # the user's numbers stay as they are
+    given = [_laid_out(outline, most, generator) for outline in case.given]
     if case.which != "forward":
         return tuple(given)
     return (*given[:2], given[2] if case.bias is not None else None)
@@ -138,7 +139,7 @@ def refused(reason: str) -> Verdict:
 def prove(case: Case, tried: Sequence[Callable[[], Kernel]], bench: Workbench) -> Verdict:
     """Weigh the kernels that ``tried`` makes, one a tile, against PyTorch's. What fails here reaches no user."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(case.x.device.type, enabled=False):
             return _prove(case, tried, bench)
     except torch.OutOfMemoryError:
         return refused("there is no memory to compare it with PyTorch's kernel")

@@ -65,7 +65,7 @@ def _outline(outline: Outline | None) -> str:
 def _sources() -> str:
     """A hash of all that the kernels are made of."""
     total = hashlib.sha256()
-    for path in (Path(activations.__file__), *sorted(Path(__file__).parent.glob("*.py"))):
+    for path in (Path(activations.__file__), *sorted(Path(__file__).parent.rglob("*.py"))):
         total.update(path.read_bytes())
     return total.hexdigest()
 

@@ -1,8 +1,8 @@
 """What images give under filters: the forward pass, and the gradient of the input.
 
 A tile is places x channels; every place is some rows of one column. All loads have the shape of a tile, also those of
-filters, so that what a thread needs is in that thread: no shared memory, no barrier. Sums are in float32. Constants of
-a program are in capitals; what depends on them alone leaves no trace in it.
+filters, so that what a thread needs is in that thread: in channels_last no shared memory and no barrier. Sums are in
+float32. Constants of a program are in capitals; what depends on them alone leaves no trace in it.
 """
 
 from __future__ import annotations

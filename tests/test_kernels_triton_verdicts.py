@@ -1,0 +1,118 @@
+"""What is remembered of proofs: in memory, and in files that hold numbers and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import depthwise_case
+
+from sepconv.kernels.case import Case
+from sepconv.kernels.halide.jit import code_cache
+from sepconv.kernels.triton import proof, verdicts
+from sepconv.kernels.triton.events import Times
+from sepconv.kernels.triton.proof import Verdict
+
+_SLOW, _FAST = Times(0.04, 0.05), Times(0.01, 0.02)
+
+
+@pytest.fixture(autouse=True)
+def verdict_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
+    verdicts.forget()
+    yield tmp_path
+    verdicts.forget()
+
+
+def _case(dtype: torch.dtype = torch.float32, activation: str = "", channels: int = 5) -> Case:
+    x, weight = torch.randn(2, channels, 7, 6).to(dtype), torch.randn(channels, 1, 3, 3).to(dtype)
+    return depthwise_case("forward", x, weight, (1, 1), ((1, 1), (1, 1)), (1, 1), activation)
+
+
+def test_verdicts_are_remembered_on_disk(verdict_files: Path) -> None:
+    case, found = _case(), Verdict(2, _FAST, _SLOW)
+    assert verdicts.find(case, 3) is None
+    verdicts.keep(case, found)
+    [file] = (verdict_files / "gpu").iterdir()
+    for _ in range(2):
+        assert verdicts.find(case, 3) == found
+        verdicts.forget()
+    assert verdicts.find(case, 2) is None, "there is no third tile any more"
+    assert verdicts.find(_case(channels=6), 3) is None
+    assert verdicts.find(_case(torch.bfloat16), 3) is None
+    assert verdicts.find(_case(activation="relu"), 3) is None
+    assert json.loads(file.read_text()).keys() == {"case", "schedule", "ours", "pytorch", "fault"}
+
+
+def test_settings_that_change_pytorchs_kernel_are_part_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    verdicts.forget()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    assert verdicts.find(case, 1) is None
+
+
+def test_a_verdict_is_of_these_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that they are made of is in the name of its file."""
+    read, names = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: names.append(path.name) or read(path))
+    verdicts._sources.cache_clear()
+    verdicts._sources()
+    assert {"activations.py", "tiles.py", "plan.py", "proof.py", "gather.py", "filters.py", "curves.py"} <= set(names)
+
+
+def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) -> None:
+    case = _case()
+    verdicts.keep(case, proof.refused("there is no memory"))
+    assert verdicts.find(case, 1) is not None
+    assert not (verdict_files / "gpu").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"",
+        b"[" * 100_000,
+        b"[]",
+        {"schedule": 3},
+        {"schedule": True},
+        {"schedule": "0"},
+        {"ours": [0.1]},
+        {"ours": [float("nan"), 0.1]},
+        {"ours": ["0.1", "0.1"]},
+        {"pytorch": None},
+        {"fault": 5},
+        {"case": "another"},
+    ],
+    ids=lambda change: str(change)[:20],
+)
+def test_a_file_that_is_not_as_it_should_be_is_no_verdict(change: Any, verdict_files: Path) -> None:
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    [file] = (verdict_files / "gpu").iterdir()
+    content = change if isinstance(change, bytes) else json.dumps(json.loads(file.read_text()) | change).encode()
+    file.write_bytes(content)
+    verdicts.forget()
+    assert verdicts.find(case, 3) is None
+
+
+def test_verdicts_have_bounds(monkeypatch: pytest.MonkeyPatch, verdict_files: Path) -> None:
+    monkeypatch.setattr(verdicts, "MAX_VERDICTS", 3)
+    monkeypatch.setattr(verdicts, "MAX_FILES", 4)
+    for channels in range(1, 9):
+        verdicts.keep(_case(channels=channels), Verdict(0, _FAST, _SLOW))
+        assert len(verdicts._known) <= 3
+        assert len(list((verdict_files / "gpu").iterdir())) <= 4
+
+
+def test_without_a_folder_a_verdict_lasts_as_long_as_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(code_cache.VARIABLE, "")
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    assert verdicts.find(case, 1) is not None
+    verdicts.forget()
+    assert verdicts.find(case, 1) is None

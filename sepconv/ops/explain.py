@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from sepconv.kernels import stages
 from sepconv.kernels.backends import Choice
+from sepconv.kernels.stages import StageChoice
 
 HALF = (torch.bfloat16, torch.float16)
 """Numbers of 16 bits."""
@@ -49,11 +51,12 @@ _RECORD: ContextVar[list[Explanation] | None] = ContextVar("sepconv_record", def
 def record() -> Iterator[list[Explanation]]:
     """Collect the kernel choices made in this context."""
     collected: list[Explanation] = []
-    token = _RECORD.set(collected)
+    token, watched = _RECORD.set(collected), stages.watcher.set(note_stage)
     try:
         yield collected
     finally:
         _RECORD.reset(token)
+        stages.watcher.reset(watched)
 
 
 def recording() -> bool:
@@ -77,6 +80,13 @@ def note_choice(choice: Choice) -> None:
     note(Explanation(op, choice.backend.name, choice.backend.describe(case), dict(choice.reasons)))
     for part in choice.parts:
         note_choice(part)
+
+
+def note_stage(choice: StageChoice) -> None:
+    """Add a pass of a stage in training that just ran."""
+    case = choice.case
+    op = f"{case.op}_stage" if case.which == "forward" else f"{case.op}_stage_{case.which}"
+    note(Explanation(op, choice.backend.name, choice.backend.describe(case), dict(choice.reasons)))
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:

@@ -199,6 +199,20 @@ def _forward(
     return result
 
 
+def gradients_choice(
+    op: str, given: Sequence[Tensor], activation: str | None, geometry: Geometry, need: Need
+) -> StageChoice:
+    """Who computes a stage's gradients; ``given``: grad, x and weight, and y where there is a deviation."""
+    key = (op, torch.get_num_threads(), *[_outline(t) for t in given], activation, geometry, need)
+
+    def describe() -> StageCase:
+        y, image, filters = map(Outline.of, given[:3])
+        deviated = len(given) > 3
+        return StageCase(op, "gradients", image, y, filters, geometry, activation, deviated=deviated, need=need)
+
+    return _chosen(key, describe)
+
+
 def _gradients(
     op: str,
     grad: Tensor,
@@ -211,14 +225,8 @@ def _gradients(
 ) -> StageGradients:
     activation = None if prologue is None else prologue.activation
     given = (grad, x, weight) if deviation is None else (grad, x, weight, deviation.y)
-    key = (op, torch.get_num_threads(), *[_outline(t) for t in given], activation, geometry, need)
-
-    def describe() -> StageCase:
-        image, y, filters = map(Outline.of, (x, grad, weight))
-        deviated = deviation is not None
-        return StageCase(op, "gradients", image, y, filters, geometry, activation, deviated=deviated, need=need)
-
-    result: StageGradients = _chosen(key, describe)(grad, deviation, x, prologue, weight)
+    choice = gradients_choice(op, given, activation, geometry, need)
+    result: StageGradients = choice(grad, deviation, x, prologue, weight)
     return result
 
 

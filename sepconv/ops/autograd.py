@@ -16,10 +16,13 @@ from sepconv.activations import ACTIVATIONS
 from sepconv.kernels import case
 from sepconv.kernels.backends import Choice
 from sepconv.kernels.case import Case, Geometry
+from sepconv.kernels.halide.training import depthwise_calls
 from sepconv.kernels.layout import is_channels_last
+from sepconv.kernels.prologue import StageGradients
+from sepconv.kernels.stages import gradients_choice
 from sepconv.kernels.torch import aten
 from sepconv.ops import tracing
-from sepconv.ops.call import compute, unnoticed
+from sepconv.ops.call import compute, unnoticed, untraced
 from sepconv.ops.schema import (
     DEPTHWISE,
     GRAD_INPUT,
@@ -79,7 +82,22 @@ def depthwise_grad_weight(grad_output: Tensor, x: Tensor, size: Sequence[int], g
 Gradients = tuple[Tensor | None, ...]
 
 
+def _in_one_walk(
+    need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
+) -> StageGradients | None:
+    """Both gradients at once, of images that this is faster for: PyTorch's too is called once instead of twice."""
+    if not (need[0] and need[1] and x.dim() == 4 and is_channels_last(x) and untraced(grad, x, weight)):
+        return None
+    choice = gradients_choice("depthwise", (grad, x, weight), None, geometry, (True, True, need[2]))
+    return choice(grad, None, x, None, weight) if not depthwise_calls.supports(choice.case) else None
+
+
 def _depthwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Gradients:
+    found = _in_one_walk(need, grad, x, weight, geometry)
+    if found is not None:
+        assert found.weight is not None
+        of_bias = None if found.bias is None else found.bias.to(grad.dtype)
+        return found.x, _laid_out_as(weight, found.weight), of_bias
     return (
         depthwise_grad_input(grad, weight, x.shape, geometry) if need[0] else None,
         laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, geometry)) if need[1] else None,

@@ -114,7 +114,12 @@ def inference(x: Tensor) -> bool:
 
 def unnoticed(*tensors: Tensor) -> bool:
     """Whether an operator may be left out: nobody notices, and nobody differentiates its result."""
-    if _watched() or not all([type(t) is Tensor or type(t) is Parameter for t in tensors]):
+    return not recording() and untraced(*tensors)
+
+
+def untraced(*tensors: Tensor) -> bool:
+    """The same, but for ``explain``: where what runs in its place is noted too."""
+    if _traced() or not all([type(t) is Tensor or type(t) is Parameter for t in tensors]):
         return False
     return not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
 

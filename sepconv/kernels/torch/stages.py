@@ -113,7 +113,9 @@ def convolution_gradients(
     h = read(x, prologue) if need[1] else x  # the numbers are read for the weight's gradient only
     grad_h, grad_weight = aten.convolution_gradients(dz, h, weight.to(x.dtype), geometry, (need[0], need[1]))
     if grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
+        grad_weight = grad_weight.to(weight.dtype).contiguous()
+    if grad_h is not None:
+        grad_h = grad_h.contiguous(memory_format=memory_format(x))
     if grad_h is None or prologue is None:
         return StageGradients(grad_h, None, None, grad_weight, bias)
     return StageGradients(*finish_gradients(grad_h, x, prologue), grad_weight, bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sepconv.kernels.prologue import Deviation, Prologue, StageCase, StageGradie
 
 NUMBERS = (torch.float32, torch.bfloat16)
 _WIDEST_FILTER, _LONGEST_STRIDE = 15, 2
+_FEW_TAPS, _FEW_BYTES = 9, 5 * 1024 * 1024
 _ONE_TAP = (Phase(0, 1, 1, 0, 1),)
 
 
@@ -60,6 +62,20 @@ def supports(case: StageCase) -> str:
     if max(weight.shape[2:]) > _WIDEST_FILTER:
         return f"the kernel is for filters up to {_WIDEST_FILTER}, got {weight.shape[2:]}"
     return ""
+
+
+def slower(case: StageCase) -> str:
+    """Why PyTorch's kernels are expected to be as fast, in a sentence; the empty string if these are faster.
+
+    With a norm before or statistics behind they save passes over memory that PyTorch's make.
+    """
+    weight, _ = _parts(case)
+    if case.which == "forward" or case.prologue is not None or case.deviated or case.x.dtype is not torch.float32:
+        return ""
+    few = 4 * (case.x.elements + case.y.elements) <= _FEW_BYTES
+    if few or not all(case.need[:2]) or prod(weight.shape[2:]) > _FEW_TAPS:
+        return ""
+    return "PyTorch computes both gradients of filters this small as fast"
 
 
 def _parts(case: StageCase) -> tuple[Outline, Geometry]:

@@ -1,0 +1,70 @@
+"""Both gradients of a depthwise layer at channels_last in one walk, ours or PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stage_checks import channels_last, relative
+from torch.nn import functional as F
+
+import sepconv
+from sepconv.kernels.halide.jit import runtime
+from sepconv.ops.explain import Explanation, record
+
+pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "it is there")
+
+
+def _passes(size: tuple[int, ...], kernel: int, dtype: torch.dtype, bias: bool = False) -> list[Explanation]:
+    """Who computed a layer's passes, after its gradients were compared."""
+    channels = size[1]
+    x = channels_last(*size, dtype=dtype).requires_grad_()
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype).requires_grad_()
+    leaves = [x, weight, *([torch.randn(channels).to(dtype).requires_grad_()] if bias else [])]
+    with record() as seen:
+        y = sepconv.depthwise_conv2d(*leaves, *([] if bias else [None]), 1, kernel // 2)
+        grad = torch.randn_like(y)
+        found = torch.autograd.grad(y, leaves, grad)
+    again = torch.autograd.grad(
+        sepconv.depthwise_conv2d(*leaves, *([] if bias else [None]), 1, kernel // 2), leaves, grad
+    )
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = F.conv2d(*exact, *([] if bias else [None]), 1, kernel // 2, groups=channels)
+    true = torch.autograd.grad(y, exact, grad.double())
+    for mine, unseen, truth in zip(found, again, true, strict=True):
+        assert mine.dtype is dtype
+        assert torch.equal(mine, unseen)
+        assert relative(mine, truth) < (1e-5 if dtype is torch.float32 else 2**-7)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_one_walk_of_ours(dtype: torch.dtype) -> None:
+    _, both = _passes((2, 16, 9, 11), 5, dtype, bias=True)
+    assert (both.op, both.kernel, both.reasons) == ("depthwise_stage_gradients", "halide", {})
+
+
+def test_in_one_call_of_pytorchs_where_filters_are_small() -> None:
+    _, both = _passes((4, 64, 56, 56), 3, torch.float32)
+    assert both.kernel == "torch"
+    assert "as fast" in both.reasons["halide"]
+
+
+def test_one_alone_is_an_operator_of_its_own() -> None:
+    x, weight = channels_last(2, 16, 9, 11), torch.randn(16, 1, 5, 5, requires_grad=True)
+    with record() as seen:
+        sepconv.depthwise_conv2d(x, weight, None, 1, 2).sum().backward()
+    assert [choice.op for choice in seen] == ["depthwise_conv", "depthwise_conv_grad_weight"]
+
+
+def test_differentiated_twice_they_are_operators() -> None:
+    x, weight = channels_last(1, 4, 5, 5).requires_grad_(), torch.randn(4, 1, 3, 3, requires_grad=True)
+    grads = torch.autograd.grad(
+        sepconv.depthwise_conv2d(x, weight, None, 1, 1).square().sum(), (x, weight), None, None, True
+    )
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), (x, weight))
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    grads = torch.autograd.grad(F.conv2d(*exact, None, 1, 1, groups=4).square().sum(), exact, create_graph=True)
+    true = torch.autograd.grad(sum(grad.square().sum() for grad in grads), exact)
+    for mine, truth in zip(second, true, strict=True):
+        assert relative(mine, truth) < 1e-5

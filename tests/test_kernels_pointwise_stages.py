@@ -276,6 +276,14 @@ def test_small_stages_of_float32_are_torchs(monkeypatch: pytest.MonkeyPatch) -> 
     assert "4,032 numbers" in seen[0].reasons["halide"]
 
 
+def test_autocast_does_not_reach_into_a_stage() -> None:
+    x, weight = _image((2, 24, 13, 11), torch.float32, False), torch.randn(16, 24, 1, 1)
+    t = truth(x, "relu6", weight, None, WAY, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        called = _Called(t, torch.float32, weight, None)
+    _check(called, t, torch.float32)
+
+
 def test_several_threads_call_at_once() -> None:
     x, weight = _image((2, 24, 23, 29), torch.float32, False), torch.randn(16, 24, 1, 1)
     t = truth(x, "relu6", weight, None, WAY, torch.float32)

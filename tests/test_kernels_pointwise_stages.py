@@ -143,6 +143,18 @@ def test_the_way_back_in_parts_that_stay_in_the_cache(monkeypatch: pytest.Monkey
     _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
 
 
+@pytest.mark.parametrize("channels", [16, 9])
+def test_bfloat16_is_rounded_to_the_nearest(channels: int) -> None:
+    """Whether in pairs or not; a product with ones and zeros keeps what the pass before it has written."""
+    x, weight = _image((2, channels, 23, 29), torch.bfloat16, False), torch.eye(channels).bfloat16()
+    prologue = Prologue(torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), "")
+    y = stages.pointwise_stage(x, prologue, weight.view(channels, channels, 1, 1), None, False).y
+    mean, scale, bias = (vector.double()[:, None, None] for vector in prologue[:3])
+    exact = (x.double() - mean) * scale + bias
+    apart = (y.double() - exact).abs() - exact.abs() * 2**-8
+    assert float(apart.max()) < 1e-6
+
+
 def test_pairs_may_begin_between_words() -> None:
     """Channels from an odd one on."""
     x = torch.randn(2, 11, 9, 14).bfloat16().permute(0, 3, 1, 2)[:, 1:9]

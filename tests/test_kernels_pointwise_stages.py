@@ -249,6 +249,13 @@ def test_float32_weights_of_bfloat16_images_keep_their_kind() -> None:
     assert found.x.dtype is torch.bfloat16
 
 
+def test_rows_and_volumes_are_torchs(ran: list[str]) -> None:
+    for size in ((2, 6, 9), (2, 6, 3, 4, 5)):
+        weight = torch.randn(4, 6, *(1,) * (len(size) - 2))
+        stages.pointwise_stage(torch.randn(size), None, weight, None, False)
+    assert ran == ["torch", "torch"]
+
+
 @pytest.mark.parametrize(
     ("x", "activation", "reason"),
     [

@@ -125,3 +125,13 @@ def test_a_gradient_in_another_layout_is_brought_into_ours(ran: list[str]) -> No
 def test_an_image_that_is_not_channels_last_is_torchs(ran: list[str]) -> None:
     stages.normal_stage(torch.randn(2, 3, 8, 8), None, torch.randn(4, 3, 3, 3), None, geometry(), True)
     assert ran == ["torch"]
+
+
+def test_autocast_does_not_change_the_numbers_of_a_result(ran: list[str]) -> None:
+    x, weight = _image(2, 6, 7, 9), torch.randn(10, 6, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = stages.normal_stage(x, None, weight, None, geometry(), True)
+    assert ran == ["halide"]
+    assert output.y.dtype is torch.float32
+    assert output.mean is not None
+    assert relative(output.mean, output.y.double().mean((0, 2, 3))) < 1e-5

@@ -143,6 +143,18 @@ def test_the_way_back_in_parts_that_stay_in_the_cache(monkeypatch: pytest.Monkey
     _check(_Called(t, torch.bfloat16, weight, None), t, torch.bfloat16)
 
 
+@pytest.mark.parametrize("channels", [16, 9])
+def test_bfloat16_is_rounded_to_the_nearest(channels: int) -> None:
+    """Whether in pairs or not; a product with ones and zeros keeps what the pass before it has written."""
+    x, weight = _image((2, channels, 23, 29), torch.bfloat16, False), torch.eye(channels).bfloat16()
+    prologue = Prologue(torch.randn(channels), torch.rand(channels) + 0.5, torch.randn(channels), "")
+    y = stages.pointwise_stage(x, prologue, weight.view(channels, channels, 1, 1), None, False).y
+    mean, scale, bias = (vector.double()[:, None, None] for vector in prologue[:3])
+    exact = (x.double() - mean) * scale + bias
+    apart = (y.double() - exact).abs() - exact.abs() * 2**-8
+    assert float(apart.max()) < 1e-6
+
+
 def test_pairs_may_begin_between_words() -> None:
     """Channels from an odd one on."""
     x = torch.randn(2, 11, 9, 14).bfloat16().permute(0, 3, 1, 2)[:, 1:9]
@@ -237,6 +249,13 @@ def test_float32_weights_of_bfloat16_images_keep_their_kind() -> None:
     assert found.x.dtype is torch.bfloat16
 
 
+def test_rows_and_volumes_are_torchs(ran: list[str]) -> None:
+    for size in ((2, 6, 9), (2, 6, 3, 4, 5)):
+        weight = torch.randn(4, 6, *(1,) * (len(size) - 2))
+        stages.pointwise_stage(torch.randn(size), None, weight, None, False)
+    assert ran == ["torch", "torch"]
+
+
 @pytest.mark.parametrize(
     ("x", "activation", "reason"),
     [
@@ -274,6 +293,14 @@ def test_small_stages_of_float32_are_torchs(monkeypatch: pytest.MonkeyPatch) -> 
         stages.watcher.reset(token)
     assert [choice.backend.name for choice in seen] == ["torch", "torch", "halide", "halide"]
     assert "4,032 numbers" in seen[0].reasons["halide"]
+
+
+def test_autocast_does_not_reach_into_a_stage() -> None:
+    x, weight = _image((2, 24, 13, 11), torch.float32, False), torch.randn(16, 24, 1, 1)
+    t = truth(x, "relu6", weight, None, WAY, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        called = _Called(t, torch.float32, weight, None)
+    _check(called, t, torch.float32)
 
 
 def test_several_threads_call_at_once() -> None:

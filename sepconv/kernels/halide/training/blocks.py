@@ -147,6 +147,8 @@ def unsuitable(case: StageCase) -> str:
         return reason
     if case.x.dtype is not case.y.dtype:
         return f"x is {case.x.dtype} but y is {case.y.dtype}"
+    if case.x.dims != 2:
+        return f"the kernel is for images of two dimensions, not of {case.x.dims}"
     if not PixelRows.of(case.x).step:
         return f"the pixels of x do not lie evenly spaced, channels side by side (strides {case.x.stride})"
     if case.prologue is not None and slopes.missing(case.prologue):

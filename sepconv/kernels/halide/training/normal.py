@@ -107,7 +107,7 @@ class NormalForward(NormalStage):
         h = x if prologue is None else self.image(memory, "h", self.case.x)
         added = None if bias is None else bias.to(self.dtype)
         y = aten.conv(h, weight.to(self.dtype), added, self.geometry, groups=self.groups)
-        y = y.contiguous(memory_format=torch.channels_last)
+        y = y.to(self.dtype, memory_format=torch.channels_last)  # of autocast it may be another
         result = torch.empty(2, self.y.channels) if self.case.statistics else None
         if result is None:
             return StageOutput(y, None, None)

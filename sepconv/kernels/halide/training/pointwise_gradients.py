@@ -230,8 +230,8 @@ class _Sum:
         """``dz.t() @ h``."""
         if self.dtype is torch.bfloat16:
             self.add(_product(dz, h))
-        elif self.total is None:
-            self.total = torch.mm(dz.t(), h)
+        elif self.total is None:  # in given memory, whose numbers autocast leaves alone
+            self.total = torch.mm(dz.t(), h, out=dz.new_empty(dz.shape[1], h.shape[1]))
         else:
             torch.addmm(self.total, dz.t(), h, out=self.total)
 

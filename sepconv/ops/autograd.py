@@ -97,7 +97,7 @@ def _depthwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tens
     if found is not None:
         assert found.weight is not None
         of_bias = None if found.bias is None else found.bias.to(grad.dtype)
-        return found.x, _laid_out_as(weight, found.weight), of_bias
+        return found.x, laid_out_as(weight, found.weight), of_bias
     return (
         depthwise_grad_input(grad, weight, x.shape, geometry) if need[0] else None,
         laid_out_as(weight, depthwise_grad_weight(grad, x, weight.shape, geometry)) if need[1] else None,

@@ -70,7 +70,7 @@ def test_every_tile_that_is_tried(which: str, tmp_path: Path) -> None:
     assert first["tiles"] > 1
     for layout in ("channels_last", "contiguous"):
         for size in (3, 7):
-            tiles = range(first["tiles"]) if layout == "channels_last" else range(1)
+            tiles = range(first["tiles"] if (layout, size) == ("channels_last", 3) else 1)
             _check([["cuda", 90, "bfloat16", layout, which, size, 1, tile] for tile in tiles], tmp_path)
 
 

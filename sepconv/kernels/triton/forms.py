@@ -25,10 +25,12 @@ class View(NamedTuple):
 
 
 class FilterSteps(NamedTuple):
-    """From one filter to the next, and from one tap to the next."""
+    """From one filter to the next, and from one tap to the next; and over how many planes of taps a tile goes, which
+    a compiler that knew it would write out one by one."""
 
     of_filter: int
     of_tap: int
+    planes: int
 
 
 class Patch(NamedTuple):

@@ -108,7 +108,10 @@ class Launch:
     @property
     def steps(self) -> FilterSteps:
         """Where channels lie side by side, so do filters: a copy of them, tap by tap."""
-        return FilterSteps(1, self.filters) if self.written.of_channel == 1 else FilterSteps(prod(self.form.kernel), 1)
+        planes = -(-self.form.kernel[0] // self.form.skip[0])
+        if self.written.of_channel == 1:
+            return FilterSteps(1, self.filters, planes)
+        return FilterSteps(prod(self.form.kernel), 1, planes)
 
     @property
     def filters(self) -> int:

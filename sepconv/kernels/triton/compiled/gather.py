@@ -179,7 +179,7 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
         f = c * M + m if FORM.transposed else c
         of = f if FORM.transposed else c // M
         start = image + picture * (read.of_image // UNIT * UNIT) + of * read.of_channel
-        for kd in range((FORM.kernel[0] + SKIP[0] - 1) // SKIP[0]):
+        for kd in range(steps.planes):
             z = plane * step_d + base_d + kd * ADVANCE[0]
             tap_d = first_d + kd * SKIP[0]
             known = (z >= 0) & (z < read.depth) & (tap_d < FORM.kernel[0])

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from stage_checks import channels_last, relative
 from torch.nn import functional as F
 
 import sepconv
+from sepconv.kernels.halide.conv import depthwise_choice
 from sepconv.kernels.halide.jit import runtime
 from sepconv.ops.explain import Explanation, record
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "it is there")
 
 
-def _passes(size: tuple[int, ...], kernel: int, dtype: torch.dtype, bias: bool = False) -> list[Explanation]:
+def _passes(
+    size: tuple[int, ...], kernel: int, dtype: torch.dtype, bias: bool = False, stride: int = 1
+) -> list[Explanation]:
     """Who computed a layer's passes, after its gradients were compared."""
     channels = size[1]
     x = channels_last(*size, dtype=dtype).requires_grad_()
     weight = torch.randn(channels, 1, kernel, kernel).to(dtype).requires_grad_()
     leaves = [x, weight, *([torch.randn(channels).to(dtype).requires_grad_()] if bias else [])]
     with record() as seen:
-        y = sepconv.depthwise_conv2d(*leaves, *([] if bias else [None]), 1, kernel // 2)
+        y = sepconv.depthwise_conv2d(*leaves, *([] if bias else [None]), stride, kernel // 2)
         grad = torch.randn_like(y)
         found = torch.autograd.grad(y, leaves, grad)
     again = torch.autograd.grad(
-        sepconv.depthwise_conv2d(*leaves, *([] if bias else [None]), 1, kernel // 2), leaves, grad
+        sepconv.depthwise_conv2d(*leaves, *([] if bias else [None]), stride, kernel // 2), leaves, grad
     )
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y = F.conv2d(*exact, *([] if bias else [None]), 1, kernel // 2, groups=channels)
+    y = F.conv2d(*exact, *([] if bias else [None]), stride, kernel // 2, groups=channels)
     true = torch.autograd.grad(y, exact, grad.double())
     for mine, unseen, truth in zip(found, again, true, strict=True):
         assert mine.dtype is dtype
@@ -44,10 +49,52 @@ def test_in_one_walk_of_ours(dtype: torch.dtype) -> None:
     assert (both.op, both.kernel, both.reasons) == ("depthwise_stage_gradients", "halide", {})
 
 
-def test_in_one_call_of_pytorchs_where_filters_are_small() -> None:
+def test_in_one_call_of_pytorchs_where_filters_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depthwise_choice, "slower_trained", lambda problem: "")
     _, both = _passes((4, 64, 56, 56), 3, torch.float32)
     assert both.kernel == "torch"
     assert "as fast" in both.reasons["halide"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_small_filters_that_step_are_pytorchs_as_a_whole(bias: bool) -> None:
+    """All three passes, with nothing of ours around them."""
+    [whole] = _passes((4, 64, 27, 29), 3, torch.float32, bias, stride=2)
+    assert (whole.op, whole.kernel) == ("depthwise_conv", "torch")
+    assert whole.reasons["halide"].startswith("forward and back PyTorch's kernels take less time with 9 taps")
+
+
+def test_a_separable_layer_keeps_what_is_between_where_its_filters_are_pytorchs() -> None:
+    x = channels_last(4, 64, 27, 29).requires_grad_()
+    weights = torch.randn(64, 1, 3, 3, requires_grad=True), torch.randn(8, 64, 1, 1, requires_grad=True)
+    with record() as seen:
+        y = sepconv.separable_conv2d(x, *weights, None, None, 2, 1, depthwise_activation="relu6", activation="relu")
+        found = torch.autograd.grad(y.sum(), (x, *weights))
+    assert [(choice.op, choice.kernel) for choice in seen[:2]] == [
+        ("separable_conv", "depthwise, then pointwise"),
+        ("depthwise_conv", "torch"),
+    ]
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, *weights)]
+    hidden = F.relu6(F.conv2d(exact[0], exact[1], None, 2, 1, groups=64))
+    true = torch.autograd.grad(F.relu(F.conv2d(hidden, exact[2])).sum(), exact)
+    for mine, truth in zip(found, true, strict=True):
+        assert relative(mine, truth) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        ((1, 64, 15, 17), 3, {"stride": 2, "padding": 1}),
+        ((4, 64, 27, 29), 3, {"dilation": 2}),
+        ((4, 64, 27, 29), 2, {"padding": "same"}),
+    ],
+    ids=["few numbers", "dilated", "padded at one side"],
+)
+def test_other_small_filters_are_trained_by_ours(size: tuple[int, ...], kernel: int, options: dict[str, Any]) -> None:
+    x, weight = channels_last(*size).requires_grad_(), torch.randn(64, 1, kernel, kernel, requires_grad=True)
+    with record() as seen:
+        sepconv.depthwise_conv2d(x, weight, None, **options).sum().backward()
+    assert "forward and back" not in str(seen[0])
 
 
 def test_one_alone_is_an_operator_of_its_own() -> None:

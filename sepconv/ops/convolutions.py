@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS, NAMES, is_name
+from sepconv.kernels import case
 from sepconv.kernels.backends import Choice, choose
 from sepconv.kernels.case import Geometry
+from sepconv.kernels.halide.conv.depthwise import slower_trained
 from sepconv.kernels.layout import memory_format
 from sepconv.kernels.torch import aten
 from sepconv.ops import autograd, call, tracing
@@ -80,6 +82,15 @@ def _half_reason(x: Tensor) -> str:
     """Why numbers of 16 bits are not for our products of matrices where there are gradients: PyTorch's use the
     processor's units for them."""
     return f"the kernel computes in float32 but got {x.dtype}" if x.dtype in HALF else ""
+
+
+def _trained_reason(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
+    """Why PyTorch's operation is the faster one where a layer is trained."""
+    return "" if torch.compiler.is_compiling() else slower_trained(case.depthwise(x, weight, None, geometry))
+
+
+def _by_pytorchs_conv(geometry: Geometry, activation: str, groups: int) -> call.Run:
+    return lambda x, weight, bias: aten.conv(x, weight, bias, geometry, activation, groups)
 
 
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
@@ -156,6 +167,9 @@ def depthwise_conv(
         check_output(name, x, kernel_size, geometry)
     if _by_pytorch("depthwise_conv", x, weight, bias):
         return aten.conv(x, weight, bias, geometry, chosen, channels)
+    if _differentiated(x, weight, bias) and _without_kernel("depthwise_conv", _trained_reason(x, weight, geometry)):
+        by_pytorch = _by_pytorchs_conv(geometry, chosen, channels)
+        return (by_pytorch if known is None else call.keep(known, by_pytorch))(x, weight, bias)
     return _run(autograd.depthwise, known, (x, weight, bias), (geometry,), chosen)
 
 
@@ -242,6 +256,11 @@ def separable_conv(
         hidden = aten.conv(x, dw, dw_bias, geometry, between, channels)
         return aten.pointwise_forward(hidden, pw, pw_bias, chosen)
     if _without_kernel("separable_conv", _half_reason(x), "depthwise, then pointwise"):
+        hidden = depthwise_conv(dims, x, dw, dw_bias, given, depthwise_activation)
+        return pointwise_conv(dims, hidden, pw, pw_bias, 1, activation, None)
+    if _differentiated(*tensors) and _without_kernel(
+        "separable_conv", _trained_reason(x, dw, geometry), "depthwise, then pointwise"
+    ):
         hidden = depthwise_conv(dims, x, dw, dw_bias, given, depthwise_activation)
         return pointwise_conv(dims, hidden, pw, pw_bias, 1, activation, None)
     return _run(autograd.separable, known, (x, dw, pw, dw_bias, pw_bias, None), (geometry, between), chosen)

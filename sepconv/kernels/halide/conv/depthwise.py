@@ -56,6 +56,13 @@ def slower(case: Case) -> str:
     return depthwise_choice.slower(depthwise_plan.problem(case), case.bound)
 
 
+def slower_trained(case: Case) -> str:
+    """The same of the whole of a layer that is trained, whose forward pass this is."""
+    if supports(case) or any(low != high for low, high in case.geometry.padding):
+        return ""
+    return depthwise_choice.slower_trained(depthwise_plan.problem(case))
+
+
 def describe(case: Case) -> dict[str, Any]:
     """The schedule in words and numbers: layout, loop sizes, and tensors that have to be copied first."""
     found = plan(case)

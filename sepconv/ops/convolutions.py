@@ -18,7 +18,7 @@ from sepconv.activations import ACTIVATIONS, NAMES, is_name
 from sepconv.kernels import case
 from sepconv.kernels.backends import Choice, choose
 from sepconv.kernels.case import Geometry
-from sepconv.kernels.halide.conv.depthwise import slower_trained
+from sepconv.kernels.halide.conv import depthwise, pointwise
 from sepconv.kernels.layout import memory_format
 from sepconv.kernels.torch import aten
 from sepconv.ops import autograd, call, tracing
@@ -86,11 +86,19 @@ def _half_reason(x: Tensor) -> str:
 
 def _trained_reason(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
     """Why PyTorch's operation is the faster one where a layer is trained."""
-    return "" if torch.compiler.is_compiling() else slower_trained(case.depthwise(x, weight, None, geometry))
+    return "" if torch.compiler.is_compiling() else depthwise.slower_trained(case.depthwise(x, weight, None, geometry))
+
+
+def _trained_product_reason(x: Tensor, weight: Tensor, *others: Any) -> str:
+    return "" if torch.compiler.is_compiling() else pointwise.slower_trained(case.pointwise(x, weight, *others))
 
 
 def _by_pytorchs_conv(geometry: Geometry, activation: str, groups: int) -> call.Run:
     return lambda x, weight, bias: aten.conv(x, weight, bias, geometry, activation, groups)
+
+
+def _by_pytorchs_product(activation: str) -> call.Run:
+    return lambda x, weight, bias, residual: aten.pointwise_forward(x, weight, bias, activation, residual)
 
 
 def _split_for_gradient(activation: str, *tensors: Tensor | None) -> bool:
@@ -208,6 +216,10 @@ def pointwise_conv(
     if _differentiated(x, weight, bias, residual) and _without_kernel("pointwise_conv", _half_reason(x)):
         y = aten.pointwise_bf16(x, weight, bias, chosen, residual, steps)
         return y.contiguous(memory_format=memory_format(x))
+    plain = max(steps) == 1 and _differentiated(x, weight, bias, residual)
+    if plain and _without_kernel("pointwise_conv", _trained_product_reason(x, weight, bias, residual, chosen)):
+        by_pytorch = _by_pytorchs_product(chosen)
+        return (by_pytorch if known is None else call.keep(known, by_pytorch))(x, weight, bias, residual)
     for d, step in enumerate(steps):
         # A filter of one pixel that walks in steps sees every step-th pixel and no other.
         x = x if step == 1 else x[(slice(None),) * (2 + d) + (slice(None, None, step),)]

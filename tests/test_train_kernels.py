@@ -11,6 +11,7 @@ from distributed_run import RECIPE, network, random_data
 from torch import nn
 
 import sepconv
+from sepconv.layers.replace import saves_passes
 from sepconv.layers.training import NormalConv2d
 from sepconv.train import Progress, Recipe, train
 
@@ -32,6 +33,18 @@ def test_layers_are_ours_while_it_runs(kernels: str) -> None:
     train(model, DATA, replace(RECIPE, kernels=kernels), on_progress=look)
     assert _kinds(model) == before
     assert {NormalConv2d in kinds for kinds in seen} == {kernels == "sepconv"}
+
+
+def test_layers_with_nothing_between_are_left() -> None:
+    """As convert writes them: there is no pass to save."""
+    start = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    model, seen = nn.Sequential(*start, sepconv.SeparableConv2d(8, 5, 3), *network()[6:]), []
+    train(model, DATA, RECIPE, on_progress=lambda progress: seen.append(_kinds(model)))
+    assert seen
+    assert not any(NormalConv2d in kinds for kinds in seen)
+    assert not saves_passes(model)
+    assert saves_passes(network(norm=True))
+    assert saves_passes(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
 
 
 def test_a_network_that_had_our_layers_keeps_them() -> None:

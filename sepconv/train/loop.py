@@ -18,7 +18,7 @@ from sepconv.data import Data, LoaderSplit, SampleData, Samples
 from sepconv.data.dataset import NO_AUGMENT
 from sepconv.data.samples import as_samples
 from sepconv.layers.borrowed import copied, evaluating
-from sepconv.layers.replace import replaced_layers
+from sepconv.layers.replace import replaced_layers, saves_passes
 from sepconv.leaves import Inputs
 from sepconv.system.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.system.processes import of_first
@@ -88,7 +88,8 @@ def train(
     if recipe.whiten:
         whiten_first_layer(model, _only_tensor(data.calibration(min(WHITENED, len(data.train)))))
     identity = _identity(model, data, recipe, distillation or (Distillation() if teacher else None))
-    ours = replaced_layers(model) if recipe.kernels == "sepconv" else nullcontext()
+    fused = recipe.kernels == "sepconv" and saves_passes(model)
+    ours = replaced_layers(model) if fused else nullcontext()
     with _guide(model, teacher, distillation, recipe, example, classes) as guide, ours:
         trainer = Trainer(model, data, recipe, guide, on_progress, classes=classes)
         folder = None if out is None else Path(out)

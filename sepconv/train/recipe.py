@@ -46,8 +46,8 @@ class Recipe:
         ema: decay of the running average of the weights, which is then what is evaluated and returned; 0 for none.
         whiten: start the first layer as the whitened principal patterns of the training images.
         seed: of order, augmentation and dropout. The weights are the caller's.
-        kernels: "sepconv" trains with our layers in place (see `sepconv.replace_layers`), "torch" with the network's
-            own; a run may go on with the other.
+        kernels: "sepconv" trains with our layers in place (see `sepconv.replace_layers`) where norms or activations
+            stand between convolutions, "torch" with the network's own; a run may go on with the other.
 
     Example:
         >>> Recipe(epochs=2, lr=0.2).learning_rate(step=4, steps_per_epoch=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from sepconv.data import Data
 
     Run = tuple[Path, torch.nn.Module, torch.nn.Module, Tensor]
+
+# What imports Triton as it is read is no test, and looked through for doctests where there is Triton.
+collect_ignore = [] if importlib.util.find_spec("triton") else ["triton_code.py", "triton_checks.py"]
 
 # One folder for the kernels and for the shared work of all test processes, which inherit the variables; nothing of the
 # user's is touched.

@@ -99,8 +99,6 @@ class _SeparableConv(nn.Module):
             self.add_module(f"pointwise{i}_norm", _make_norm(name, norm, dims, out_channels))
         for module in self.children():
             module.to(device=device, dtype=dtype)
-        for name in self._names():
-            self._modules[name].waits = norm is not None  # type: ignore[union-attr]
 
     @property
     def in_channels(self) -> int:
@@ -118,7 +116,11 @@ class _SeparableConv(nn.Module):
     def stages(self) -> list[Stage]:
         """Each convolution with the norm and the activation behind it, as they are now."""
         activation = self._part("activation")
-        return [Stage(self._part(name), self._part(f"{name}_norm"), activation) for name in self._names()]
+        found = [Stage(self._part(name), self._part(f"{name}_norm"), activation) for name in self._names()]
+        for conv, norm, _ in found:
+            if norm is not None and getattr(conv, "waits", None) is False:
+                conv.waits = True
+        return found
 
     def _part(self, name: str) -> Any:
         """An attribute, for which ``nn.Module`` would look in three places before it looks among the modules."""

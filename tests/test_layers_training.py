@@ -380,3 +380,15 @@ def test_gradients_reach_a_pending_tensor_itself() -> None:
     plain = sepconv.restore_layers(copy.deepcopy(model))
     [expected] = torch.autograd.grad(_Swish.apply(plain(x)).sum(), x)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_separable_layer_waits_for_its_norms_wherever_they_come_from(later: bool) -> None:
+    norm = None if later else "batch"
+    layer = sepconv.SeparableConv2d(16, 8, 3, padding=1, bias=False, norm=norm, activation="relu").train()
+    if later:  # as a file is opened
+        layer.depthwise_norm, layer.pointwise_norm = torch.nn.BatchNorm2d(16), torch.nn.BatchNorm2d(8)
+    x = torch.randn(8, 16, 32, 33).contiguous(memory_format=torch.channels_last)
+    with sepconv.ops.explain.record() as seen:
+        layer(x).sum().backward()
+    assert [choice.op for choice in seen[:2]] == ["depthwise_stage", "pointwise_stage"]

@@ -115,3 +115,29 @@ def test_differentiated_twice_they_are_operators() -> None:
     true = torch.autograd.grad(sum(grad.square().sum() for grad in grads), exact)
     for mine, truth in zip(second, true, strict=True):
         assert relative(mine, truth) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "activation", "reason"),
+    [
+        ((8, 32, 32, 33), torch.contiguous_format, "relu", "on contiguous tensors"),
+        ((4, 32, 9, 11), torch.channels_last, "relu", "for 396 pixels"),
+        ((8, 32, 32, 33), torch.channels_last, None, "no more time"),
+        ((8, 32, 32, 33), torch.channels_last, "relu", ""),
+    ],
+)
+def test_products_are_pytorchs_where_nothing_is_saved(
+    size: tuple[int, ...], layout: torch.memory_format, activation: str | None, reason: str
+) -> None:
+    x = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
+    leaves = x, torch.randn(24, 32, 1, 1, requires_grad=True), torch.randn(24, requires_grad=True)
+    with record() as seen:
+        y = sepconv.pointwise_conv2d(*leaves, activation=activation)
+        found = torch.autograd.grad(y.square().sum(), leaves)
+    assert (seen[0].op, seen[0].kernel) == ("pointwise_conv", "torch" if reason else "halide")
+    assert reason in seen[0].reasons.get("halide", "")
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = F.conv2d(*exact)
+    true = torch.autograd.grad((y.relu() if activation else y).square().sum(), exact)
+    for mine, truth in zip(found, true, strict=True):
+        assert relative(mine, truth) < 1e-5

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sepconv.bench import footprint, network, tables
 from sepconv.bench.footprint import small_network
@@ -273,3 +275,18 @@ def test_tables_by_precision_leave_wrong_contenders_out_of_the_best() -> None:
     without = content | {"records": [row for row in rows if row["contender"] != "sepconv"]}
     assert "| v1 1.0-224 b1 | 11.000 |  |  |" in str(tables.networks(without, 1))
     assert tables.networks_summary(without).rows == []
+
+
+def test_what_dynamo_compiled_is_built_after_everybody_who_exports(source: Network) -> None:
+    """Each ``torch.export`` forgets what ``torch.compile`` made, whose packed weights cannot be made again."""
+    built: list[str] = []
+
+    def contender(name: str) -> Contender:
+        def build(source: Network, x: Tensor, threads: int) -> Callable[[], Tensor]:
+            built.append(name)
+            return lambda: source.model(x)
+
+        return Contender(name, (), (), "nchw", build)
+
+    list(network.run_case(CASE, source, 1, [contender(n) for n in ("torch-compile-x", "a", "b")], 0.001, {}))
+    assert built == ["a", "b", "torch-compile-x"]

@@ -101,7 +101,7 @@ def run_case(
     with threads_set_to(threads), torch.inference_mode():
         truth, images = _truth(source, x), source.held_out()
         ready = {}
-        for one in contenders:
+        for one in sorted(contenders, key=lambda one: one.by_dynamo):
             if (case.batch > 1 and one.single) or one.title in missing:
                 continue
             call = _built(one, source, layouts[one.layout], threads, missing)

@@ -160,6 +160,11 @@ class Contender:
         return "sepconv" in self.name
 
     @property
+    def by_dynamo(self) -> bool:
+        """Whether ``torch.compile`` runs it, whose results every ``torch.export`` of others throws away."""
+        return self.name.startswith("torch-compile")
+
+    @property
     def title(self) -> str:
         """The name, with the precision where it is not the usual one."""
         return self.name if self.precision == "float32" else f"{self.name} {self.precision}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,3 +61,8 @@ def _convert(folder: Path) -> None:
     options = ("--data", "digits", "--budget", "1/4", "--epochs", 1, "--batch-size", 64, "--batch", 2)
     ran = sepconv("convert", trained_folder(), *options, "--out", folder)
     assert ran.code == 0, ran.err
+
+
+def heed_interrupts() -> None:
+    """In a new process, before its program: in the background of a shell processes ignore interrupts, and hand it on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -15,7 +15,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from cli_run import SMALL, converted_folder, trained_folder
+from cli_run import SMALL, converted_folder, heed_interrupts, trained_folder
 from cli_run import sepconv as run
 from safetensors.torch import load_file, save_file
 
@@ -366,11 +366,7 @@ def test_control_c_from_outside(tmp_path: Path) -> None:
     settings = (*map(str, SMALL), "--epochs", "500", "--threads", "1")
     command = [sys.executable, "-m", "sepconv", "train", *settings, "--out", str(tmp_path)]
 
-    # Tests that run in the background of a shell ignore interrupts, and what they start would inherit that.
-    def heed() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as process:
         end = time.monotonic() + 120
         while not list(tmp_path.glob("checkpoint-*.pt")) and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_run import heed_interrupts
 from cli_run import sepconv as run
 
 from sepconv.cli import app
@@ -39,19 +40,20 @@ def test_while_importing(started: str, module: str, tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     root = Path(interrupt.__file__).parents[1]
     words = [str(script)] if started == "script" else ["-m", "sepconv"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *words, "count", "vgg_small"],
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"},
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "here\n"
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+        preexec_fn=heed_interrupts if os.name == "posix" else None,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=90)
     assert (process.returncode, out, err) == (130, "", "sepconv: interrupted\n")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from sepconv.kernels.halide.conv import pointwise, separable, stem
+from sepconv.kernels.halide.conv.gemm import ragged
+from sepconv.kernels.halide.conv.separable_pipeline import known, room
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.schedule import gemm, machine
 
@@ -71,7 +73,7 @@ def assert_in_registers(loop: list[str], processor: machine.Machine, tile: gemm.
 def test_pointwise_inner_loop(name: str, channels_last: bool, tmp_path: Path) -> None:
     processor = machine.named(name)
     plan = gemm.pointwise_schedule(processor, channels_last, 128, 128, 56 * 56, 1, 1)
-    spec = pointwise.PointwiseSpec(channels_last, 128, 128, plan.tile, False, plan.parallel, "relu6", False)
+    spec = pointwise.PointwiseSpec(channels_last, None, None, plan.tile, False, plan.parallel, "relu6", False)
     loop = product_loop(pointwise.build(spec), processor, tmp_path)
     assert_in_registers(loop, processor, plan.tile, 1)
 
@@ -83,8 +85,8 @@ def test_separable_inner_loop(name: str, channels: int, out_channels: int, tmp_p
     plan = gemm.separable_schedule(processor, channels, 1, out_channels, 1, (14, 14), 1, 1)
     streams = gemm.streams(processor, channels, out_channels)
     spec = separable.SeparableSpec(
-        channels, 1, out_channels, (3, 3), (1, 1), (1, 1), plan.tile, plan.columns, plan.depthwise_lanes,
-        plan.parallel, "relu6", "relu6", False, streams,
+        known(channels, streams), room(channels), 1, ragged(out_channels, plan.tile.wide), (3, 3), (1, 1), (1, 1),
+        plan.tile, plan.columns, plan.depthwise_lanes, plan.parallel, "relu6", "relu6", False, streams,
     )  # fmt: skip
     assert streams == (4 if channels == 512 else 1)
     loop = product_loop(separable.build(spec), processor, tmp_path)

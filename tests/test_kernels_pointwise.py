@@ -98,6 +98,17 @@ def test_large_weights_are_read_in_several_runs() -> None:
     assert pointwise.describe(pointwise_case(x, weight[:16]))["streams"] == 1
 
 
+def test_one_kernel_serves_all_channels_and_whole_blocks() -> None:
+    def spec(channels: int, out_channels: int) -> pointwise.PointwiseSpec:
+        x = image((1, channels, 14, 14), channels_last=True)
+        return pointwise.plan(pointwise_case(x, torch.randn(out_channels, channels, 1, 1))).spec
+
+    assert spec(61, 192) == spec(67, 192) == spec(64, 384)
+    assert (spec(61, 192).channels, spec(61, 192).out_channels) == (None, None)
+    assert spec(61, 193).out_channels == 193
+    assert spec(512, 1536).channels == 512  # in several runs
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_pointwise_is_the_same_with_any_threads(channels_last: bool) -> None:
     x, weight = image((1, 40, 23, 29), channels_last), torch.randn(64, 40, 1, 1)

@@ -16,6 +16,7 @@ from sepconv import reference
 from sepconv.kernels import layout
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.conv import pointwise, separable
+from sepconv.kernels.halide.conv.separable_pipeline import room
 from sepconv.kernels.halide.jit import runtime
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
@@ -54,6 +55,10 @@ CASES = [
     Case("image_smaller_than_kernel", (1, 8, 2, 3), 8, (5, 5), padding=((2, 2), (2, 2))),
     Case("multiplier_3", (1, 24, 13, 13), 40, (5, 5), (2, 2), ((1, 2), (1, 2)), multiplier=3),
     Case("multiplier_2_channels_prime", (1, 5, 7, 9), 11, multiplier=2, activations=("hardswish", "sigmoid")),
+    Case("channels_below_shared_kernel", (1, 127, 5, 7), 33),
+    Case("channels_of_shared_kernel", (2, 131, 7, 5), 64, residual=True),
+    Case("channels_above_shared_kernel", (1, 257, 5, 3), 37, (1, 1), padding=NONE, activations=("relu", "")),
+    Case("multiplier_2_of_shared_kernel", (1, 139, 4, 5), 19, multiplier=2),
     Case("signal_k15", (3, 8, 1, 203), 8, (1, 15), padding=((0, 0), (7, 7))),
     Case("kernel_13x1", (1, 8, 31, 3), 8, (13, 1), padding=((6, 6), (0, 0))),
 ]
@@ -273,3 +278,24 @@ def test_separable_gives_each_thread_one_share(threads: int) -> None:
     assert found.spec.parallel == "rows"
     for (_, _, tiles), share in zip(found.calls, found.share, strict=True):
         assert share == -(-5 * tiles // threads)
+
+
+def planned(channels: int, out_channels: int) -> separable.SeparablePlan:
+    shape = (1, channels, 14, 14)
+    tensors, walk = arguments(Case("", shape, out_channels))
+    return separable.plan(described(tensors, ("relu6", ""), walk))
+
+
+def test_many_channels_share_a_kernel() -> None:
+    specs = [planned(channels, 192).spec for channels in (273, 288, 389, 400)]
+    assert len({spec._replace(tile=specs[0].tile) for spec in specs}) == 1
+    assert (specs[0].channels, specs[0].out_channels, specs[0].room) == (None, None, 400)
+    assert planned(401, 192).spec.room == 528
+    few = planned(128, 33).spec
+    assert (few.channels, few.out_channels, few.room) == (128, 33, 128)
+
+
+@pytest.mark.parametrize("channels", [129, 144, 145, 256, 257, 272, 273, 960, 1024])
+def test_pixels_of_the_scratch_array_do_not_displace_each_other(channels: int) -> None:
+    assert channels <= room(channels) < channels * 1.5
+    assert room(channels) % 32 == 16

@@ -137,7 +137,13 @@ def main() -> None:
         if record.path(title).exists():
             continue
         begin = time.perf_counter()
-        result = run(network, form, BUDGETS[budget])
+        try:
+            result = run(network, form, BUDGETS[budget])
+        except ValueError as error:
+            if "cannot be reached" not in str(error):
+                raise
+            print(f"{title}: {error}", flush=True)
+            continue
         record.save(title, record.stamped(**result))
         new, old = result["converted"]["score"], result["original"]["score"]
         print(

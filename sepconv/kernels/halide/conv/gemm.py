@@ -13,18 +13,25 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule.gemm import Tile
 
 
-def dense(param: Any, *extents: Any) -> None:
-    """Fix the bounds and strides of an array without gaps, so that the compiler knows its addresses."""
-    stride = 1
+def dense(param: Any, *extents: int | None) -> None:
+    """Fix the bounds and strides of an array without gaps, so that the compiler knows its addresses.
+
+    What is None, and the strides beyond it, the array itself says in each call.
+    """
+    stride: int | None = 1
     for d, extent in enumerate(extents):
-        param.dim(d).set_min(0).set_extent(extent).set_stride(stride)
-        stride *= extent
+        param.dim(d).set_min(0)
+        if stride is not None:
+            param.dim(d).set_stride(stride)
+        if extent is not None:
+            param.dim(d).set_extent(extent)
+        stride = None if extent is None or stride is None else stride * extent
 
 
-def packed_param(name: str, panel: int, block: int, depth: int, length: int) -> Any:
+def packed_param(name: str, panel: int, block: int, depth: int | None, length: int | None) -> Any:
     """The packed weights of ``length`` channels, ``depth`` numbers each, as ``packing.pack`` lays them."""
     param = hl.ImageParam(hl.Float(32), 3, name)
-    dense(param, panel, depth, -(-length // block) * block // panel)
+    dense(param, panel, depth, None if length is None else -(-length // block) * block // panel)
     return param
 
 
@@ -33,7 +40,12 @@ def packed(param: Any, panel: int, channel: Any, k: Any) -> Any:
     return param[channel % panel, k, channel // panel]
 
 
-def bias_param(name: str, length: int) -> Any:
+def ragged(channels: int, block: int) -> int | None:
+    """Output channels that a kernel has to know: code for a last block that is not whole is half as long if it does."""
+    return channels if channels % block else None
+
+
+def bias_param(name: str, length: int | None) -> Any:
     """One number per output channel. Kernels add it last of all: LLVM takes sums for numbers, never NaN, and would
     simplify an activation of them; of a sum with something just loaded it knows nothing."""
     param = hl.ImageParam(hl.Float(32), 1, name)
@@ -41,13 +53,21 @@ def bias_param(name: str, length: int) -> Any:
     return param
 
 
-def in_streams(channels: int, streams: int, *others: int) -> tuple[Any, Any]:
+def in_streams(channels: Any, streams: int, *others: int) -> tuple[Any, Any]:
     """The reduction over the channels, in so many runs side by side (see ``schedule_gemm.streams``), and the channel.
 
     The first dimension is the number of the run, which is to be unrolled; ``others`` follow the channels.
     """
     k = hl.RDom([hl.Range(0, extent) for extent in (streams, channels // streams, *others)], "k")
     return k, k[1] + channels // streams * k[0]
+
+
+def split_outputs(out: Any, o: Any, loops: tuple[Any, Any], size: int, channels: int | None) -> None:
+    """The loop over output channels in blocks, the outer of two; of ``channels``, None where the blocks are whole."""
+    if channels is None:
+        out.split(o, *loops, size, hl.TailStrategy.RoundUp)
+    else:
+        out.bound(o, 0, channels).split(o, *loops, size, hl.TailStrategy.GuardWithIf)
 
 
 def keep_in_registers(sums: Any, v: Any, s: Any, depth: list[Any], tile: Tile) -> None:

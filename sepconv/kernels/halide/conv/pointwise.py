@@ -17,7 +17,15 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.halide.conv.gemm import bias_param, in_streams, keep_in_registers, packed, packed_param
+from sepconv.kernels.halide.conv.gemm import (
+    bias_param,
+    in_streams,
+    keep_in_registers,
+    packed,
+    packed_param,
+    ragged,
+    split_outputs,
+)
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
@@ -38,11 +46,15 @@ _LEAST_TRAINED_PIXELS = 8192
 
 
 class PointwiseSpec(NamedTuple):
-    """All that the code of one kernel depends on."""
+    """All that the code of one kernel depends on.
+
+    ``channels`` are None, and up to the weights, but where they are read in several runs, whose addresses then differ
+    by a number that is compiled in. ``out_channels`` are None where their blocks are whole.
+    """
 
     channels_last: bool
-    channels: int
-    out_channels: int
+    channels: int | None
+    out_channels: int | None
     tile: Tile
     guard: bool
     parallel: str
@@ -67,12 +79,13 @@ def _result(spec: PointwiseSpec, sums: Any, o: Any, index: list[Any]) -> tuple[A
     return activate(hl, sums + bias[o] + residual[tuple(index)]), [bias, residual]
 
 
-def _strides(param: Any, spec: PointwiseSpec, channels: int) -> None:
+def _strides(param: Any, spec: PointwiseSpec, channels: int | None) -> None:
     """Channel, pixel where channels_last, else pixel, channel, image."""
     for d in range(param.dimensions()):
         param.dim(d).set_min(0)
     param.dim(0).set_stride(1)
-    param.dim(0 if spec.channels_last else 1).set_extent(channels)
+    if channels is not None:
+        param.dim(0 if spec.channels_last else 1).set_extent(channels)
 
 
 def _build_channels_last(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
@@ -80,7 +93,7 @@ def _build_channels_last(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
     weight = packed_param("weight", *tile.panels, spec.channels, spec.out_channels)
     o, p = hl.Var("o"), hl.Var("p")
-    k, channel = in_streams(spec.channels, spec.streams)
+    k, channel = in_streams(spec.channels or weight.dim(1).extent(), spec.streams)
 
     sums, out = hl.Func("sums"), hl.Func("pointwise")
     sums[o, p] = hl.f32(0.0)
@@ -88,9 +101,7 @@ def _build_channels_last(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     out[o, p], extra = _result(spec, sums[o, p], o, [o, p])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
-    ragged = spec.out_channels % tile.wide
-    out.bound(o, 0, spec.out_channels)
-    out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    split_outputs(out, o, (block, o_in), tile.wide, spec.out_channels)
     out.split(p, step, p_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
     if spec.parallel == "channels":
@@ -112,7 +123,7 @@ def _build_contiguous(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     x = hl.ImageParam(hl.Float(32), 3, "x")  # pixel, channel, image
     weight = packed_param("weight", tile.scalars, tile.scalars, spec.channels, spec.out_channels)
     o, p, n = hl.Var("o"), hl.Var("p"), hl.Var("n")
-    k = hl.RDom([hl.Range(0, spec.channels)], "k")
+    k = hl.RDom([hl.Range(0, weight.dim(1).extent())], "k")
     source = x
     if spec.guard:  # fewer pixels than one tile: zeros beyond them
         unbounded = hl.Range(hl.Expr(), hl.Expr())
@@ -128,10 +139,8 @@ def _build_contiguous(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
     task = hl.Var("task")
-    ragged = spec.out_channels % tile.scalars
     tail = hl.TailStrategy.GuardWithIf if spec.guard else hl.TailStrategy.ShiftInwards
-    out.bound(o, 0, spec.out_channels)
-    out.split(o, block, o_in, tile.scalars, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    split_outputs(out, o, (block, o_in), tile.scalars, spec.out_channels)
     out.split(p, step, p_in, tile.wide, tail)
     out.split(step, group, step, chunk, hl.TailStrategy.GuardWithIf)
     runtime.share(out.reorder(p_in, o_in, block, step, group, n).fuse(group, n, task), task, share)
@@ -211,9 +220,9 @@ def plan(case: Case) -> PointwisePlan:
     tile = schedule.tile
     guard = not channels_last and pixels < tile.wide
     runs = streams(machine.host(), channels, out_channels) if channels_last else 1
-    spec = PointwiseSpec(
-        channels_last, channels, out_channels, tile, guard, schedule.parallel, case.activation, residual, runs
-    )
+    depth = channels if runs > 1 else None
+    outputs = ragged(out_channels, tile.wide if channels_last else tile.scalars)
+    spec = PointwiseSpec(channels_last, depth, outputs, tile, guard, schedule.parallel, case.activation, residual, runs)
     size = (pixels, out_channels) if channels_last else (images, out_channels, pixels)
     groups = -(-pixels // (schedule.chunk * (tile.scalars if channels_last else tile.wide))) * images
     passes = -(-out_channels // tile.wide) if schedule.parallel == "channels" else groups

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS, SeparableSpec, build
+from sepconv.kernels.halide.conv.gemm import ragged
+from sepconv.kernels.halide.conv.separable_pipeline import UNROLLED_TAPS, SeparableSpec, build, known, room
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pixels
 from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
@@ -70,10 +71,11 @@ def plan(case: Case) -> SeparablePlan:
         lambda: separable_alternatives(machine.host(), usual, size),
         case,
     )
+    runs = streams(machine.host(), channels, multiplier * out_channels)
+    outputs = ragged(out_channels, schedule.tile.wide)
     spec = SeparableSpec(
-        channels, multiplier, out_channels, _pair(case.kernel_size), stride, dilation, schedule.tile, schedule.columns,
-        schedule.depthwise_lanes, schedule.parallel, *activations, residual,
-        streams(machine.host(), channels, multiplier * out_channels),
+        known(channels, runs), room(channels), multiplier, outputs, _pair(case.kernel_size), stride, dilation,
+        schedule.tile, schedule.columns, schedule.depthwise_lanes, schedule.parallel, *activations, residual, runs,
     )  # fmt: skip
     tiles, left = divmod(size[0], schedule.rows)
     calls = [(schedule.rows, 0, tiles)] + [(left, tiles * schedule.rows, 1)] * (left > 0)

@@ -17,6 +17,7 @@ from sepconv.kernels.halide.conv.gemm import (
     keep_in_registers,
     packed,
     packed_param,
+    split_outputs,
 )
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.runtime import hl
@@ -24,14 +25,20 @@ from sepconv.kernels.halide.schedule.gemm import Tile
 
 # Longer filter rows stay loops: unrolled they would take seconds to compile.
 UNROLLED_TAPS = 7
+_FEW = 128
 
 
 class SeparableSpec(NamedTuple):
-    """All that the code of one kernel depends on. Pairs are (y, x)."""
+    """All that the code of one kernel depends on. Pairs are (y, x).
 
-    channels: int
+    ``channels`` are those of :func:`known`, and up to the weights where they are None; ``room`` is that of
+    :func:`room`; ``out_channels`` are None where their blocks are whole.
+    """
+
+    channels: int | None
+    room: int
     multiplier: int
-    out_channels: int
+    out_channels: int | None
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
@@ -45,12 +52,27 @@ class SeparableSpec(NamedTuple):
     streams: int = 1
 
 
+def room(channels: int) -> int:
+    """Numbers from one pixel of the scratch array to the next; a few more than channels, the same for many of these.
+
+    So one kernel serves them all, and still knows its addresses. Never a multiple of a large power of two, at which
+    pixels would displace each other from the cache; few channels have no room to waste.
+    """
+    step = 128 if channels > 256 else 64
+    return channels if channels <= _FEW else -(-(channels - 16) // step) * step + 16
+
+
+def known(channels: int, streams: int) -> int | None:
+    """Channels that a kernel is compiled for: few of them, or those that it reads in several runs; else None."""
+    return channels if channels <= _FEW or streams > 1 else None
+
+
 class _Inputs:
     """The pipeline's parameters, in the order in which the compiled kernel takes them."""
 
     def __init__(self, spec: SeparableSpec) -> None:
         height, width = spec.kernel_size
-        depth = spec.channels * spec.multiplier
+        depth = None if spec.channels is None else spec.channels * spec.multiplier
         names = ("width", "rows", "first_row", "share", "top", "left")
         self.width, self.rows, self.first_row, self.share, self.top, self.left = (
             hl.Param(hl.Int(32), name) for name in names
@@ -58,6 +80,7 @@ class _Inputs:
         self.x = self._image("x", 4, spec.channels)  # channel, column, row, image
         self.taps = hl.ImageParam(hl.Float(32), 4, "taps")  # channel, multiplier, column, row
         dense(self.taps, spec.channels, spec.multiplier, width, height)
+        self.channels = spec.channels or self.taps.dim(0).extent()
         self.depthwise_bias = hl.ImageParam(hl.Float(32), 2, "depthwise_bias")  # channel, multiplier
         dense(self.depthwise_bias, spec.channels, spec.multiplier)
         self.weight = packed_param("weight", *spec.tile.panels, depth, spec.out_channels)
@@ -68,16 +91,18 @@ class _Inputs:
         self.arguments = numbers + images + [self.residual] * spec.residual
 
     @staticmethod
-    def _image(name: str, dims: int, channels: int) -> Any:
+    def _image(name: str, dims: int, channels: int | None) -> Any:
         param = hl.ImageParam(hl.Float(32), dims, name)
         _channels_innermost(param, channels)
         return param
 
 
-def _channels_innermost(param: Any, channels: int) -> None:
+def _channels_innermost(param: Any, channels: int | None) -> None:
     for d in range(param.dimensions()):
         param.dim(d).set_min(0)
-    param.dim(0).set_stride(1).set_extent(channels)
+    param.dim(0).set_stride(1)
+    if channels is not None:
+        param.dim(0).set_extent(channels)
 
 
 def build(spec: SeparableSpec) -> tuple[Any, list[Any]]:
@@ -89,23 +114,23 @@ def build(spec: SeparableSpec) -> tuple[Any, list[Any]]:
     filtered, tap = _filter(spec, inputs, c, m, column, row, n)
     # One row of the tile after the other; q numbers its pixels. The last vector of channels overlaps the one before.
     lanes = spec.depthwise_lanes
-    vectors = -(-spec.channels // lanes)
+    vectors = (inputs.channels + lanes - 1) // lanes
     steps = (inputs.width + spec.columns - 1) // spec.columns
     place = hl.RDom([hl.Range(0, e) for e in (lanes, spec.columns, vectors, steps, inputs.rows)], "place")
     lane, column_in, vector, step, row_in = (place[i] for i in range(5))
     x, y = step * spec.columns + column_in, inputs.first_row + t * inputs.rows + row_in
     place.where(hl.likely(x < inputs.width))
-    channel = hl.min(vector * lanes, spec.channels - lanes) + lane
+    channel = hl.min(vector * lanes, inputs.channels - lanes) + lane
     hidden = hl.Func("hidden")
     hidden[c, m, q, t, n] = hl.undef(hl.Float(32))
     hidden[channel, m, x + inputs.width * row_in, t, n] = ACTIVATIONS[spec.depthwise_activation].expression(
         hl, filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m]
     )
 
-    k, channel = in_streams(spec.channels, spec.streams, spec.multiplier)
+    k, channel = in_streams(inputs.channels, spec.streams, spec.multiplier)
     sums, out = hl.Func("sums"), hl.Func("separable")
     sums[o, q, t, n] = hl.f32(0.0)
-    weight = packed(inputs.weight, spec.tile.lanes, o, channel + spec.channels * k[2])
+    weight = packed(inputs.weight, spec.tile.lanes, o, channel + inputs.channels * k[2])
     sums[o, q, t, n] += weight * hidden[channel, k[2], q, t, n]
     value = sums[o, q, t, n] + inputs.bias[o]
     if spec.residual:
@@ -140,9 +165,7 @@ def _schedule_product(spec: SeparableSpec, share: Any, out: Any, sums: Any, dims
     """Loops: image, tile, block of output channels, step of pixels; returns the loop that makes one tile."""
     tile, (o, q, t, n) = spec.tile, dims
     block, o_in, step, q_in, task = (hl.Var(name) for name in ("block", "o_in", "step", "q_in", "task"))
-    ragged = spec.out_channels % tile.wide
-    out.bound(o, 0, spec.out_channels)
-    out.split(o, block, o_in, tile.wide, hl.TailStrategy.GuardWithIf if ragged else hl.TailStrategy.RoundUp)
+    split_outputs(out, o, (block, o_in), tile.wide, spec.out_channels)
     out.split(q, step, q_in, tile.scalars, hl.TailStrategy.ShiftInwards)
     out.reorder(o_in, q_in, step, block, t, n).vectorize(o_in, tile.lanes).unroll(o_in).unroll(q_in)
     if spec.parallel == "rows":
@@ -163,7 +186,7 @@ def _schedule_filter(
     """A few neighbouring pixels at once, whose overlapping taps are loaded once; channels in vectors inside them."""
     c, m, column = dims
     lane, column_in, vector, step, row_in = (place[i] for i in range(5))
-    hidden.compute_at(out, task)
+    hidden.compute_at(out, task).bound_storage(c, spec.room)
     fill = hidden.update()
     # Each result has a place of its own, which Halide cannot see; where vectors overlap they hold the same values.
     fill.allow_race_conditions().reorder(lane, column_in, vector, m, step, row_in)

@@ -11,7 +11,7 @@ from functools import partial, reduce
 from operator import and_
 from typing import Any
 
-from sepconv.activations import ACTIVATIONS, exponential
+from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.halide.jit.runtime import hl
 
 
@@ -74,12 +74,28 @@ def _tanh(grad: Any, x: Any) -> Any:
     return grad * (hl.f32(1.0) - t * t)
 
 
+# ``(slope(x) - 1/2) / x`` in powers of ``x * x / 18 - 1`` for x from -6 to 6: fitted at Chebyshev's points, errors
+# weighed by x, in float64. Its sum is exact to 2e-8, in float32 to 4e-7; beyond 6 the slope is 0 or 1 within 4e-8.
+_GELU_LIMIT = 6.0
+_GELU = (
+    *(0.117897762, -0.0593428004, 0.046057626, -0.0423660252, 0.0445582295, -0.0509287551, 0.058663735),
+    *(-0.0643632671, 0.0670375177, -0.0655670745, 0.0539107428, -0.0367183554, 0.0323721496, -0.0325284467),
+    *(0.0150121396, 0.00136276884, 0.00246295493, -0.00682359691, 0.00263603665),
+)
+
+
 def _gelu(grad: Any, x: Any) -> Any:
-    """The normal distribution and x times its density; beyond 6 deviations it is 0 or 1, and erf and exp are not."""
-    near = hl.select(x < hl.f32(-6.0), hl.f32(-6.0), hl.select(x > hl.f32(6.0), hl.f32(6.0), x))
-    share = hl.f32(0.5) * (hl.f32(1.0) + hl.erf(near * hl.f32(0.5**0.5)))
-    density = hl.f32((2 * math.pi) ** -0.5) * exponential(hl, hl.f32(-0.5) * near * near)
-    return hl.strict_float(grad * (share + near * density))
+    """The normal distribution and x times its density: 1/2 and an odd function, which costs a quarter of both."""
+    low, high = hl.f32(-_GELU_LIMIT), hl.f32(_GELU_LIMIT)
+    near = hl.strict_float(hl.select(x < low, low, hl.select(x > high, high, x)))
+    at = near * near * hl.f32(2.0 / _GELU_LIMIT**2) - hl.f32(1.0)
+    square = at * at
+    even, odd = (_polynomial(_GELU[first::2], square) for first in range(2))
+    return grad * (hl.f32(0.5) + near * (even + at * odd))  # not strict: products and sums in one step
+
+
+def _polynomial(factors: tuple[float, ...], x: Any) -> Any:
+    return reduce(lambda sum_, factor: sum_ * x + hl.f32(factor), factors[-2::-1], hl.f32(factors[-1]))
 
 
 _CURVES: dict[str, Callable[[Any, Any], Any]] = {

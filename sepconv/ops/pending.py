@@ -55,8 +55,7 @@ class Call:
         return self.output
 
     def _computed(self, statistics: bool) -> stages.StageOutput:
-        paid = statistics or self.before is not None
-        if paid or not stages.unpaid(self.how, self.x, None, self.weight, self.bias):
+        if statistics or self.before is not None:
             return stages.stage(self.how, self.x, self.before, self.weight, self.bias, statistics)
         dtype, bias = self.x.dtype, self.bias
         y = self.plain(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -220,7 +219,9 @@ def waiting(x: Any) -> Unfinished | None:
 def convolve(how: StageConvolution, plain: Plain, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of a plain or pending x, waiting; computed at once where no kernel of ours would gain by it."""
     work = waiting(x)
-    if work is not None and work.before is not None:
+    if work is not None and work.before is not None and how.op == "normal":
+        note(Explanation("normal_stage_input", "kept", reasons={"computed again": _KEPT}))
+    elif work is not None and work.before is not None:
         z, before = work.call.run(False).y, work.before
         cast = z.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         if not cast and not stages.unpaid(how, z, before, weight, bias, True):
@@ -233,6 +234,9 @@ def convolve(how: StageConvolution, plain: Plain, x: Tensor, weight: Tensor, bia
         note(Explanation(f"{how.op}_stage", "torch", reasons={"halide": reason}))
         return plain(x, weight, bias)
     return _waiting(Call(how, plain, x, None, weight, bias))
+
+
+_KEPT = "PyTorch's convolution reads it from memory both ways, which takes less time than to make it twice"
 
 
 def _waiting(call: Call) -> Tensor:

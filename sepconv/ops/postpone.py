@@ -82,22 +82,13 @@ def _activate(input: Any, activation: str, inplace: bool = False) -> Any:
     if work is None or not torch.is_grad_enabled():
         return NotImplemented
     norm = work.before
-    if norm is not None and norm.activation:
+    if norm is None or norm.activation:  # alone it is no pass saved: what is read would be made again
         return NotImplemented
-    before = _alone(work, activation) if norm is None else Before(*norm[:5], activation)
-    if before is None:
-        return NotImplemented
+    before = Before(*norm[:5], activation)
     if inplace:
         work.before = before
         return input
     return Pending.of(Unfinished(work.call, before), input.outline)
-
-
-def _alone(work: Unfinished, activation: str) -> Before | None:
-    """An activation right behind a convolution: None where it is better computed now."""
-    with work.as_when_made():
-        z = work.call.run(False).y
-    return None if stages.unpaid_activation(z, activation) else stages.without_norm(z.shape[1], activation)
 
 
 def _usual(name: str) -> Callable[..., Any]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels import stages as kernels
-from sepconv.kernels.case import Geometry, Outline
-from sepconv.kernels.prologue import Deviation, Prologue, StageCase, StageGradients, StageOutput
+from sepconv.kernels.case import Geometry
+from sepconv.kernels.prologue import Deviation, Prologue, StageGradients, StageOutput
 from sepconv.kernels.torch import aten
 from sepconv.ops import tracing
 from sepconv.ops.autograd import laid_out_as
@@ -290,26 +290,6 @@ def finish(x: Tensor, before: Before, residual: Tensor | None = None) -> Tensor:
     """
     norm, rest = _taken_apart(before)
     return _finish(rest, x, *norm, residual)
-
-
-@lru_cache(maxsize=256)
-def without_norm(channels: int, activation: str) -> Before:
-    """An activation alone, as a norm that changes no number."""
-    zeros, ones = torch.zeros(channels), torch.ones(channels)
-    return Before(zeros, ones, None, None, 0.0, activation)
-
-
-def unpaid_activation(z: Tensor, activation: str) -> str:
-    """Why no kernel of ours finishes an activation, so that it is better done at once; "" if one does."""
-    outline = Outline.of(z)
-    return _unpaid_finish(outline, activation, torch.get_num_threads())
-
-
-@lru_cache(maxsize=1024)
-def _unpaid_finish(outline: Outline, activation: str, threads: int) -> str:
-    cases = [StageCase("finish", which, outline, outline, prologue=activation) for which in ("forward", "gradients")]
-    left = [choice for choice in map(kernels.choose, cases) if choice.backend.name == "torch"]
-    return "; ".join(reason for choice in left for reason in choice.reasons.values() or ["there is no kernel"])
 
 
 def _taken_apart(before: Before | None) -> tuple[Sequence[Tensor | None], tuple[float, str]]:

@@ -174,6 +174,22 @@ def _reasons(model: nn.Module, x: Tensor) -> set[str]:
     return {reason for choice in sepconv.explain(model, x) for reason in choice.reasons.values()}
 
 
+def test_norms_over_channels_are_left_with_a_reason() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.LayerNorm([4, 5, 5]))
+    left = sepconv.replace_layers(model).left
+    assert left == {"1": "a GroupNorm computes by itself", "2": "a LayerNorm computes by itself"}
+
+
+@pytest.mark.usefixtures("always")
+def test_normal_convolutions_keep_what_they_read() -> None:
+    model, _ = ours(nn.Sequential(*stage(3, 8, 3), *stage(8, 8, 3)))
+    with sepconv.ops.explain.record() as choices:
+        gradients(model, images())
+    [kept] = [choice for choice in choices if choice.op == "normal_stage_input"]
+    assert (kept.kernel, list(kept.reasons)) == ("kept", ["computed again"])
+    assert [choice.op for choice in choices].count("finish_stage") == 2  # there, and at the end
+
+
 @pytest.mark.usefixtures("always")
 def test_plain_paths_say_why() -> None:
     model, _ = ours(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
@@ -203,7 +219,10 @@ def test_where_no_kernel_pays_pytorchs_modules_run(monkeypatch: pytest.MonkeyPat
     model, _ = ours(network())
     with sepconv.ops.explain.record() as choices:
         gradients(model, images())
-    assert not [choice.op for choice in choices if choice.op.endswith("_stage")]
+    said = [choice for choice in choices if choice.op.endswith("_stage")]
+    assert [choice.op for choice in said] == ["normal_stage", "pointwise_stage", "depthwise_stage", "pointwise_stage"]
+    assert {(choice.kernel, choice.reasons["halide"]) for choice in said} == {("torch", "it would not")}
+    assert type(model[0](images())) is torch.Tensor  # nothing waits
 
 
 @pytest.mark.usefixtures("always")

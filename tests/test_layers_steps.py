@@ -54,11 +54,16 @@ def test_loss_curve() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("always")
-def test_long_loss_curve_in_both_rounding_directions() -> None:
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU6])
+def test_long_loss_curve_in_both_rounding_directions(activation: type[nn.Module]) -> None:
     """After some hundred steps no two orders of summation give the same numbers; the curves stay as near to each other
-    as that of float64 is to PyTorch's own in float32, up to a factor."""
+    as that of float64 is to PyTorch's own in float32, up to a factor. Where an activation has a corner, rounding
+    decides on which side of it a number falls: from there on a curve is another one that learns as well."""
     torch.manual_seed(3)
     start = network()
+    for at, module in enumerate(start):
+        if isinstance(module, nn.ReLU6):
+            start[at] = activation()
     runs: dict[str, list[float]] = {}
     for name in ("ours", "plain", "exact"):
         model = copy.deepcopy(start)
@@ -79,7 +84,12 @@ def test_long_loss_curve_in_both_rounding_directions() -> None:
     of_plain = max(abs(a - b) for a, b in zip(runs["plain"], runs["exact"], strict=True))
     of_ours = max(abs(a - b) for a, b in zip(runs["ours"], runs["exact"], strict=True))
     assert runs["exact"][-1] < runs["exact"][0]
-    assert of_ours <= 8 * of_plain + 1e-4
+    if activation is nn.SiLU:
+        assert of_ours <= 8 * of_plain + 1e-5
+    else:
+        lasts = [sum(runs[name][-50:]) / 50 for name in ("ours", "exact")]
+        assert abs(lasts[0] - lasts[1]) <= 0.01 * lasts[1]
+        assert of_ours <= 0.05  # of losses around 1: nowhere a jump
 
 
 @pytest.mark.usefixtures("always")

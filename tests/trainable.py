@@ -22,7 +22,6 @@ EPS = torch.finfo(torch.float32).eps
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All stages are computed as one, by PyTorch's operators: no kernel has to be compiled for the sizes of a test."""
     monkeypatch.setattr(stages, "unpaid", lambda *case, **options: "")
-    monkeypatch.setattr(stages, "unpaid_activation", lambda *case: "")
     monkeypatch.setattr(kernels, "BACKENDS", {key: backends[-1:] for key, backends in kernels.BACKENDS.items()})
     kernels.forget()
     yield

@@ -21,6 +21,7 @@ from sepconv.cost import count
 from sepconv.kernels.halide.schedule import tuned
 from sepconv.report import page_of, write_report
 from sepconv.runs.model_file import open_model
+from sepconv.system.allocator import keep_freed_memory
 from sepconv.system.doctor import doctor
 from sepconv.system.threads import MOST as MOST_THREADS
 
@@ -182,6 +183,7 @@ def bench_training(
     names, precisions = ([one.strip() for one in text.split(",") if one.strip()] for text in (contenders, precision))
     command = f"sepconv bench training --threads {threads} --seconds {seconds:g}"
     command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
+    keep_freed_memory()  # as commands that train do: where memory happens to lie costs up to a tenth otherwise
     training.run(_counts(threads), seconds, match, names, precisions, memory, json_file, command, screen.say)
     _finish(screen, json_file, training_tables.summary)
 

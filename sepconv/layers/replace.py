@@ -20,6 +20,7 @@ Filter = Callable[[nn.Module, str], bool]
 _OURS = (DepthwiseConv2d, PointwiseConv2d, SeparableConv2d)
 _STATE = "replaced"
 """The attribute of a replaced layer that says whether it was PyTorch's, and whether it waited before."""
+_ALL_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -73,7 +74,7 @@ def replace_layers(model: nn.Module, *, filter: Filter | None = None) -> Replace
     left: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, (_ConvNd, SeparableConv2d)):
-            if isinstance(module, _NormBase) and not _is_known(module):
+            if isinstance(module, _ALL_NORMS) and not _is_known(module):
                 left[name] = f"a {type(module).__name__} computes by itself"
             continue
         if filter is not None and not filter(module, name):

@@ -10,8 +10,9 @@ its graph the node that leads back to them (``_Connection``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from sepconv.kernels.layout import memory_format
 from sepconv.ops import stages
+from sepconv.ops.explain import Explanation, note
 from sepconv.ops.stages import Before, StageConvolution, composed_gradients
 
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -53,8 +55,7 @@ class Call:
         return self.output
 
     def _computed(self, statistics: bool) -> stages.StageOutput:
-        paid = statistics or self.before is not None
-        if paid or not stages.unpaid(self.how, self.x, None, self.weight, self.bias):
+        if statistics or self.before is not None:
             return stages.stage(self.how, self.x, self.before, self.weight, self.bias, statistics)
         dtype, bias = self.x.dtype, self.bias
         y = self.plain(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -98,15 +99,10 @@ class Unfinished:
     def finish_as(self, h: Tensor) -> None:
         self.finished, self.made_by = h, h.grad_fn
 
-    @contextmanager
-    def as_when_made(self) -> Iterator[None]:
+    def as_when_made(self) -> AbstractContextManager[None]:
         """What is saved for the way back belongs to where the tensor was made: ``torch.utils.checkpoint`` counts what
         is saved between, twice."""
-        if _saving() == self._hooks:
-            yield
-        else:
-            with saved_tensors_hooks(_itself, _itself):
-                yield
+        return _AS_IT_IS if _saving() == self._hooks else saved_tensors_hooks(_itself, _itself)
 
     def inputs(self) -> tuple[Tensor | None, ...]:
         if self.before is None:
@@ -118,6 +114,9 @@ class Unfinished:
             return (self.call.compose(*tensors),)
         x, *norm = tensors
         return (stages.composed(x, Before.of(norm, *self.before[4:])),)
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -144,6 +143,9 @@ class _Connection(torch.autograd.Function):
         return None, None, *composed_gradients(ctx.work.compose, (grad,), ctx.given, need)
 
 
+_connect: Callable[..., Any] = super(torch.autograd.Function, _Connection).apply
+
+
 class Pending(Tensor):
     """A tensor in the making; see the module."""
 
@@ -153,7 +155,7 @@ class Pending(Tensor):
 
     @classmethod
     def of(cls, work: Unfinished, outline: tuple[Any, ...]) -> Tensor:
-        made: Any = _Connection.apply(work, outline, *work.inputs())
+        made: Any = _connect(work, outline, *work.inputs())
         with torch._C.DisableTorchFunctionSubclass():
             made.node = made.grad_fn
         made.work, made.outline = work, outline
@@ -215,29 +217,42 @@ def waiting(x: Any) -> Unfinished | None:
 
 
 def convolve(how: StageConvolution, plain: Plain, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution of a plain or pending x, waiting."""
+    """The convolution of a plain or pending x, waiting; computed at once where no kernel of ours would gain by it."""
     work = waiting(x)
-    before = None if work is None else work.before
-    if work is None or before is None:
-        x = value_of(x)
-    else:
-        x = work.call.run(False).y
-        if stages.unpaid(how, x, before, weight, bias):
-            x, before = work.value(), None
-    if torch.is_autocast_enabled("cpu") and x.dtype is torch.float32:
-        if before is not None and work is not None:
-            x, before = work.value(), None
+    if work is not None and work.before is not None and how.op == "normal":
+        note(Explanation("normal_stage_input", "kept", reasons={"computed again": _KEPT}))
+    elif work is not None and work.before is not None:
+        z, before = work.call.run(False).y, work.before
+        cast = z.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+        if not cast and not stages.unpaid(how, z, before, weight, bias, True):
+            return _waiting(Call(how, plain, z, before, weight, bias))
+    x = value_of(x)
+    if x.dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
-    call = Call(how, plain, x, before, weight, bias)
-    size = how.geometry.output_size(x.shape[2:], weight.shape[2:])
-    return Pending.of(Unfinished(call, None), _outline(x, weight.shape[0], size))
+    reason = stages.unpaid(how, x, None, weight, bias, True)
+    if reason:
+        note(Explanation(f"{how.op}_stage", "torch", reasons={"halide": reason}))
+        return plain(x, weight, bias)
+    return _waiting(Call(how, plain, x, None, weight, bias))
 
 
-def _outline(x: Tensor, channels: int, size: Sequence[int]) -> tuple[Any, ...]:
+_KEPT = "PyTorch's convolution reads it from memory both ways, which takes less time than to make it twice"
+
+
+def _waiting(call: Call) -> Tensor:
+    x, weight = call.x, call.weight
+    outline = _outline(call.how, x.shape, weight.shape, x.dtype, x.device)
+    return Pending.of(Unfinished(call, None), outline)
+
+
+@lru_cache(maxsize=1024)
+def _outline(
+    how: StageConvolution, image: torch.Size, weight: torch.Size, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, ...]:
     """Shape, strides, dtype and device of what a convolution makes of a channels_last image."""
-    height, width = size
-    shape = (x.shape[0], channels, height, width)
-    return shape, (channels * height * width, 1, width * channels, channels), x.dtype, x.device
+    channels, (height, width) = weight[0], how.geometry.output_size(image[2:], weight[2:])
+    shape = (image[0], channels, height, width)
+    return shape, (channels * height * width, 1, width * channels, channels), dtype, device
 
 
 def laid_out(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ Each takes what PyTorch's own takes, and returns ``NotImplemented`` where the nu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from sepconv.activations import with_parameters
 from sepconv.ops import stages
 from sepconv.ops.pending import HANDLERS, Call, Pending, Unfinished, is_ordinary, value_of, waiting
-from sepconv.ops.stages import Before
+from sepconv.ops.stages import Before, number
 
 
 def _postpones(*functions: Any) -> Callable[[Any], Any]:
@@ -66,37 +67,28 @@ def _is_vector(vector: Tensor | None, channels: int) -> bool:
 
 
 def _pays(call: Call) -> bool:
-    """Whether a kernel of ours gathers the statistics of what a convolution gives, or has done so."""
-    if call.output is not None:
-        return call.output.mean is not None
-    return not stages.unpaid(call.how, call.x, call.before, call.weight, call.bias, True)
+    """Whether a kernel of ours may still gather the statistics of what a convolution gives, or has done so."""
+    return call.output is None or call.output.mean is not None
 
 
-@torch.no_grad()
 def _follow(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, count: int) -> None:
     """Running statistics go after those of this batch; that of the variance is the unbiased one."""
-    running_mean.lerp_(mean, momentum)
-    running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    running_mean.lerp_(mean.detach(), momentum)
+    running_var.mul_(number(1 - momentum)).add_(var.detach(), alpha=momentum * count / (count - 1))
 
 
 def _activate(input: Any, activation: str, inplace: bool = False) -> Any:
     work = waiting(input)
     if work is None or not torch.is_grad_enabled():
         return NotImplemented
-    before = _alone(work, activation) if work.before is None else work.before._replace(activation=activation)
-    if before is None or (work.before is not None and work.before.activation):
+    norm = work.before
+    if norm is None or norm.activation:  # alone it is no pass saved: what is read would be made again
         return NotImplemented
+    before = Before(*norm[:5], activation)
     if inplace:
         work.before = before
         return input
     return Pending.of(Unfinished(work.call, before), input.outline)
-
-
-def _alone(work: Unfinished, activation: str) -> Before | None:
-    """An activation right behind a convolution: None where it is better computed now."""
-    with work.as_when_made():
-        z = work.call.run(False).y
-    return None if stages.unpaid_activation(z, activation) else stages.without_norm(z.shape[1], activation)
 
 
 def _usual(name: str) -> Callable[..., Any]:
@@ -118,7 +110,10 @@ _postpones(F.tanh)(_method("tanh"))
 
 @_postpones(F.hardtanh)
 def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    return _activate(input, with_parameters("clamp", min_val, max_val), inplace)
+    return _activate(input, _clamp(min_val, max_val), inplace)
+
+
+_clamp = lru_cache(maxsize=64)(partial(with_parameters, "clamp"))
 
 
 @_postpones(F.leaky_relu)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels import stages as kernels
-from sepconv.kernels.case import Geometry, Outline
-from sepconv.kernels.prologue import Deviation, Prologue, StageCase, StageGradients, StageOutput
+from sepconv.kernels.case import Geometry
+from sepconv.kernels.prologue import Deviation, Prologue, StageGradients, StageOutput
 from sepconv.kernels.torch import aten
 from sepconv.ops import tracing
 from sepconv.ops.autograd import laid_out_as
@@ -125,9 +125,15 @@ def composed_gradients(
     return tuple([next(each) if needed and t is not None else None for t, needed in zip(named, need, strict=True)])
 
 
-def _by_pytorch(*tensors: Tensor | None) -> bool:
+def _by_pytorch(grads: Sequence[Tensor | None]) -> bool:
     """Whether somebody looks through the way back."""
-    return torch.is_grad_enabled() or tracing.transformed(*tensors)
+    return torch.is_grad_enabled() or tracing.transformed(*grads)
+
+
+@lru_cache(maxsize=256)
+def number(value: float) -> Tensor:
+    """As a tensor: an operation with a number makes one each time, in more time than it takes for small vectors."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class _Norm(NamedTuple):
@@ -138,10 +144,10 @@ class _Norm(NamedTuple):
 
     @classmethod
     def of(cls, before: Before) -> _Norm:
-        deviation = torch.rsqrt(before.var + before.eps)
+        deviation = (before.var + number(before.eps)).rsqrt_()
         scale = deviation if before.weight is None else deviation * before.weight
         bias = torch.zeros_like(before.mean) if before.bias is None else before.bias
-        return cls(Prologue(before.mean.detach(), scale, bias.detach(), before.activation), deviation)
+        return cls(Prologue(before.mean, scale, bias, before.activation), deviation)
 
     def gradients(self, total: Tensor, weighed: Tensor, need: Sequence[bool]) -> list[Tensor | None]:
         """Of mean, var, weight and bias, from the sums that come out of the image's gradient.
@@ -149,10 +155,11 @@ class _Norm(NamedTuple):
         ``total`` is the sum of the gradient in front of the activation, ``weighed`` that times ``x - mean``.
         """
         scale, deviation = self.prologue.scale, self.deviation
+        of_weight = weighed * deviation
         return [
             (scale * total).neg_() if need[0] else None,
-            (scale * weighed).mul_(deviation).mul_(deviation).mul_(-0.5) if need[1] else None,
-            weighed * deviation if need[2] else None,
+            (scale * of_weight).mul_(deviation).mul_(number(-0.5)) if need[1] else None,
+            of_weight if need[2] else None,
             total if need[3] else None,
         ]
 
@@ -182,7 +189,7 @@ class _Stage(torch.autograd.Function):
         grad, need = grads[0], ctx.needs_input_grad[3:]
         if grad is None and all(other is None for other in grads):
             return (None,) * (3 + len(given))
-        if _by_pytorch(grad, x, weight):
+        if _by_pytorch(grads):
             return None, None, None, *_stage_by_pytorch(ctx, grads, given)
         deviation = None
         if y is not None and (grads[1] is not None or grads[2] is not None):
@@ -201,9 +208,9 @@ class _Stage(torch.autograd.Function):
 
 
 def _deviation(y: Tensor, mean: Tensor, grad_mean: Tensor | None, grad_var: Tensor | None) -> Deviation:
-    count = y.numel() // y.shape[1]
-    offset = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
-    slope = torch.zeros_like(mean) if grad_var is None else grad_var * (2.0 / count)
+    share = y.shape[1] / y.numel()
+    offset = torch.zeros_like(mean) if grad_mean is None else grad_mean * number(share)
+    slope = torch.zeros_like(mean) if grad_var is None else grad_var * number(2 * share)
     return Deviation(y, mean, offset, slope)
 
 
@@ -218,6 +225,10 @@ def _stage_by_pytorch(
         return _composed_stage(how, x, before, weight, bias)[: len(grads)]
 
     return composed_gradients(compose, grads, given, ctx.needs_input_grad[3:])
+
+
+_stage: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Stage).apply
+"""Without what PyTorch asks for the sake of ``torch.func``, which never gets here: 5 us a call instead of 8."""
 
 
 class _Finish(torch.autograd.Function):
@@ -237,7 +248,7 @@ class _Finish(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, *norm = ctx.saved_tensors
         need, rest = ctx.needs_input_grad[1:], ctx.rest
-        if _by_pytorch(grad, x):
+        if _by_pytorch((grad,)):
 
             def compose(x: Tensor, *norm: Any) -> tuple[Tensor]:
                 return (composed(x, Before.of(norm, *rest)),)
@@ -246,6 +257,9 @@ class _Finish(torch.autograd.Function):
         found = kernels.finish_gradients(grad, x, ctx.ready.prologue)
         of_norm = ctx.ready.gradients(found.sum, found.deviation, need[1:5])
         return None, found.x if need[0] else None, *of_norm, grad if need[5] else None
+
+
+_finish: Callable[..., Tensor] = super(torch.autograd.Function, _Finish).apply
 
 
 def stage(
@@ -264,7 +278,7 @@ def stage(
         x: (N, C, H, W)    weight: (O, C/groups, kH, kW)    ->    y: (N, O, Ho, Wo), mean and var: (O,)
     """
     norm, rest = _taken_apart(before)
-    found = _Stage.apply(how, statistics, rest, x, *norm, weight, bias)
+    found = _stage(how, statistics, rest, x, *norm, weight, bias)
     return StageOutput(*found) if statistics else StageOutput(found[0], None, None)
 
 
@@ -275,28 +289,7 @@ def finish(x: Tensor, before: Before, residual: Tensor | None = None) -> Tensor:
         x, residual: (N, C, H, W)    ->    (N, C, H, W)
     """
     norm, rest = _taken_apart(before)
-    y: Tensor = _Finish.apply(rest, x, *norm, residual)
-    return y
-
-
-@lru_cache(maxsize=256)
-def without_norm(channels: int, activation: str) -> Before:
-    """An activation alone, as a norm that changes no number."""
-    zeros, ones = torch.zeros(channels), torch.ones(channels)
-    return Before(zeros, ones, None, None, 0.0, activation)
-
-
-def unpaid_activation(z: Tensor, activation: str) -> str:
-    """Why no kernel of ours finishes an activation, so that it is better done at once; "" if one does."""
-    outline = Outline.of(z)
-    return _unpaid_finish(outline, activation, torch.get_num_threads())
-
-
-@lru_cache(maxsize=1024)
-def _unpaid_finish(outline: Outline, activation: str, threads: int) -> str:
-    cases = [StageCase("finish", which, outline, outline, prologue=activation) for which in ("forward", "gradients")]
-    left = [choice for choice in map(kernels.choose, cases) if choice.backend.name == "torch"]
-    return "; ".join(reason for choice in left for reason in choice.reasons.values() or ["there is no kernel"])
+    return _finish(rest, x, *norm, residual)
 
 
 def _taken_apart(before: Before | None) -> tuple[Sequence[Tensor | None], tuple[float, str]]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from contextlib import suppress
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +70,12 @@ def _sources() -> str:
 
 
 def _triton() -> str:
+    """Builds of PyTorch for AMD bring it in a package of another name, so that the module is asked."""
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        import triton
+    except ImportError:
         return ""
+    return str(triton.__version__)
 
 
 @lru_cache(maxsize=16)
@@ -93,8 +94,11 @@ def _device(device: torch.device) -> str:
 def _settings() -> str:
     """What PyTorch's choice of a kernel depends on besides."""
     cudnn = torch.backends.cudnn
-    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    return f"{flags} {torch.are_deterministic_algorithms_enabled()}"
+    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, getattr(cudnn, "depthwise_kernel", ""))
+    # Where precision was set by operation, as PyTorch 2.9 and later can, it refuses to tell allow_tf32.
+    conv: Any = getattr(cudnn, "conv", None)
+    precision = cudnn.allow_tf32 if conv is None else conv.fp32_precision
+    return f"{flags} {precision} {torch.are_deterministic_algorithms_enabled()}"
 
 
 def _text(case: Case) -> str:

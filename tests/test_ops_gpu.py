@@ -127,6 +127,19 @@ def test_what_fails_when_it_is_called_gives_way(proofs: list[str], monkeypatch: 
     assert told.reasons["triton"] == "it failed on this device: RuntimeError: misaligned address"
 
 
+def test_images_at_addresses_that_were_not_proven_are_pytorchs(proofs: list[str]) -> None:
+    """The code for them reads fewer bytes at once. Where numbers are read one by one, nothing depends on it."""
+    memory, (_, weight, bias) = torch.randn(1000).to(DEVICE), _tensors()
+    odd = memory[1:241].view(1, 5, 6, 8).permute(0, 3, 1, 2)
+    [told] = sepconv.explain(sepconv.depthwise_conv2d, odd, weight, bias)
+    assert (told.kernel, told.reasons["triton"]) == (
+        "torch", "a tensor's memory begins at no multiple of 16 bytes",
+    )  # fmt: skip
+    contiguous = memory[1:241].view(1, 8, 5, 6)
+    [told] = sepconv.explain(sepconv.depthwise_conv2d, contiguous, weight, bias)
+    assert told.kernel == "triton"
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_while_a_graph_is_captured_pytorchs_kernel_runs(
     proofs: list[str], monkeypatch: pytest.MonkeyPatch, needs_grad: bool

@@ -150,10 +150,14 @@ def _chosen(case: Case) -> Kernel:
 
 
 def prepare(case: Case) -> Callable[..., Tensor]:
-    """Where a launch fails, as for a tensor whose address asks for other code, the next kernel computes."""
-    launched = _chosen(case)
+    """Where a launch fails, the next kernel computes; also for images at addresses that ask for code that was not
+    proven, with loads of fewer bytes."""
+    launched, together = _chosen(case), plan.reads_together(case)
+    images = 2 if case.which == "grad_weight" else 1  # filters are copied first
 
     def run(*tensors: Tensor | None) -> Tensor:
+        if together and any(t is not None and t.data_ptr() % plan.BYTES_AT_ONCE for t in tensors[:images]):
+            raise BuildError(f"a tensor's memory begins at no multiple of {plan.BYTES_AT_ONCE} bytes")
         try:
             return launched(*tensors)
         except torch.OutOfMemoryError:

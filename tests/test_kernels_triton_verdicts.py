@@ -84,9 +84,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(verdict_files: Path) -> Non
 def test_tritons_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its package has other names in builds for AMD."""
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.9.9+rocm"))
-    assert verdicts._triton() == "3.9.9+rocm"
+    assert verdicts.triton_version() == "3.9.9+rocm"
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert verdicts._triton() == ""
+    assert verdicts.triton_version() == ""
 
 
 def test_a_verdict_is_of_these_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def _sources() -> str:
     return total.hexdigest()
 
 
-def _triton() -> str:
+def triton_version() -> str:
     """Builds of PyTorch for AMD bring it in a package of another name, so that the module is asked."""
     try:
         import triton
@@ -82,12 +82,12 @@ def _triton() -> str:
 def _device(device: torch.device) -> str:
     """The device, its driver, and the versions of what runs on it."""
     if device.type != "cuda":
-        return f"{device.type} {torch.__version__} {_triton()}"
+        return f"{device.type} {torch.__version__} {triton_version()}"
     found = torch.cuda.get_device_properties(device)
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     kind = (found.name, found.major, found.minor, found.multi_processor_count, found.total_memory)
     return f"{kind} {driver} {torch.version.cuda} {torch.version.hip} {torch.backends.cudnn.version()} " + (
-        f"{torch.__version__} {_triton()}"
+        f"{torch.__version__} {triton_version()}"
     )
 
 

@@ -2,7 +2,7 @@
 
 Every case of `sepconv bench ops`, each pass, number type and layout, is proven as in use: compared with PyTorch's
 kernel for the same tensors and timed beside it. Nothing that was proven before is asked. Most of the time is spent on
-compiling; `--match` and `--dtypes` take a part.
+compiling; no case is begun after `--minutes`, and the record says how many were left. It is written after every case.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import statistics
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit import code_cache
 from sepconv.kernels.triton import depthwise, events, plan
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 COPIED = 2**28
 Row = dict[str, Any]
 
@@ -68,12 +70,13 @@ def rows(one: OpCase, dtype: str, copy: float) -> Iterator[Row]:
 
 def summary(found: list[Row]) -> dict[str, float]:
     """Per number type the geometric mean over PyTorch's better layout of all three passes together, losses included:
-    each contender in its better layout, ours where it is used."""
+    each contender in its better layout, ours where it is used. A layout without times of all passes is left out."""
     means = {}
+    timed = Counter((row["dtype"], row["case"], row["layout"]) for row in found if row["torch_ms"])
     for dtype in DTYPES:
         sums: dict[str, dict[tuple[str, str], float]] = {}
         for row in found:
-            if row["dtype"] == dtype and row["torch_ms"]:
+            if row["dtype"] == dtype and timed[dtype, row["case"], row["layout"]] == len(operations.PASSES):
                 used = row["ours_ms"] if row["used"] else row["torch_ms"]
                 for who, ms in (("torch", row["torch_ms"]), ("sepconv", used)):
                     times = sums.setdefault(row["case"], {})
@@ -88,28 +91,48 @@ def summary(found: list[Row]) -> dict[str, float]:
     return means
 
 
-def main() -> None:
+def measure(wanted: list[tuple[str, OpCase]], copy: float, minutes: float, name: str) -> list[Row]:
+    """The rows of all cases that are begun in time; what there is so far is on disk."""
+    found: list[Row] = []
+    end = time.monotonic() + 60 * minutes
+    for done, (dtype, one) in enumerate(wanted):
+        if time.monotonic() >= end:
+            print(f"{len(wanted) - done} of {len(wanted)} cases are left after {minutes:g} minutes")
+            break
+        for row in rows(one, dtype, copy):
+            found.append(row)
+            times = f"{row['ours_ms']:.4f} ms, PyTorch {row['torch_ms']:.4f} ms"
+            print(one.name, dtype, row["layout"], row["pass"], times, row["reason"], flush=True)
+        left, means = len(wanted) - done - 1, summary(found)
+        save(name, stamped(copy_gb_per_s=round(copy, 1), geometric_means=means, cases_left=left, records=found))
+    return found
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", default="", help="only cases with this in their name")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="number types, by commas")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no case is begun after them")
     options = parser.parse_args()
+    options.dtypes = options.dtypes.split(",")
+    if unknown := set(options.dtypes) - set(DTYPES):
+        parser.error(f"--dtypes must be of {', '.join(DTYPES)}, but got {', '.join(sorted(unknown))}")
+    return options
+
+
+def main() -> None:
+    options = parsed()
     reason = "there is no GPU that this PyTorch can use" if not torch.cuda.is_available() else depthwise.missing()
     if reason:
         sys.exit(f"benchmarks.gpu: {reason}")
+    wanted = [(dtype, one) for dtype in options.dtypes for one in operations.CASES if options.match in one.name]
+    if not wanted:
+        sys.exit(f"benchmarks.gpu: no case has {options.match!r} in its name")
     device = torch.device("cuda", torch.cuda.current_device())
-    copy, found = copy_gigabytes_per_second(device), []
+    name = "gpu-" + "-".join(torch.cuda.get_device_name(device).lower().replace("/", " ").split())
     with tempfile.TemporaryDirectory() as folder:
         os.environ[code_cache.VARIABLE] = folder
-        for dtype in options.dtypes.split(","):
-            for one in operations.CASES:
-                if options.match in one.name:
-                    for row in rows(one, dtype, copy):
-                        found.append(row)
-                        times = f"{row['ours_ms']:.4f} ms, PyTorch {row['torch_ms']:.4f} ms"
-                        print(one.name, dtype, row["layout"], row["pass"], times, row["reason"], flush=True)
-    name = "gpu-" + "-".join(torch.cuda.get_device_name(device).lower().split())
-    print(summary(found))
-    save(name, stamped(copy_gb_per_s=round(copy, 1), geometric_means=summary(found), records=found))
+        print(summary(measure(wanted, copy_gigabytes_per_second(device), options.minutes, name)))
 
 
 if __name__ == "__main__":

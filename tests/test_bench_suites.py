@@ -53,7 +53,7 @@ def test_numbers_of_16_bits_are_verified_and_recorded_apart() -> None:
     assert [2 * r.bytes for r in found] == [r.bytes for r in in_float32]
 
 
-def test_a_gpu_is_timed_by_events_and_pytorchs_error_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_timed_by_events_and_pytorchs_error_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Here the CPU is called a GPU."""
     make = operations.make_tensors
     monkeypatch.setattr(operations, "make_tensors", lambda case, form, dtype, device: make(case, form, dtype))
@@ -78,6 +78,15 @@ def test_a_gpu_is_timed_by_events_and_pytorchs_error_recorded(monkeypatch: pytes
         asked == [(sorted(["torch-nchw", "sepconv-nchw", "torch-nhwc", "sepconv-nhwc"]), torch.device("cuda", 0))] * 3
     )
     assert max(r.max_error for r in found if r.contender == "torch-nchw") > 1
+    # The whole suite: its file and its tables, on a machine that may have no Halide.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(operations, "CASES", [SMALL])
+    monkeypatch.setattr(run, "fma_peak_gflops", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 1000")
+    written = tmp_path / "ops.json"
+    run.run("ops-cuda", [1], 0.001, "", written, "sepconv bench ops --device cuda", lambda *_: None)
+    assert SMALL.name in str(tables.operations(tables.read(written), 1))
+    assert "over PyTorch's better layout" in " ".join(str(tables.operations_summary(tables.read(written))).split())
     assert all(r.max_error <= 1 for r in found if r.contender == "sepconv")
 
 

@@ -11,7 +11,7 @@ import torch
 from cases import CASES, Case
 from kernel_checks import depthwise_case
 from torch import Tensor
-from triton_checks import DEVICE, forward, grad_input, grad_weight, kernel, needs_triton
+from triton_checks import DEVICE, forward, grad_input, grad_weight, kernel, needs_triton, small
 
 from sepconv import reference
 from sepconv.kernels import layout
@@ -258,15 +258,30 @@ def test_a_gradient_of_filters_is_the_same_in_every_run() -> None:
     assert torch.equal(first, second)
 
 
-@pytest.mark.slow
-def test_offsets_of_64_bits() -> None:
-    """A view whose last image lies beyond 2^31 numbers, of memory that is there for its first and last pages only."""
-    memory = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
-    x = memory.as_strided((2, 3, 4, 5), (2**31, 20, 5, 1))
-    x.copy_(torch.randn(2, 3, 4, 5))
-    weight, walk = torch.randn(3, 1, 3, 3).half().to(DEVICE), ((1, 1), ((1, 1), (1, 1)), (1, 1))
-    known = depthwise_case("forward", x, weight, *walk)
-    assert plan.launch(known, plan.schedules(known)[0]).form.wide
-    y = forward(x, weight, None, *walk).cpu().double()
-    truth = reference.depthwise_conv(x.cpu().double(), weight.cpu().double(), None, *walk)
-    torch.testing.assert_close(y, truth, rtol=2e-3, atol=2e-3)
+_FAR = 2**30 + 64
+"""Two of these steps are beyond what 32 bits hold."""
+_ALONG = [
+    pytest.param(at, id=name, marks=[pytest.mark.slow] * (name != "depth"))
+    for at, name in enumerate(("image", "channel", "depth", "row", "column"))
+]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("which", ["forward", "grad_input", "grad_weight"])
+@pytest.mark.parametrize("along", _ALONG)
+def test_offsets_of_64_bits(along: int, which: str) -> None:
+    """A view whose last numbers lie beyond 2^31, of memory of which nothing is there but the pages that it touches."""
+    size, steps = (3, 3, 3, 3, 3), [81, 27, 9, 3, 1]
+    steps[along] = _FAR
+    read = torch.empty(2 * _FAR + 4096, dtype=torch.float16, device=DEVICE).as_strided(size, steps)
+    weight = torch.randn(3, 1, 1, 3, 2).half().to(DEVICE)
+    values, filters = read.copy_(torch.randn(size)).cpu().double(), weight.cpu().double()
+    walk = (1, 1, 1), ((0, 0), (1, 1), (1, 0)), (1, 1, 1)
+    second, wanted = {"forward": (weight, None), "grad_input": (weight, size), "grad_weight": (read, weight.shape)}[
+        which
+    ]
+    known = depthwise_case(which, read, second, *walk, size=wanted)
+    assert plan.launch(known, small(known)).form.wide
+    truth = dict(zip(("grad_input", "grad_weight"), _gradients(values, filters, values, walk), strict=True))
+    truth["forward"] = reference.depthwise_conv(values, filters, None, *walk)
+    torch.testing.assert_close(kernel(known)(read, second).cpu().double(), truth[which], rtol=2e-3, atol=2e-3)

@@ -16,6 +16,15 @@ from triton_checks import needs_triton
 pytestmark = needs_triton
 
 _TARGETS: list[tuple[str, Any]] = [("cuda", 80), ("cuda", 90), ("cuda", 100), ("hip", "gfx942")]
+# All of them on one target of each compiler; on the others a kind of numbers in each layout.
+_ON_TARGETS = [
+    pytest.param(target, layout, dtype, id=f"{target[1]}-{layout}-{dtype}")
+    for target in _TARGETS
+    for layout, dtypes in {
+        "channels_last": ("bfloat16", "float32"), "contiguous": ("float32", "bfloat16"),
+    }.items()
+    for dtype in (dtypes if target[1] in (90, "gfx942") else dtypes[:1])
+]  # fmt: skip
 _PASSES = ("forward", "grad_input", "grad_weight")
 
 
@@ -54,9 +63,7 @@ def test_channels_last_is_read_16_bytes_at_once_and_nothing_is_spilled(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", _TARGETS, ids=lambda target: str(target[1]))
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("target", "layout", "dtype"), _ON_TARGETS)
 def test_on_every_target(target: tuple[str, Any], layout: str, dtype: str, tmp_path: Path) -> None:
     sizes = [(3, 1), (3, 2), (5, 1), (7, 1), (31, 1)]
     wanted = [[*target, dtype, layout, which, *size, 0] for which in _PASSES for size in sizes]
@@ -68,10 +75,8 @@ def test_on_every_target(target: tuple[str, Any], layout: str, dtype: str, tmp_p
 def test_every_tile_that_is_tried(which: str, tmp_path: Path) -> None:
     [first] = _codes([["cuda", 90, "bfloat16", "channels_last", which, 3, 1, 0]], tmp_path)
     assert first["tiles"] > 1
-    for layout in ("channels_last", "contiguous"):
-        for size in (3, 7):
-            tiles = range(first["tiles"] if (layout, size) == ("channels_last", 3) else 1)
-            _check([["cuda", 90, "bfloat16", layout, which, size, 1, tile] for tile in tiles], tmp_path)
+    tiles = range(1, first["tiles"])
+    _check([["cuda", 90, "bfloat16", "channels_last", which, 3, 1, tile] for tile in tiles], tmp_path)
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,12 +50,43 @@ def test_verdicts_are_remembered_on_disk(verdict_files: Path) -> None:
     assert json.loads(file.read_text()).keys() == {"case", "schedule", "ours", "pytorch", "fault"}
 
 
-def test_settings_that_change_pytorchs_kernel_are_part_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _case()
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (torch.backends.cudnn, "benchmark", True),
+        (torch.backends.cudnn, "allow_tf32", False),
+        # Once this is set PyTorch refuses to tell allow_tf32.
+        (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_that_change_pytorchs_kernel_are_part_of_a_verdict(where: Any, name: str, value: Any) -> None:
+    case, before = _case(), getattr(where, name)
     verdicts.keep(case, Verdict(0, _FAST, _SLOW))
     verdicts.forget()
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    setattr(where, name, value)
+    try:
+        assert verdicts.find(case, 1) is None
+    finally:
+        setattr(where, name, before)
+    assert verdicts.find(case, 1) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(verdict_files: Path) -> None:
+    (verdict_files / "gpu").write_text("a file where the folder should be")
+    case = _case()
+    verdicts.keep(case, Verdict(0, _FAST, _SLOW))
+    assert verdicts.find(case, 1) is not None
+    verdicts.forget()
     assert verdicts.find(case, 1) is None
+
+
+def test_tritons_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its package has other names in builds for AMD."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.9.9+rocm"))
+    assert verdicts.triton_version() == "3.9.9+rocm"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert verdicts.triton_version() == ""
 
 
 def test_a_verdict_is_of_these_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_checks import DEVICE, kernel, needs_triton
 
 import sepconv
@@ -126,6 +127,19 @@ def test_what_fails_when_it_is_called_gives_way(proofs: list[str], monkeypatch: 
     assert told.reasons["triton"] == "it failed on this device: RuntimeError: misaligned address"
 
 
+def test_images_at_addresses_that_were_not_proven_are_pytorchs(proofs: list[str]) -> None:
+    """The code for them reads fewer bytes at once. Where numbers are read one by one, nothing depends on it."""
+    memory, (_, weight, bias) = torch.randn(1000).to(DEVICE), _tensors()
+    odd = memory[1:241].view(1, 5, 6, 8).permute(0, 3, 1, 2)
+    [told] = sepconv.explain(sepconv.depthwise_conv2d, odd, weight, bias)
+    assert (told.kernel, told.reasons["triton"]) == (
+        "torch", "a tensor's memory begins at no multiple of 16 bytes",
+    )  # fmt: skip
+    contiguous = memory[1:241].view(1, 8, 5, 6)
+    [told] = sepconv.explain(sepconv.depthwise_conv2d, contiguous, weight, bias)
+    assert told.kernel == "triton"
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_while_a_graph_is_captured_pytorchs_kernel_runs(
     proofs: list[str], monkeypatch: pytest.MonkeyPatch, needs_grad: bool
@@ -184,3 +198,27 @@ def test_a_compiled_graph_calls_the_same_kernels(proofs: list[str]) -> None:
     y.sum().backward()
     assert proofs == ["forward", "grad_weight"]
     torch.testing.assert_close(y, F.conv2d(x, layer.weight, layer.bias, 1, 1, 1, 8).relu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
+def test_other_halves_of_layers_have_pytorchs_own_gradients(needs: tuple[bool, bool, bool]) -> None:
+    """Off the CPU no product stands in for a convolution or a sum: settings of precision differ between them there."""
+    x = torch.empty(2, 8, 5, 6, device="meta").contiguous(memory_format=torch.channels_last)
+    weight, asked = torch.empty(4, 8, 1, 1, device="meta"), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(str(func.overloadpacket))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        grads = autograd._pointwise_grads(needs, torch.empty(2, 4, 5, 6, device="meta"), x, weight)
+    assert [grad is not None for grad in grads] == list(needs)
+    assert next(name for name in asked if name != "aten.empty") == "aten.convolution_backward"
+    assert ("aten.sum" in asked) == needs[2]
+    assert not {"aten.mm", "aten.bmm"} & set(asked)
+    assert grads[1] is None or grads[1].stride() == weight.stride()
+    image = torch.empty(2, 4, 5, 6, device="meta").contiguous(memory_format=torch.channels_last)
+    with Watch():
+        assert autograd._sum_to_bias(image).shape == (4,)
+    assert asked[-1] == "aten.sum"

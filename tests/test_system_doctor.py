@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import threadpoolctl
@@ -133,6 +134,10 @@ def test_on_a_gpu_it_says_what_is_missing_and_what_was_proven(monkeypatch: pytes
     assert (found.status, found.remedy) == ("missing", "pip install 'sepconv[gpu]'")
     assert "PyTorch's kernels alone run there; the package triton cannot be imported" in found.detail
     monkeypatch.setattr(doctor.triton_kernels, "missing", lambda: "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=6, minor=1))
+    assert doctor._gpu().detail.endswith("capability 7.0 and later, and this device has 6.1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "one.json").touch()

@@ -50,7 +50,7 @@ def laid_out_as(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def _sum_to_bias(grad: Tensor) -> Tensor:
-    if not is_channels_last(grad):
+    if not (grad.is_cpu and is_channels_last(grad)):
         return grad.sum([0, *range(2, grad.dim())])
     # A product with ones takes half the time of PyTorch's sum over the first dimension.
     pixels = _pixels(grad)
@@ -111,7 +111,15 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _pointwise_grads(need: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor) -> Gradients:
-    """By PyTorch's matrix products, which need no packed copy of weights that change in every step."""
+    """By PyTorch's matrix products, which need no packed copy of weights that change in every step.
+
+    On other devices than CPUs as PyTorch's convolutions do it: there its settings for products are others.
+    """
+    if not grad.is_cpu:
+        pixels = Geometry.of_pixels(grad.dim() - 2)
+        of_x, of_weight = aten.convolution_gradients(grad, x, weight, pixels, (need[0], need[1]))
+        of_weight = None if of_weight is None else laid_out_as(weight, of_weight)
+        return of_x, of_weight, _sum_to_bias(grad) if need[2] else None
     matrix, grad_x, grad_weight = weight.flatten(1), None, None
     if need[0] and is_channels_last(grad):
         grad_x = (_pixels(grad) @ matrix).unflatten(0, (grad.shape[0], *grad.shape[2:])).movedim(-1, 1)

@@ -109,9 +109,11 @@ def _gpu() -> Finding:
     if reason:
         detail = f"{name}: PyTorch's kernels alone run there; {reason}"
         return Finding("gpu", "missing", detail, "pip install 'sepconv[gpu]'")
+    if reason := triton_kernels.too_old(torch.device("cuda", torch.cuda.current_device())):
+        return Finding("gpu", "ok", f"{name}: PyTorch's kernels alone run there; {reason}")
     folder = verdicts.folder()
     proven = f"{len(list(folder.glob('*.json')))} proofs in {folder}" if folder else "proofs are not kept on disk"
-    detail = f"{name}, triton {environment.installed('triton')}: depthwise kernels are tried there; {proven}"
+    detail = f"{name}, triton {verdicts.triton_version()}: depthwise kernels are tried there; {proven}"
     return Finding("gpu", "ok", detail)
 
 

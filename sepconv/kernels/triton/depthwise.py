@@ -52,7 +52,7 @@ def supports(case: Case) -> str:
     """Why this kernel cannot do it, in a sentence; "" if it can."""
     if case.x.device.type != "cuda":
         return f"the kernel runs on cuda tensors but got device {case.x.device}"
-    return unsuitable(case) or missing() or _too_old(case.x.device)
+    return unsuitable(case) or missing() or too_old(case.x.device)
 
 
 def unsuitable(case: Case) -> str:
@@ -75,7 +75,8 @@ def unsuitable(case: Case) -> str:
     return f"{programs} programs are more than a launch can have" if programs > plan.MOST_PROGRAMS else ""
 
 
-def _too_old(device: torch.device) -> str:
+def too_old(device: torch.device) -> str:
+    """Why Triton has no code for it, in a sentence; "" if it has."""
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip is None and found.major < 7:
         return f"Triton compiles for compute capability 7.0 and later, and this device has {found.major}.{found.minor}"
@@ -150,10 +151,14 @@ def _chosen(case: Case) -> Kernel:
 
 
 def prepare(case: Case) -> Callable[..., Tensor]:
-    """Where a launch fails, as for a tensor whose address asks for other code, the next kernel computes."""
-    launched = _chosen(case)
+    """Where a launch fails, the next kernel computes; also for images at addresses that ask for code that was not
+    proven, with loads of fewer bytes."""
+    launched, together = _chosen(case), plan.reads_together(case)
+    images = 2 if case.which == "grad_weight" else 1  # filters are copied first
 
     def run(*tensors: Tensor | None) -> Tensor:
+        if together and any(t is not None and t.data_ptr() % plan.BYTES_AT_ONCE for t in tensors[:images]):
+            raise BuildError(f"a tensor's memory begins at no multiple of {plan.BYTES_AT_ONCE} bytes")
         try:
             return launched(*tensors)
         except torch.OutOfMemoryError:

@@ -14,7 +14,7 @@ from sepconv.kernels.triton.tiles import Extent
 
 MOST_PROGRAMS = 2**31 - 1
 _LARGEST_OFFSET = 2**31 - 1
-_BYTES_AT_ONCE = 16
+BYTES_AT_ONCE = 16
 _MOST_SHARES = 1024
 
 
@@ -41,7 +41,12 @@ def _unit(views: tuple[View, View], itemsize: int) -> int:
     if any(v.of_channel != 1 for v in views):
         return 1
     steps = [s for v in views for s in (v.channels, v.of_image, v.of_depth, v.of_row, v.of_column)]
-    return gcd(_BYTES_AT_ONCE // itemsize, *steps)
+    return gcd(BYTES_AT_ONCE // itemsize, *steps)
+
+
+def reads_together(case: Case) -> bool:
+    """Whether several numbers are read at once."""
+    return _unit((view(case.x), view(case.y)), case.x.dtype.itemsize) > 1
 
 
 def pixelwise(case: Case) -> bool:
@@ -58,7 +63,7 @@ def schedules(case: Case) -> tuple[Schedule, ...]:
     phases = triple(case.geometry.stride if case.which == "grad_input" else (1,) * case.x.dims, 1)
     over = view(case.y if case.which == "grad_weight" else case.result)
     kernel = triple(case.kernel_size, 1)
-    vector = _BYTES_AT_ONCE // case.x.dtype.itemsize if pixelwise(case) else 0
+    vector = BYTES_AT_ONCE // case.x.dtype.itemsize if pixelwise(case) else 0
     rows, columns = -(-over.rows // phases[1]), -(-over.columns // phases[2])
     extent = Extent(over.channels, rows, columns, kernel[1], kernel[2], vector)
     make = tiles.of_filters if case.which == "grad_weight" else tiles.gathering

@@ -11,7 +11,6 @@ import hashlib
 import json
 from contextlib import suppress
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +69,36 @@ def _sources() -> str:
     return total.hexdigest()
 
 
-def _triton() -> str:
+def triton_version() -> str:
+    """Builds of PyTorch for AMD bring it in a package of another name, so that the module is asked."""
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        import triton
+    except ImportError:
         return ""
+    return str(triton.__version__)
 
 
 @lru_cache(maxsize=16)
 def _device(device: torch.device) -> str:
     """The device, its driver, and the versions of what runs on it."""
     if device.type != "cuda":
-        return f"{device.type} {torch.__version__} {_triton()}"
+        return f"{device.type} {torch.__version__} {triton_version()}"
     found = torch.cuda.get_device_properties(device)
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     kind = (found.name, found.major, found.minor, found.multi_processor_count, found.total_memory)
     return f"{kind} {driver} {torch.version.cuda} {torch.version.hip} {torch.backends.cudnn.version()} " + (
-        f"{torch.__version__} {_triton()}"
+        f"{torch.__version__} {triton_version()}"
     )
 
 
 def _settings() -> str:
     """What PyTorch's choice of a kernel depends on besides."""
     cudnn = torch.backends.cudnn
-    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    return f"{flags} {torch.are_deterministic_algorithms_enabled()}"
+    flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, getattr(cudnn, "depthwise_kernel", ""))
+    # Where precision was set by operation, as PyTorch 2.9 and later can, it refuses to tell allow_tf32.
+    conv: Any = getattr(cudnn, "conv", None)
+    precision = cudnn.allow_tf32 if conv is None else conv.fp32_precision
+    return f"{flags} {precision} {torch.are_deterministic_algorithms_enabled()}"
 
 
 def _text(case: Case) -> str:

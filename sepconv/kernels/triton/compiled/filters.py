@@ -97,6 +97,7 @@ def filter_gradient(grad, image, partial, given, read, work, FORM: tl.constexpr)
         plane = rest % given.depth
         picture = rest // given.depth
         if FORM.wide:
+            plane = plane.to(tl.int64)
             picture = picture.to(tl.int64)
         z = plane * FORM.stride[0] - FORM.low[0] + kd * FORM.dilation[0]
         # Rows that one place has are all there or none: what is read for one of them is not masked for another.

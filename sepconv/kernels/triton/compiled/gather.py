@@ -145,6 +145,7 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
     plane = program % deep
     picture = program // deep
     if FORM.wide:
+        plane = plane.to(tl.int64)
         picture = picture.to(tl.int64)
 
     c = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]

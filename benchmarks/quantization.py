@@ -97,6 +97,7 @@ def measure(folder: str, data: Data, options: argparse.Namespace, row: dict[str,
         yield variant
     if options.epochs and TUNED not in accuracy:
         accuracy[TUNED] = _tuned(model, quantize(model, images, force=True)[0], data, options)
+        row["epochs"] = options.epochs
         yield TUNED
 
 
@@ -118,7 +119,6 @@ def _begun(name: str, folder: str, data: Data, options: argparse.Namespace) -> d
         "data": data.name,
         "images": min(options.images, len(data.train)),
         "test_images": len(data.test),
-        "epochs": options.epochs,
     }
     for row in [] if options.again else _rows():
         if all(row.get(key) == value for key, value in asked.items()):

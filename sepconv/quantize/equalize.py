@@ -32,7 +32,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LARGEST_FACTOR = 4096.0
 
 MARGIN = 2.0
-"""Room above the largest value seen: of other images some are larger, and would be cut. It costs one bit of eight."""
+"""Room below what a ReLU6 cuts, for values larger than all that were seen. It costs one bit of eight."""
 
 _LINEAR = frozenset({
     "relu", "clamp_min", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d",
@@ -227,9 +227,9 @@ def _columns(layer: GraphLayer, module: nn.Module) -> Tensor:
 
 def _factor(joint: Joint, seen: Channels, columns: list[Tensor]) -> Tensor:
     """The factor of each channel: (C,)."""
-    top = seen.largest.max() if math.isinf(joint.bound) else seen.largest.new_tensor(joint.bound)
+    top = seen.largest.max() if math.isinf(joint.bound) else seen.largest.new_tensor(joint.bound / MARGIN)
     alive = seen.largest > 0
-    most = torch.where(alive, top / (MARGIN * seen.largest.clamp_min(1e-30)), torch.ones_like(seen.largest))
+    most = torch.where(alive, top / seen.largest.clamp_min(1e-30), torch.ones_like(seen.largest))
     most = most.clamp(1.0, LARGEST_FACTOR)
     if all(layer.groups > 1 and layer.groups == len(most) for layer in joint.after):
         return most

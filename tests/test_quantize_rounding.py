@@ -104,6 +104,17 @@ def test_scales_reach_the_largest_weight_or_cut_it_where_that_pays() -> None:
     assert best[0] > 0.8 * whole[0]
 
 
+def test_every_group_has_scales_for_its_own_inputs() -> None:
+    """A weight far out is cut in the group that hardly reads its input, and in that alone."""
+    weight = torch.randn(6, 400, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] = 6.5
+    variances = torch.ones(2, 400, dtype=torch.float64)
+    variances[0, 0], variances[1, 0] = 1e-6, 1e6
+    found = round_weight(weight, InputMoments(torch.diag_embed(variances)), "mse", "nearest").scale * 127
+    assert (found[:3] < 5.8).all()
+    assert (found[3:] > 6.3).all()
+
+
 def test_ranges_cut_rare_values_and_hold_zero() -> None:
     values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).relu()
     values[0] = 12.0

@@ -81,7 +81,7 @@ def measure(folder: str, data: Data, options: argparse.Namespace, row: dict[str,
         accuracy["float32"] = evaluate(model, data.test).accuracy
         yield "float32"
     for variant, arguments in [*VARIANTS.items(), (RESCALED, {})]:
-        if variant in accuracy:
+        if variant in accuracy or (options.only and variant not in options.only):
             continue
         started = time.process_time()
         quantized, plan = quantize(rescaled(model) if variant == RESCALED else model, images, force=True, **arguments)
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--crop-padding", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", action="append", choices=[*VARIANTS, RESCALED], help="the rest is for another run")
     parser.add_argument("--again", action="store_true", help="measure anew what the record has")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

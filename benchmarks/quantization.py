@@ -3,15 +3,18 @@
 FOLDER is what `sepconv train` or `sepconv convert` wrote. Each network is quantized as it is, without single steps,
 without all of them, and with every output of its depthwise filters times a random power of two from 1/64 to 64, which
 the norm behind divides by; then it is fine-tuned. Calibration sees training images without labels, test images give the
-numbers. Rows of networks that are not asked for stay in the record.
+numbers. Every number is in the record as soon as it is measured: what was cut off goes on where it was, and rows of
+networks that are not asked for stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,57 +72,68 @@ def _bytes(state: dict[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
-def measure(name: str, folder: str, data: Data, options: argparse.Namespace) -> dict[str, Any]:
-    """One network's row."""
-    model, card = open_model(folder)
+def measure(folder: str, data: Data, options: argparse.Namespace, row: dict[str, Any]) -> Iterator[str]:
+    """One network's numbers into its row, those that it lacks; the name of each as it comes."""
+    model = open_model(folder)[0]
     images = data.calibration(min(options.images, len(data.train)))
-    accuracy = {"float32": evaluate(model, data.test).accuracy}
-    rows: dict[str, Any] = {}
-    tuned = None
+    accuracy = row["accuracy"]
+    if "float32" not in accuracy:
+        accuracy["float32"] = evaluate(model, data.test).accuracy
+        yield "float32"
     for variant, arguments in [*VARIANTS.items(), (RESCALED, {})]:
+        if variant in accuracy or (options.only and variant not in options.only):
+            continue
         started = time.process_time()
-        source = rescaled(model) if variant == RESCALED else model
-        quantized, plan = quantize(source, images, force=True, **arguments)
+        quantized, plan = quantize(rescaled(model) if variant == RESCALED else model, images, force=True, **arguments)
         seconds = time.process_time() - started
-        accuracy[variant] = evaluate(quantized, data.test).accuracy
-        rows[variant] = {
+        row["plans"][variant] = {
             "error": plan.error,
             "agreement": plan.agreement,
             "left": plan.left,
             "cpu_seconds": round(seconds, 1),
         }
-        tuned = quantized if tuned is None else tuned
-        print(f"{name}, {variant}: {accuracy[variant]:.2%} of {accuracy['float32']:.2%}", flush=True)
-    assert tuned is not None
-    share = _bytes(packed(tuned)) / _bytes(model.state_dict())
-    if options.epochs:
-        recipe = Recipe(
-            epochs=options.epochs, batch_size=128, lr=options.lr, flip=True, crop_padding=options.crop_padding
-        )
-        train(tuned, data, recipe, teacher=model)
-        accuracy[TUNED] = evaluate(tuned, data.test).accuracy
-        print(f"{name}, {TUNED}: {accuracy[TUNED]:.2%}", flush=True)
-    return {
+        row["bytes_share"] = round(_bytes(packed(quantized)) / _bytes(model.state_dict()), 4)
+        accuracy[variant] = evaluate(quantized, data.test).accuracy
+        yield variant
+    if options.epochs and TUNED not in accuracy:
+        accuracy[TUNED] = _tuned(model, quantize(model, images, force=True)[0], data, options)
+        row["epochs"] = options.epochs
+        yield TUNED
+
+
+def _tuned(model: nn.Module, quantized: nn.Module, data: Data, options: argparse.Namespace) -> float:
+    recipe = Recipe(epochs=options.epochs, batch_size=128, lr=options.lr, flip=True, crop_padding=options.crop_padding)
+    train(quantized, data, recipe, teacher=model)
+    return evaluate(quantized, data.test).accuracy
+
+
+def _begun(name: str, folder: str, data: Data, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of a network: what a run that was cut off has measured of the same weights, or nothing yet."""
+    card = open_model(folder)[1]
+    asked = {
         "network": name,
         "model": card.model,
         "settings": card.settings,
         "converted": bool(card.changes),
+        "weights": hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()[:16],
         "data": data.name,
-        "images": len(images),
+        "images": min(options.images, len(data.train)),
         "test_images": len(data.test),
-        "epochs": options.epochs,
-        "bytes_share": round(share, 4),
-        "accuracy": accuracy,
-        "plans": rows,
     }
+    for row in [] if options.again else _rows():
+        if all(row.get(key) == value for key, value in asked.items()):
+            return row
+    return {**asked, "bytes_share": None, "accuracy": {}, "plans": {}}
 
 
-def _points(accuracy: dict[str, float], variant: str) -> str:
-    return f"{100 * (accuracy[variant] - accuracy['float32']):+.2f}" if variant in accuracy else ""
+def _rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read(NAME)["rows"] if path(NAME).exists() else []
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Points below float32, a column a network."""
+    """Points below float32, a column a network; one that was cut off before its first integers has none."""
+    rows = [row for row in rows if "int8" in row["accuracy"]]
     lines = [
         "| | " + " | ".join(row["network"] for row in rows) + " |",
         "| --- |" + " ---: |" * len(rows),
@@ -147,14 +161,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--crop-padding", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", action="append", choices=[*VARIANTS, RESCALED], help="the rest is for another run")
+    parser.add_argument("--again", action="store_true", help="measure anew what the record has")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for word in options.networks:
         name, _, folder = word.partition("=")
         data = load(options.data, preprocessing=preprocessing_of(folder))
-        row = measure(name, folder, data, options)
-        rows = [one for one in (read(NAME)["rows"] if path(NAME).exists() else []) if one["network"] != name]
-        save(NAME, stamped(rows=[*rows, row]))
+        row = _begun(name, folder, data, options)
+        for variant in measure(folder, data, options, row):
+            others = [one for one in _rows() if one["network"] != name]
+            save(NAME, stamped(rows=[*others, row]))
+            print(f"{name}, {variant}: {row['accuracy'][variant]:.2%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ import torch
 from quantizable import Blocks, images, scaled_by_channel, with_statistics
 from torch import Tensor, fx, nn
 
+from sepconv.leaves import Inputs
 from sepconv.ops.quantized import FAKE_QUANTIZE
 from sepconv.quantize import QuantizationPlan, quantize
+from sepconv.quantize.equalize import equalize, find_joints, observe
 from sepconv.quantize.fake import FakeQuantize
+from sepconv.quantize.quantization import prepared
 
 VALUES = (
     "x",
@@ -118,12 +121,76 @@ def test_channels_that_differ_behind_a_relu_are_equalized() -> None:
         convs[after].weight.data /= factor.view(-1, 1, 1, 1) if after == 1 else factor.view(1, -1, 1, 1)
     unseen = images(seed=2)
     errors = []
-    for equalize in (True, False):
-        quantized, plan = quantize(model, images(), equalize=equalize, force=True)
+    for equalized in (True, False):
+        quantized, plan = quantize(model, images(), equalize=equalized, force=True)
         errors.append(relative_error(quantized(unseen), model(unseen)))
-        assert [row.equalized for row in plan.layers] == [equalize, equalize, False]
+        assert [row.equalized for row in plan.layers] == [equalized, equalized, False]
     assert errors[0] < 0.002
     assert errors[0] < errors[1] / 10
+
+
+class Shortcuts(nn.Module):
+    """Sums of sums, with a ReLU between."""
+
+    def __init__(self, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 1)
+        self.head, self.last = nn.Conv2d(16, 8, 1), last or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.relu(x + self.second(x))
+        x = x + self.last(self.third(x))
+        result: Tensor = self.head(x)
+        return result
+
+
+def scaled_stream(model: Shortcuts) -> Shortcuts:
+    """The same function with channels of the sums that differ a thousandfold."""
+    factor = torch.exp2(torch.randint(-5, 6, (16,), generator=torch.Generator().manual_seed(0)).float())
+    for conv in (model.first, model.second, model.third):
+        conv.weight.data *= factor.view(-1, 1, 1, 1)
+        conv.bias.data *= factor  # type: ignore[union-attr]
+    for conv in (model.second, model.third, model.head):
+        conv.weight.data /= factor.view(1, -1, 1, 1)
+    return model
+
+
+@torch.no_grad()
+def test_channels_of_sums_are_equalized() -> None:
+    torch.manual_seed(0)
+    model = Shortcuts().eval()
+    wanted = model(images(seed=2))
+    scaled_stream(model)
+    assert torch.allclose(model(images(seed=2)), wanted, atol=1e-4)
+    quantized, plan = quantize(model, images())
+    assert [row.equalized for row in plan.layers] == [True] * 3 + [False]
+    assert plan.left == []
+    assert relative_error(quantized(images(seed=2)), wanted) < 0.005
+    assert quantize(model, images(), equalize=False, force=True)[1].left == ["second", "third", "head"]
+
+
+@torch.no_grad()
+def test_no_factor_goes_through_what_bends() -> None:
+    """One SiLU on the way, and the layers of all sums that it belongs to keep their channels."""
+    torch.manual_seed(0)
+    _, plan = quantize(scaled_stream(Shortcuts(nn.SiLU())).eval(), images(), force=True)
+    assert [row.equalized for row in plan.layers] == [False] * 4
+
+
+@torch.no_grad()
+def test_factors_leave_room_for_peaks_in_front_of_a_mean() -> None:
+    """A ReLU6 cuts pixels, not the mean behind it: what the factors go by is the larger of both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+    ).eval()
+    model[0].weight.data *= torch.logspace(-1, 0, 16).view(-1, 1, 1, 1)
+    x = torch.randn(80, 3, 16, 16, generator=torch.Generator().manual_seed(0)).pow(3)  # rare large pixels
+    base = prepared(copy.deepcopy(model), Inputs.of(x[:2]))
+    joints = find_joints(base)
+    assert equalize(base, joints, observe(base, joints, [Inputs.of(x)])) == ["0"]
+    assert relative_error(base(x), model(x)) < 1e-10
 
 
 def test_a_recorded_graph_is_what_compile_reads(found: Any) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sepconv.convert.moments import CHUNK, patches
 from sepconv.quantize.layers import GraphLayer
@@ -20,13 +21,19 @@ SAMPLES = 16
 
 LEAST_SAMPLES = 4096
 
+TOGETHER = 2304
+"""Values of a patch whose second moments are one matrix; of more than these, parts that are taken for independent."""
+
 
 @dataclass
 class InputMoments:
-    """Means and centred second moments of patches, (G, F) and (G, F, F) with G groups of F values, in float64."""
+    """Centred second moments of patches, (G*parts, F, F) in float64, with G groups of up to ``parts`` times F values.
 
-    mean: Tensor
+    Where the parts of a patch hold more than it has, the last values are zeros.
+    """
+
     xx: Tensor
+    parts: int = 1
 
 
 @torch.no_grad()
@@ -36,15 +43,25 @@ def input_moments(layer: GraphLayer, module: nn.Module, given: Sequence[Tensor])
     Args:
         given: its input, batch by batch.
     """
-    features = layer.tensor(module)[0].numel()
+    values = layer.tensor(module)[0].numel()
+    parts = math.ceil(values / TOGETHER)
+    features = math.ceil(values / parts)
     rows = max(LEAST_SAMPLES, SAMPLES * features if layer.groups == 1 else 0)
     per_sample = max(1, math.ceil(rows / max(1, sum(map(len, given)))))
     generator = torch.Generator().manual_seed(0)
-    sums = _Sums(layer.groups, features, given[0].device)
+    sums = _Sums(layer.groups * parts, features, given[0].device)
     for x in given:
         for part in _rows(layer, module, x, per_sample, generator):
-            sums.add(part)
-    return sums.moments()
+            sums.add(_divided(part, parts, features))
+    return InputMoments(sums.moments(), parts)
+
+
+def _divided(x: Tensor, parts: int, features: int) -> Tensor:
+    """(G, rows, C) -> (G*parts, rows, F)"""
+    if parts == 1:
+        return x
+    x = F.pad(x, (0, parts * features - x.shape[2]))
+    return x.unflatten(2, (parts, features)).transpose(1, 2).flatten(0, 1)
 
 
 class _Sums:
@@ -65,10 +82,9 @@ class _Sums:
         self.x += x.sum(1, dtype=torch.float64)
         self.xx += x.transpose(1, 2) @ x
 
-    def moments(self) -> InputMoments:
-        assert self.start is not None
+    def moments(self) -> Tensor:
         x = self.x / self.count
-        return InputMoments(x + self.start[:, 0], self.xx / self.count - x[:, :, None] * x[:, None])
+        return self.xx / self.count - x[:, :, None] * x[:, None]
 
 
 def _rows(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sepconv.ops.quantized import MOST
 from sepconv.quantize.moments import InputMoments
@@ -29,6 +30,9 @@ DAMPING = 1e-2
 
 BLOCK = 64
 """Columns whose losses are handed to those behind them in one product."""
+
+CACHED = 1 << 16
+"""Weights whose scales are sought at once."""
 
 
 @dataclass
@@ -55,11 +59,20 @@ def weight_scale(weight: Tensor, importance: Tensor | None, method: str) -> Tens
     whole = torch.where(largest > 0, largest / MOST, torch.ones_like(largest)).float()
     if method == "minmax":
         return whole
-    importance = torch.ones_like(weight) if importance is None else importance.double()
-    best, best_error = whole, torch.full_like(largest, torch.inf)
+    importance = torch.ones_like(weight) if importance is None else importance
+    rows = max(1, CACHED // weight.shape[1])
+    parts = zip(weight.split(rows), importance.split(rows), whole.split(rows), strict=True)
+    return torch.cat([_least_error(*part) for part in parts])
+
+
+def _least_error(weight: Tensor, importance: Tensor, whole: Tensor) -> Tensor:
+    """Of rows that fit into a cache, since every scale reads them all."""
+    weight, importance = weight.float(), (importance / importance.amax(1, keepdim=True)).float()
+    best, best_error = whole, torch.full_like(whole, torch.inf)
     for share in torch.linspace(1, 0.5, CLIPS).tolist():
         scale = (whole * share).clamp_min(torch.finfo(torch.float32).tiny)
-        error = (importance * (weight - to_nearest(weight, scale)).square()).sum(1)
+        lost = to_nearest(weight, scale).sub_(weight).square_()
+        error = torch.linalg.vecdot(lost, importance)
         better = error < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
@@ -68,7 +81,7 @@ def weight_scale(weight: Tensor, importance: Tensor | None, method: str) -> Tens
 def to_nearest(weight: Tensor, scale: Tensor) -> Tensor:
     """Shape: weight (..., F), scale (...)"""
     step = scale.to(weight.dtype)[..., None]
-    return (weight / step).round().clamp(-MOST, MOST) * step
+    return (weight / step).round_().clamp_(-MOST, MOST).mul_(step)
 
 
 @torch.no_grad()
@@ -78,19 +91,28 @@ def round_weight(weight: Tensor, moments: InputMoments, ranges: str, rounding: s
     Shape:
         weight: (O, ...)
     """
-    groups, features = moments.mean.shape
-    wanted = weight.detach().double().reshape(groups, -1, features)
-    importance = moments.xx.diagonal(dim1=1, dim2=2)[:, None].expand_as(wanted).flatten(0, 1)
+    parts, features = moments.parts, moments.xx.shape[1]
+    groups = len(moments.xx) // parts
+    flat = weight.detach().double().flatten(1)
+    wanted = F.pad(flat, (0, parts * features - flat.shape[1]))
+    importance = moments.xx.diagonal(dim1=1, dim2=2).reshape(groups, -1).repeat_interleave(len(flat) // groups, 0)
     level = importance.mean(1, keepdim=True)
-    scale = weight_scale(wanted.flatten(0, 1), importance + DAMPING * level + 1e-30, ranges)
-    by_group = scale.reshape(groups, -1)
+    scale = weight_scale(wanted, importance + DAMPING * level + 1e-30, ranges)
+    by_group = scale.reshape(groups, 1, -1).expand(-1, parts, -1).flatten(0, 1)
+    columns = wanted.reshape(groups, -1, parts, features).permute(0, 2, 3, 1).flatten(0, 1)  # (G*parts, F, O)
     if rounding == "moments":
-        found = _one_after_the_other(wanted, moments.xx, by_group)
+        found = _one_after_the_other(columns, moments.xx, by_group)
     else:
-        found = to_nearest(wanted, by_group)
-    change = found - wanted
-    lost = float(((change @ moments.xx) * change).sum(2).mean())
-    return Rounded(found.reshape(weight.shape).to(weight.dtype), scale, lost)
+        found = _columns_to_nearest(columns, by_group)
+    change = found - columns
+    lost = float(((moments.xx @ change) * change).sum()) / len(flat)
+    found = found.reshape(groups, parts, features, -1).permute(0, 3, 1, 2).reshape(len(flat), -1)
+    return Rounded(found[:, : flat.shape[1]].reshape(weight.shape).to(weight.dtype), scale, lost)
+
+
+def _columns_to_nearest(weight: Tensor, scale: Tensor) -> Tensor:
+    """Shape: weight (G, F, O), scale (G, O)"""
+    return to_nearest(weight.transpose(1, 2), scale).transpose(1, 2)
 
 
 def _damped(xx: Tensor, part: float) -> Tensor:
@@ -98,28 +120,28 @@ def _damped(xx: Tensor, part: float) -> Tensor:
     return xx + torch.diag_embed((part * level)[:, None].expand(-1, xx.shape[1]))
 
 
+def _root_of_inverse(xx: Tensor) -> Tensor:
+    """The upper triangular matrix u with the inverse of ``xx`` as u^T u."""
+    lower = torch.linalg.cholesky(xx.flip(1, 2))
+    eye = torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
+    return torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
+
+
 def _one_after_the_other(weight: Tensor, xx: Tensor, scale: Tensor) -> Tensor:
-    """Shape: weight (G, O, F), xx (G, F, F), scale (G, O)"""
+    """Shape: weight (G, F, O), xx (G, F, F), scale (G, O)"""
     damped = _damped(xx, DAMPING)
     order = damped.diagonal(dim1=1, dim2=2).argsort(1, descending=True)  # what counts most comes first
-    back = order.argsort(1)
-    damped = _take(_take(damped, order, 1), order, 2)
-    left = _take(weight, order, 2).clone()
-    inverse = torch.linalg.inv(damped)
-    upper = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2, upper=True)
-    found, features = torch.empty_like(left), left.shape[2]
+    damped = damped.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
+    upper, scale = _root_of_inverse(damped), scale.double()
+    left = weight.take_along_dim(order[:, :, None], 1)
+    found, features = torch.empty_like(left), left.shape[1]
     for start in range(0, features, BLOCK):
         end = min(start + BLOCK, features)
-        lost = torch.empty_like(left[:, :, start:end])
+        lost = torch.empty_like(left[:, start:end])
         for i in range(start, end):
-            column = left[:, :, i]
-            found[:, :, i] = to_nearest(column[..., None], scale)[..., 0]
-            lost[:, :, i - start] = (column - found[:, :, i]) / upper[:, i, i, None]
-            left[:, :, i + 1 : end] -= lost[:, :, i - start, None] * upper[:, None, i, i + 1 : end]
-        left[:, :, end:] -= lost @ upper[:, start:end, end:]
-    return _take(found, back, 2)
-
-
-def _take(x: Tensor, order: Tensor, dim: int) -> Tensor:
-    index = order[:, None] if dim == 2 else order[:, :, None]
-    return x.gather(dim, index.expand_as(x))
+            column = left[:, i]
+            found[:, i] = (column / scale).round_().clamp_(-MOST, MOST).mul_(scale)
+            lost[:, i - start] = (column - found[:, i]) / upper[:, i, i, None]
+            left[:, i + 1 : end] -= upper[:, i, i + 1 : end, None] * lost[:, i - start, None]
+        left[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ lost
+    return found.take_along_dim(order.argsort(1)[:, :, None], 1)

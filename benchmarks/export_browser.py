@@ -26,39 +26,45 @@ from sepconv.device import ExportedLibrary
 PACKAGE = "onnxruntime-web"
 OTHER = "onnxruntime-web"
 _PARTS = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-_PAGE = """<!DOCTYPE html><script type="module">
+_PAGE = """<!DOCTYPE html>
+<script type="module">
 const asked = ASKED;
-const input = new Float32Array(asked.size);
-for (let i = 0; i < input.length; i++) input[i] = (i % 17) / 16;
-const runs = {};
-for (const [name, place] of Object.entries(asked.libraries)) {
-  const network = await (await import(place)).load();
-  runs[name] = async () => network.run(input);
-}
-if (asked.onnx) {
-  const ort = await import("/ort/ort.wasm.min.mjs");
-  Object.assign(ort.env.wasm, {numThreads: 1, wasmPaths: new URL("/ort/", location).href});
-  const session = await ort.InferenceSession.create(asked.onnx, {executionProviders: ["wasm"]});
-  runs[OTHER] = async () => {
-    const feeds = {[session.inputNames[0]]: new ort.Tensor("float32", input, asked.shape)};
-    return (await session.run(feeds))[session.outputNames[0]].data;
-  };
-}
-const names = Object.keys(runs), times = {}, answers = {};
-for (const name of names) {
-  times[name] = [];
-  const until = performance.now() + 500;
-  do answers[name] = Array.from(await runs[name]()); while (performance.now() < until);
-}
-const end = performance.now() + asked.seconds * 1e3;
-do {
-  for (const name of names) {
-    const start = performance.now();
-    await runs[name]();
-    times[name].push(performance.now() - start);
+
+async function measured() {
+  const input = new Float32Array(asked.size);
+  for (let i = 0; i < input.length; i++) input[i] = (i % 17) / 16;
+  const runs = {};
+  for (const [name, place] of Object.entries(asked.libraries)) {
+    const network = await (await import(place)).load();
+    runs[name] = async () => network.run(input);
   }
-} while (performance.now() < end || times[names[0]].length < 20);
-window.found = {times, answers};
+  if (asked.onnx) {
+    const ort = await import("/ort/ort.wasm.min.mjs");
+    Object.assign(ort.env.wasm, {numThreads: 1, wasmPaths: new URL("/ort/", location).href});
+    const session = await ort.InferenceSession.create(asked.onnx, {executionProviders: ["wasm"]});
+    runs[OTHER] = async () => {
+      const feeds = {[session.inputNames[0]]: new ort.Tensor("float32", input, asked.shape)};
+      return (await session.run(feeds))[session.outputNames[0]].data;
+    };
+  }
+  const names = Object.keys(runs), times = {}, answers = {};
+  for (const name of names) {
+    times[name] = [];
+    const until = performance.now() + 500;
+    do answers[name] = Array.from(await runs[name]()); while (performance.now() < until);
+  }
+  const end = performance.now() + asked.seconds * 1e3;
+  do {
+    for (const name of names) {
+      const start = performance.now();
+      await runs[name]();
+      times[name].push(performance.now() - start);
+    }
+  } while (performance.now() < end || times[names[0]].length < 20);
+  return {times, answers};
+}
+
+measured().then((found) => (window.found = found), (fault) => (window.fault = String(fault)));
 </script>
 """
 
@@ -149,14 +155,17 @@ def _opened(folder: Path, seconds: float) -> dict[str, Any]:
     try:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
-            page, complaints = browser.new_page(), []
-            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page = browser.new_page()
             page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
-            page.wait_for_function("window.found !== undefined", timeout=(seconds + 60) * 1000, polling=500)
+            ended = "window.found !== undefined || window.fault !== undefined"
+            page.wait_for_function(ended, timeout=(seconds + 120) * 1000, polling=500)
+            if fault := page.evaluate("window.fault"):
+                raise RuntimeError(f"in the browser: {fault}")
             found: dict[str, Any] = page.evaluate("window.found")
             browser.close()
     finally:
         server.shutdown()
+        server.server_close()
     return found
 
 

@@ -1,7 +1,9 @@
-"""`python -m benchmarks.export`: networks as C libraries, their sizes, and their times against `sepconv.compile`.
+"""`python -m benchmarks.export`: networks as C libraries: sizes, times, instructions, and WebAssembly in a browser.
 
 One thread, one image. The library of this machine's own level is called in this process, in turn with the compiled
-network; WebAssembly runs in node, whose engine is that of Chromium. Every library has given the model's answer before.
+network. For ARM there are instructions counted under qemu, which say how much work there is and nothing of any board's
+time. WebAssembly runs in Chromium, in turn with onnxruntime-web. Every library has given the model's answer before.
+What cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -21,43 +22,40 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
+from benchmarks import export_browser, export_instructions
+from benchmarks.export_tables import table
 from benchmarks.record import save, stamped
 from sepconv.device import ExportedLibrary, check, export_c
 from sepconv.device.targets import TARGETS
 from sepconv.models import MobileNetV1, MobileNetV2
+from sepconv.runs.onnx_file import export_onnx
 from sepconv.system.timing import Timing, interleaved
 
 NAME = "export"
 CALIBRATION = 32
 MEASURED = ("target", "precision", "macs", "code_bytes", "weights_bytes", "arena_bytes", "checked")
 LEVELS = ("avx512-vnni", "avx512", "avx2")
-_NODE = """
-import { load, inputSizes } from MODULE;
-const network = await load(), input = new Float32Array(inputSizes[0]).fill(0.5), times = [];
-const end = performance.now() + SECONDS * 1e3;
-while (performance.now() < end || times.length < 20) {
-  const start = performance.now();
-  network.run(input);
-  times.push(performance.now() - start);
-}
-times.sort((a, b) => a - b);
-console.log(times[Math.floor(times.length / 2)]);
-"""
+BASELINE = "x86-64-linux"
+"""What instructions for ARM are compared with: the same number of lanes."""
+ARM = ("arm-64-linux", "arm-64-linux-dotprod")
+SIMD, SCALAR = "wasm-32", "wasm-32-scalar"
+NOT_TRIED = {"instructions of ncnn and TFLite": "their wheels for ARM need a Python for ARM, which is not here"}
 
 
 class Network(NamedTuple):
-    """A network, the side of its image, and the targets besides this machine that it is exported for."""
+    """A network, the side of its image, the targets besides this machine, and the precisions."""
 
     make: Callable[[], nn.Module]
     side: int
-    targets: tuple[str, ...] = ("arm-64-linux", "arm-64-linux-dotprod", "wasm-32", "wasm-32-scalar")
+    targets: tuple[str, ...] = (*ARM, BASELINE, SIMD, SCALAR)
+    precisions: tuple[str, ...] = ("float32", "int8")
 
 
 NETWORKS = {
-    "mobilenet_v1 0.25-128": Network(lambda: MobileNetV1(0.25), 128, ("arm-64-linux", "arm-64-linux-dotprod")),
     "mobilenet_v1 0.5-160": Network(lambda: MobileNetV1(0.5), 160),
-    "mobilenet_v1 1.0-224": Network(lambda: MobileNetV1(1.0), 224, ()),
     "mobilenet_v2 1.0-224": Network(lambda: MobileNetV2(1.0), 224),
+    "mobilenet_v1 0.25-128": Network(lambda: MobileNetV1(0.25), 128, ARM, ("int8",)),
+    "mobilenet_v1 1.0-224": Network(lambda: MobileNetV1(1.0), 224, (), ("float32",)),
 }
 
 
@@ -81,33 +79,68 @@ def called(library: ExportedLibrary, x: Tensor) -> Callable[[], object]:
     return call
 
 
-def in_node(library: ExportedLibrary, seconds: float) -> float:
-    """Median milliseconds of a call."""
-    script = library.folder / "time.mjs"
-    module = json.dumps((library.folder / f"{library.name}.mjs").resolve().as_uri())
-    script.write_text(_NODE.replace("MODULE", module).replace("SECONDS", str(seconds)))
-    done = subprocess.run(["node", str(script)], capture_output=True, text=True, check=True)
-    return round(float(done.stdout), 3)
-
-
-def measure(name: str, precision: str, seconds: float, folder: Path) -> list[dict[str, Any]]:
-    """A row for each target."""
+def measure(name: str, precision: str, seconds: float, folder: Path, absent: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each target; ``absent`` gets what cannot be measured here, with the reason."""
     torch.manual_seed(0)
     network = NETWORKS[name]
     model, x = network.make().eval(), torch.randn(1, 3, network.side, network.side)
     if precision == "int8":
         model, _ = sepconv.quantize(model, torch.randn(CALIBRATION, *x.shape[1:]))
-    own, rows = own_level(precision), []
-    for target in (own, *network.targets):
-        library = export_c(model, x, folder / target, target=target, check=True)
+    own, rows = own_level(precision), {}
+    libraries: dict[str, ExportedLibrary] = {}
+    for target in dict.fromkeys((own, *network.targets)):
+        libraries[target] = library = export_c(model, x, folder / target, target=target, check=True)
         facts = asdict(library)
-        rows.append({"network": name, **{key: facts[key] for key in MEASURED}})
+        rows[target] = {"network": name, **{key: facts[key] for key in MEASURED}}
+        rows[target]["library_bytes"] = json.loads((library.folder / "manifest.json").read_text())["library_bytes"]
         if target == own:
-            rows[-1] |= against_compile(library, sepconv.compile(model, x, threads=1), x, seconds)
-        elif library.target.startswith("wasm") and shutil.which("node"):
-            rows[-1]["node_ms"] = in_node(library, seconds)
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+            rows[target] |= against_compile(library, sepconv.compile(model, x, threads=1), x, seconds)
+        if target in (*ARM, BASELINE):
+            rows[target] |= _instructions(library, absent)
+        print(json.dumps(rows[target]), flush=True)
+    in_browser = {target: libraries[target] for target in (SIMD, SCALAR) if target in libraries}
+    for contender, found in _browser(folder, in_browser, model, seconds, absent).items():
+        place = rows.setdefault(contender, {"network": name, "target": contender, "precision": precision})
+        place["chromium"] = found
+        print(name, precision, contender, json.dumps(found), flush=True)
+    return list(rows.values())
+
+
+def _instructions(library: ExportedLibrary, absent: dict[str, str]) -> dict[str, int]:
+    what = f"instructions, {library.target}"
+    if reason := export_instructions.missing(library.target):
+        absent[what] = reason
+        return {}
+    try:
+        return {"instructions": export_instructions.counted(library)}
+    except subprocess.CalledProcessError as error:
+        absent[what] = f"{Path(error.cmd[0]).name} failed ({error.returncode})"
+        return {}
+
+
+def _browser(
+    folder: Path, libraries: dict[str, ExportedLibrary], model: nn.Module, seconds: float, absent: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Times by contender, and how far each is from the model's answer."""
+    if not libraries:
+        return {}
+    if reason := export_browser.missing():
+        absent["Chromium"] = reason
+        return {}
+    [shape] = libraries[SIMD].inputs
+    onnx: Path | None = folder / "model.onnx"
+    try:
+        absent.setdefault("versions", export_browser.fetched(folder))
+        export_onnx(model, shape[1:], folder / "model.onnx")
+    except (OSError, ValueError, ModuleNotFoundError, subprocess.SubprocessError) as error:
+        absent[export_browser.OTHER], onnx = str(error), None
+    found, answers = export_browser.measured(folder, libraries, onnx, seconds)
+    with torch.no_grad():
+        expected = model(export_browser.given(shape)).flatten()
+    for name, times in found.items():
+        times["error"] = float((answers[name] - expected).norm() / expected.norm())
+        times["over_ours"] = round(times["median_ms"] / found[SIMD]["median_ms"], 3)
+    return found
 
 
 def against_compile(
@@ -120,20 +153,23 @@ def against_compile(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="for the times of one row")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the times of one row")
     parser.add_argument("--match", default="", help="only networks whose name has this in it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for name in (name for name in NETWORKS if options.match in name):
-        for precision in ("float32", "int8"):
+    rows, absent = [], dict(NOT_TRIED)
+    for name, network in NETWORKS.items():
+        for precision in network.precisions if options.match in name else ():
             with tempfile.TemporaryDirectory() as folder:
-                rows += measure(name, precision, options.seconds, Path(folder))
+                rows += measure(name, precision, options.seconds, Path(folder), absent)
+    other = absent.pop("versions", "")
     command = f"python -m benchmarks.export --seconds {options.seconds:g}"
+    record = stamped(command=command, rows=rows, absent=absent, onnxruntime_web=other)
+    print(table(record))
     if options.match:
         print("not kept: some networks only")
     else:
-        save(NAME, stamped(command=command, rows=rows))
+        save(NAME, record)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compile_times, conversion_cost, quantization, record, sizes
+from benchmarks import compile_times, conversion_cost, export_tables, quantization, record, sizes
 from benchmarks.evidence import documents as evidence
 from benchmarks.evidence import speed, verdicts
 from benchmarks.published import documents as published
@@ -72,9 +72,9 @@ def _training(content: dict[str, Any]) -> str:
 def documents() -> dict[Path, str]:
     """The documents as they should be; parts whose record does not exist stay as they are."""
     readme, details = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    names = ("conversion", "claims", "compile", "kernels", "scale", "quantize", "training")
+    names = ("conversion", "claims", "compile", "kernels", "scale", "quantize", "training", "deploy")
     guides = [ROOT / "docs" / f"{name}.md" for name in names]
-    conversion, claims, compiled, kernels, scale, integers, trained = guides
+    conversion, claims, compiled, kernels, scale, integers, trained, deployed = guides
     found = {path: path.read_text() for path in (readme, details, *guides)}
 
     def put(path: Path, name: str, content: str | tables.Table) -> None:
@@ -119,6 +119,8 @@ def documents() -> dict[Path, str]:
         put(conversion, "conversion-cost", conversion_cost.table(record.read(conversion_cost.NAME)["rows"]))
     if record.path(quantization.NAME).exists():
         put(integers, "quantization", quantization.table(record.read(quantization.NAME)["rows"]))
+    if record.path("export").exists():
+        put(deployed, "export", export_tables.table(record.read("export")))
     put(claims, "claims", verdicts.document())
     return found
 

@@ -21,6 +21,7 @@ from sepconv.data import Data, load
 from sepconv.runs import onnx_file, run_folder, workflow
 from sepconv.runs.compare import disagreements
 from sepconv.runs.model_file import open_model
+from sepconv.runs.training import train_model
 from sepconv.runs.workflow import Job
 from sepconv.system.progress import Step
 from sepconv.train import Recipe, TrainingStopped, evaluate
@@ -247,8 +248,13 @@ def test_demo_does_the_whole_job(tmp_path: Path, without_onnx: None, monkeypatch
     assert "computed in" not in compiled["reason"]
     assert abs(compiled["accuracy"] - record["int8"]["quantized"]["accuracy"]) <= 1 / record["test_images"]
     assert {path.name for path in (tmp_path / "int8").iterdir()} == {"model.safetensors"}
+    live = json.loads((tmp_path / "live.json").read_text())
+    shown = [(row["name"], row["precision"]) for row in live["networks"]]
+    assert shown == [("normal", "float32"), ("separable", "float32"), ("separable", "int8")]
+    assert record["live"] == {"written": True, "bytes": sum(len(row["wasm"]) for row in live["networks"])}
     assert {path.name for path in tmp_path.iterdir()} == {
         "explanation.json",
+        "live.json",
         "int8",
         "model.safetensors",
         "report.html",
@@ -268,7 +274,7 @@ def test_demo_loses_at_most_a_point(tmp_path: Path, seed: int, without_onnx: Non
 def test_full_disk_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = run_folder.shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"the results need 32 MB but .* has 1 MB left"):
+    with pytest.raises(OSError, match=r"the results need 96 MB but .* has 1 MB left"):
         workflow.demo(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -304,5 +310,5 @@ def test_nan_loss_stops_and_writes_no_network(tmp_path: Path) -> None:
     model, card = open_model(str(trained_folder()))
     recipe = Recipe(epochs=2, batch_size=256, lr=1e30)
     with pytest.raises(TrainingStopped, match="step"):
-        workflow.train_model(model, card, load("digits"), recipe, tmp_path)
+        train_model(model, card, load("digits"), recipe, tmp_path)
     assert not (tmp_path / "model.safetensors").exists()

@@ -19,7 +19,8 @@ from sepconv.runs.classes import names_of, read_classes
 from sepconv.runs.model_file import model_path, open_model
 from sepconv.runs.preprocessing import preprocessing_of
 from sepconv.runs.run_folder import CHECKPOINTS, FILES, INT8, claim
-from sepconv.runs.workflow import DISTILLATION_LR, OUTPUTS_LR, Job, convert_model, demo, train_model
+from sepconv.runs.training import train_model
+from sepconv.runs.workflow import DISTILLATION_LR, OUTPUTS_LR, Job, convert_model, demo
 from sepconv.system.allocator import keep_freed_memory
 from sepconv.system.files import check_folder
 from sepconv.system.threads import threads_set_to
@@ -31,6 +32,7 @@ from sepconv.train import Distillation, Recipe
 def demo_command(
     context: typer.Context,
     out: options.Out = Path("demo"),
+    live: options.Live = True,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
@@ -43,7 +45,7 @@ def demo_command(
     claim(out / INT8, "quantize")
     keep_freed_memory()
     with threads_set_to(threads), screen.progress() as on_progress:
-        record = demo(out, seed=seed, command=context.obj, on_progress=on_progress)
+        record = demo(out, seed=seed, live=live, command=context.obj, on_progress=on_progress)
     show.stages(screen, record)
     show.before_and_after(screen, record, out)
     screen.result(record)
@@ -153,6 +155,7 @@ def convert_command(
     precision: Annotated[
         str, typer.Option("--precision", help="float32, or int8: a quantized network beside it, in the folder int8.")
     ] = "float32",
+    live: options.Live = False,
     seed: options.Seed = 0,
     threads: options.Threads = None,
     json_file: options.JsonFile = None,
@@ -192,6 +195,7 @@ def convert_command(
         output_weights=arguments.parse_weights(output_weight or ()),
         data_range=data_range,
         precision=precision,
+        live=live,
         seed=seed,
         command=context.obj,
     )

@@ -213,6 +213,9 @@ Average = Annotated[
     ),
 ]
 Whiten = Annotated[bool, typer.Option("--whiten", help="Start the first layer from the images' principal patterns.")]
+Live = Annotated[
+    bool, typer.Option("--live/--no-live", help="A page that runs the networks in the browser, as WebAssembly.")
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option(

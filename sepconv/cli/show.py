@@ -67,6 +67,8 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     onnx = record["onnx"]
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")
+    if not (live := record.get("live", {"written": True}))["written"]:
+        screen.say(f"The page does not run the networks: {live['reason']}")
     files(screen, out, record["model"])
 
 

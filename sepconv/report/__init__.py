@@ -35,10 +35,14 @@ disagreements       [{image: "data:image/png;base64,...", name, label, normal, s
 machine, versions   {name: value}
 ==================  ==================================================================================================
 
-``explanation.json``: what ``sepconv.runs.layer_data.collect`` returns. ``log.jsonl``: rows of curves, used if
-result.json has none. Any other ``*.json`` with a list "records": benchmark records {suite, case, contender, pass,
-threads, layout, median_ms, low_ms, high_ms, macs, bytes, kernel}; its "machine", or the result's, gives the limits of
-the roofline: {fma_peak_gflops, memory_gb_per_s}, each {thread count: number}, or a number: of one core, and of all.
+``explanation.json``: what ``sepconv.runs.layer_data.collect`` returns. ``live.json``: networks that the page runs in
+the browser: ``networks``, [{name, precision, symbol (what its functions begin with), wasm (base64 of a module of
+``sepconv.export_c``), pixels and classes (how many)}]; ``input`` {channels, size, resize, interpolation, squash};
+``classes`` (names); ``ink`` of drawings, {dark, share of the side} or null; ``example`` {pixels (base64 of bytes),
+label}. ``log.jsonl``: rows of curves, used if result.json has none. Any other ``*.json`` with a list "records":
+benchmark records {suite, case, contender, pass, threads, layout, median_ms, low_ms, high_ms, macs, bytes, kernel}; its
+"machine", or the result's, gives the limits of the roofline: {fma_peak_gflops, memory_gb_per_s}, each {thread count:
+number}, or a number: of one core, and of all.
 
 A folder without result.json but with such benchmark files gets a page of those; one such file alone, too.
 """

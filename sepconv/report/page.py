@@ -13,11 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sepconv.report import charts, facts, formats, plots, records, suites, words
-from sepconv.report.records import Run, dicts, items, mapping, number, text
+from sepconv.report.records import EXPLANATION, LIVE, Run, dicts, items, mapping, number, text
 from sepconv.system.files import replacing
 
 REPORT = "report.html"
 SCRIPTS = ("page.js", "arithmetic.js", "drawing.js", "explanation.js")
+LIVE_SCRIPTS = ("pixels.js", "network.js", "live.js")
 
 
 def write_report(run: str | Path) -> Path:
@@ -60,7 +61,8 @@ def render(run: Run) -> str:
     """
     result = run.result
     layers, comparisons = facts.layers(result), facts.comparisons(result)
-    script = "\n".join(_asset(name) for name in SCRIPTS)
+    live = _live(run.live)
+    script = "\n".join(_asset(name) for name in (*SCRIPTS, *(LIVE_SCRIPTS if live else ())))
     return (
         _environment()
         .get_template("page.html")
@@ -97,7 +99,9 @@ def render(run: Run) -> str:
             suites=suites.suites(run.benchmarks),
             records=facts.raw_records(run.benchmarks),
             left_out=facts.left_out(run.explanation),
-            explanation=_script_json(run.explanation) if dicts(run.explanation.get("layers")) else "",
+            explanation=_script_json(run.explanation, EXPLANATION) if dicts(run.explanation.get("layers")) else "",
+            live=live,
+            draws=bool(mapping(run.live.get("ink"))),
             style=Markup(_asset("style.css")),
             script=Markup(script),
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -122,12 +126,17 @@ def _threads(count: str) -> str:
     return f"{count} thread{'' if count == '1' else 's'}"
 
 
-def _script_json(content: Any) -> Markup:
+def _live(found: dict[str, Any]) -> Markup:
+    """The networks that the page runs; empty where there are none."""
+    return _script_json(found, LIVE) if dicts(found.get("networks")) else Markup()
+
+
+def _script_json(content: Any, file: str) -> Markup:
     """JSON that may stand in a script element: nothing in it can end the element or open a comment."""
     try:
         written = json.dumps(content, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
-        raise ValueError("write_report: explanation.json holds a number that is not finite") from error
+        raise ValueError(f"write_report: {file} holds a number that is not finite") from error
     return Markup(written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 

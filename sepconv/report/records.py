@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _BEYOND = 1e30
-RESULT, EXPLANATION, LOG = "result.json", "explanation.json", "log.jsonl"
+RESULT, EXPLANATION, LIVE, LOG = "result.json", "explanation.json", "live.json", "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Run:
     explanation: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
+    live: dict[str, Any] = field(default_factory=dict)
 
 
 def read(source: Path) -> Run:
@@ -31,7 +32,7 @@ def read(source: Path) -> Run:
         raise ValueError(f"write_report: there is no {source}")
     if source.is_file():
         return _benchmarks(source, [source])
-    others = sorted(path for path in source.glob("*.json") if path.name not in (RESULT, EXPLANATION))
+    others = sorted(path for path in source.glob("*.json") if path.name not in (RESULT, EXPLANATION, LIVE))
     if not (source / RESULT).is_file():
         return _benchmarks(source, others)
     result = _read_object(source / RESULT)
@@ -39,7 +40,8 @@ def read(source: Path) -> Run:
         raise ValueError(f'write_report: {source / RESULT} has no name under "model", so it is not a result')
     explanation = _read_object(source / EXPLANATION) if (source / EXPLANATION).is_file() else {}
     benchmarks = [content for path in others if records_of(content := _read_json(path))]
-    return Run(result, explanation, _read_rows(source / LOG), benchmarks)
+    live = _read_object(source / LIVE) if (source / LIVE).is_file() else {}
+    return Run(result, explanation, _read_rows(source / LOG), benchmarks, live)
 
 
 def _benchmarks(source: Path, paths: list[Path]) -> Run:

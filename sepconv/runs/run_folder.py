@@ -24,14 +24,17 @@ RESULT = "result.json"
 ONNX = "model.onnx"
 CHECKPOINTS = "checkpoints"
 EXPLANATION = "explanation.json"
+LIVE = "live.json"
 INT8 = "int8"
 """In the folder of a conversion that of its network in 8-bit integers."""
 KINDS = ("train", "convert", "demo", "quantize")
 _LEARNS_FROM_ANOTHER = ("convert", "quantize")
-FILES = (model_file.FILE, ONNX, RESULT, EXPLANATION, "report.html", history.LOG)
+FILES = (model_file.FILE, ONNX, RESULT, EXPLANATION, LIVE, "report.html", history.LOG)
 """What runs write to their folder, beside checkpoints."""
 SPACE = 32 << 20
 """Bytes that the page and the JSON files may need, beside the weights."""
+LARGEST_LIVE = 32 << 20
+"""Characters of all networks that the page runs: they stand in a file of their own and in the page."""
 
 
 def claim(out: Path, kind: str, inputs: Iterable[Path] = ()) -> None:
@@ -104,11 +107,12 @@ def _kind_of(result: Path) -> str | None:
     return kind if kind in KINDS else None
 
 
-def prepare(out: Path, kind: str, model: nn.Module | None = None, *, int8: bool = False) -> None:
+def prepare(out: Path, kind: str, model: nn.Module | None = None, *, int8: bool = False, live: bool = False) -> None:
     """See that the folder is this run's to write, can be written and has room, before any long work.
 
     Args:
         int8: whether a network in 8-bit integers will lie in a folder of its own there.
+        live: whether the page will run networks.
 
     Raises:
         ValueError: see :func:`claim`.
@@ -119,7 +123,8 @@ def prepare(out: Path, kind: str, model: nn.Module | None = None, *, int8: bool 
         claim(out / INT8, "quantize")
     check_folder(out)
     weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    needed, free = 2 * weights + SPACE, shutil.disk_usage(nearest_folder(out)).free
+    room = SPACE + (2 * LARGEST_LIVE if live else 0)
+    needed, free = 2 * weights + room, shutil.disk_usage(nearest_folder(out)).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
 

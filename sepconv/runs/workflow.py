@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from sepconv.convert import Plan, closed_form, convert
-from sepconv.cost import count
 from sepconv.data import Data, SampleData, Split, load
 from sepconv.layers.borrowed import copied
 from sepconv.leaves import Inputs
@@ -22,6 +21,7 @@ from sepconv.report import write_report
 from sepconv.runs import compare, layer_data, model_file
 from sepconv.runs.classes import matched
 from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
+from sepconv.runs.live import LiveNetwork, write_live
 from sepconv.runs.model_file import Card
 from sepconv.runs.precisions import precisions
 from sepconv.runs.quantized import QuantizationJob, QuantizedNetwork, quantized_or_why_not, write_beside
@@ -30,6 +30,7 @@ from sepconv.runs.run_folder import (
     CHECKPOINTS,
     EXPLANATION,
     INT8,
+    LIVE,
     RESULT,
     about,
     export_onnx,
@@ -39,7 +40,7 @@ from sepconv.runs.run_folder import (
 )
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
-from sepconv.train import Distillation, Recipe, evaluate, train
+from sepconv.train import Distillation, Recipe, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
@@ -80,6 +81,7 @@ class Job:
         seed: of the choice of calibration images.
         command: what the user typed, for the record.
         precision: "float32", or "int8" for a quantized network beside it, in the folder ``int8``.
+        live: whether the page runs the networks in the browser.
         kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
     """
 
@@ -98,6 +100,7 @@ class Job:
     seed: int = 0
     command: str = ""
     precision: str = "float32"
+    live: bool = False
     kind: str = "convert"
 
 
@@ -123,13 +126,18 @@ class Outcome:
         self.curves += [{**self.choices.curve(record), "phase": phase} for record in records]
 
 
-def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress = ignore) -> dict[str, Any]:
+def demo(
+    out: Path, *, seed: int = 0, live: bool = True, command: str = "", on_progress: OnProgress = ignore
+) -> dict[str, Any]:
     """Train a small normal network on the embedded digits, then do the whole job with it.
+
+    Args:
+        live: whether the page runs the networks in the browser.
 
     Returns:
         The record that is written as ``result.json``.
     """
-    prepare(out, "demo", int8=True)
+    prepare(out, "demo", int8=True, live=live)
     started = time.perf_counter()
     data = load("digits")
     settings = {"in_channels": data.channels, "num_classes": data.num_classes, **DEMO_SETTINGS}
@@ -144,7 +152,16 @@ def demo(out: Path, *, seed: int = 0, command: str = "", on_progress: OnProgress
     outcome.learned("original", history.records)
     outcome.finished("original", model, time.perf_counter() - started)
     recipe = replace(DEMO_DISTILLATION, seed=seed)
-    job = Job(DEMO_BUDGET, form=DEMO_FORM, recipe=recipe, precision=INT8, seed=seed, command=command, kind="demo")
+    job = Job(
+        DEMO_BUDGET,
+        form=DEMO_FORM,
+        recipe=recipe,
+        precision=INT8,
+        live=live,
+        seed=seed,
+        command=command,
+        kind="demo",
+    )
     return _run(outcome, data, job, out, False, on_progress, started)
 
 
@@ -162,7 +179,7 @@ def convert_model(
     """Convert a trained network, let it learn from the original, measure both and write what came out.
 
     Written to `out`: ``model.safetensors`` (opens again by ``model_file.open_model``), ``model.onnx``, ``result.json``,
-    ``explanation.json``, ``report.html``; and ``checkpoints/`` until the end.
+    ``explanation.json``, ``report.html``, ``live.json`` where it is asked for; and ``checkpoints/`` until the end.
 
     Where the data has classes, networks are judged by their right answers; where it has none, by how close their
     outputs are to those of the original, which is then all that the separable network learns.
@@ -196,7 +213,7 @@ def convert_model(
     judge = Judge(model, bool(data.classes), job.output_weights, job.data_range, job.metric_function)
     judge.metrics(model)  # what is wrong with the user's function shows before the work
     card.with_data(data).check()
-    prepare(out, job.kind, model, int8=job.precision == INT8)
+    prepare(out, job.kind, model, int8=job.precision == INT8, live=job.live)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data), judge)
     if judge.classes:
@@ -205,49 +222,6 @@ def convert_model(
         if isinstance(held, Split) and (note := near_chance(outcome.stages[-1]["accuracy"], held.labels)):
             warnings.warn(note, stacklevel=2)
     return _run(outcome, data, job, out, resume, on_progress, started)
-
-
-def train_model(
-    model: nn.Module,
-    card: Card,
-    data: Data,
-    recipe: Recipe,
-    out: Path,
-    *,
-    resume: bool = False,
-    command: str = "",
-    on_progress: OnProgress = ignore,
-) -> dict[str, Any]:
-    """Train a network in place; `out` gets ``model.safetensors``, ``result.json``, ``report.html``, the log and the
-    checkpoints.
-
-    Under `accelerate launch` or `torchrun` the main process writes.
-    """
-    prepare(out, "train", model)
-    card.with_data(data).check()
-    history = train(model, data, recipe, out, resume=resume, on_progress=relay(on_progress, "train"))
-    metrics = evaluate(model, data.test)
-    model = model.cpu()
-    cost = count(model, data.input_shape)
-    record = {
-        **about(card.model, data, "train", command, history.seconds),
-        "normal": {
-            "conv_params": cost.conv_params,
-            "params": cost.params,
-            "macs": cost.macs,
-            "bytes": cost.bytes,
-            "accuracy": metrics.accuracy,
-            "loss": metrics.loss,
-        },
-        "curves": [{**record, "phase": "original"} for record in history.records],
-        **compare.confusions({"normal": metrics.confusion}, data.classes),
-        "test_images": len(data.test),
-    }
-    if processes().is_main_process:
-        model_file.write(out / model_file.FILE, model, card.with_data(data))
-        write_json(out / RESULT, record)
-        write_report(out)
-    return record
 
 
 def _with_classes_of(data: Data, job: Job, card: Card, answer: Any) -> Data:
@@ -318,6 +292,10 @@ def _write(
     }
     if job.precision == INT8:
         record["int8"] = write_beside(quantized, card, data, outcome.judge, out)
+    if job.live:
+        record["live"] = write_live(_live(outcome, quantized), outcome.card, data, out)
+    else:
+        (out / LIVE).unlink(missing_ok=True)
     if isinstance(data, Data):
         image = data.test.normalise(data.test.images.take(torch.tensor([0])))
         label = data.classes[int(data.test.labels[0])] if data.classes else ""
@@ -325,6 +303,14 @@ def _write(
     write_json(out / RESULT, record)
     write_report(out)
     return record
+
+
+def _live(outcome: Outcome, quantized: QuantizedNetwork | str) -> list[LiveNetwork]:
+    found = [
+        LiveNetwork("normal", "float32", outcome.original),
+        LiveNetwork("separable", "float32", outcome.separable),
+    ]
+    return found if isinstance(quantized, str) else [*found, LiveNetwork("separable", INT8, quantized.module)]
 
 
 def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:

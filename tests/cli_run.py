@@ -64,5 +64,5 @@ def _convert(folder: Path) -> None:
 
 
 def heed_interrupts() -> None:
-    """In a new process, before its program: in the background of a shell processes ignore interrupts, and hand it on."""
+    """In a new process, before its program: what a shell starts in the background hands down that it ignores interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

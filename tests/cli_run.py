@@ -64,5 +64,5 @@ def _convert(folder: Path) -> None:
 
 
 def heed_interrupts() -> None:
-    """In a new process, before its program: what a shell starts in the background hands down that it ignores interrupts."""
+    """In a new process, before its program: shells start what is in the background with interrupts ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -109,6 +109,7 @@ def test_a_drawing_is_answered(browser: Any) -> None:
     assert drawn[1:7, 3:5].min() > 150
     assert drawn[[0, 7], 3:5].min() > 50
     assert drawn[:, [0, 1, 6, 7]].max() == 0
+    assert drawn[:, [2, 5]].max() < 60
     check_answers(visit, live_page.GREY)
     visit.page.locator("#clear").click()
     ink = "byId('paper').getContext('2d').getImageData(0, 0, 252, 252).data.filter((x, i) => i % 4 < 3 && x > 0).length"

@@ -67,7 +67,7 @@ def test_wrong_scores_are_never_timed(source: Network) -> None:
 
 def test_absent_and_failing_contenders_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(source: Network, x: torch.Tensor, threads: int) -> Any:
-        raise RuntimeError("no such operator\nmore")
+        raise RuntimeError("no such\noperator\n\nmore")
 
     monkeypatch.setitem(CONTENDERS, "none", Contender("none", ("zebra_runtime",), (), "nchw", fails))
     monkeypatch.setitem(CONTENDERS, "fails", Contender("fails", ("torch",), (), "nchw", fails))
@@ -78,9 +78,23 @@ def test_absent_and_failing_contenders_are_listed(tmp_path: Path, monkeypatch: p
     content = json.loads(path.read_text())
     assert content["absent"] == {
         "none": "not installed: zebra_runtime",
-        "fails": "failed: RuntimeError: no such operator",
+        "fails on small": "failed: RuntimeError: no such operator",
     }
     assert {row["contender"] for row in content["records"]} == {"sepconv", "torch-nhwc"}
+
+
+def test_who_fails_on_one_network_is_asked_again_for_the_next(tmp_path: Path, source: Network) -> None:
+    asked = []
+
+    def fails(source: Network, x: torch.Tensor, threads: int) -> Any:
+        asked.append(source.name)
+        raise RuntimeError("no such operator")
+
+    other, missing = Network("other", small_network, 16, tmp_path), {}
+    for one in (source, other, source):
+        assert not list(network.run_case(CASE, one, 1, [Contender("fails", ("torch",), (), "nchw", fails)], 1, missing))
+    assert asked == ["small", "other"]
+    assert list(missing) == ["fails on small", "fails on other"]
 
 
 def test_a_failure_of_ours_is_no_absence(source: Network) -> None:

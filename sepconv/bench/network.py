@@ -14,7 +14,7 @@ import copy
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -102,7 +102,7 @@ def run_case(
         truth, images = _truth(source, x), source.held_out()
         ready = {}
         for one in sorted(contenders, key=lambda one: one.by_dynamo):
-            if (case.batch > 1 and one.single) or one.title in missing:
+            if (case.batch > 1 and one.single) or not {one.title, _failing(one, source)}.isdisjoint(missing):
                 continue
             call = _built(one, source, layouts[one.layout], threads, missing)
             if call is not None:
@@ -125,17 +125,24 @@ def _built(
 ) -> Callable[[], Any] | None:
     """The call, None where the contender is absent or fails to take the network: a foreign runtime may do so."""
     reason = absent(contender)
-    if not reason:
-        try:
-            call = contender.build(source, x, threads)
-            call()
-            return call
-        except Exception as error:
-            if not contender.packages:
-                raise
-            reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    missing[contender.title] = reason
-    return None
+    if reason:
+        missing[contender.title] = reason
+        return None
+    try:
+        call = contender.build(source, x, threads)
+        call()
+        return call
+    except Exception as error:
+        if not contender.packages:
+            raise
+        said = " ".join(str(error).split("\n\n")[0].split())
+        missing[_failing(contender, source)] = f"failed: {type(error).__name__}: {said}"
+        return None
+
+
+def _failing(contender: Contender, source: Network) -> str:
+    """What stands among the absent for a contender that cannot run one network."""
+    return f"{contender.title} on {source.name}"
 
 
 def _kernel(contender: Contender, call: Any) -> str:
@@ -193,7 +200,9 @@ def run(
             found += run_case(case, sources[case.network], n, chosen[precision], seconds, missing)
             gc.collect()
         present = [one for of in chosen.values() for one in of if one.title not in missing]
-        measured = [] if not footprints else _footprints(sources, max(threads), present, Path(folder), progress)
+        measured = (
+            [] if not footprints else _footprints(sources, max(threads), present, missing, Path(folder), progress)
+        )
     peaks = {n: max(peak, fma_peak_gflops(n)) for n, peak in peaks.items()}
     more = {"absent": missing, "footprints": [one.to_dict() for one in measured]}
     more["peer_versions"] = {name: environment.installed(name) for name in PACKAGES}
@@ -202,13 +211,18 @@ def run(
 
 
 def _footprints(
-    sources: dict[str, Network], threads: int, contenders: Sequence[Contender], folder: Path, say: Progress
+    sources: dict[str, Network],
+    threads: int,
+    contenders: Sequence[Contender],
+    missing: Collection[str],
+    folder: Path,
+    say: Progress,
 ) -> list[Footprint]:
     """Of MobileNet v1 in full size."""
     found = []
     for network in (network for network in sources if network == NETWORKS[0]):
         params = count(sources[network].model, (3, 224, 224)).params
-        for one in contenders:
+        for one in (one for one in contenders if _failing(one, sources[network]) not in missing):
             say(f"memory and time to be ready: {one.title}, {network}")
             found.append(footprint.measure(network, one, threads, WEIGHT_BYTES[one.precision] * params, folder))
     return found

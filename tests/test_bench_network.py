@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_who_fails_on_one_network_is_asked_again_for_the_next(tmp_path: Path, so
         assert not list(network.run_case(CASE, one, 1, [Contender("fails", ("torch",), (), "nchw", fails)], 1, missing))
     assert asked == ["small", "other"]
     assert list(missing) == ["fails on small", "fails on other"]
+
+
+def test_memory_is_measured_without_the_network_that_the_contender_was_made_from(source: Network) -> None:
+    alive: list[bool] = []
+
+    def build(source: Network, x: torch.Tensor, threads: int) -> Any:
+        weights = weakref.ref(source.model)
+        return lambda: alive.append(weights() is not None)
+
+    footprint._run_once(source, Contender("fleeting", (), (), "nchw", build, of_module=True), 1)
+    assert (alive[0], any(alive[1:])) == (True, False)
 
 
 def test_a_failure_of_ours_is_no_absence(source: Network) -> None:

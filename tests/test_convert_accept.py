@@ -375,30 +375,6 @@ def test_a_model_that_changes_its_input_leaves_the_images_alone(budget: float | 
     assert all(torch.equal(a, b) for a, b in zip(new.parameters(), plain.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("whole", [True, False])
-def test_code_that_wants_no_gradients_is_weighed_by_norms(mode: Callable[[], Any], whole: bool) -> None:
-    """As in methods with a decorator, and around the part of a network that its authors did not train."""
-
-    class Without(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = net()[:3], conv(6, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with mode():
-                y = self.body(x)
-                if whole:
-                    return self.head(y)
-            return self.head(y.clone())
-
-    model = Without().eval()
-    new, plan = convert(model, depth_multiplier=None, budget=0.7)
-    assert "not differentiable" in plan.notes[0]
-    assert plan.converted
-    assert new(X).shape == model(X).shape
-
-
 def test_a_layer_whose_gradient_does_not_come_back_is_weighed_by_its_norm() -> None:
     class Opaque(torch.autograd.Function):
         @staticmethod

@@ -131,13 +131,14 @@ def test_settings_that_do_not_fit(build: Callable[[], object], message: str) -> 
     ("error", "message"),
     [
         (KeyError("depth"), r"create: own_networks:fails cannot be built with {} \(KeyError: 'depth'\)"),
+        (SystemExit(2), r"create: own_networks:fails cannot be built with {} \(SystemExit: 2\)"),
         (AssertionError(), r"create: own_networks:fails cannot be built with {} \(AssertionError\)"),
         (RuntimeError("no\nway"), r"create: own_networks:fails cannot be built with {} \(no\)"),
         (ValueError("in its own words"), r"^in its own words$"),
     ],
 )
 def test_what_a_function_of_the_user_raises(
-    error: Exception, message: str, own_module: None, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, message: str, own_module: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> nn.Module:
         raise error
@@ -156,6 +157,9 @@ def test_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "also_beside_me.py").touch()
     assert isinstance(create("beside_me:net"), nn.Identity)
     assert sys.path[-1] == str(tmp_path)
+    (tmp_path / "a_script.py").write_text("import sys\nsys.exit(2)")
+    with pytest.raises(ValueError, match=r"cannot import 'a_script' of 'a_script:net' \(SystemExit: 2\)"):
+        create("a_script:net")
     (tmp_path / "torch.py").write_text("raise AssertionError")
     assert isinstance(create("torch.nn:Identity"), nn.Identity)
 

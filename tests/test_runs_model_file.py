@@ -138,6 +138,14 @@ def test_card_normalises_as_the_data_did() -> None:
     )
 
 
+def test_a_network_without_values_is_refused() -> None:
+    settings = {"in_features": 2, "out_features": 1, "device": "meta"}
+    with pytest.raises(
+        ValueError, match=r"open_model: weight of torch\.nn:Linear has no values \(it is on the meta device"
+    ):
+        open_model("torch.nn:Linear", None, settings)
+
+
 def test_settings_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"description of vgg_small cannot be saved: .* got 'in_channels'"):
         write(tmp_path / "a.safetensors", CARD.build(), Card("vgg_small", {"in_channels": object()}))

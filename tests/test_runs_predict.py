@@ -127,6 +127,9 @@ def test_images_are_prepared_as_is_typed(network: Path, tmp_path: Path) -> None:
     )
     assert typed[0]["probabilities"] == known[0]["probabilities"]
     assert typed[0]["classes"] == [str(["cat", "dog"].index(name)) for name in known[0]["classes"]]
+    run(*begin, image, "--mean", "0", "--std", "1", "--image-size", 8).failed_with(
+        2, "predict: the model does not take images of shape (1, 8, 8): Given groups=1"
+    )
     larger = json.loads(run("predict", network, image, "--image-size", 16, "--json", "-").out)
     assert larger[0]["probabilities"] != known[0]["probabilities"]
 

@@ -6,7 +6,7 @@ _PLAIN = (RuntimeError, ValueError, TypeError)
 """Errors of these kinds say in words what is wrong; of others, such as KeyError, the kind says most."""
 
 
-def complaint(error: Exception) -> str:
+def complaint(error: BaseException) -> str:
     """The first line.
 
     Example:

@@ -87,7 +87,7 @@ def _build(name: str, factory: Callable[..., Any], settings: dict[str, Any]) -> 
         model = factory(**settings)
     except (ValueError, OSError):  # in the words of whoever wrote the model
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"create: {name} cannot be built with {shortened(settings)} ({complaint(error)})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"create: {name} must return a torch.nn.Module, got {type(model).__name__}")
@@ -110,7 +110,7 @@ def _find(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     try:
         found = _imported(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may begin its work, or end it
         raise ValueError(
             f"create: cannot import {module_name!r} of {name!r} ({type(error).__name__}: {error})"
         ) from error

@@ -16,6 +16,7 @@ from sepconv.data import Crop
 from sepconv.data.images import BrokenImage, read_images
 from sepconv.data.listing import image_files
 from sepconv.layers.borrowed import evaluating
+from sepconv.leaves.complaint import complaint
 from sepconv.runs.model_file import Card, class_names
 
 BATCH = 64
@@ -117,5 +118,9 @@ def _check(scores: object, files: Sequence[Path], classes: Sequence[str]) -> Non
 
 
 def _scores(model: nn.Module, images: Tensor) -> Any:
-    with evaluating(model):
-        return model(images)
+    try:
+        with evaluating(model):
+            return model(images)
+    except Exception as error:  # any code of the model may fail, in any way
+        shape = tuple(images.shape[1:])
+        raise ValueError(f"predict: the model does not take images of shape {shape}: {complaint(error)}") from error

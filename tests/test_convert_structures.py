@@ -208,3 +208,29 @@ def test_networks_that_keep_what_they_computed() -> None:
 
     _, plan = sepconv.convert(Keeps().eval(), torch.randn(2, 3, 5, 5), depth_multiplier=2, sweeps=1)
     assert len(plan.converted) == 2
+
+
+class Without(nn.Module):
+    """Code that wants no gradients: of a method with a decorator, or around what its authors did not train."""
+
+    def __init__(self, mode: Any, whole: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = conv(3, 6), nn.BatchNorm2d(6), conv(6, 5)
+        self.mode, self.whole = mode, whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            y = torch.relu(self.norm(self.first(x)))
+            if self.whole:
+                return self.second(y)  # type: ignore[no-any-return]
+        return self.second(y.clone())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("whole", [True, False])
+def test_code_that_wants_no_gradients_is_weighed_by_norms(mode: Any, whole: bool) -> None:
+    model, x = Without(mode, whole).eval(), torch.randn(10, 3, 7, 7)
+    new, plan = sepconv.convert(model, x, 0.7, form="separable", sweeps=1)
+    assert "not differentiable" in plan.notes[0]
+    assert plan.converted
+    assert new(x).shape == model(x).shape

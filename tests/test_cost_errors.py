@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sepconv
 from sepconv.cost import count, counter
+from sepconv.leaves import Inputs
 from sepconv.models import MobileNetV1
 
 
@@ -134,6 +135,21 @@ class Catches(nn.Module):
 def test_errors_name_the_layer(model: nn.Module, shape: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         count(model, shape)
+
+
+def test_code_that_looks_at_values_is_counted_with_those_of_an_example() -> None:
+    model = Bad(lambda x: x if x.sum() > 0 else -x)
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, _: [module.calls.add_(1), None][1])
+    example, weight = torch.randn(2, 3, 4, 4), model.first.weight.clone()
+    kept = example.clone()
+    found = count(model, Inputs((example,)))
+    assert found.layers == count(Bad(lambda x: x), (3, 4, 4)).layers
+    assert torch.equal(model.first.weight, weight)
+    assert torch.equal(example, kept)
+    assert model.calls == 0
+    with pytest.raises(ValueError, match=r"count: layer 'first' \(Conv2d\) fails on an input of shape \(1, 4, 4, 4\)"):
+        count(model, Inputs((torch.randn(1, 4, 4, 4),)))
 
 
 def test_errors_of_type() -> None:

@@ -297,6 +297,9 @@ def test_unusable_folders(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(ValueError, match="no images in"):
         load(tmp_path)
+    write_images(tmp_path / "few", {"a": [png(1)], "b": [png(2)]})
+    with pytest.raises(ValueError, match=r"one image of each class; two are the least, one for testing"):
+        load(tmp_path / "few")
 
 
 def test_different_sizes_need_image_size(tmp_path: Path) -> None:

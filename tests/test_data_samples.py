@@ -42,6 +42,21 @@ def test_an_array_is_the_only_input(tmp_path: Path) -> None:
     assert values | set(map(int, test)) == set(range(10))
 
 
+def test_one_file_of_another_kind_decides_nothing(tmp_path: Path) -> None:
+    assert not is_sample_folder(tmp_path)
+    write_arrays(tmp_path / "samples", 11)
+    (tmp_path / "samples" / "preview.png").touch()
+    assert is_sample_folder(tmp_path / "samples")
+    for i in range(12):
+        (tmp_path / f"{i}.jpg").touch()
+    with pytest.raises(ValueError, match=r"holds 13 images and 11 samples \(\.npy or \.safetensors\): give the folder"):
+        is_sample_folder(tmp_path)
+    for i in range(1, 11):
+        (tmp_path / "samples" / f"{i}.npy").unlink()
+    (tmp_path / "samples" / "0.npy").rename(tmp_path / "model.safetensors")
+    assert not is_sample_folder(tmp_path)
+
+
 def test_epochs_have_their_own_order_and_processes_share_it(tmp_path: Path) -> None:
     write_arrays(tmp_path / "train", 9)
     write_arrays(tmp_path / "test", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,43 @@ def test_create_refuses(name: str, settings: dict[str, Any], message: str) -> No
 def test_settings_that_do_not_fit(build: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("depth"), r"create: own_networks:fails cannot be built with {} \(KeyError: 'depth'\)"),
+        (SystemExit(2), r"create: own_networks:fails cannot be built with {} \(SystemExit: 2\)"),
+        (AssertionError(), r"create: own_networks:fails cannot be built with {} \(AssertionError\)"),
+        (RuntimeError("no\nway"), r"create: own_networks:fails cannot be built with {} \(no\)"),
+        (ValueError("in its own words"), r"^in its own words$"),
+    ],
+)
+def test_what_a_function_of_the_user_raises(
+    error: BaseException, message: str, own_module: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> nn.Module:
+        raise error
+
+    monkeypatch.setattr(sys.modules["own_networks"], "fails", fails, raising=False)
+    with pytest.raises(ValueError, match=message):
+        create("own_networks:fails")
+
+
+def test_a_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_me.py").write_text("from torch import nn\nimport also_beside_me\nnet = nn.Identity\n")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot import 'beside_me' .*No module named 'also_beside_me'"):
+        create("beside_me:net")
+    (tmp_path / "also_beside_me.py").touch()
+    assert isinstance(create("beside_me:net"), nn.Identity)
+    assert sys.path[-1] == str(tmp_path)
+    (tmp_path / "a_script.py").write_text("import sys\nsys.exit(2)")
+    with pytest.raises(ValueError, match=r"cannot import 'a_script' of 'a_script:net' \(SystemExit: 2\)"):
+        create("a_script:net")
+    (tmp_path / "torch.py").write_text("raise AssertionError")
+    assert isinstance(create("torch.nn:Identity"), nn.Identity)
 
 
 def test_timm_when_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,54 @@ def test_checkpoints_of_pytorch(nested: str | None, prefix: str, zipped: bool, t
     assert torch.equal(copied.weight, model.weight)
 
 
+class _Named(nn.Module):
+    """A network whose names begin as wrappers' do, or hold others'."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "model.net."])
+def test_names_of_what_was_around_the_network(prefix: str, suffix: str, tmp_path: Path) -> None:
+    model, copied = (_Named(first=nn.Linear(3, 2), second=nn.Linear(2, 2)) for _ in range(2))
+    given = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path / f"weights{suffix}"
+    save_file(given, path) if suffix == ".safetensors" else torch.save(given, path)
+    load_weights(copied, path)
+    assert torch.equal(copied.second.weight, model.second.weight)  # type: ignore[union-attr]
+
+
+def test_averaged_and_partly_compiled_networks(tmp_path: Path) -> None:
+    model, copied = (_Named(body=nn.Linear(3, 2), head=nn.Linear(2, 2)) for _ in range(2))
+    torch.save({"model_ema": torch.optim.swa_utils.AveragedModel(model).state_dict()}, tmp_path / "average.pt")
+    load_weights(copied, tmp_path / "average.pt")
+    assert torch.equal(copied.body.weight, model.body.weight)  # type: ignore[union-attr]
+    given = {name.replace("body.", "body._orig_mod."): 2 * tensor for name, tensor in model.state_dict().items()}
+    torch.save(given, tmp_path / "parts.pt")
+    load_weights(copied, tmp_path / "parts.pt")
+    assert torch.equal(copied.body.weight, 2 * model.body.weight)  # type: ignore[union-attr, operator]
+
+
+def test_names_of_the_networks_own_stay(tmp_path: Path) -> None:
+    model, copied = (_Named(module=nn.Linear(3, 2)) for _ in range(2))
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    load_weights(copied, tmp_path / "own.pt")
+    assert torch.equal(copied.module.weight, model.module.weight)  # type: ignore[union-attr]
+    torch.save(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"4 keys unknown to the model: 0\.bias, 0\.weight, 1\.bias"):
+        load_weights(copied, tmp_path / "other.pt")
+
+
+def test_a_state_dict_beside_other_tensors(tmp_path: Path) -> None:
+    model, copied = nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save({"best": torch.tensor(0.9), "state_dict": model.state_dict()}, tmp_path / "weights.pt")
+    load_weights(copied, tmp_path / "weights.pt")
+    assert torch.equal(copied.weight, model.weight)
+
+
 def test_checkpoint_without_weights(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights.pt holds no state_dict, alone or under one of state_dict_ema, "):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from sepconv import explain, models
 from sepconv.data import load
@@ -74,6 +75,30 @@ def test_unchanged_network_has_no_changes() -> None:
     assert structure.differences(CARD.build(), CARD.build()) == []
 
 
+def _with_classes_of_its_own() -> nn.Module:
+    """Every call makes new classes: one of the function, those of parametrized layers, and that of a traced network."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = weight_norm(nn.Conv2d(1, 4, 3))
+            self.second = nn.Conv2d(4, 4, 3)
+            self.traced = fx.symbolic_trace(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
+
+    return Net()
+
+
+def test_classes_are_told_apart_by_their_names() -> None:
+    plain, changed = _with_classes_of_its_own(), _with_classes_of_its_own()
+    assert type(plain) is not type(changed)
+    assert structure.differences(plain, changed) == []
+    changed.second = SeparableConv2d(4, 4, 3)
+    assert [change["path"] for change in structure.differences(plain, changed)] == ["second"]
+    changed.first = nn.SELU()
+    with pytest.raises(ValueError, match="first became a SELU, which cannot be described"):
+        structure.differences(plain, changed)
+
+
 def test_kind_that_is_not_known_cannot_be_written() -> None:
     model = CARD.build()
     model.stages[0][0][2] = nn.SELU()
@@ -111,6 +136,14 @@ def test_card_normalises_as_the_data_did() -> None:
     torch.testing.assert_close(
         CARD.with_data(data).normalise(images), data.test.normalise(images), atol=1e-6, rtol=1e-6
     )
+
+
+def test_a_network_without_values_is_refused() -> None:
+    settings = {"in_features": 2, "out_features": 1, "device": "meta"}
+    with pytest.raises(
+        ValueError, match=r"open_model: weight of torch\.nn:Linear has no values \(it is on the meta device"
+    ):
+        open_model("torch.nn:Linear", None, settings)
 
 
 def test_settings_that_are_no_text_are_refused(tmp_path: Path) -> None:

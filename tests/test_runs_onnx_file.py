@@ -114,6 +114,8 @@ def test_network_that_cannot_be_exported_is_a_value_error(tmp_path: Path) -> Non
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
+    with pytest.raises(ValueError, match=r"does not take inputs of shape \(2, 1, 8, 8\): Given groups=1"):
+        export_onnx(nn.Conv2d(3, 4, 3), (1, 8, 8), tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="export_onnx: PyTorch cannot export Undecided"):
         export_onnx(Undecided(), (3, 5, 5), tmp_path / "a.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -44,6 +44,27 @@ def mask():
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1)
     return nn.Sequential(*layers, nn.Sigmoid())
 
+class Restless(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x if x.sum() < 1e9 else -x)
+        return y + 1e-3 * torch.randn_like(y)
+
+def restless():
+    torch.manual_seed(0)
+    return Restless(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+
+def strict():
+    class Strict(nn.Conv2d):
+        def forward(self, x):
+            assert x.shape[-1] == 224
+    return Strict(3, 4, 3)
+
+def once(network, seen=[]):
+    seen.append(network)
+    if len(seen) > 2:
+        raise RuntimeError("too often")
+    return 0.5
+
 def grey(network):
     return {"grey": network(torch.full((1, 3, 8, 8), 0.5)).mean()}
 
@@ -129,6 +150,44 @@ def test_images_without_classes_and_the_users_own_number(code: str, tmp_path: Pa
     assert f"PSNR {row['psnr']:.2f} dB" in page.text
     assert any(attributes.get("data-quantity") == "grey" for _, attributes in page.elements)
     assert json.loads((out / "explanation.json").read_text())["layers"]
+
+
+@pytest.mark.filterwarnings("ignore:compile")
+def test_what_cannot_be_measured_costs_no_conversion(code: str, tmp_path: Path) -> None:
+    """This network looks at values, so it is counted as it computes, and adds noise, so that no two answers agree."""
+    write_images(tmp_path / "pictures", 30)
+    out, plain = tmp_path / "out", ("--mean", "0,0,0", "--std", "1,1,1", "--epochs", 0, "--budget", "1/2")
+    ran = sepconv("convert", f"{code}:restless", "--data", tmp_path / "pictures", *plain, "--out", out)
+    assert ran.code == 0, ran.err
+    record = json.loads((out / "result.json").read_text())
+    (note,) = (note for note in record["notes"] if note.startswith("latency_ms: "))
+    assert "differs from" in note
+    assert note in ran.out
+    assert "untimed" not in record
+    assert "Time of" not in ran.out
+    assert record["separable"]["latency_ms"] == {}
+    assert record["normal"]["macs"] == 13 * 13 * 9 * (3 * 8 + 8 * 4)
+    assert "Multiplications" in Page(out / "report.html").text
+
+
+def test_a_function_that_fails_in_the_end_costs_no_conversion(code: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", 30)
+    out, plain = tmp_path / "out", ("--mean", "0,0,0", "--std", "1,1,1", "--epochs", 0, "--budget", "1/2")
+    given = ("convert", f"{code}:mask", "--data", tmp_path / "pictures", *plain, "--out", out)
+    sepconv(*given, "--metric-function", f"{code}:once").failed_with(2, "once fails on Sequential", "too often")
+    assert {path.name for path in out.iterdir()} == {"model.safetensors"}
+    ran = sepconv("count", f"{code}:mask", "--weights", out / "model.safetensors", "--json", "-")
+    assert {row["kind"] for row in json.loads(ran.out)["layers"]} >= {"depthwise", "pointwise"}
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize", "train"])
+def test_a_network_that_does_not_take_the_images_says_so(code: str, command: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        write_images(tmp_path / "pictures" / name, 3)
+    options = ("--data", tmp_path / "pictures", "--out", tmp_path / "out")
+    ran = sepconv(command, f"{code}:strict", *options)
+    ran.failed_with(2, f"{command}: the model does not take images of shape (3, 13, 13): AssertionError")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,23 @@ def test_a_run_of_batches_goes_on_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_a_run_of_shuffled_classes_goes_on(tmp_path: Path) -> None:
+    """The first batch of a loader that shuffles has now these classes and then those, and perhaps another size."""
+    images, labels = torch.randn(6, 3), torch.arange(6)
+    batches = [(images[part], labels[part]) for part in labels.split((1, 2, 3))]
+    recipe = Recipe(epochs=2, lr=0.01)
+
+    def stop(step: Progress) -> None:
+        if step.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(nn.Linear(3, 6), batches, recipe, tmp_path, on_progress=stop)
+    assert train(nn.Linear(3, 6), batches[::-1], recipe, tmp_path, resume=True).resumed_from == 1
+    with pytest.raises(ValueError, match=r"of another run \(data.batches is 3 there and 2 here\)"):
+        train(nn.Linear(3, 6), batches[1:], recipe, tmp_path, resume=True)
+
+
 def test_weights_and_features_count() -> None:
     errors = {}
     for name, other in (("large", "rest.0"), ("rest.0", "large")):

@@ -58,12 +58,13 @@ def before_and_after(screen: Screen, record: dict[str, Any], out: Path) -> None:
     rows += _latency_rows(before, after)
     screen.table(f"{record['model']} on {record['data']}", ("", "normal", "separable", "change"), rows)
     _precisions(screen, record.get("precisions", []))
-    threads, batch = after["threads"], after["latency_batch"]
+    what = "image(s)" if "accuracy" in after else "sample(s)"
     if found := record.get("closeness"):
         outputs(screen, found)
-        screen.say(f"Time of {batch} sample(s) on {threads} thread(s).")
     else:
-        screen.say(f"Accuracy of {record['test_images']} test images; time of {batch} image(s) on {threads} thread(s).")
+        screen.say(f"Accuracy of {record['test_images']} test images.")
+    if after["latency_ms"]:
+        screen.say(f"Time of {after['latency_batch']} {what} on {after['threads']} thread(s).")
     onnx = record["onnx"]
     if not onnx["written"]:
         screen.say(f"No model.onnx: {onnx['reason']}")

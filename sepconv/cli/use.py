@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from sepconv.cli.guard import guarded
 from sepconv.data import load
 from sepconv.data.listing import Ignored, image_files
 from sepconv.device.files import check_folder as check_library
+from sepconv.runs.classes import names_of_outputs, read_classes
 from sepconv.runs.library import Device, export_library
 from sepconv.runs.model_file import open_model
 from sepconv.runs.onnx_file import export_onnx
@@ -54,6 +55,8 @@ def export_command(
     if c is not None:
         check_library(c)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    if (known := preprocessing_of(model, weights)) is not None:
+        card = card.prepared_by(known)
     if c is not None:
         goal = Device(target, precision, threads, name, check)
         library = export_library(network, card, arguments.shape_of(shape, card), c, goal)
@@ -88,6 +91,13 @@ def predict_command(
         ),
     ] = None,
     image_size: options.ImageSize = None,
+    crop: options.CropShare = None,
+    interpolation: options.Interpolation = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bgr: options.Bgr = False,
+    classes: options.Classes = None,
+    skip_broken: options.SkipBroken = False,
     top: Annotated[int, typer.Option("--top", min=1, help="Classes to name for each image.")] = 3,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile the network first: for many images.")] = False,
     precision: options.ComputedIn = None,
@@ -98,15 +108,22 @@ def predict_command(
     """Name the classes of images."""
     screen = Screen(quiet, json_file)
     arguments.check_outputs([*arguments.inputs(model, weights, data), *images], json=json_file)
+    wanted = arguments.Typed(image_size, crop, interpolation, mean, std, bgr).over(preprocessing_of(model, weights))
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
+    names = read_classes(classes) if classes else card.classes or names_of_outputs(card.model)
     if data is not None:
-        wanted = arguments.Typed(image_size).over(preprocessing_of(model, weights))
-        classes = load(data, preprocessing=wanted)
-        show.notes(screen, classes)
-        card = card.with_data(classes)
+        known = load(data, preprocessing=wanted)
+        show.notes(screen, known)
+        card, names = card.with_data(known), names or known.classes
+    elif wanted is not None:
+        card = card.prepared_by(wanted)
     files = image_files(images, ignored := Ignored())
     if ignored:
         screen.say(f"{len(files)} images, {ignored}")
-    found = predict(network, card, files, top, compiled, precision)
+    skipped: list[str] | None = [] if skip_broken else None
+    card = replace(card, classes=[*names])
+    found = predict(network, card, files, top, compiled, precision, names if classes else (), skipped)
+    if skipped:
+        screen.say(f"Broken images left out: {len(skipped)} ({', '.join(skipped[:5])})")
     show.predictions(screen, found)
     screen.result([asdict(prediction) for prediction in found])

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
+from sepconv.compile.constants import is_constant
 from sepconv.compile.copies import frozen_copy
 from sepconv.compile.explain import NetworkExplanation, explain_network, explain_parts
 from sepconv.compile.looks import is_channels_last
@@ -247,7 +248,7 @@ class CompiledModel:
                 parts += (leaf.shape, not leaf.is_contiguous() and is_channels_last(leaf))
             elif checked is not None:
                 raise ValueError(f"CompiledModel: got {type(leaf).__name__} where the example has a tensor")
-            elif isinstance(leaf, Hashable):
+            elif is_constant(leaf):
                 parts += (type(leaf), leaf)
             else:
                 raise ValueError(f"CompiledModel: arguments must be tensors or constants, got {type(leaf).__name__}")

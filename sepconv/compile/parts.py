@@ -14,13 +14,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sepconv.compile.constants import first_unseen
 from sepconv.compile.copies import trial_copy
 from sepconv.compile.explain import NetworkExplanation
 
 MOST_SIZES = 8
 """Sizes of inputs for which a part is prepared."""
-
-_PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 class _Compiled(Protocol):
@@ -53,7 +52,7 @@ class CompiledPart:
 
 def _all_plain(arguments: Any) -> bool:
     """Whether nothing in the arguments has an identity of its own, by which it would be taken for a constant."""
-    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(arguments))
+    return not first_unseen(pytree.tree_leaves(arguments))
 
 
 def put_in_place(

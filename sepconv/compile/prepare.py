@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from sepconv.compile.capture import CaptureError, capture, first_line
+from sepconv.compile.constants import first_unseen
 from sepconv.compile.copies import trial_copy
 from sepconv.compile.looks import is_channels_last
 from sepconv.compile.network import PreparedNetwork
@@ -68,6 +69,8 @@ def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Sto
         except Exception as error:
             return f"it cannot be copied ({first_line(error)})"
         checks = _Checks(model, spec, [_Check(leaves, _expected(model, [_copied(leaf) for leaf in leaves], spec))])
+        if reason := _unseen(checks.known[0].expected):
+            return f"the model cannot be captured: {reason}"
         note = missing(how.precision)
         network = _built(frozen, checks, store, how._replace(precision=FLOAT32) if note else how)
         if isinstance(network, str) and how.precision != FLOAT32 and not note:
@@ -95,6 +98,8 @@ class WrittenModel:
         self.model, self.store, self._leaves, self._spec = model, store, leaves, spec
         with apart():
             self._expected = self.run(leaves)
+            if reason := _unseen(self._expected):
+                raise CaptureError(reason)
             graph, _ = _captured(model, leaves, spec)
             rewrite(graph, store, precision)
             self.program = write_program(graph, self.expected)
@@ -195,6 +200,12 @@ def _expected(model: nn.Module, leaves: Sequence[Any], spec: TreeSpec) -> list[A
         first = str(error).strip().split("\n")[0]
         shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
         raise ValueError(f"compile: the model does not accept inputs of shape {shapes}: {first}") from error
+
+
+def _unseen(results: Sequence[Any]) -> str:
+    """Why these leaves of a model's result cannot be given again; "" if they can."""
+    kind = first_unseen(results)
+    return f"it returns a {kind}, into which PyTorch does not look for tensors" if kind else ""
 
 
 def _disagreement(network: PreparedNetwork, checks: _Checks, check: _Check) -> str:

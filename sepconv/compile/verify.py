@@ -118,6 +118,8 @@ def disagreement(
     """
     for ours, models in zip(got, expected, strict=True):
         if not isinstance(models, Tensor):
+            if type(ours) is not type(models) or ours != models:
+                return f"beside tensors the model gives now {ours!r} and then {models!r}"
             continue
         if ours.shape != models.shape or ours.dtype is not models.dtype:
             return f"the captured operations give {_form(ours)} where the model gives {_form(models)}"

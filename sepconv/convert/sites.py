@@ -179,6 +179,11 @@ class _Result(NamedTuple):
     version: int
 
 
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place, which tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Record:
     """What convolutions and batch norms did, in one pass."""
 
@@ -194,14 +199,14 @@ class _Record:
                 site.reason = site.reason or "called without a batch dimension"
             site.inputs.append(tuple(x.shape[1:]))
             site.outputs.append(tuple(output.shape[1:]))
-            self.results.append(_Result(site, output, output._version))
+            self.results.append(_Result(site, output, _version(output)))
 
         return hook
 
     def norm_runs(self, name: str) -> Callable[[nn.Module, Tensor], None]:
         def hook(norm: nn.Module, x: Tensor) -> None:
             for result in self.results:
-                if x is result.output and result.output._version == result.version:
+                if x is result.output and _version(x) == result.version:
                     result.site.norm = name
 
         return hook

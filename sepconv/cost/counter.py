@@ -52,11 +52,14 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class Counter(TorchDispatchMode):
-    """Collects the rows of one forward pass of ``model``, whose tensors gave way to their ``twins`` without data."""
+    """Collects the rows of one forward pass of ``model``, whose tensors gave way to their ``twins`` without data.
 
-    def __init__(self, model: nn.Module, twins: dict[int, Tensor]) -> None:
+    ``computes``: the twins have data after all, and the pass computes with it.
+    """
+
+    def __init__(self, model: nn.Module, twins: dict[int, Tensor], computes: bool = False) -> None:
         super().__init__()
-        self._model, self._twins = model, twins
+        self._model, self._twins, self._computes = model, twins, computes
         self._names = {id(module): name for name, module in model.named_modules()}
         self._owners = {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}
         self._uncounted = {id(p): p for p in model.parameters()}
@@ -85,7 +88,8 @@ class Counter(TorchDispatchMode):
         module, shape = self._running[-1] if self._running else (self._model, ())
         name = self._names[id(module)]
         layer = f"layer {name!r} ({type(module).__name__})" if name else type(module).__name__
-        return f"{layer} fails without data" + (f" on an input of shape {shape}" if shape else "")
+        fails = "fails" if self._computes else "fails without data"
+        return f"{layer} {fails}" + (f" on an input of shape {shape}" if shape else "")
 
     def result(self) -> Cost:
         """The sums, with the parameters that took no part as rows of their own."""
@@ -128,7 +132,7 @@ class Counter(TorchDispatchMode):
     def _without_data(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Where tensors with data, kept by modules outside their buffers, meet those without, drop the data."""
         tensors = _tensors((args, kwargs))
-        if not any(t.is_meta or id(t) in self._twins for t in tensors):
+        if self._computes or not any(t.is_meta or id(t) in self._twins for t in tensors):
             return args, kwargs
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}

@@ -36,7 +36,7 @@ def count(model: nn.Module, input_shape: Sequence[int] | Inputs) -> Cost:
     Args:
         model: any module.
         input_shape: shape of the only input without the batch, such as (3, 224, 224); or an example of all inputs as
-            ``sepconv.leaves.Inputs``, of which one sample is counted.
+            ``sepconv.leaves.Inputs``, of which one sample is counted, and computed where the model's code needs values.
 
     Raises:
         TypeError: ``model`` is no module, or a TorchScript one.
@@ -56,27 +56,46 @@ def count(model: nn.Module, input_shape: Sequence[int] | Inputs) -> Cost:
     is_shape = isinstance(input_shape, Sequence) and all(map(_is_size, input_shape))
     if not is_shape and not isinstance(input_shape, Inputs):
         raise ValueError(f"count: input_shape must be positive integers without the batch, got {input_shape!r}")
-    twins = {
-        id(tensor): _twin(name, tensor)
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
-    counter = Counter(model, twins)
-    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    if isinstance(input_shape, Inputs):
-        given = input_shape[:1].map(partial(torch.empty_like, device="meta"))
-    else:
+    for name, tensor in _tensors(model):
+        if is_lazy(tensor):
+            raise ValueError(f"count: {name!r} of a lazy layer has no shape yet; run the model once before counting")
+    if not isinstance(input_shape, Inputs):
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
         dtype = next(dtypes, torch.get_default_dtype())
-        given = Inputs((torch.empty((1, *map(int, input_shape)), dtype=dtype, device="meta"),))
+        shape = f"{tuple(input_shape)}, to be given without the batch"
+        return _counted(model, Inputs((torch.empty((1, *map(int, input_shape)), dtype=dtype, device="meta"),)), shape)
+    sample = input_shape[:1]
+    try:
+        return _counted(model, sample.map(partial(torch.empty_like, device="meta")), str(sample))
+    except ValueError:  # the model's own code may look at values: then it computes with the example's
+        return _counted(model, sample.clone(), str(sample), computes=True)
+
+
+def _counted(model: nn.Module, given: Inputs, shape: str, computes: bool = False) -> Cost:
+    """
+    Args:
+        shape: in words, for messages.
+        computes: the inputs have values, and the model its own.
+    """
+    make = _spare if computes else _twin
+    twins = {id(tensor): make(tensor) for _, tensor in _tensors(model)}
+    counter = Counter(model, twins, computes)
     with _undisturbed(model, twins), _watched(counter):
         try:
             with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
                 model(*given.args, **given.kwargs)
         except Exception as error:
-            shape = f"input_shape = {given if isinstance(input_shape, Inputs) else tuple(input_shape)}"
-            shape += "" if isinstance(input_shape, Inputs) else ", to be given without the batch"
-            raise ValueError(f"count: {counter.where()}: {_summary(error)} ({shape})") from error
+            raise ValueError(f"count: {counter.where()}: {_summary(error)} (input_shape = {shape})") from error
     return counter.result()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _spare(tensor: Tensor) -> Tensor:
+    """A parameter itself; of a buffer, which a call may change, a copy."""
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 def _is_size(value: object) -> bool:
@@ -88,10 +107,8 @@ def _summary(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _twin(name: str, tensor: Tensor) -> Tensor:
+def _twin(tensor: Tensor) -> Tensor:
     """The same tensor without data."""
-    if is_lazy(tensor):
-        raise ValueError(f"count: {name!r} of a lazy layer has no shape yet; run the model once before counting")
     twin = torch.empty_like(tensor, device="meta")
     return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 

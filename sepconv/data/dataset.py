@@ -234,7 +234,8 @@ def load(
         parts = [parts[0].subset(chosen) for chosen in divided(parts[0].labels, test_fraction, seed)]
     train, test, *val = parts
     if not len(test.labels):
-        raise ValueError(f"load: {source} has a single image; two are the least, one for testing")
+        what = "one image of each class" if len(found.classes) > 1 else "a single image"
+        raise ValueError(f"load: {source} has {what}; two are the least, one for testing")
     missing = [name for i, name in enumerate(found.classes) if not (test.labels == i).any()]
     if missing:
         names = ", ".join(missing[:5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sepconv.data.augment import Augment, generator
 from sepconv.data.dataset import NO_AUGMENT, Split, divided, in_batches
-from sepconv.data.images import one_ahead
+from sepconv.data.images import one_ahead, readable_suffixes
 from sepconv.data.listing import Ignored, entries, files_below
 from sepconv.data.parts import readable
 from sepconv.data.splits import roles, splits_among
@@ -23,6 +24,8 @@ from sepconv.leaves.inputs import joined, labels_of
 from sepconv.system.files import name_for_libraries
 
 SUFFIXES = (".npy", ".safetensors")
+ASTRAY = 10
+"""Of so many files in a folder one may be of another kind."""
 
 
 class Samples(Protocol):
@@ -203,9 +206,21 @@ class SampleData:
 
 
 def is_sample_folder(source: str | Path) -> bool:
-    """Whether there are files of samples in a folder or below it."""
+    """Whether a folder holds files of samples, in it or below it, and not images: a few of the others may lie astray.
+
+    Raises:
+        ValueError: there are many of both.
+    """
     path = Path(source)
-    return path.is_dir() and next(iter(files_below(path, SUFFIXES, Ignored())), None) is not None
+    if not path.is_dir():
+        return False
+    found = files_below(path, {*SUFFIXES, *readable_suffixes()}, Ignored())
+    kinds = Counter(file.suffix.lower() in SUFFIXES for file in found)
+    samples, images = kinds[True], kinds[False]
+    if ASTRAY * min(samples, images) > max(samples, images):
+        kind = " or ".join(SUFFIXES)
+        raise ValueError(f"load: {path} holds {images} images and {samples} samples ({kind}): give the folder of one")
+    return samples > images
 
 
 def load_samples(folder: str | Path, *, test_fraction: float = 0.2, seed: int = 0) -> SampleData:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from reprlib import repr as shortened
@@ -12,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sepconv.leaves.complaint import complaint
 from sepconv.models.mobilenet_v1 import MobileNetV1, MobileNetV1Normal
 from sepconv.models.mobilenet_v2 import MobileNetV2
 from sepconv.models.quick import ResNetQuick, VGGQuick
@@ -82,11 +85,10 @@ def _build(name: str, factory: Callable[..., Any], settings: dict[str, Any]) -> 
             raise ValueError(f"create: {name} needs the settings {', '.join(absent)}")
     try:
         model = factory(**settings)
-    except (TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
-        if name not in BUILT_IN:
-            raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"create: {name} cannot be built with {shortened(settings)} ({reason})") from error
+    except (ValueError, OSError):  # in the words of whoever wrote the model
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"create: {name} cannot be built with {shortened(settings)} ({complaint(error)})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"create: {name} must return a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -107,8 +109,8 @@ def _find(name: str) -> Callable[..., Any]:
     """The object behind ``package.module:function``; importing runs the user's code, which may fail in any way."""
     module_name, _, attribute = name.partition(":")
     try:
-        found = importlib.import_module(module_name)
-    except Exception as error:
+        found = _imported(module_name)
+    except (Exception, SystemExit) as error:  # a script may begin its work, or end it
         raise ValueError(
             f"create: cannot import {module_name!r} of {name!r} ({type(error).__name__}: {error})"
         ) from error
@@ -118,6 +120,22 @@ def _find(name: str) -> Callable[..., Any]:
         public = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"create: {attribute!r} {what} in {module_name}{_nearest(attribute, public)}")
     return function
+
+
+def _imported(name: str) -> Any:
+    """A module, which may lie in the current folder: an installed command does not look there, as Python itself does.
+
+    That folder comes last, so that nothing in it takes the place of what is installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        here = os.getcwd()  # noqa: PTH109  (sys.path holds text)
+        if error.name != name.partition(".")[0] or {"", here} & set(sys.path):
+            raise
+        sys.path.append(here)
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
 
 
 def library_of(name: str) -> Any:
@@ -142,8 +160,10 @@ def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
         raise ValueError(f"create: timm has no model {architecture!r}{_nearest(architecture, known)}")
     try:
         return timm.create_model(short, **settings)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"create: timm cannot build {short} with {settings}: {error}") from error
+    except OSError:  # weights that cannot be had
+        raise
+    except Exception as error:
+        raise ValueError(f"create: timm cannot build {short} with {settings}: {complaint(error)}") from error
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
@@ -161,5 +181,7 @@ def _create_torchvision(name: str, settings: dict[str, Any]) -> nn.Module:
     weights = "DEFAULT" if given.pop("pretrained", False) else None
     try:
         return models.get_model(short, weights=weights, **given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"create: torchvision cannot build {short} with {settings}: {error}") from error
+    except OSError:  # weights that cannot be had
+        raise
+    except Exception as error:
+        raise ValueError(f"create: torchvision cannot build {short} with {settings}: {complaint(error)}") from error

@@ -23,7 +23,9 @@ from sepconv.system.files import name_for_libraries
 _PICKLES = (b"PK\x03\x04", b"\x80")
 # Where checkpoints keep the state_dict; the average of the weights is what their authors evaluate.
 _NESTED = ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model", "net", "params")
-_WRAPPERS = ("module.", "_orig_mod.")
+_COMPILED = "_orig_mod."
+_AVERAGES = "n_averaged"
+"""A counter that PyTorch's ``AveragedModel`` keeps beside the weights."""
 _SHOWN = 3
 
 Value = TypeVar("Value")
@@ -34,8 +36,9 @@ _HUGGINGFACE_PARTS = {"convolution": "", "normalization": "_norm"}
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Read a safetensors file, or a state_dict that ``torch.save`` wrote, into ``model``: all of it or nothing.
 
-    Of a checkpoint with more in it the state_dict is taken (under "state_dict", "model", ...), without the prefixes of
-    ``DataParallel`` and ``torch.compile``. It is read by ``torch.load(weights_only=True)``, which runs no code.
+    Of a checkpoint with more in it the state_dict is taken (under "state_dict", "model", ...). Names may begin with
+    what was around the network: ``module.`` of ``DataParallel``, ``_orig_mod.`` of ``torch.compile``, ``model.`` of a
+    class that trains it. A pickle is read by ``torch.load(weights_only=True)``, which runs no code.
 
     Names may be ours, torchvision's for :class:`MobileNetV2` (the same) and those of Hugging Face's
     ``MobileNetV1Model`` and ``MobileNetV1ForImageClassification`` for :class:`MobileNetV1`, which is then best built
@@ -53,7 +56,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ...     load_weights(model, f"{folder}/weights.safetensors")
     """
     path = Path(path)
-    given = _read(path)
+    given = _unwrapped(_read(path), model)
     if _is_huggingface(model, given):
         given = from_huggingface(given)
         if not model.tf_padding:
@@ -127,7 +130,8 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"load_weights: {path} is damaged or needs more than tensors and plain values, whose reading would run "
             "code; save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from error
-    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+    # Beside the state_dict there may be tensors, such as the best accuracy so far.
+    while isinstance(found, Mapping):
         name = next((name for name in _NESTED if isinstance(found.get(name), Mapping)), None)
         if name is None:
             break
@@ -136,10 +140,23 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"load_weights: {path} holds no state_dict, alone or under one of {', '.join(_NESTED)}")
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
+
+
+def _unwrapped(given: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors by their names in the model, without what was around it when they were saved; else as they are."""
+    own = model.state_dict(keep_vars=True).keys()
+    found = {
+        key if key in own else key.replace(_COMPILED, ""): tensor
+        for key, tensor in given.items()
+        if key in own or key != _AVERAGES
+    }
+    while found and not own & found.keys():
+        prefix = next(iter(found)).partition(".")[0] + "."
+        if not all(key.startswith(prefix) for key in found):
+            return given
+        found = {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+    return found
 
 
 def from_huggingface(state_dict: Mapping[str, Value]) -> dict[str, Value]:

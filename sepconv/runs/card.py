@@ -75,6 +75,19 @@ class Card:
             **({} if data.fit is None else _fit_entries(data.fit)),
         )
 
+    def prepared_by(self, prepared: Preprocessing) -> Card:
+        """The same network for images that are prepared so, if that says all of it."""
+        if prepared.fit is None or not prepared.mean:
+            return self
+        return replace(
+            self,
+            input_shape=(len(prepared.mean), prepared.fit.size, prepared.fit.size),
+            mean=list(prepared.mean),
+            std=list(prepared.std),
+            bgr=prepared.bgr,
+            **_fit_entries(prepared.fit),
+        )
+
     def changed_to(self, model: nn.Module) -> Card:
         """The card of a network made of this one by replacing modules, or by quantization."""
         if isinstance(model, fx.GraphModule) and is_quantized(model):

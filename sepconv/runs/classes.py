@@ -40,6 +40,12 @@ def names_of(name: str, classes: Sequence[str]) -> list[str]:
     return next((names for names in found if set(classes) <= set(names)), [])
 
 
+def names_of_outputs(name: str) -> list[str]:
+    """What timm or torchvision call the outputs of their trained model, in words; nothing where they do not say."""
+    found = [*(_of_timm(name) if name.startswith("timm/") else _of_torchvision(name))]
+    return found[-1] if found else []
+
+
 def _of_timm(name: str) -> Iterator[list[str]]:
     library_of(name)
     data: Any = importlib.import_module("timm.data")
@@ -53,7 +59,10 @@ def _of_timm(name: str) -> Iterator[list[str]]:
 def _of_torchvision(name: str) -> Iterator[list[str]]:
     if not name.startswith("torchvision/"):
         return
-    weights = library_of(name).models.get_model_weights(name.removeprefix("torchvision/"))
+    try:
+        weights = library_of(name).models.get_model_weights(name.removeprefix("torchvision/"))
+    except ValueError:  # nobody trained it
+        return
     yield list(next(iter(weights)).meta.get("categories", ()))
 
 
@@ -70,6 +79,11 @@ def matched(data: Data, names: Sequence[str], outputs: int) -> Data:
     """
     if len(names) != outputs or list(names) == data.classes:
         return data
+    if twice := [name for name in data.classes if names.count(name) > 1]:
+        raise ValueError(
+            f"{data.name} has the class {twice[0]!r}, but several outputs of the network are called so: name the "
+            "outputs with --classes FILE"
+        )
     place = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in data.classes if name not in place]:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -15,7 +15,7 @@ from sepconv.cost import Cost, count
 from sepconv.data import Data, SampleData, Split
 from sepconv.data.samples import first_of
 from sepconv.layers.borrowed import copied, evaluating
-from sepconv.leaves import Closeness
+from sepconv.leaves import Closeness, Inputs
 from sepconv.runs import latency, png
 from sepconv.runs.latency import Latency
 from sepconv.runs.limits import limits
@@ -51,8 +51,8 @@ def compare(
     networks = {name: copied(model, "compare").cpu() for name, model in networks.items()}
     costs = {name: count(model, x) for name, model in networks.items()}
     contenders = {name: latency.contenders(model, x) for name, model in networks.items()}
-    latencies = latency.latency_ms(contenders, x, threads=threads)
     compiled = {name: found["sepconv"] for name, found in contenders.items()}
+    latencies, untimed = _latencies(contenders, x, threads)
     layer_ms = latency.layer_ms(compiled, [layer.name for layer in plan.layers], threads=threads)
     after = limits(threads)
     return {
@@ -63,10 +63,21 @@ def compare(
         "layers": [layer_record(layer, costs, layer_ms) for layer in plan.layers],
         "other_ms": [layer_ms[name].get("") for name in networks],
         "test_images": len(data.test),
+        "untimed": untimed,
         **answers,
         # Another program may have had the cores during one of the two measurements.
         "machine": {**environment.machine(), **{name: max(before[name], after[name], key=_largest) for name in after}},
     }
+
+
+def _latencies(
+    contenders: Mapping[str, Mapping[str, Any]], x: Inputs, threads: int
+) -> tuple[dict[str, dict[str, Latency]], str]:
+    """Times by network and contender, or why there are none: a network is worth its keep without them."""
+    try:
+        return latency.latency_ms(contenders, x, threads=threads), ""
+    except ValueError as error:
+        return {name: {} for name in contenders}, str(error)
 
 
 def _answers(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sepconv.data import Data, SampleData, Samples
 from sepconv.layers.borrowed import evaluating
 from sepconv.leaves import Closeness, Inputs, leaves
+from sepconv.leaves.complaint import complaint
 from sepconv.leaves.outputs import said
 from sepconv.train import Metrics, evaluate
 
@@ -60,22 +61,21 @@ class Judge:
         return {} if self.metric_function is None else measured(self.metric_function, model)
 
 
-def answers_to(model: nn.Module, data: Data | SampleData) -> Any:
+def answers_to(model: nn.Module, data: Data | SampleData, caller: str = "convert") -> Any:
     """What the model answers to two samples; ValueError unless it takes the data."""
     parameter = next(model.parameters(), torch.empty(0))
     if parameter.dtype != torch.float32:
-        raise ValueError(f"convert: the images are float32 but the model is {parameter.dtype}: convert model.float()")
+        raise ValueError(f"{caller}: the images are float32 but the model is {parameter.dtype}: give model.float()")
     given = Inputs.of(data.calibration(min(2, len(data.train)))).to(parameter.device)
     try:
         with torch.no_grad(), evaluating(model):
             answer = given.run(model)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # any code of the model may fail, in any way
         shape = data.input_shape or given
-        raise ValueError(f"convert: the model does not take images of shape {shape}: {reason}") from error
+        raise ValueError(f"{caller}: the model does not take images of shape {shape}: {complaint(error)}") from error
     for name, leaf in leaves(answer).items():
         if not leaf.isfinite().all():
-            raise ValueError(f"convert: {said(name)} of the network holds NaN or infinity on this data")
+            raise ValueError(f"{caller}: {said(name)} of the network holds NaN or infinity on this data")
     return answer
 
 

@@ -165,6 +165,8 @@ def _build(card: Card, weights: Path | None, seed: int) -> nn.Module:
         models.load_weights(model, weights)
         if card.quantized:
             unpack(model)
+    if unset := next((key for key, tensor in model.state_dict().items() if tensor.is_meta), ""):
+        raise ValueError(f"open_model: {unset} of {card.model} has no values (it is on the meta device)")
     return model
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from sepconv.layers.borrowed import copied, evaluating
 from sepconv.leaves import Inputs, leaves
+from sepconv.leaves.complaint import complaint
 from sepconv.quantize import is_quantized
 from sepconv.runs import qdq
 from sepconv.system.files import replacing
@@ -105,8 +106,12 @@ def _of_batch(example: Inputs, samples: int) -> Inputs:
 
 def _names(model: nn.Module, example: Inputs) -> tuple[list[str], list[str]]:
     """Of inputs and outputs in the file; no names of outputs where some are no fractions."""
-    with torch.no_grad():
-        output = example.run(model)
+    try:
+        with torch.no_grad():
+            output = example.run(model)
+    except Exception as error:  # any code of the model may fail, in any way
+        reason = complaint(error)
+        raise ValueError(f"export_onnx: the model does not take inputs of shape {example}: {reason}") from error
     found = leaves(output)
     inputs = list(example.kwargs) or [f"input_{i}" for i in range(len(example.args))]
     if example.tensor is not None and example.tensor.dim() == 4:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sepconv.compile import compile
-from sepconv.data.images import read_images
+from sepconv.data import Crop
+from sepconv.data.images import BrokenImage, read_images
 from sepconv.data.listing import image_files
 from sepconv.layers.borrowed import evaluating
+from sepconv.leaves.complaint import complaint
 from sepconv.runs.model_file import Card, class_names
 
 BATCH = 64
@@ -36,6 +39,8 @@ def predict(
     top: int = 3,
     compiled: bool = False,
     precision: str | None = None,
+    classes: Sequence[str] = (),
+    skipped: list[str] | None = None,
 ) -> list[Prediction]:
     """Classify images.
 
@@ -47,32 +52,75 @@ def predict(
         top: classes named for each image.
         compiled: run the network by ``sepconv.compile``: takes seconds first, pays for itself with many images.
         precision: as ``sepconv.compile`` has it; one that is named compiles the network.
+        classes: names of the network's outputs in their order; those of the card where it is empty.
+        skipped: gets the names of broken images, which are left out; None makes an error of the first.
 
     Raises:
-        ValueError: the card says nothing about images, a file is no image or a folder has none (it is named).
+        ValueError: the card says nothing about images, a file is no image or a folder has none (it is named), the
+            network gives no scores, or not as many as there are names.
         FileNotFoundError: no such file or folder.
     """
     prepared = card.preprocessing
     if prepared is None or prepared.fit is None:
-        raise ValueError("predict: the weights do not say how images are prepared; --data D takes that from a data set")
+        raise ValueError(
+            "predict: the weights do not say how images are prepared: give --mean, --std and --image-size, or "
+            "--data D, which takes that from a data set"
+        )
     files = image_files(paths)
-    scores_of: Callable[[Tensor], Tensor] = partial(_scores, model)
+    scores_of: Callable[[Tensor], Any] = partial(_scores, model)
     if compiled or precision is not None:
         with evaluating(model):
             zeros = torch.zeros(min(len(files), BATCH), *card.input_shape)
             scores_of = compile(model, zeros, precision=precision)
     found: list[Prediction] = []
     for start in range(0, len(files), BATCH):
-        chunk = files[start : start + BATCH]
-        scores = scores_of(card.normalise(read_images(chunk, card.input_shape[0], prepared.fit)))
-        names = class_names(card, scores.shape[1])
+        chunk, images = _read(files[start : start + BATCH], card.input_shape[0], prepared.fit, skipped)
+        if not chunk:
+            continue
+        scores = scores_of(card.normalise(torch.cat(images)))
+        _check(scores, chunk, classes)
+        names = classes or class_names(card, scores.shape[1])
         best = scores.softmax(1).topk(min(top, scores.shape[1]))
         for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
             found.append(Prediction(str(path), [names[label] for label in labels], probabilities))
+    if skipped and not found:
+        raise ValueError(f"predict: all images are broken, such as {skipped[0]}")
     return found
 
 
-def _scores(model: nn.Module, images: Tensor) -> Tensor:
-    with evaluating(model):
-        scores: Tensor = model(images)
-    return scores
+def _read(
+    files: Sequence[Path], channels: int, fit: Crop, skipped: list[str] | None
+) -> tuple[list[Path], list[Tensor]]:
+    """The files that are images, and these."""
+    chunk, images = [], []
+    for file in files:
+        try:
+            images.append(read_images([file], channels, fit))
+        except BrokenImage:
+            if skipped is None:
+                raise
+            skipped.append(str(file))
+        else:
+            chunk.append(file)
+    return chunk, images
+
+
+def _check(scores: object, files: Sequence[Path], classes: Sequence[str]) -> None:
+    """ValueError unless there is a row of finite scores for each file, a score for each class."""
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
+        given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"predict: the network must give scores (N, classes), got {given}")
+    if classes and len(classes) != scores.shape[1]:
+        raise ValueError(f"predict: {len(classes)} classes are named but the network has {scores.shape[1]} outputs")
+    for file, finite in zip(files, scores.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(f"predict: the scores of {file} hold NaN or infinity")
+
+
+def _scores(model: nn.Module, images: Tensor) -> Any:
+    try:
+        with evaluating(model):
+            return model(images)
+    except Exception as error:  # any code of the model may fail, in any way
+        shape = tuple(images.shape[1:])
+        raise ValueError(f"predict: the model does not take images of shape {shape}: {complaint(error)}") from error

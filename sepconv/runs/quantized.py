@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from sepconv.data import Data, SampleData
-from sepconv.layers.borrowed import copied, evaluating
+from sepconv.layers.borrowed import copied
 from sepconv.quantize import QuantizationPlan, quantize
 from sepconv.runs import model_file
 from sepconv.runs.classes import matched
-from sepconv.runs.judge import Judge, is_worse
+from sepconv.runs.judge import Judge, answers_to, is_worse
 from sepconv.runs.model_file import Card
 from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import (
@@ -199,8 +198,7 @@ def _with_classes(model: nn.Module, card: Card, data: Data | SampleData, job: Qu
     """The data with its classes matched to the network's outputs."""
     if not isinstance(data, Data) or not data.classes:
         return data
-    with torch.no_grad(), evaluating(model):
-        answer = model(data.calibration(1))
+    answer = answers_to(model, data, "quantize")
     check_outputs(answer, data.num_classes)
     return matched(data, job.classes or card.classes, int(answer.shape[1]))
 

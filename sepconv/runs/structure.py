@@ -12,6 +12,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sepconv import layers
 from sepconv.activations import ACTIVATIONS, is_name, name_of
@@ -69,7 +70,7 @@ def _compare(
         first[after] = path
         found.append({"path": path, **chain})
         return
-    if type(before) is not type(after):
+    if before is None or _class(before) != _class(after):
         raise ValueError(
             f"differences: {path or 'the model'} became a {type(after).__name__}, which cannot be described"
         )
@@ -77,6 +78,12 @@ def _compare(
     for name, child in after._modules.items():
         if child is not None:
             _compare(before._modules.get(name), child, f"{path}.{name}".lstrip("."), found, first)
+
+
+def _class(module: nn.Module) -> tuple[str, str]:
+    """By name: parametrized modules, traced ones and those of a function's own class have a new class in every copy."""
+    kind = type_before_parametrizations(module)
+    return kind.__module__, kind.__qualname__
 
 
 def describe(module: Any) -> Description | None:

@@ -211,8 +211,9 @@ def convert_model(
     if isinstance(data, Data) and data.classes:
         data = _with_classes_of(data, job, card, answer)
     judge = Judge(model, bool(data.classes), job.output_weights, job.data_range, job.metric_function)
-    judge.metrics(model)  # what is wrong with the user's function shows before the work
-    card.with_data(data).check()
+    # What is wrong with the user's function, or cannot be described in a file, shows before the work.
+    judge.metrics(model)
+    card.changed_to(model).with_data(data).check()
     prepare(out, job.kind, model, int8=job.precision == INT8, live=job.live)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data), judge)
@@ -244,6 +245,11 @@ def _run(
 ) -> dict[str, Any]:
     plan = _convert(outcome, job, on_progress)
     _distil(outcome, job, out, resume, on_progress)
+    card = outcome.card.changed_to(outcome.separable)
+    if processes().is_main_process:
+        # Whatever happens while it is measured, the network is there; what is of an earlier one is not beside it.
+        (out / RESULT).unlink(missing_ok=True)
+        model_file.write(out / model_file.FILE, outcome.separable, card)
     on_progress(Step("measure", 0, 1))
     judged = _judge(outcome, data)
     record: dict[str, Any] = {}
@@ -256,7 +262,7 @@ def _run(
         measured["precisions"] = precisions(networks, quantized, judged, outcome.judge, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
-        record = _write(outcome, measured, plan, data, job, out, started, quantized)
+        record = _write(replace(outcome, card=card), measured, plan, data, job, out, started, quantized)
     record = of_first(record)
     remove_checkpoints(out)
     on_progress(Step("write", 1, 1))
@@ -273,8 +279,7 @@ def _write(
     started: float,
     quantized: QuantizedNetwork | str,
 ) -> dict[str, Any]:
-    card = outcome.card.changed_to(outcome.separable)
-    model_file.write(out / model_file.FILE, outcome.separable, card)
+    card, untimed = outcome.card, measured.pop("untimed", "")
     record = {
         **about(card.model, data, job.kind, job.command, time.perf_counter() - started),
         "task": outcome.judge.task,
@@ -286,7 +291,7 @@ def _write(
         "stages": outcome.stages,
         "held_out_images": outcome.choices.held_out,
         "kept": outcome.kept,
-        "notes": [note for note in (*plan.notes, outcome.choices.note) if note],
+        "notes": [note for note in (*plan.notes, outcome.choices.note, untimed) if note],
         "curves": outcome.curves,
         "onnx": export_onnx(outcome.separable, data, out),
     }

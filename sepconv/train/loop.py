@@ -20,6 +20,7 @@ from sepconv.data.samples import as_samples
 from sepconv.layers.borrowed import copied, evaluating
 from sepconv.layers.replace import replaced_layers, saves_passes
 from sepconv.leaves import Inputs
+from sepconv.leaves.complaint import complaint
 from sepconv.system.files import check_folder, nearest_folder, remove_partial_files
 from sepconv.system.processes import of_first
 from sepconv.train import checkpoint
@@ -178,9 +179,8 @@ def _try_model(model: nn.Module, example: Inputs, data: Data | SampleData, taugh
     try:
         with torch.no_grad(), evaluating(model):
             answer = example[:2].run(model)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train: the model does not take images of shape {shape}: {reason}") from error
+    except Exception as error:  # any code of the model may fail, in any way
+        raise ValueError(f"train: the model does not take images of shape {shape}: {complaint(error)}") from error
     if not data.num_classes and not taught:
         raise ValueError("train: the data has no classes: give a teacher, whose outputs the model learns to give")
     fits = isinstance(answer, Tensor) and answer.ndim == 2 and answer.shape[1] >= data.num_classes
@@ -212,14 +212,17 @@ def _identity(
     return {
         "recipe": settings,
         "distillation": None if distillation is None else _settings(distillation),
-        "data": {
-            "train": len(data.train),
-            "test": len(data.test),
-            "shape": data.input_shape,
-            "classes": data.classes,
-        },
+        "data": _identity_of_data(data),
         "model": checkpoint.describe(model),
     }
+
+
+def _identity_of_data(data: Data | SampleData) -> dict[str, Any]:
+    """Of a loader how many batches it gives: what is in the first of them may be by chance."""
+    if isinstance(data.train, LoaderSplit):
+        return {"batches": data.train.count, "classes": bool(data.num_classes)}
+    sizes = {"train": len(data.train), "test": len(data.test)}
+    return {**sizes, "shape": data.input_shape, "classes": data.classes}
 
 
 def _settings(distillation: Distillation) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def output_errors(
 
     def watch(changes: Changes) -> Callable[..., Tensor]:
         def hook(_: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # the model's own code says so
+                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             x = x.detach().clone()  # the network may change it in place afterwards

@@ -59,6 +59,8 @@ def output_metrics(
             sums[site.name] = sums.get(site.name, 0) + (g @ g.T).double()
 
         def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # the model's own code says so
+                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             output.register_hook(add)

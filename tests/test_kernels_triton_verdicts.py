@@ -92,10 +92,10 @@ def test_tritons_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) 
 def test_a_verdict_is_of_these_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that they are made of is in the name of its file."""
     read, names = Path.read_bytes, []
-    monkeypatch.setattr(Path, "read_bytes", lambda path: names.append(path.name) or read(path))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: names.extend([path.name, path.parent.name]) or read(path))
     verdicts._sources.cache_clear()
     verdicts._sources()
-    assert {"activations.py", "tiles.py", "plan.py", "proof.py", "gather.py", "filters.py", "curves.py"} <= set(names)
+    assert {"activations", "tiles.py", "plan.py", "proof.py", "gather.py", "filters.py", "curves.py"} <= set(names)
 
 
 def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -187,3 +188,21 @@ def test_kernels_are_chosen_without_memory(size: int, kernel: str) -> None:
     [lowered] = lower(program, Slices())
     assert lowered.kernel == kernel
     assert ("indexes with 32 bits" in lowered.reason) == (kernel == "torch")
+
+
+@pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
+def test_small_steps_are_computed_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = importlib.import_module("sepconv.compile.lower")
+    monkeypatch.setattr(module, "FEW_MACS", 100_000)
+    small = [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)]
+    model, x = nn.Sequential(*small, nn.Conv2d(8, 64, 3)).eval(), torch.randn(1, 8, 9, 9)
+    threads = [_threads(compile(model, x, threads=count)) for count in (1, 2)]
+    assert threads == [[1, 1, 1], [1, 1, 2]]
+    monkeypatch.setattr(module, "FEW_NUMBERS", 2 * 8 * 9 * 9 - 1)
+    assert _threads(compile(model, x, threads=2)) == [2, 2, 2]
+
+
+def _threads(fast: Any) -> list[int]:
+    """Of all kernels, those inside of a separable one as well."""
+    cases = [kernel.case for step in next(iter(fast._networks.values())).lowered for kernel in step.kernels]
+    return [half.threads for case in cases for half in (case, case.then) if half is not None]

@@ -10,20 +10,25 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from networks import NETWORKS, randomise
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sepconv.compile import CompiledModel, compile
+from sepconv.compile.groups import Convolution, Epilogue
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.numbers import BFLOAT16, NumberType
 from sepconv.compile.precision import checked_precision
+from sepconv.compile.store import Constant
 from sepconv.compile.verify import AGREEMENT, MOST_OF_FEW_BITS, InBfloat16, tolerance_of_few_bits
 from sepconv.kernels import backends
 from sepconv.kernels.backends import Backend, Binder
-from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.case import Case, Geometry, Outline
+from sepconv.kernels.halide.conv import tiles
+from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.torch import prepared
 
-prepare = importlib.import_module("sepconv.compile.prepare")
+prepare: Any = importlib.import_module("sepconv.compile.prepare")
+choice: Any = importlib.import_module("sepconv.compile.passes.precision")
 HALF = 2.0**-9
 """What rounding to bfloat16 changes at most, relative to the number."""
 
@@ -90,8 +95,10 @@ def _fake(op: str) -> Backend:
 
 @pytest.fixture
 def of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that take any mixture of float32 and bfloat16, on any machine."""
+    """Kernels that take any mixture of float32 and bfloat16, on any machine, and gain by it however small they are."""
     monkeypatch.setattr(prepare, "missing", lambda name: "")
+    monkeypatch.setattr(choice, "_no_gain", lambda node, group: "")
+    monkeypatch.setattr(choice, "FEW_NUMBERS", 0)
     for op, known in backends.BACKENDS.items():
         # A normal convolution may read the caller's own image.
         monkeypatch.setitem(backends.BACKENDS, op, known[-1:] if op == "normal" else [_fake(op), known[-1]])
@@ -118,7 +125,8 @@ def test_networks_in_bfloat16_equal_the_model(name: str) -> None:
     model, given = randomise(make()), inputs()
     fast = compile(model, given, precision="bfloat16")
     explanation = fast.explain()
-    assert (explanation.reason, explanation.note) == ("", "")
+    unused = "" if explanation.precision == "bfloat16" else "no step of it takes less time in bfloat16"
+    assert (explanation.reason, explanation.note) == ("", unused)
     arguments = given if isinstance(given, tuple) else (given,)
     with torch.no_grad():
         _close(fast(*arguments), model(*arguments), 40 * HALF)
@@ -212,6 +220,58 @@ def test_a_step_that_takes_no_16_bits_stands_between_conversions(monkeypatch: py
     assert groups["max_pool"].reason == "reads float32: it is Tuesday"
     with torch.no_grad():
         _close(fast(x), model(x), 4 * HALF)
+
+
+_no_gain = choice._no_gain
+
+
+@pytest.mark.usefixtures("of_16_bits")
+def test_small_steps_stay_in_float32_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Conv2d(*channels, 1) for channels in ((4, 8), (8, 16), (16, 4), (4, 8), (8, 4))]
+    model, x = nn.Sequential(*layers, nn.MaxPool2d(3)).eval(), torch.randn(1, 4, 9, 9)
+    few = "in float32: 2,592 multiply-adds gain nothing in bfloat16"
+    monkeypatch.setattr(choice, "_no_gain", _no_gain)
+    monkeypatch.setattr(tiles, "unit", lambda: "AVX512-BF16")
+    monkeypatch.setitem(choice.FEW_MACS, "pointwise", 5000)
+    *groups, pool = compile(model, x, precision="bfloat16").explain().groups
+    assert [group.macs for group in groups] == [2592, 10368, 5184, 2592, 2592]
+    assert [group.number for group in groups] == ["bfloat16", "bfloat16", "float32", "float32", "bfloat16"]
+    assert [group.reason for group in (*groups, pool)] == ["", "", "", few, "", ""]
+    monkeypatch.setitem(choice.FEW_MACS, "pointwise", 10368)
+    monkeypatch.setattr(choice, "FEW_NUMBERS", 4 * 81)
+    fast, usual = compile(model, x, precision="bfloat16"), compile(model, x)
+    explanation = fast.explain()
+    assert (explanation.precision, explanation.note) == ("float32", "no step of it takes less time in bfloat16")
+    assert str(explanation).endswith("in float32: no step of it takes less time in bfloat16")
+    assert [group.reason == few for group in explanation.groups] == [True, False, False, True, True, False]
+    assert torch.equal(fast(x), usual(x))
+
+
+def _reason(channels: int, outputs: int, size: int, kernel: int = 1, groups: int = 1) -> str:
+    model = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, groups=groups).eval()
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(1, channels, size, size, device="meta")
+    weight, walk = Constant(model.weight.detach(), "weight"), Geometry((1, 1), ((kernel // 2,) * 2,) * 2, (1, 1))
+    group = Convolution(weight, Epilogue(), walk, groups)
+    node = graph.create_node("call_function", group, (x,), {}, "conv")
+    node.meta["val"] = model.to("meta")(x.meta["val"])
+    return _no_gain(node, group)
+
+
+def test_what_gains_nothing_depends_on_its_kind_and_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "unit", lambda: "AMX")
+    monkeypatch.setattr(machine, "host", lambda: replace(machine.named("avx512"), l2_bytes=1 << 20))
+    assert _reason(16, 96, 17) == "16 channels fill no tile"
+    assert _reason(16, 96, 56) == ""  # beyond the caches
+    assert _reason(32, 32, 3) == "9,216 multiply-adds gain nothing in bfloat16"
+    assert _reason(32, 32, 4) == ""
+    assert _reason(16, 16, 5, 3) == "57,600 multiply-adds gain nothing in bfloat16"
+    assert _reason(64, 64, 1, 3) == ""  # its weights do not lie in the nearest cache
+    assert _reason(32, 32, 8, 3, 32) == "18,432 multiply-adds gain nothing in bfloat16"
+    assert _reason(64, 64, 8, 3, 64) == ""
+    monkeypatch.setattr(tiles, "unit", lambda: "AVX512-BF16")
+    assert _reason(16, 96, 17) == ""
 
 
 def test_a_machine_without_products_of_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ class Rounded(nn.Module):
 class Whole(nn.Module):
     """A layer with weights on 255 steps for each output channel."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) -> None:
         super().__init__()
         self.layer = layer
         weight = layer.weight.detach()
@@ -146,25 +147,44 @@ def steps_apart(fast: CompiledModel, model: nn.Module, x: Tensor, scale: float) 
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize(
-    ("model", "channels", "scale"),
-    [(Block(), 3, 0.02), (Gated(), 8, 0.02), (Joined(True), 8, 0.04), (Joined(False), 8, 0.04), (Mixed(), 8, 0.02)],
+    ("make", "channels", "scale"),
+    [
+        (Block, 3, 0.02),
+        (Gated, 8, 0.02),
+        (partial(Joined, True), 8, 0.04),
+        (partial(Joined, False), 8, 0.04),
+        (Mixed, 8, 0.02),
+    ],
 )
 def test_networks_of_8_bits_equal_the_model(
-    model: nn.Module, channels: int, scale: float, ours: bool, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], channels: int, scale: float, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums are exact: a value differs where the model's own rounding in float32 falls on the other side."""
     if not ours:
         for op, known in backends.BACKENDS.items():
             monkeypatch.setitem(backends.BACKENDS, op, known[-1:])
         backends.forget()
-    x = torch.randn(2, channels, 23, 29)
-    fast = compile(model.eval(), x)
+    model, x = make().eval(), torch.randn(2, channels, 23, 29)
+    fast = compile(model, x)
     explanation = fast.explain()
     assert (explanation.reason, explanation.precision) == ("", "int8")
     assert str(explanation).splitlines()[-1] == "in int8"
     for given in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(1, channels, 17, 31)):
         assert steps_apart(fast, model, given, scale) <= 1.01
     backends.forget()
+
+
+@pytest.mark.parametrize(("make", "channels"), [(Block, 3), (Gated, 8)])
+def test_what_is_not_a_number_is_the_least_step(make: Callable[[], nn.Module], channels: int) -> None:
+    """Whether the first layer reads the image or a conversion stands in front of it."""
+    model, x = make().eval(), torch.randn(2, channels, 23, 29)
+    fast = compile(model, x)
+    broken, least = x.clone(), x.clone()
+    broken[0, 1, 5, 7], least[0, 1, 5, 7] = torch.nan, -1e6
+    answer = fast(broken)
+    assert torch.equal(answer, fast(least))
+    assert not torch.equal(answer, fast(x))
+    assert torch.equal(answer[1], fast(x)[1])
 
 
 @needs_halide
@@ -233,6 +253,49 @@ def test_values_of_one_scale_are_joined_without_copies() -> None:
     x = torch.randn(2, 8, 11, 13)
     same, apart = (compile(Joined(same).eval(), x).explain().groups for same in (True, False))
     assert sum(group.kind == "convert" for group in apart) == sum(group.kind == "convert" for group in same) + 1
+
+
+class Signal(nn.Module):
+    """A signal's stem, a separable layer with a shortcut, a normal layer, a pool and what is left of it."""
+
+    def __init__(self, channels: int = 2) -> None:
+        super().__init__()
+        self.image, self.stem, self.after = Rounded(0.03, 120), signal(channels, 16, 9, stride=2), Rounded(0.02, 0)
+        self.dw, self.between = signal(16, 16, 5, dilation=2, padding=4, groups=16), Rounded(0.02, 0)
+        self.pw = signal(16, 16)
+        self.sum, self.last, self.end = Rounded(0.02, 100), signal(16, 8, 3, groups=2), Rounded(0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.after(F.relu(self.stem(self.image(x))))
+        y = self.sum(self.pw(self.between(F.relu6(self.dw(y)))) + y)
+        return self.end(self.last(self.sum(F.max_pool1d(y, 3))))
+
+
+def signal(inputs: int, outputs: int, size: int = 1, **options: int) -> Whole:
+    return Whole(nn.Conv1d(inputs, outputs, size, **{"padding": size // 2, **options}))
+
+
+@needs_halide
+@pytest.mark.parametrize("channels", [1, 2])
+def test_signals_are_images_of_one_row(channels: int) -> None:
+    model, x = Signal(channels).eval(), torch.randn(2, channels, 101)
+    fast = compile(model, x)
+    layers = {group.kind: (group.kernel, group.reason) for group in fast.explain().groups if group.name}
+    assert layers == {"normal": ("halide", ""), "separable": ("halide", ""), "grouped": ("halide", "")}
+    assert fast.explain().precision == "int8"
+    for given in (x, torch.randn(3, 101, channels).transpose(1, 2), torch.randn(1, channels, 47)):
+        assert steps_apart(fast, model, given, 0.02) <= 1.01
+
+
+@needs_halide
+def test_volumes_are_computed_in_float32_and_say_so() -> None:
+    model = nn.Sequential(Rounded(), Whole(nn.Conv3d(3, 8, 3, padding=1)), Rounded(), Whole(nn.Conv3d(8, 4, 1)))
+    x = torch.randn(1, 3, 5, 7, 6)
+    fast = compile(model.eval(), x)
+    reasons = {group.kind: group.reason for group in fast.explain().groups if group.name}
+    assert reasons["normal"].startswith("in float32: the kernel is for images (N, C, H, W), got 3 spatial dimensions")
+    assert set(reasons) == {"normal", "pointwise"}
+    assert steps_apart(fast, model, x, 0.03) <= 1.01
 
 
 def test_constants_are_whole_numbers_in_the_agreed_order() -> None:

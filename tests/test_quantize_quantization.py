@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from sepconv.leaves import Inputs
 from sepconv.ops.quantized import FAKE_QUANTIZE
 from sepconv.quantize import QuantizationPlan, quantize
-from sepconv.quantize.equalize import equalize, find_joints, observe
+from sepconv.quantize.equalize import equalize, observe
 from sepconv.quantize.fake import FakeQuantize
+from sepconv.quantize.joints import find_joints
 from sepconv.quantize.quantization import prepared
 
 VALUES = (

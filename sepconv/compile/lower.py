@@ -5,6 +5,7 @@ No memory is bound and no weight packed here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,6 +21,9 @@ from sepconv.kernels.case import Case, Outline
 
 SPLIT, TORCH = "split", "torch"
 """Choices that differ from the usual one: a separable group by two kernels in turn, a group by PyTorch."""
+
+FEW_MACS, FEW_NUMBERS = 100_000, 1 << 14
+"""Multiply-adds, and numbers that are read and written, that one thread is through with before others have begun."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,16 @@ def lower_group(group: ComputedGroup, read: Sequence[TensorForm], out: TensorFor
     if choice == TORCH:
         return Lowered(TORCH, "PyTorch was measured to be faster")
     numbers = tuple(form.number for form in (*read, out))
-    lowered = [
-        _lower_case(KernelGroup(group, numbers), known, choice)
-        for known in cases_of(group, [_outline(form) for form in read], _outline(out))
-    ]
+    cases = cases_of(group, [_outline(form) for form in read], _outline(out))
+    if group.macs(out.shape) <= FEW_MACS and sum(math.prod(form.shape) for form in (*read, out)) <= FEW_NUMBERS:
+        cases = [_by_one_thread(known) for known in cases]
+    lowered = [_lower_case(KernelGroup(group, numbers), known, choice) for known in cases]
     unknown = Lowered(TORCH, "its weights are not quantised")
     return next((found for found in lowered if found.kernels), lowered[0] if lowered else unknown)
+
+
+def _by_one_thread(known: Case) -> Case:
+    return replace(known, threads=1, then=None if known.then is None else _by_one_thread(known.then))
 
 
 class KernelGroup(NamedTuple):

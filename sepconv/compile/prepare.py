@@ -76,8 +76,14 @@ def prepare(frozen: nn.Module, leaves: Sequence[Any], spec: TreeSpec, store: Sto
         if isinstance(network, str) and how.precision != FLOAT32 and not note:
             note, network = network, _built(frozen, checks, store, how._replace(precision=FLOAT32))
         if isinstance(network, PreparedNetwork):
-            network.note = note
+            network.note = note or _not_used(network, how.precision)
         return network
+
+
+def _not_used(network: PreparedNetwork, precision: str) -> str:
+    """Why nothing is kept in the numbers that were asked for; "" if something is."""
+    lost = precision == BFLOAT16 and precision_of(network.program.numbers) == FLOAT32
+    return f"no step of it takes less time in {precision}" if lost else ""
 
 
 class WrittenModel:

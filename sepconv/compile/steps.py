@@ -92,11 +92,13 @@ def _returned(like: Tensor) -> TensorForm:
 
 
 class _Wanted(NamedTuple):
-    """The result of a group: its size, its numbers, and the place in a concatenation where it belongs."""
+    """The result of a group: its size, its numbers, the place in a concatenation where it belongs, and why it is in
+    float32."""
 
     result: Tensor
     number: NumberType
     home: ValueLook | None = None
+    reason: str = ""
 
 
 class _Walk:
@@ -190,7 +192,7 @@ class _Walk:
     def _group(self, node: fx.Node, group: ComputedGroup, read: list[ValueLook]) -> ValueLook:
         same = all(look.number == read[0].number for look in read)
         number = stored_as(node) or (read[0].number if same and keeps_numbers(group) else number_of(node))
-        wanted = _Wanted(value(node), number, self._home(node) if writes_channels(group) else None)
+        wanted = _Wanted(value(node), number, self._home(node) if writes_channels(group) else None, refused(node))
         if isinstance(group, Elementwise) and group.is_conversion:
             return self._conversion(group, read[0], wanted)
         return self._computed(group, read, wanted)
@@ -198,7 +200,7 @@ class _Walk:
     def _computed(self, group: ComputedGroup, read: list[ValueLook], wanted: _Wanted) -> ValueLook:
         """What the kernel cannot read as it lies is copied first; what it cannot read or write in its numbers is
         converted."""
-        result, number, home = wanted
+        result, number, home, reason = wanted
         out = _result_strides(group, result, read) if home is None else home.meta
         likes, direct = _likes(group, read, out), self._reads_input(group, read[0])
         forms = [form_of(look.meta, like, look.number) for look, like in zip(read, likes, strict=True)]
@@ -216,7 +218,7 @@ class _Walk:
         later = home is not None and home.number == number
         if home is None or home.number != storage.written:
             home = self.written.new(result, dense(result) if home is not None else out, storage.written)
-        [found] = self.written.step(group, inputs, [home], storage.note)
+        [found] = self.written.step(group, inputs, [home], storage.noted(reason))
         # A scale is what the model says; other numbers are only a way to keep the value.
         return found if number.scale is None or later else self.written.converted(found, number, found.meta)
 

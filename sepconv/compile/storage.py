@@ -29,6 +29,11 @@ class Storage(NamedTuple):
     written: NumberType
     note: str = ""
 
+    def noted(self, reason: str) -> str:
+        """The note; where all is float32 for another ``reason``, that."""
+        plain = {self.written, *self.read} == {FLOAT32}
+        return self.note or (f"in float32: {reason}" if plain and reason else "")
+
 
 def storage_for(group: ComputedGroup, read: Sequence[TensorForm], out: TensorForm) -> Storage | None:
     """How a group is computed on such edges; ``out`` has the numbers that its result is wanted in.

@@ -2,10 +2,8 @@
 
 All channels of a value share one scale. A channel that stays near zero would get a few of the 256 steps: depthwise
 filters and batch norms make such channels, since nothing in training holds them together. Between layers a factor
-per channel goes through what is positively homogeneous (ReLU, pooling), and through sums with shortcuts, where all
-layers that add to a sum multiply and all that read one divide. It goes through ReLU6 as well, as long as
-factors are at least 1: such a channel then ends at 6 divided by its factor, twice its largest value in the calibration,
-instead of at 6. It goes through no SiLU or hardswish.
+per channel changes nothing (see ``joints``). In front of a ReLU6 factors are at least 1: a channel then ends at 6
+divided by its factor, twice its largest value in the calibration, instead of at 6.
 
 A depthwise layer has a scale for each channel, so factors cost it nothing and the channels become equal. A layer that
 adds channels has one scale for all factors of a sum: how far its inputs are equalised is chosen by the expected error
@@ -16,15 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from sepconv.leaves import Inputs
-from sepconv.quantize.layers import GraphLayer, find_layers
-from sepconv.quantize.operations import argument, is_sum, name_of
+from sepconv.quantize.joints import Joint
+from sepconv.quantize.layers import GraphLayer
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Powers of the factor that would make all channels equal."""
@@ -33,42 +30,6 @@ LARGEST_FACTOR = 4096.0
 
 MARGIN = 2.0
 """Room below what a ReLU6 cuts, for values larger than all that were seen. It costs one bit of eight."""
-
-_LINEAR = frozenset({
-    "relu", "clamp_min", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d",
-    "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "dropout", "mean", "flatten",
-    "view", "reshape", "upsample_nearest2d", "upsample_bilinear2d", "contiguous", "clone",
-})  # fmt: skip
-
-
-class Seen(NamedTuple):
-    """A value whose channels are looked at, and the dimension that they lie along."""
-
-    node: fx.Node
-    dim: int
-
-
-@dataclass
-class Joint:
-    """Layers that write the same channels and layers that read them, with nothing between that cares for a factor.
-
-    Attributes:
-        read: what the layers behind read.
-        bounded: what an operation between them cuts at ``bound``.
-    """
-
-    before: list[GraphLayer] = field(default_factory=list)
-    after: list[GraphLayer] = field(default_factory=list)
-    read: list[Seen] = field(default_factory=list)
-    bounded: list[Seen] = field(default_factory=list)
-    bound: float = math.inf
-
-    def take(self, other: Joint) -> None:
-        self.before += other.before
-        self.after += other.after
-        self.read += other.read
-        self.bounded += other.bounded
-        self.bound = min(self.bound, other.bound)
 
 
 @dataclass
@@ -85,88 +46,6 @@ class Channels:
 
     def with_others(self, other: Channels) -> Channels:
         return Channels(torch.maximum(self.largest, other.largest), self.sums + other.sums, self.count + other.count)
-
-
-def find_joints(module: fx.GraphModule) -> list[Joint]:
-    """In a graph whose batch norms are folded and which has no quantizers yet."""
-    layers = {layer.calls[0]: layer for layer in find_layers(module) if not layer.reason and len(layer.calls) == 1}
-    of_value: dict[fx.Node, Joint | None] = {}
-    for node in module.graph.nodes:
-        of_value[node] = _follow(node, layers, of_value)
-    joints = {id(joint): joint for joint in of_value.values() if joint is not None}
-    return [joint for joint in joints.values() if joint.after and _channels_fit(module, joint)]
-
-
-def _follow(node: fx.Node, layers: dict[fx.Node, GraphLayer], of_value: dict[fx.Node, Joint | None]) -> Joint | None:
-    """The joint that a value belongs to; those whose values meet anything else are given up."""
-    sources = node.all_input_nodes
-    if node in layers:
-        value, layer = sources[0], layers[node]
-        if (joint := of_value[value]) is not None:
-            joint.after.append(layer)
-            joint.read.append(Seen(value, _channel_dim(layer)))
-        return Joint([layer])
-    limit = _limit(node)
-    if is_sum(node) or (limit is not None and len(sources) == 1):
-        if (joint := _merged(sources, of_value)) is not None and limit is not None and not math.isinf(limit):
-            joint.bound = min(joint.bound, limit)
-            joint.bounded.append(Seen(node, _channel_dim(joint.before[0])))
-        return joint
-    for source in sources:
-        _give_up(source, of_value)
-    return None
-
-
-def _merged(sources: list[fx.Node], of_value: dict[fx.Node, Joint | None]) -> Joint | None:
-    first = of_value[sources[0]]
-    for source in sources[1:]:
-        other = of_value[source]
-        if first is None or other is None:
-            for one in sources:
-                _give_up(one, of_value)
-            return None
-        if other is not first:
-            first.take(other)
-            of_value.update({node: first for node, joint in of_value.items() if joint is other})
-    return first
-
-
-def _give_up(source: fx.Node, of_value: dict[fx.Node, Joint | None]) -> None:
-    if (gone := of_value[source]) is not None:
-        of_value.update({node: None for node, joint in of_value.items() if joint is gone})
-
-
-def _limit(node: fx.Node) -> float | None:
-    """Where an operation cuts values that grow; None where a factor does not go through it."""
-    name = name_of(node)
-    if name == "relu6":
-        return 6.0
-    if name == "hardtanh" and argument(node, "min_val") == 0:
-        return float(argument(node, "max_val"))
-    if name == "clamp" and argument(node, "min") == 0:
-        most = argument(node, "max")
-        return math.inf if most is None else float(most)
-    if name == "clamp_min" and argument(node, "min") != 0:
-        return None
-    if name == "pad" and (argument(node, "mode") == "constant" and argument(node, "value")):
-        return None
-    return math.inf if name in _LINEAR or name in ("pad", "constant_pad_nd") else None
-
-
-def _channels_fit(module: nn.Module, joint: Joint) -> bool:
-    channels = joint.before[0].tensor(module).shape[0]
-    for seen in (*joint.read, *joint.bounded):
-        shape = seen.node.meta["val"].shape
-        if len(shape) < -seen.dim or shape[seen.dim] != channels:
-            return False
-    # A linear layer behind a flattened image would have several columns for each channel.
-    return all(layer.tensor(module).shape[0] == channels for layer in joint.before) and all(
-        layer.tensor(module).shape[1] * layer.groups == channels for layer in joint.after
-    )
-
-
-def _channel_dim(layer: GraphLayer) -> int:
-    return {"linear": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}[layer.kind]
 
 
 @torch.no_grad()

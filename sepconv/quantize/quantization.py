@@ -20,6 +20,7 @@ from sepconv.leaves.closeness import Closeness, OutputComparison
 from sepconv.quantize import equalize as equalization
 from sepconv.quantize.capture import capture, check_agreement
 from sepconv.quantize.fake import FakeQuantize
+from sepconv.quantize.joints import find_joints
 from sepconv.quantize.layers import GraphLayer, compute_constants, fold_norms
 from sepconv.quantize.placement import VALUES, place
 from sepconv.quantize.plan import QuantizationPlan, QuantizedLayer, QuantizedValue
@@ -173,7 +174,7 @@ def prepared(model: nn.Module, example: Inputs) -> fx.GraphModule:
 
 
 def _equalize(base: fx.GraphModule, batches: list[Inputs]) -> list[str]:
-    joints = equalization.find_joints(base)
+    joints = find_joints(base)
     return equalization.equalize(base, joints, equalization.observe(base, joints, batches))
 
 

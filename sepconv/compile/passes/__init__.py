@@ -11,6 +11,7 @@ from sepconv.compile.passes.elementwise import fuse_elementwise
 from sepconv.compile.passes.precision import store_in_bfloat16
 from sepconv.compile.passes.quantize import keep_quantized
 from sepconv.compile.passes.recognise import recognise
+from sepconv.compile.passes.signals import signals_to_images
 from sepconv.compile.passes.strides import keep_strides
 from sepconv.compile.passes.trim import trim
 from sepconv.compile.precision import BFLOAT16, FLOAT32
@@ -28,6 +29,7 @@ def rewrite(graph: fx.Graph, store: Store, precision: str = FLOAT32) -> None:
     graph.eliminate_dead_code()
     fuse_elementwise(graph, store)
     keep_quantized(graph)
+    signals_to_images(graph, store)
     pair(graph)
     graph.eliminate_dead_code()
     if precision == BFLOAT16:

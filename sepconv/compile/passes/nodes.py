@@ -64,7 +64,7 @@ def stored_as(node: fx.Node) -> NumberType | None:
 
 
 def refuse(node: fx.Node, reason: str) -> None:
-    """Keep why a node stays an operation of PyTorch."""
+    """Keep why a node stays an operation of PyTorch, or in float32."""
     node.meta[_REASON] = reason
 
 

@@ -214,6 +214,54 @@ def test_plain_paths_say_why() -> None:
     assert "a single pixel is no work that would pay" in _reasons(nn.Sequential(_pointwise(4, 4)), _pixels())
 
 
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_norm_a_convolution_waits_once(dtype: torch.dtype) -> None:
+    """Nobody asked for its statistics: from then on it is computed at once, which is the same."""
+    parts = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.GELU(), nn.Conv2d(4, 4, 1)]
+    model, _ = ours(nn.Sequential(*parts, nn.BatchNorm2d(4, momentum=None), nn.ReLU()))
+    x, reason = images(), "no norm stands before or behind it: there is no pass to save"
+
+    def found() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            return {name: t.clone() for name, t in gradients(model, x).items()}
+
+    with sepconv.ops.explain.record() as first:
+        before = found()
+    assert [model[i].asked for i in (0, 2, 4)] == [False, False, True]
+    assert reason not in {told for choice in first for told in choice.reasons.values()}
+    with sepconv.ops.explain.record() as second:
+        after = found()
+    said = [choice.op for choice in second if choice.reasons.get("halide") == reason]
+    assert said == ["normal_stage", "depthwise_stage"]
+    assert all(torch.equal(after[name], grad) for name, grad in before.items() if "running" not in name)
+    sepconv.replace_layers(model)  # begins anew
+    assert [model[i].asked for i in (0, 2, 4)] == [None] * 3
+    sepconv.restore_layers(model)
+    assert not any("asked" in vars(module) for module in model.modules())
+
+
+@pytest.mark.usefixtures("always")
+def test_looking_at_a_result_makes_no_norm_forgotten() -> None:
+    model, _ = ours(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
+    gradients(model, images())
+    model[0](images()).sum()
+    assert model[0].asked is True
+    assert "normal_stage" in [choice.op for choice in sepconv.explain(model, images())]
+
+
+@pytest.mark.usefixtures("always")
+def test_images_of_a_loader_become_channels_last_each_time() -> None:
+    """The weights ask for it, and what comes behind waits for channels_last images alone."""
+    model, _ = ours(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)))
+    model.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        with sepconv.ops.explain.record() as seen:
+            gradients(model, images().contiguous())
+        assert "pointwise_stage" in [choice.op for choice in seen]
+
+
 def test_where_no_kernel_pays_pytorchs_modules_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "unpaid", lambda *case, **options: "it would not")
     model, _ = ours(network())

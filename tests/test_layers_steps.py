@@ -170,6 +170,34 @@ def test_autocast_is_bfloat16_between_convolutions() -> None:
 
 
 @pytest.mark.usefixtures("always")
+def test_scaled_gradients_of_float16() -> None:
+    """Stages are for bfloat16: under autocast to float16 the layers compute by themselves, and a step whose gradients
+    overflow is left out by both."""
+    model, _ = ours(network())
+    plain = sepconv.restore_layers(copy.deepcopy(model))
+    losses: dict[nn.Module, list[float]] = {model: [], plain: []}
+    scales: dict[nn.Module, list[float]] = {model: [], plain: []}
+    for one in (model, plain):
+        optimizer, scaler = torch.optim.SGD(one.parameters(), 0.05), torch.amp.GradScaler("cpu", init_scale=2.0**28)
+        torch.manual_seed(1)
+        for _ in range(16):
+            with torch.autocast("cpu", torch.float16):
+                loss = F.cross_entropy(one(images(8)).float(), torch.arange(8) % 5)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[one].append(loss.item())
+            scales[one].append(scaler.get_scale())
+    assert scales[model] == scales[plain]
+    assert 1 < scales[model][-1] < scales[model][0] < 2.0**28
+    assert losses[model] == pytest.approx(losses[plain], abs=2e-2)
+    with torch.autocast("cpu", torch.float16):
+        told = {reason for choice in sepconv.explain(model, images()) for reason in choice.reasons.values()}
+    assert "autocast is to torch.float16" in told
+
+
+@pytest.mark.usefixtures("always")
 def test_distributed_data_parallel(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from stage_checks import channels_last, relative
+from torch import Tensor
 from torch.nn import functional as F
 
 import sepconv
 from sepconv.kernels.halide.conv import depthwise_choice
 from sepconv.kernels.halide.jit import runtime
+from sepconv.ops import convolutions
 from sepconv.ops.explain import Explanation, record
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "it is there")
@@ -79,6 +81,54 @@ def test_a_separable_layer_keeps_what_is_between_where_its_filters_are_pytorchs(
     true = torch.autograd.grad(F.relu(F.conv2d(hidden, exact[2])).sum(), exact)
     for mine, truth in zip(found, true, strict=True):
         assert relative(mine, truth) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "reason"),
+    [
+        ((2, 16, 9, 11), torch.contiguous_format, "on contiguous tensors it takes longer to compute"),
+        ((2, 16, 9, 11), torch.channels_last, "it takes longer to compute the 12,672 bytes between again"),
+        ((4, 16, 129, 127), torch.channels_last, "4,194,048 bytes less memory until the way back"),
+    ],
+    ids=["contiguous", "few bytes", "many bytes"],
+)
+def test_what_lies_between_two_convolutions_is_kept_or_computed_again(
+    size: tuple[int, ...], layout: torch.memory_format, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolutions, "_MOST_KEPT", 4_194_047)
+    leaves = [
+        torch.randn(size).contiguous(memory_format=layout).requires_grad_(),
+        *[torch.randn(shape).requires_grad_() for shape in ((16, 1, 5, 5), (8, 16, 1, 1), (16,), (8,))],
+    ]
+    options = {"padding": [2, 2], "depthwise_activation": "relu", "activation": "silu"}
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = sepconv.separable_conv2d(*leaves, **options)
+        return torch.autograd.grad(y.square().mean(), leaves)
+
+    with record() as seen:
+        found = gradients()
+    kept = "takes longer" in reason
+    first = seen[0]
+    if kept:
+        assert (first.op, first.kernel) == ("separable_conv", "depthwise, then pointwise")
+        assert first.reasons["halide"].startswith(reason)
+    else:
+        assert (first.op, first.kernel, first.reasons) == (
+            "separable_conv_between", "computed again", {"kept": reason}
+        )  # fmt: skip
+    parts = [choice.op for choice in seen[1:3]]
+    assert parts == (["depthwise_conv", "pointwise_conv"] if kept else ["separable_conv", "depthwise_conv"])
+    again = gradients(), gradients()  # once remembered, then from memory
+    options["padding"][:] = [0, 0]  # what is remembered of a call is not the caller's list
+    options["padding"] = [2, 2]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    x, dw, pw, dw_bias, pw_bias = exact
+    hidden = F.relu(F.conv2d(x, dw, dw_bias, 1, 2, groups=16))
+    true = torch.autograd.grad(F.silu(F.conv2d(hidden, pw, pw_bias)).square().mean(), exact)
+    for mine, *others, truth in zip(found, *again, gradients(), true, strict=True):
+        assert relative(mine, truth) < 1e-5
+        assert all(torch.equal(mine, other) for other in others)
 
 
 @pytest.mark.parametrize(

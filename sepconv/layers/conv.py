@@ -59,6 +59,7 @@ class _DepthwiseConv(_Scriptable):
     dims: ClassVar[int]
     function: ClassVar[Callable[..., Tensor]]
     waits = False  # for what comes behind, in training: see ``layers.training``
+    asked: bool | None = None
 
     def __init__(
         self,
@@ -103,9 +104,9 @@ class _DepthwiseConv(_Scriptable):
         if tracing.recorded(x):
             return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
         y = waiting(self, "depthwise", x, weight, bias) if self.waits and self.padding_mode == "zeros" else None
-        return self._alone(x, weight, bias) if y is None else y
+        return self.alone(x, weight, bias) if y is None else y
 
-    def _alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = pending.value_of(x), self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -194,6 +195,7 @@ class _PointwiseConv(_Scriptable):
     dims: ClassVar[int]
     function: ClassVar[Callable[..., Tensor]]
     waits = False
+    asked: bool | None = None
 
     def __init__(
         self,
@@ -218,9 +220,9 @@ class _PointwiseConv(_Scriptable):
             return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
         op = "pointwise" if set(self.stride) == {1} else "normal"
         y = waiting(self, op, x, weight, bias) if self.waits else None
-        return self._alone(x, weight, bias) if y is None else y
+        return self.alone(x, weight, bias) if y is None else y
 
-    def _alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return type(self).function(pending.value_of(x), weight, bias, self.stride)
 
     @classmethod

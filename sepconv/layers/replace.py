@@ -192,10 +192,12 @@ def _replace(module: Any, kind: str) -> None:
         if was_pytorchs:
             module.__class__ = _CLASSES[kind]
     module.waits = True
+    vars(module).pop("asked", None)
 
 
 def _restore(module: Any) -> None:
     was_pytorchs, waited = vars(module).pop(_STATE)
+    vars(module).pop("asked", None)
     if was_pytorchs:
         del module.waits
         module.__class__ = nn.Conv2d

@@ -27,12 +27,13 @@ class NormalConv2d(nn.Conv2d):
     """``nn.Conv2d``, waiting: what ``replace_layers`` makes of one that is neither depthwise nor pointwise."""
 
     waits = True
+    asked: bool | None = None  # whether a norm wanted the statistics of its results; None: nobody had one so far
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = waiting(self, "normal", x, weight, bias)
-        return self._alone(x, weight, bias) if y is None else y
+        return self.alone(x, weight, bias) if y is None else y
 
-    def _alone(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def alone(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(pending.value_of(x), weight, bias)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -54,7 +55,7 @@ def waiting(layer: Any, op: str, x: Tensor, weight: Tensor, bias: Tensor | None)
     if type(x) is not pending.Pending and not pending.laid_out(x):
         x = x.contiguous(memory_format=torch.channels_last)
     how = _how(op, weight.shape[2:], layer.stride, layer.padding, layer.dilation)
-    return pending.convolve(how, layer._alone, x, weight, bias)
+    return pending.convolve(how, layer, x, weight, bias)
 
 
 @lru_cache(maxsize=1024)
@@ -70,8 +71,11 @@ def _unfit(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         shape, dtype = x.shape, x.dtype
         if shape[2:] == (1, 1):
             return "a single pixel is no work that would pay"
-        if not x.is_cpu or not (pending.laid_out(x) or _is_laid_out(weight)):
+        laid_out = pending.laid_out(x)
+        if not x.is_cpu or not (laid_out or _is_laid_out(weight)):
             return "stages are for channels_last images on the CPU"
+        if laid_out and layer.asked is False:
+            return "no norm stands before or behind it: there is no pass to save"
     else:
         return f"the image is a {type(x).__name__}"
     if not pending.is_ordinary(weight) or not weight.requires_grad or not weight.is_cpu:

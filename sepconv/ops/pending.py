@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,19 @@ from sepconv.ops import stages
 from sepconv.ops.explain import Explanation, note
 from sepconv.ops.stages import Before, StageConvolution, composed_gradients
 
-Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""The convolution of (x, weight, bias) as the layer computes it alone."""
+
+class Layer(Protocol):
+    """A convolution that may wait.
+
+    Attributes:
+        asked: whether a norm wanted the statistics of what it gives; None while nobody wanted a number.
+    """
+
+    asked: bool | None
+
+    def alone(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What it computes where it does not wait."""
+        ...
 
 
 class Call:
@@ -37,9 +48,9 @@ class Call:
     """
 
     def __init__(
-        self, how: StageConvolution, plain: Plain, x: Tensor, before: Before | None, weight: Tensor, bias: Tensor | None
+        self, how: StageConvolution, layer: Layer, x: Tensor, before: Before | None, weight: Tensor, bias: Tensor | None
     ) -> None:
-        self.how, self.plain = how, plain
+        self.how, self.layer = how, layer
         self.x, self.before, self.weight, self.bias = x, before, weight, bias
         self.versions = x._version, weight._version
         self.output: stages.StageOutput | None = None
@@ -58,7 +69,7 @@ class Call:
         if statistics or self.before is not None:
             return stages.stage(self.how, self.x, self.before, self.weight, self.bias, statistics)
         dtype, bias = self.x.dtype, self.bias
-        y = self.plain(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = self.layer.alone(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))
         return stages.StageOutput(y, None, None)
 
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -90,11 +101,18 @@ class Unfinished:
 
     def value(self) -> Tensor:
         if self.finished is None:
+            self._note_that_nobody_asked()
             with torch.enable_grad(), self.as_when_made():
                 z = self.call.run(False).y
                 self.finish_as(z if self.before is None else stages.finish(z, self.before))
         assert self.finished is not None
         return self.finished
+
+    def _note_that_nobody_asked(self) -> None:
+        """For a layer with no norm before or behind it, which the next time computes at once: that is the same."""
+        call = self.call
+        if self.before is None and call.before is None and call.output is None and call.layer.asked is None:
+            call.layer.asked = False
 
     def finish_as(self, h: Tensor) -> None:
         self.finished, self.made_by = h, h.grad_fn
@@ -216,7 +234,7 @@ def waiting(x: Any) -> Unfinished | None:
         return work if x.grad_fn is x.node else None
 
 
-def convolve(how: StageConvolution, plain: Plain, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(how: StageConvolution, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of a plain or pending x, waiting; computed at once where no kernel of ours would gain by it."""
     work = waiting(x)
     if work is not None and work.before is not None and how.op == "normal":
@@ -225,15 +243,15 @@ def convolve(how: StageConvolution, plain: Plain, x: Tensor, weight: Tensor, bia
         z, before = work.call.run(False).y, work.before
         cast = z.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
         if not cast and not stages.unpaid(how, z, before, weight, bias, True):
-            return _waiting(Call(how, plain, z, before, weight, bias))
+            return _waiting(Call(how, layer, z, before, weight, bias))
     x = value_of(x)
     if x.dtype is torch.float32 and torch.is_autocast_enabled("cpu"):
         x = x.to(torch.get_autocast_dtype("cpu"))
     reason = stages.unpaid(how, x, None, weight, bias, True)
     if reason:
         note(Explanation(f"{how.op}_stage", "torch", reasons={"halide": reason}))
-        return plain(x, weight, bias)
-    return _waiting(Call(how, plain, x, None, weight, bias))
+        return layer.alone(x, weight, bias)
+    return _waiting(Call(how, layer, x, None, weight, bias))
 
 
 _KEPT = "PyTorch's convolution reads it from memory both ways, which takes less time than to make it twice"

@@ -58,6 +58,8 @@ def _batch_norm(
         return NotImplemented
     else:
         mean, var = running_mean, running_var
+    if work.call.layer.asked is None:
+        work.call.layer.asked = True
     before = Before(mean, var, weight, bias, eps)
     return Pending.of(Unfinished(work.call, before), input.outline)
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sepconv.kernels.halide.jit import packing, runtime
+from sepconv.kernels.halide.jit import packing, runtime, threads
 from sepconv.kernels.halide.jit.buffers import FLOAT32, Buffer
-from sepconv.kernels.halide.jit.machine_code import Bound, Kernel
+from sepconv.kernels.halide.jit.machine_code import Bound
 
 
 class Strided(NamedTuple):
@@ -30,7 +30,12 @@ class Strided(NamedTuple):
         return Buffer(self.shape, self.stride, 0, self.code)
 
 
-_UNBOUND: tuple[Any, list[Buffer]] = None, []
+class _Binding(NamedTuple):
+    """A kernel with its arguments, the buffers among them that move, and the moment that it was compiled for."""
+
+    bound: Bound
+    buffers: list[Buffer]
+    moment: tuple[Any, ...]
 
 
 class KernelCall:
@@ -49,22 +54,24 @@ class KernelCall:
         """
         self._key, self._build, self._arguments = key, build, arguments
         self._local = threading.local()
-        self._bind(runtime.compiled(key, build))
+        self._bind()
 
-    def _bind(self, kernel: Kernel) -> tuple[Bound, list[Buffer]]:
+    def _bind(self) -> _Binding:
+        moment = runtime.moment()
+        kernel = runtime.compiled(self._key, self._build)
         given = [item.buffer() if isinstance(item, Strided) else item for item in self._arguments]
         moved = [now for now, before in zip(given, self._arguments, strict=True) if now is not before]
-        self._local.bound = made = kernel.bind(*given), moved
+        self._local.binding = made = _Binding(kernel.bind(*given), moved, moment)
         return made
 
     def __call__(self, *addresses: int) -> None:
-        kernel = runtime.compiled(self._key, self._build)
-        bound, buffers = getattr(self._local, "bound", _UNBOUND)
-        if bound is None or bound.kernel is not kernel:
-            bound, buffers = self._bind(kernel)
-        for buffer, address in zip(buffers, addresses, strict=True):
+        binding: _Binding | None = getattr(self._local, "binding", None)
+        if binding is None or binding.moment != runtime.moment():
+            binding = self._bind()
+        for buffer, address in zip(binding.buffers, addresses, strict=True):
             buffer.move(address)
-        bound()
+        threads.follow_torch()
+        binding.bound()
 
 
 _MAX_PREPARED = 64

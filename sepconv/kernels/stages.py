@@ -200,15 +200,17 @@ def _forward(
 
 
 def gradients_choice(
-    op: str, given: Sequence[Tensor], activation: str | None, geometry: Geometry, need: Need
+    op: str, given: Sequence[Tensor], activation: str | None, geometry: Geometry, need: Need, normed: bool = True
 ) -> StageChoice:
     """Who computes a stage's gradients; ``given``: grad, x and weight, and y where there is a deviation."""
-    key = (op, torch.get_num_threads(), *[_outline(t) for t in given], activation, geometry, need)
+    key = (op, torch.get_num_threads(), *[_outline(t) for t in given], activation, geometry, need, normed)
 
     def describe() -> StageCase:
         y, image, filters = map(Outline.of, given[:3])
         deviated = len(given) > 3
-        return StageCase(op, "gradients", image, y, filters, geometry, activation, deviated=deviated, need=need)
+        return StageCase(
+            op, "gradients", image, y, filters, geometry, activation, deviated=deviated, need=need, normed=normed
+        )
 
     return _chosen(key, describe)
 
@@ -223,9 +225,9 @@ def _gradients(
     geometry: Geometry,
     need: Need,
 ) -> StageGradients:
-    activation = None if prologue is None else prologue.activation
+    activation, normed = (None, True) if prologue is None else prologue[3:]
     given = (grad, x, weight) if deviation is None else (grad, x, weight, deviation.y)
-    choice = gradients_choice(op, given, activation, geometry, need)
+    choice = gradients_choice(op, given, activation, geometry, need, normed)
     result: StageGradients = choice(grad, deviation, x, prologue, weight)
     return result
 

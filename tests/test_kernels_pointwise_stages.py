@@ -56,6 +56,12 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, lambda dtype, threads: 1)
 
 
+def _without_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where PyTorch has another library of linear algebra."""
+    for module in (pointwise, pointwise_gradients):
+        monkeypatch.setattr(module, "multiplied", lambda dtype: False)
+
+
 def _image(shape: tuple[int, ...], dtype: torch.dtype, sliced: bool) -> Tensor:
     n, c, h, w = shape
     whole = torch.randn(n, h, w, c + 6).to(dtype).permute(0, 3, 1, 2)
@@ -100,7 +106,7 @@ def _check(called: _Called, t: Truth, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("blocks", ["one", "several"])
+@pytest.mark.parametrize("blocks", ["one", "several", "several by torch.mm"])
 @pytest.mark.parametrize(
     ("channels", "out_channels", "size", "activation"),
     [
@@ -121,8 +127,10 @@ def test_a_stage_and_its_gradients(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if blocks == "several":
+    if blocks != "one":
         _small_blocks(monkeypatch)
+    if blocks == "several by torch.mm":
+        _without_products(monkeypatch)
     x = _image((size[0], channels, *size[1:]), dtype, sliced=blocks == "several")
     weight = (torch.randn(out_channels, channels, 1, 1) / channels**0.5).to(dtype)
     bias = torch.randn(out_channels).to(dtype) if activation == "silu" else None
@@ -223,6 +231,25 @@ def test_what_is_not_needed_is_not_there(need: tuple[bool, bool, bool], activati
         assert value is None or relative(value, t.gradients[name]) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("need", [(True, True, False), (True, False, False), (False, True, False)])
+def test_an_activation_without_a_norm(need: tuple[bool, bool, bool], dtype: torch.dtype, ran: list[str]) -> None:
+    """Nobody asks for the sums of a norm that is not there."""
+    x, grad = _image((2, 24, 13, 11), dtype, False), _image((2, 16, 13, 11), dtype, False)
+    weight, prologue = (torch.randn(16, 24, 1, 1) / 5).to(dtype), Prologue.alone("gelu", 24)
+    y = stages.pointwise_stage(x, prologue, weight, None, False).y
+    found = stages.pointwise_stage_gradients(grad, None, x, prologue, weight, need)
+    given = [t.double().requires_grad_() for t in (x, weight)]
+    true = torch.nn.functional.conv2d(torch.nn.functional.gelu(given[0]), given[1])
+    true.backward(grad.double())
+    assert ran == ["halide", "halide"]
+    assert relative(y, true.detach()) < TOLERANCE[dtype]
+    assert found.sum is found.deviation is None
+    for value, t, needed in zip((found.x, found.weight), given, need[:2], strict=True):
+        assert (value is not None) == needed
+        assert value is None or t.grad is None or relative(value, t.grad) < TOLERANCE[dtype]
+
+
 def test_a_gradient_in_another_layout_is_brought_into_ours() -> None:
     x, weight = _image((2, 6, 7, 9), torch.float32, False), torch.randn(10, 6, 1, 1)
     grad = torch.randn(2, 10, 1, 1).expand(2, 10, 7, 9)
@@ -315,7 +342,19 @@ def test_several_threads_call_at_once() -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    ["relu", "relu6", "hardswish", "clamp(-3.0, 3.0)", "silu", "sigmoid", "hardsigmoid", "tanh", "gelu", "leaky_relu"],
+    [
+        "relu",
+        "relu6",
+        "hardswish",
+        "clamp(-3.0, 3.0)",
+        "silu",
+        "sigmoid",
+        "hardsigmoid",
+        "tanh",
+        "gelu",
+        "gelu_tanh",
+        "leaky_relu",
+    ],
 )
 def test_gradients_of_activations(activation: str, ran: list[str]) -> None:
     """At their kinks as well, where PyTorch's are a choice; and far from 0."""

@@ -98,6 +98,26 @@ def test_several_threads_take_part(loop: Any) -> None:
     assert loop(_TASK(task), 0, 2, None) == 0
 
 
+def test_each_thread_has_neighbouring_passes_of_its_own(loop: Any) -> None:
+    """What it reads in one loop it has written in another; the passes of a late one are taken by the others."""
+    torch.set_num_threads(2)
+    threads.follow_torch()
+    both, first = threading.Barrier(2, timeout=30), {}
+
+    def task(context: int, index: int, data: int) -> int:
+        worker = threading.get_native_id()
+        if worker not in first:
+            first[worker] = index
+            both.wait()
+        return 0
+
+    for _ in range(3):
+        first.clear()
+        assert loop(_TASK(task), 0, 65, None) == 0
+        assert sorted(first.values()) == [0, 32]
+        assert first[threading.get_native_id()] == 0
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_error_ends_the_loop_and_comes_back(loop: Any, count: int) -> None:
     torch.set_num_threads(count)
@@ -148,7 +168,7 @@ for count in (1, 2):
     [
         ("import sys; sys.modules['llvmlite'] = None", ["torch", "torch"], "pip install llvmlite"),
         (
-            "from sepconv.kernels.halide.jit import threads; threads._gomp_parallel = lambda: None",
+            "from sepconv.kernels.halide.jit import threads; threads._address = lambda name: None",
             ["halide", "torch"],
             "GOMP_",
         ),

@@ -125,23 +125,3 @@ def test_sums_do_not_depend_on_threads() -> None:
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True))
-
-
-def test_slope_of_gelu_is_as_good_as_float32() -> None:
-    """A polynomial up to 6 deviations: 4e-7 of error, PyTorch's own in float32 have 3e-7."""
-    x = torch.linspace(-9, 9, 40_000).view(1, 4, 100, 100).to(memory_format=torch.channels_last)
-    prologue = Prologue(torch.zeros(4), torch.ones(4), torch.zeros(4), "gelu")
-    found = stages.finish_gradients(torch.ones_like(x), x, prologue).x
-    argument = x.double().requires_grad_()
-    torch.nn.functional.gelu(argument).sum().backward()
-    assert argument.grad is not None
-    assert float((found - argument.grad).abs().max()) < 5e-7
-
-
-def test_slope_of_gelu_of_nan_and_infinity() -> None:
-    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30]).repeat(4).view(1, 4, 2, 2)
-    x = x.to(memory_format=torch.channels_last)
-    prologue = Prologue(torch.zeros(4), torch.ones(4), torch.zeros(4), "gelu")
-    found = stages.finish_gradients(torch.ones_like(x), x, prologue).x
-    expected = torch.tensor([torch.nan, 1.0, 0.0, 1.0]).repeat(4).view(1, 4, 2, 2)
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-7, equal_nan=True, check_stride=False)

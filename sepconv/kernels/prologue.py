@@ -7,6 +7,7 @@ activation, the *prologue*, are computed wherever it is read, and zero padding c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,28 @@ Need = tuple[bool, bool, bool]
 
 
 class Prologue(NamedTuple):
-    """``act((x - mean) * scale + bias)``: vectors of a number for each channel; ``activation`` "" is none."""
+    """``act((x - mean) * scale + bias)``: vectors of a number for each channel; ``activation`` "" is none.
+
+    ``normed``: whether there is a norm at all, whose gradients need sums.
+    """
 
     mean: Tensor
     scale: Tensor
     bias: Tensor
     activation: str
+    normed: bool = True
+
+    @classmethod
+    def alone(cls, activation: str, channels: int) -> Prologue:
+        """An activation without a norm."""
+        return cls(*_nothing(channels), activation, normed=False)
+
+
+@lru_cache(maxsize=64)
+def _nothing(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, scale and bias that change no number."""
+    zeros = torch.zeros(channels, dtype=torch.float32, device="cpu")
+    return zeros, torch.ones_like(zeros), zeros
 
 
 class Deviation(NamedTuple):
@@ -50,7 +67,8 @@ class StageGradients(NamedTuple):
     Attributes:
         x: the gradient of x, through its prologue.
         sum: over all pixels that of ``act(...)``'s argument: the gradient of the prologue's bias.
-        deviation: its sum times ``x - mean``: the gradient of the prologue's scale. Both None without prologue.
+        deviation: its sum times ``x - mean``: the gradient of the prologue's scale. Both None without prologue, and
+            perhaps without a norm in it.
         weight: of the convolution, as bias.
     """
 
@@ -81,10 +99,12 @@ class StageCase:
     """One call of a stage's kernel, described: all that the choice and the making of it may depend on.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "finish" or "statistics".
+        op: "depthwise", "pointwise", "normal", "finish", "statistics" or "layer_norm".
         which: "forward" or "gradients".
         y: of a convolution the result, of gradients that whose gradient is given.
         prologue: the activation behind x's norm; None: x is read as it is.
+        normed: whether there is a norm in front of that activation; without one nobody asks for its sums.
+        eps: what is added to variances.
         deviated: whether a :class:`Deviation` goes with the gradient.
         residual: whether an image is added.
         statistics: whether the result's are wanted.
@@ -102,4 +122,6 @@ class StageCase:
     deviated: bool = False
     residual: bool = False
     need: Need = (False, False, False)
+    normed: bool = True
+    eps: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)

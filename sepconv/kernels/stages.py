@@ -20,6 +20,7 @@ from sepconv.kernels.halide.jit.runtime import BuildError
 from sepconv.kernels.halide.training import (
     depthwise_calls,
     finish_calls,
+    layer_norm_calls,
     normal,
     normal_gradients,
     pointwise,
@@ -92,6 +93,14 @@ BACKENDS: dict[tuple[str, str], list[StageBackend]] = {
     ("statistics", "forward"): [
         _halide(finish_calls, finish_calls.prepare_statistics),
         StageBackend("torch", lambda case: by_torch.statistics),
+    ],
+    ("layer_norm", "forward"): [
+        _halide(layer_norm_calls, layer_norm_calls.prepare),
+        StageBackend("torch", lambda case: by_torch.layer_norm),
+    ],
+    ("layer_norm", "gradients"): [
+        _halide(layer_norm_calls, layer_norm_calls.prepare_gradients),
+        StageBackend("torch", lambda case: by_torch.layer_norm_gradients),
     ],
 }
 """By operation and pass, in order; PyTorch's last."""
@@ -200,15 +209,17 @@ def _forward(
 
 
 def gradients_choice(
-    op: str, given: Sequence[Tensor], activation: str | None, geometry: Geometry, need: Need
+    op: str, given: Sequence[Tensor], activation: str | None, geometry: Geometry, need: Need, normed: bool = True
 ) -> StageChoice:
     """Who computes a stage's gradients; ``given``: grad, x and weight, and y where there is a deviation."""
-    key = (op, torch.get_num_threads(), *[_outline(t) for t in given], activation, geometry, need)
+    key = (op, torch.get_num_threads(), *[_outline(t) for t in given], activation, geometry, need, normed)
 
     def describe() -> StageCase:
         y, image, filters = map(Outline.of, given[:3])
         deviated = len(given) > 3
-        return StageCase(op, "gradients", image, y, filters, geometry, activation, deviated=deviated, need=need)
+        return StageCase(
+            op, "gradients", image, y, filters, geometry, activation, deviated=deviated, need=need, normed=normed
+        )
 
     return _chosen(key, describe)
 
@@ -223,9 +234,9 @@ def _gradients(
     geometry: Geometry,
     need: Need,
 ) -> StageGradients:
-    activation = None if prologue is None else prologue.activation
+    activation, normed = (None, True) if prologue is None else prologue[3:]
     given = (grad, x, weight) if deviation is None else (grad, x, weight, deviation.y)
-    choice = gradients_choice(op, given, activation, geometry, need)
+    choice = gradients_choice(op, given, activation, geometry, need, normed)
     result: StageGradients = choice(grad, deviation, x, prologue, weight)
     return result
 
@@ -318,4 +329,30 @@ def statistics(x: Tensor) -> Statistics:
         return StageCase("statistics", "forward", Outline.of(x), Outline.of(x))
 
     result: Statistics = _chosen(key, describe)(x)
+    return result
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Each pixel's channels brought to mean 0 and deviation 1, then ``weight`` and ``bias``."""
+    result: Tensor = layer_norm_choice(x, eps)(x, weight, bias, eps)
+    return result
+
+
+def layer_norm_choice(x: Tensor, eps: float) -> StageChoice:
+    """Who computes it."""
+
+    def describe() -> StageCase:
+        return StageCase("layer_norm", "forward", Outline.of(x), Outline.of(x), eps=float(eps))
+
+    return _chosen(("layer_norm", torch.get_num_threads(), *_outline(x), eps), describe)
+
+
+def layer_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> InputGradients:
+    """Of :func:`layer_norm`: of x, and the sums that are the gradients of bias and weight."""
+    key = ("layer_norm gradients", torch.get_num_threads(), *_outline(grad), *_outline(x), eps)
+
+    def describe() -> StageCase:
+        return StageCase("layer_norm", "gradients", Outline.of(x), Outline.of(grad), eps=float(eps))
+
+    result: InputGradients = _chosen(key, describe)(grad, x, weight, eps)
     return result

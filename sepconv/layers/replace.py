@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sepconv.layers.conv import DepthwiseConv2d, PointwiseConv2d
 from sepconv.layers.separable import SeparableConv2d
-from sepconv.layers.training import NormalConv2d, finished
+from sepconv.layers.training import LayerNorm, NormalConv2d, finished
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -22,6 +22,7 @@ _STATE = "replaced"
 """The attribute of a replaced layer that says whether it was PyTorch's, and whether it waited before."""
 _ALL_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ class Replacements:
 
 
 def replace_layers(model: nn.Module, *, filter: Filter | None = None) -> Replacements:
-    """Put our layers in the place of a network's 2d convolutions, in place, so that it trains in fewer passes.
+    """Put our layers in the place of a network's 2d convolutions and LayerNorms, in place: it trains in fewer passes.
 
-    Every convolution stays the module that it is, with its parameters, its name in the state_dict and its hooks; only
+    Every one stays the module that it is, with its parameters, its name in the state_dict and its hooks; only
     its class changes. Norms, activations and the network's own code stay too: what they compute is the same, in other
     passes (see the guide on training). Optimizers made before go on, and copies and pickles of the network are like it.
     Kernels are for channels_last images: ``model.to(memory_format=torch.channels_last)``.
 
     Args:
         model: any network; it may have been replaced in part or as a whole before.
-        filter: of a convolution and its name, whether it may be replaced; all may where it is None.
+        filter: of a convolution or LayerNorm and its name, whether it may be replaced; all may where it is None.
 
     Returns:
         What was replaced, why the rest was left, and the way back: ``undo()``.
@@ -73,7 +74,7 @@ def replace_layers(model: nn.Module, *, filter: Filter | None = None) -> Replace
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, (_ConvNd, SeparableConv2d)):
+        if not isinstance(module, (_ConvNd, SeparableConv2d)) and not _is_of_rows(module):
             if isinstance(module, _ALL_NORMS) and not _is_known(module):
                 left[name] = f"a {type(module).__name__} computes by itself"
             continue
@@ -135,7 +136,12 @@ def saves_passes(model: nn.Module) -> bool:
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module where nothing was replaced."""
     was_pytorchs, _ = vars(module).get(_STATE, (False, False))
-    return nn.Conv2d if was_pytorchs else type(module)
+    return _pytorchs(module) if was_pytorchs else type(module)
+
+
+def _pytorchs(module: nn.Module) -> type[nn.Module]:
+    """What a replaced layer of PyTorch's was."""
+    return nn.LayerNorm if isinstance(module, nn.LayerNorm) else nn.Conv2d
 
 
 def finish_outputs(model: nn.Module, args: Any, result: Any) -> Any:
@@ -160,9 +166,16 @@ def _is_known(norm: nn.Module) -> bool:
     return isinstance(norm, _NORMS)
 
 
+def _is_of_rows(module: nn.Module) -> bool:
+    """Whether it is a LayerNorm over the last dimension alone."""
+    return type(module) in _LAYER_NORMS and len(module.normalized_shape) == 1  # type: ignore[arg-type]
+
+
 def _kind(module: nn.Module) -> tuple[str, str]:
     """The kind of a convolution, and why it cannot be ours ("" if it can)."""
     kind = type(module)
+    if kind in _LAYER_NORMS:
+        return "layer_norm", ""
     if kind in _OURS or kind is NormalConv2d:
         return kind.__name__.removesuffix("Conv2d").lower(), ""
     if kind is not nn.Conv2d:
@@ -182,12 +195,13 @@ _CLASSES: dict[str, type[nn.Module]] = {
     "depthwise": DepthwiseConv2d,
     "pointwise": PointwiseConv2d,
     "normal": NormalConv2d,
+    "layer_norm": LayerNorm,
 }
 
 
 def _replace(module: Any, kind: str) -> None:
     if _STATE not in vars(module):
-        was_pytorchs = type(module) is nn.Conv2d
+        was_pytorchs = type(module) in (nn.Conv2d, nn.LayerNorm)
         setattr(module, _STATE, (was_pytorchs, not was_pytorchs and module.waits))
         if was_pytorchs:
             module.__class__ = _CLASSES[kind]
@@ -200,6 +214,6 @@ def _restore(module: Any) -> None:
     vars(module).pop("asked", None)
     if was_pytorchs:
         del module.waits
-        module.__class__ = nn.Conv2d
+        module.__class__ = _pytorchs(module)
     else:
         module.waits = waited

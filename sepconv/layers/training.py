@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_modules
 from torch.utils._pytree import tree_map
 
 from sepconv.layers.folding import watched
-from sepconv.ops import pending, tracing
+from sepconv.ops import layer_norm, pending, tracing
 from sepconv.ops.explain import Explanation, note, recording
 from sepconv.ops.geometry import Padding, Size, resolve
 from sepconv.ops.stages import StageConvolution
@@ -41,6 +41,40 @@ class NormalConv2d(nn.Conv2d):
         conv = nn.Conv2d(1, 1, 1, device="meta")
         conv.__dict__.update(self.__dict__)
         return conv
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` by kernels of ours while gradients are recorded: what ``replace_layers`` makes of one."""
+
+    waits = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pending.value_of(x)
+        reason = "the network is compiled" if torch.compiler.is_compiling() else self._unfit(x)
+        if not reason:
+            return layer_norm.layer_norm(x, self.weight, self.bias, self.eps)
+        if not torch.compiler.is_compiling() and recording():
+            note(Explanation("layer_norm_stage", "torch", reasons={"halide": reason}))
+        return super().forward(x)
+
+    def _unfit(self, x: Tensor) -> str:
+        """Why PyTorch's has to compute it, in a sentence; "" if ours may."""
+        if not torch.is_grad_enabled() or tracing.recorded(x):
+            return "no gradients are recorded"
+        if self.normalized_shape != tuple(x.shape[-1:]):
+            return f"it is over {len(self.normalized_shape)} dimensions"
+        vectors = [t for t in (self.weight, self.bias) if t is not None]
+        if not pending.is_ordinary(x) or not all(pending.is_ordinary(t) and t.is_cpu for t in vectors):
+            return "a tensor is not a plain one"
+        if not x.is_cpu or any(t.dtype is not torch.float32 for t in vectors):
+            return "kernels are for parameters of float32 on the CPU"
+        return _looked_at(self) or layer_norm.unpaid(x, self.eps)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles PyTorch's own layer, over the same parameters."""
+        norm = nn.LayerNorm(1, device="meta")
+        norm.__dict__.update(self.__dict__)
+        return norm
 
 
 def waiting(layer: Any, op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -103,8 +103,11 @@ class Unfinished:
         if self.finished is None:
             self._note_that_nobody_asked()
             with torch.enable_grad(), self.as_when_made():
-                z = self.call.run(False).y
-                self.finish_as(z if self.before is None else stages.finish(z, self.before))
+                z, before = self.call.run(False).y, self.before
+                if before is None or before.mean is None:
+                    self.finish_as(stages.composed(z, before))
+                else:
+                    self.finish_as(stages.finish(z, before))
         assert self.finished is not None
         return self.finished
 
@@ -242,7 +245,8 @@ def convolve(how: StageConvolution, layer: Layer, x: Tensor, weight: Tensor, bia
     elif work is not None and work.before is not None:
         z, before = work.call.run(False).y, work.before
         cast = z.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
-        if not cast and not stages.unpaid(how, z, before, weight, bias, True):
+        alone = before.mean is None and how.op != "pointwise"
+        if not cast and not alone and not stages.unpaid(how, z, before, weight, bias, True):
             return _waiting(Call(how, layer, z, before, weight, bias))
     x = value_of(x)
     if x.dtype is torch.float32 and torch.is_autocast_enabled("cpu"):

@@ -79,12 +79,20 @@ def _follow(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor
     running_var.mul_(number(1 - momentum)).add_(var.detach(), alpha=momentum * count / (count - 1))
 
 
+# Of an activation without a norm a pass is saved where the images do not stay in the cache; of less, Python costs more.
+_LEAST_ALONE = 1 << 20
+
+
 def _activate(input: Any, activation: str, inplace: bool = False) -> Any:
     work = waiting(input)
     if work is None or not torch.is_grad_enabled():
         return NotImplemented
     norm = work.before
-    if norm is None or norm.activation:  # alone it is no pass saved: what is read would be made again
+    if norm is None:
+        if prod(input.outline[0]) < _LEAST_ALONE:
+            return NotImplemented
+        norm = Before.alone(activation)
+    elif norm.activation:
         return NotImplemented
     before = Before(*norm[:5], activation)
     if inplace:
@@ -140,7 +148,7 @@ def _add(input: Any, other: Any, *, alpha: float = 1) -> Any:
     if work is None or work.before is None:
         input, other = other, input
         work = waiting(input)
-    if work is None or work.before is None or alpha != 1 or not torch.is_grad_enabled():
+    if work is None or work.before is None or work.before.mean is None or alpha != 1 or not torch.is_grad_enabled():
         return NotImplemented
     residual, outline = value_of(other), input.outline
     fits = is_ordinary(residual) and residual.shape == outline[0] and residual.dtype is outline[2]

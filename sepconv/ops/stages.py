@@ -28,11 +28,12 @@ from sepconv.ops.autograd import laid_out_as
 class Before(NamedTuple):
     """The norm over an image and the activation behind it, both still to be done.
 
-    ``mean``, ``var`` (biased), ``weight`` and ``bias`` have a number for each channel.
+    ``mean``, ``var`` (biased), ``weight`` and ``bias`` have a number for each channel; without mean and variance there
+    is an activation alone.
     """
 
-    mean: Tensor
-    var: Tensor
+    mean: Tensor | None
+    var: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     eps: float
@@ -40,9 +41,14 @@ class Before(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Any], eps: float, activation: str) -> Before | None:
-        """From its four tensors; None where there is no mean."""
+        """From its four tensors; None where there is neither norm nor activation."""
         mean, var, weight, bias = tensors
-        return None if mean is None else cls(mean, var, weight, bias, eps, activation)
+        return None if mean is None and not activation else cls(mean, var, weight, bias, eps, activation)
+
+    @classmethod
+    def alone(cls, activation: str) -> Before:
+        """No norm."""
+        return cls(None, None, None, None, 0.0, activation)
 
 
 class StageConvolution(NamedTuple):
@@ -82,12 +88,17 @@ def _each(vector: Tensor, x: Tensor) -> Tensor:
 def composed(x: Tensor, before: Before | None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(x)) + residual`` by PyTorch's operators, with a derivative of every order."""
     if before is not None:
-        scale = torch.rsqrt(before.var + before.eps)
-        scale = scale if before.weight is None else scale * before.weight
-        h = (x - _each(before.mean, x)) * _each(scale, x)
-        h = h if before.bias is None else h + _each(before.bias, x)
-        x = ACTIVATIONS[before.activation].function(h).to(x.dtype)
+        x = ACTIVATIONS[before.activation].function(_composed_norm(x, before)).to(x.dtype)
     return x if residual is None else x + residual
+
+
+def _composed_norm(x: Tensor, before: Before) -> Tensor:
+    if before.mean is None or before.var is None:
+        return x
+    scale = torch.rsqrt(before.var + before.eps)
+    scale = scale if before.weight is None else scale * before.weight
+    h = (x - _each(before.mean, x)) * _each(scale, x)
+    return h if before.bias is None else h + _each(before.bias, x)
 
 
 def composed_convolution(
@@ -137,13 +148,15 @@ def number(value: float) -> Tensor:
 
 
 class _Norm(NamedTuple):
-    """A norm made ready for kernels, and what its own gradients need."""
+    """A norm made ready for kernels, and what its own gradients need; ``deviation`` is None where there is no norm."""
 
     prologue: Prologue
-    deviation: Tensor
+    deviation: Tensor | None
 
     @classmethod
-    def of(cls, before: Before) -> _Norm:
+    def of(cls, before: Before, channels: int) -> _Norm:
+        if before.mean is None or before.var is None:
+            return cls(Prologue.alone(before.activation, channels), None)
         deviation = (before.var + number(before.eps)).rsqrt_()
         scale = deviation if before.weight is None else deviation * before.weight
         bias = torch.zeros_like(before.mean) if before.bias is None else before.bias
@@ -155,6 +168,8 @@ class _Norm(NamedTuple):
         ``total`` is the sum of the gradient in front of the activation, ``weighed`` that times ``x - mean``.
         """
         scale, deviation = self.prologue.scale, self.deviation
+        if deviation is None:
+            return [None] * 4
         of_weight = weighed * deviation
         return [
             (scale * total).neg_() if need[0] else None,
@@ -173,7 +188,7 @@ class _Stage(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         *norm, weight, bias = tensors
         before = Before.of(norm, *rest)
-        ready = None if before is None else _Norm.of(before)
+        ready = None if before is None else _Norm.of(before, x.shape[1])
         y, mean, var = how.forward(x, None if ready is None else ready.prologue, weight, bias, statistics)
         ctx.how, ctx.rest, ctx.ready = how, rest, ready
         ctx.save_for_backward(x, *norm, weight, bias, *((y, mean) if statistics else (None, None)))
@@ -239,7 +254,7 @@ class _Finish(torch.autograd.Function):
         *norm, residual = tensors
         before = Before.of(norm, *rest)
         assert before is not None
-        ready = _Norm.of(before)
+        ready = _Norm.of(before, x.shape[1])
         ctx.rest, ctx.ready = rest, ready
         ctx.save_for_backward(x, *norm)
         return kernels.finish(x, ready.prologue, residual)

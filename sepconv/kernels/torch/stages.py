@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Geometry
@@ -77,6 +78,23 @@ def finish_gradients(grad: Tensor, x: Tensor, prologue: Prologue) -> InputGradie
     over = [d for d in range(x.dim()) if d != 1]
     grad_x = (g * _each(prologue.scale, x)).to(x.dtype)
     return InputGradients(grad_x, g.sum(over), (g * deviation).sum(over))
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Over the channels of each pixel."""
+    rows = x.movedim(1, -1)
+    return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).movedim(-1, 1)
+
+
+def layer_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> InputGradients:
+    """Back through it; the sums are the gradients of bias and weight."""
+    var, mean = torch.var_mean(_wide(x), 1, correction=0, keepdim=True)
+    scale, wide = torch.rsqrt(var + eps), _wide(grad)
+    normal = (_wide(x) - mean) * scale
+    weighed = wide if weight is None else wide * _each(weight, x)
+    rest = weighed - weighed.mean(1, keepdim=True) - normal * (weighed * normal).mean(1, keepdim=True)
+    over = [d for d in range(x.dim()) if d != 1]
+    return InputGradients((rest * scale).to(x.dtype), wide.sum(over), (wide * normal).sum(over))
 
 
 def _output(y: Tensor, wanted: bool) -> StageOutput:

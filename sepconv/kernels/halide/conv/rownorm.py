@@ -57,13 +57,13 @@ def build(spec: RowNormSpec) -> tuple[Any, list[Any]]:
     out, scale = hl.Func("row_norm"), hl.Func("scale")
     inner: list[Any] = []
     if spec.kind == "layer":
-        mean = _sum(inner, "mean", row, numbers, in_pairs, count_of) / count
-        squares = _sum(inner, "squares", row, numbers, in_pairs, lambda i: _square(count_of(i) - mean))
+        mean = row_sum(inner, "mean", row, numbers, in_pairs, count_of) / count
+        squares = row_sum(inner, "squares", row, numbers, in_pairs, lambda i: _square(count_of(i) - mean))
         variance = ends.scaled(0, ends.scaled(0, squares / count))
         scale[tuple(row)] = ends.scaled(0, hl.f32(1.0) / hl.sqrt(variance + eps))
         out[tuple([c, *row])] = ends.write((count_of(c) - mean) * scale[tuple(row)] * weight[c] + bias[c])
     else:
-        length = hl.sqrt(_sum(inner, "squares", row, numbers, in_pairs, lambda i: _square(value(i))))
+        length = hl.sqrt(row_sum(inner, "squares", row, numbers, in_pairs, lambda i: _square(value(i))))
         # A length that is NaN makes all of the row NaN.
         scale[tuple(row)] = hl.strict_float(hl.select(length < eps, eps, length))
         out[tuple([c, *row])] = ends.write(value(c) / scale[tuple(row)])
@@ -86,7 +86,9 @@ def _square(value: Any) -> Any:
     return value * value
 
 
-def _sum(funcs: list[Any], name: str, row: list[Any], numbers: Any, in_pairs: bool, value: Callable[[Any], Any]) -> Any:
+def row_sum(
+    funcs: list[Any], name: str, row: list[Any], numbers: Any, in_pairs: bool, value: Callable[[Any], Any]
+) -> Any:
     """The sum of ``value(i)`` along a row, by vectors and then what is left; its funcs are added to the list.
 
     ``in_pairs``: the lanes of the vector are added as this says, not as the compiler likes.

@@ -27,7 +27,7 @@ _CODES |= {np.dtype("float32"): FLOAT32, np.dtype("uint32"): UINT32, np.dtype("u
 CODES = {torch.float32: FLOAT32, torch.bfloat16: BITS16, torch.float16: FLOAT16, torch.uint8: UINT8}
 """How a buffer of a tensor's numbers is called. Halide would round a NaN of bfloat16, so that we use the bits."""
 # Eight bytes each: device, its interface, host, flags, type and dimensions, place of the dims, padding.
-_HEAD, _HOST = 56, struct.Struct("16xQ")
+_HEAD, HOST_AT, _HOST = 56, 16, struct.Struct("16xQ")
 _DIMENSION, _RANGE = 16, struct.Struct("ii")
 
 
@@ -61,6 +61,11 @@ class Buffer:
     def host(self) -> int:
         """The address of its first number."""
         return int(_HOST.unpack_from(self._memory, 0)[0])
+
+    @property
+    def host_at(self) -> int:
+        """Where that address stands."""
+        return self.address + HOST_AT
 
     @property
     def extent_bytes(self) -> int:

@@ -173,6 +173,42 @@ fail:
 end:
   ret i64 0
 }}
+
+; A chain several times; after each of them numbers in memory grow by steps, which stand behind their addresses.
+define i64 @repeat(ptr %blocks, i64 %count, i64 %times, ptr %moves, i64 %moved) {{
+entry:
+  br label %time
+time:
+  %t = phi i64 [ 0, %entry ], [ %t.next, %move.end ]
+  %again = icmp ult i64 %t, %times
+  br i1 %again, label %go, label %end
+go:
+  %code = call i64 @chain(ptr %blocks, i64 %count)
+  %failed = icmp ne i64 %code, 0
+  br i1 %failed, label %fail, label %move
+move:
+  %m = phi i64 [ 0, %go ], [ %m.next, %add ]
+  %more = icmp ult i64 %m, %moved
+  br i1 %more, label %add, label %move.end
+add:
+  %pair = shl i64 %m, 1
+  %place.at = getelementptr ptr, ptr %moves, i64 %pair
+  %place = load ptr, ptr %place.at
+  %step.at = getelementptr i64, ptr %place.at, i64 1
+  %step = load i64, ptr %step.at
+  %old = load i64, ptr %place
+  %new = add i64 %old, %step
+  store i64 %new, ptr %place
+  %m.next = add i64 %m, 1
+  br label %move
+move.end:
+  %t.next = add i64 %t, 1
+  br label %time
+fail:
+  ret i64 %code
+end:
+  ret i64 0
+}}
 """
 
 # Where the C library has no such functions, a kernel without memory ends the process.
@@ -199,6 +235,7 @@ class Functions(NamedTuple):
     halide_free: int
     enter: int
     chain: int
+    repeat: int
 
 
 def _jumps() -> tuple[int, int] | None:

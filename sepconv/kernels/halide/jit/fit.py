@@ -54,7 +54,8 @@ def limits(pipeline: Any, inputs: Sequence[Any]) -> Limits:
     Raises:
         RuntimeError: it is something that could not be checked.
     """
-    buffers = [item.parameter() for item in [*inputs, *[func.output_buffer() for func in pipeline.outputs()]]]
+    results = [buffer for func in pipeline.outputs() for buffer in func.output_buffers()]
+    buffers = [item.parameter() for item in [*inputs, *results]]
     return [_limits(parameter) for parameter in buffers if parameter.is_buffer()]
 
 

@@ -26,6 +26,9 @@ _MEMORY_FUNCTIONS = ("halide_malloc", "halide_free")
 # The lock of Python is released meanwhile.
 _ENTER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _CHAIN = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64)
+_REPEAT = ctypes.CFUNCTYPE(
+    ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
+)
 _CALLED = re.compile(rb"halide_[a-z0-9_]+")
 
 
@@ -94,8 +97,8 @@ class Chain:
             self.bound += call.bound if isinstance(call, Chain) else [call]
         blocks = [bound.prepared.address for bound in self.bound]
         self._blocks = (ctypes.c_void_p * len(blocks))(*blocks)
-        self._given = ctypes.addressof(self._blocks), len(blocks)
-        self._enter = _CHAIN(entry.functions().chain)
+        self._given: tuple[int, ...] = ctypes.addressof(self._blocks), len(blocks)
+        self._enter: Any = _CHAIN(entry.functions().chain)
 
     def __call__(self) -> None:
         """
@@ -106,6 +109,20 @@ class Chain:
         if failed:
             code = ctypes.c_int32(failed & 0xFFFFFFFF).value
             raise entry.failure(self.bound[failed >> 32].kernel.name, code)
+
+
+class Repeated(Chain):
+    """A chain so many times, with no return to Python in between; after each buffers move on by so many bytes.
+
+    It is no link of another chain.
+    """
+
+    def __init__(self, calls: Sequence[Bound | Chain], times: int, steps: Sequence[tuple[Buffer, int]]) -> None:
+        super().__init__(calls)
+        moves = [number for buffer, step in steps for number in (buffer.host_at, step)]
+        self._moves = (ctypes.c_int64 * len(moves))(*moves)
+        self._given = *self._given, times, ctypes.addressof(self._moves), len(steps)
+        self._enter = _REPEAT(entry.functions().repeat)
 
 
 def in_chains(runs: Iterable[Callable[..., None]]) -> list[Callable[..., None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Measured on Granite Rapids, forward and back: 0.7 of PyTorch's speed with 8 thousand numbers, as fast with 40;
 # in bfloat16 PyTorch's calls cost more, and ours are always the faster ones.
 _LEAST_NUMBERS = 32768
-_OF_SUMS = ("sums", "moments")
-_OF_PARTS = ("total", "merge")
+_OF_SUMS = ("sums", "moments", "level")
+_OF_PARTS = ("total", "level total", "merge")
 
 
 class PixelRows(NamedTuple):
@@ -78,6 +79,12 @@ def blocks(pixels: int, pixel_bytes: int, most_bytes: int) -> list[Slab]:
         starts.pop()
     ends = [*starts[1:], pixels]
     return [Slab(start, end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+def alike(blocks: Sequence[Slab]) -> list[tuple[Slab, int]]:
+    """Neighbours of one size: the first of them, and how many they are."""
+    groups = [list(group) for _, group in groupby(blocks, lambda block: block.size)]
+    return [(group[0], len(group)) for group in groups]
 
 
 def parts(pixels: int) -> int:

@@ -20,7 +20,8 @@ _TOGETHER = 4
 
 
 class FinishSpec(NamedTuple):
-    """All that the code of one kernel depends on. ``what``: "finish", "gradients" or "statistics"; ``whole``: whether
+    """All that the code of one kernel depends on. ``what``: "finish", "gradients" or "statistics", or of
+    ``layer_norm``; ``whole``: whether
     the channels are vectors without a rest."""
 
     what: str
@@ -37,7 +38,7 @@ def build(spec: FinishSpec) -> tuple[Any, list[Any]]:
     return {"finish": _finish, "gradients": _gradients, "statistics": _statistics}[spec.what](spec)
 
 
-class _Runs:
+class Runs:
     """Runs of pixels, and the variables that all kernels of them have."""
 
     def __init__(self, spec: FinishSpec) -> None:
@@ -128,7 +129,7 @@ def _side_by_side(param: Any) -> None:
 
 
 def _finish(spec: FinishSpec) -> tuple[Any, list[Any]]:
-    runs, norm = _Runs(spec), Norm(spec.activation)
+    runs, norm = Runs(spec), Norm(spec.activation)
     value = norm(runs.number(runs.x, runs.p), runs.c)
     images = [runs.x]
     if spec.residual:
@@ -138,7 +139,7 @@ def _finish(spec: FinishSpec) -> tuple[Any, list[Any]]:
 
 
 def _gradients(spec: FinishSpec) -> tuple[Any, list[Any]]:
-    runs, norm = _Runs(spec), Norm(spec.activation)
+    runs, norm = Runs(spec), Norm(spec.activation)
     grad, c = runs.image("grad"), runs.c
 
     def of_argument(p: Any) -> Any:
@@ -161,7 +162,7 @@ def _gradients(spec: FinishSpec) -> tuple[Any, list[Any]]:
 
 def _statistics(spec: FinishSpec) -> tuple[Any, list[Any]]:
     """A run is read twice: its mean first, then the squares around it."""
-    runs = _Runs(spec)
+    runs = Runs(spec)
     c, task, count = runs.c, runs.task, runs.count(runs.task)
     sums = runs.added("sums", lambda p: [runs.number(runs.x, p), hl.f32(0.0)])
     mean = sums[c, task][0] / count

@@ -32,25 +32,25 @@ def supports(case: StageCase) -> str:
     return unsuitable(case, case.x, case.y)
 
 
-def _spec(case: StageCase) -> FinishSpec:
-    what = {"forward": case.op, "gradients": "gradients"}[case.which]
+def spec_of(case: StageCase) -> FinishSpec:
+    what = case.op if case.which == "forward" else "gradients" if case.op == "finish" else f"{case.op} gradients"
     channels = case.x.shape[1]
     lanes = schedule.lanes_of(channels, host())
     return FinishSpec(what, KINDS[case.x.dtype], lanes, channels % lanes == 0, case.prologue or "", case.residual)
 
 
-def _length(case: StageCase) -> int:
+def length(case: StageCase) -> int:
     n, channels, height, width = case.x.shape
     return schedule.pixels_of_run(channels, n * height * width)
 
 
 def describe(case: StageCase) -> dict[str, Any]:
     """The schedule in words and numbers."""
-    spec = _spec(case)
-    return {"numbers": spec.numbers, "lanes": spec.lanes, "pixels_of_a_run": _length(case)}
+    spec = spec_of(case)
+    return {"numbers": spec.numbers, "lanes": spec.lanes, "pixels_of_a_run": length(case)}
 
 
-class _Pixels:
+class Pixels:
     """An image as pixel after pixel, copied where they do not lie so."""
 
     def __init__(self, outline: Outline) -> None:
@@ -70,22 +70,22 @@ def _pixels(shape: Sequence[int], stride: Sequence[int], numbers: torch.dtype) -
     return Strided((n * height * width, channels), (pixel_step(shape, stride), 1), CODES[KINDS[numbers]])
 
 
-def _call(case: StageCase, images: Sequence[_Pixels], results: Sequence[Strided]) -> KernelCall:
-    spec, channels = _spec(case), case.x.shape[1]
+def _call(case: StageCase, images: Sequence[Pixels], results: Sequence[Strided]) -> KernelCall:
+    spec, channels = spec_of(case), case.x.shape[1]
     vectors = [vector_layout(channels)] * (0 if case.op == "statistics" else 3)
-    given = [_length(case), *[image.layout for image in images], *vectors, *results]
+    given = [length(case), *[image.layout for image in images], *vectors, *results]
     return KernelCall((spec.what, spec), partial(finish.build, spec), given)
 
 
-def _result(case: StageCase) -> Strided:
+def result_of(case: StageCase) -> Strided:
     return _pixels(case.x.shape, channels_last_steps(case.x.shape), case.x.dtype)
 
 
 def prepare(case: StageCase) -> Callable[..., Tensor]:
     """See ``stages.finish``."""
-    image, shape, numbers = _Pixels(case.x), case.x.shape, case.x.dtype
-    added = _Pixels(case.y)
-    call = _call(case, [image, *([added] if case.residual else [])], [_result(case)])
+    image, shape, numbers = Pixels(case.x), case.x.shape, case.x.dtype
+    added = Pixels(case.y)
+    call = _call(case, [image, *([added] if case.residual else [])], [result_of(case)])
 
     def run(x: Tensor, prologue: Prologue, residual: Tensor | None = None) -> Tensor:
         held = [image.read(x), *([] if residual is None else [added.read(residual)])]
@@ -100,9 +100,9 @@ def prepare(case: StageCase) -> Callable[..., Tensor]:
 
 def prepare_gradients(case: StageCase) -> Callable[..., InputGradients]:
     """See ``stages.finish_gradients``."""
-    grads, images = _Pixels(case.y), _Pixels(case.x)
+    grads, images = Pixels(case.y), Pixels(case.x)
     shape, channels, numbers = case.x.shape, case.x.shape[1], case.x.dtype
-    call = _call(case, [grads, images], [_result(case), rows_layout(2, channels)])
+    call = _call(case, [grads, images], [result_of(case), rows_layout(2, channels)])
 
     def run(grad: Tensor, x: Tensor, prologue: Prologue) -> InputGradients:
         held = [grads.read(grad), images.read(x)]
@@ -118,7 +118,7 @@ def prepare_gradients(case: StageCase) -> Callable[..., InputGradients]:
 
 def prepare_statistics(case: StageCase) -> Callable[..., Statistics]:
     """See ``stages.statistics``."""
-    image, channels = _Pixels(case.x), case.x.shape[1]
+    image, channels = Pixels(case.x), case.x.shape[1]
     call = _call(case, [image], [rows_layout(2, channels)])
 
     def run(x: Tensor) -> Statistics:

@@ -9,36 +9,59 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sepconv.kernels.halide.jit import runtime, threads
+from sepconv.kernels.halide.jit import products, runtime, threads
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.calls import Strided
-from sepconv.kernels.halide.jit.machine_code import Chain
+from sepconv.kernels.halide.jit.machine_code import Bound, Chain, Repeated
+from sepconv.kernels.halide.jit.products import MatrixProduct
 from sepconv.kernels.halide.training.rows import PASSES, PassSpec, build
 
 _ALIGNED = 64
 
 
-class Passes:
-    """Passes one after the other, with no Python in between; none at all is one way."""
+class ProductSpec(NamedTuple):
+    """A product between passes, and what its matrices are called."""
 
-    def __init__(self, passes: Sequence[PassSpec], layouts: Mapping[str, Strided | int]) -> None:
+    product: MatrixProduct
+    names: tuple[str, str, str]
+
+
+def multiplied(dtype: torch.dtype) -> bool:
+    """Whether products of such numbers are called without Python."""
+    return dtype is torch.float32 and not products.missing()
+
+
+class Passes:
+    """Passes and products one after the other, with no Python in between; none at all is one way."""
+
+    def __init__(
+        self,
+        passes: Sequence[PassSpec | ProductSpec],
+        layouts: Mapping[str, Strided | int],
+        times: int = 1,
+        steps: Mapping[str, int] | None = None,
+    ) -> None:
         """``layouts``: of all that passes are called with; numbers are the same in every call.
+
+        All of it is done so many ``times``, each over memory that lies ``steps`` (bytes, by name) behind that before.
 
         Raises:
             BuildError: a kernel cannot be compiled.
         """
-        names = dict.fromkeys(name for spec in passes for name in PASSES[spec.what])
+        names = dict.fromkeys(name for spec in passes for name in _names(spec))
         given = {name: _argument(layouts[name]) for name in names}
         self._moved = [(name, item) for name, item in given.items() if isinstance(item, Buffer)]
-        calls = []
-        for spec in passes:
-            kernel = runtime.compiled(("rows", spec), partial(build, spec))
-            calls.append(kernel.bind(*[given[name] for name in PASSES[spec.what]]))
-        self._chain = Chain(calls) if calls else None
+        calls = [_bound(spec, [given[name] for name in _names(spec)]) for spec in passes]
+        moves = [(item, (steps or {}).get(name, 0)) for name, item in self._moved]
+        self._chain: Chain | None = None
+        if calls:
+            moved = [(item, step) for item, step in moves if step]
+            self._chain = Chain(calls) if times == 1 else Repeated(calls, times, moved)
 
     def __call__(self, places: Mapping[str, int]) -> None:
         """``places``: the addresses of all that is read or written, by name."""
@@ -48,6 +71,16 @@ class Passes:
             buffer.move(places[name])
         threads.follow_torch()
         self._chain()
+
+
+def _names(spec: PassSpec | ProductSpec) -> Sequence[str]:
+    return spec.names if isinstance(spec, ProductSpec) else PASSES[spec.what]
+
+
+def _bound(spec: PassSpec | ProductSpec, given: Sequence[Any]) -> Bound:
+    if isinstance(spec, ProductSpec):
+        return spec.product.bind(*given)
+    return runtime.compiled(("rows", spec), partial(build, spec)).bind(*given)
 
 
 def _argument(layout: Strided | int) -> Buffer | int:

@@ -2,7 +2,8 @@
 
 Of so many numbers PyTorch's product is as fast as the processor; what costs are norms, activations and their statistics
 around it. An image goes through in blocks of pixels that stay in the cache: what the product reads is made in front of
-it, statistics are gathered behind it, and nothing else is ever written to memory.
+it, statistics are gathered behind it, and nothing else is ever written to memory. Where PyTorch's product can be called
+as kernels are, all blocks are one call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.halide.jit.calls import Strided
+from sepconv.kernels.halide.jit.products import MatrixProduct
 from sepconv.kernels.halide.schedule.training import forward_block
 from sepconv.kernels.halide.training import blocks
 from sepconv.kernels.halide.training.blocks import PixelRows, Slab, spec
-from sepconv.kernels.halide.training.passes import Passes, Room, arena
+from sepconv.kernels.halide.training.passes import Passes, ProductSpec, Room, arena, multiplied
 from sepconv.kernels.halide.training.rows import PART, PassSpec
 from sepconv.kernels.prologue import Prologue, StageCase, StageOutput
 
@@ -31,12 +33,20 @@ class _Walk(NamedTuple):
     h: Tensor
 
 
+class _Blocks(NamedTuple):
+    """Blocks of one size, with all that is done in them, and the pixels before them."""
+
+    start: int
+    passes: Passes
+
+
 class _Made(NamedTuple):
-    """What one thread needs, in this memory."""
+    """What one thread needs, in this memory; there are walks or blocks."""
 
     memory: Tensor
     places: dict[str, int]
     walks: list[_Walk]
+    blocks: list[_Blocks]
     end: Passes
 
 
@@ -70,15 +80,39 @@ class PointwiseForward:
         return made
 
     def _make(self, memory: Tensor) -> _Made:
+        end = Passes(self._end() if len(self.blocks) > 1 else [], self._layouts(self.blocks[0]))
+        places = self.room.places(memory)
+        if multiplied(self.dtype):
+            return _Made(memory, places, [], [self._as_one(*group) for group in blocks.alike(self.blocks)], end)
+        return _Made(memory, places, self._walks(memory), [], end)
+
+    def _as_one(self, block: Slab, times: int) -> _Blocks:
+        left = ("x", self.x.step) if self.case.prologue is None else ("h", self.x.channels)
+        size, steps = (block.size, self.y.channels, self.x.channels), (left[1], self.x.channels, self.y.channels)
+        product = MatrixProduct(size, steps, (False, True), add=self.case.bias)
+        filled = [spec("fill", self.outer, self.y.channels)] if self.case.bias else []
+        passes: list[PassSpec | ProductSpec] = [
+            *self._before(),
+            *filled,
+            ProductSpec(product, (left[0], "weight", "y")),
+            *self._after(),
+        ]
+        return _Blocks(block.start, Passes(passes, self._layouts(block), times, self._steps(block.size)))
+
+    def _walks(self, memory: Tensor) -> list[_Walk]:
         h = self.room.view(memory, "h").view(-1, self.x.channels)
         known: dict[int, tuple[Passes, Passes]] = {}
         for block in self.blocks:
             if block.size not in known:
                 layouts = self._layouts(block)
                 known[block.size] = Passes(self._before(), layouts), Passes(self._after(), layouts)
-        walks = [_Walk(block, *known[block.size], block.first(h)) for block in self.blocks]
-        end = self._end() if len(self.blocks) > 1 else []
-        return _Made(memory, self.room.places(memory), walks, Passes(end, self._layouts(self.blocks[0])))
+        return [_Walk(block, *known[block.size], block.first(h)) for block in self.blocks]
+
+    def _steps(self, pixels: int) -> dict[str, int]:
+        """Bytes that so many pixels take."""
+        size = pixels * self.dtype.itemsize
+        parts = pixels // PART * blocks.part_bytes(self.y.channels)
+        return {"x": size * self.x.step, "y": size * self.y.step, "parts": parts}
 
     def _before(self) -> list[PassSpec]:
         activation = self.case.prologue
@@ -98,10 +132,12 @@ class PointwiseForward:
         return {
             **blocks.numbers(self.x.pixels, block, self.case.threads),
             **blocks.vectors(x.channels, *blocks.PROLOGUE),
+            **blocks.vectors(y.channels, "added"),
             **blocks.sums(self.x.pixels, block, y.channels, self.outer),
             "x": x.layout(self.inner),
             "h": PixelRows.dense(*x[:2]).layout(self.inner),
             "y": y.layout(self.outer),
+            "weight": Strided((y.channels, x.channels), (x.channels, 1)),
         }
 
     def __call__(self, x: Tensor, prologue: Prologue | None, weight: Tensor, bias: Tensor | None) -> StageOutput:
@@ -112,30 +148,41 @@ class PointwiseForward:
         held = [] if prologue is None else blocks.place(places, blocks.PROLOGUE, prologue[:3])
         result = torch.empty(2, self.y.channels) if case.statistics else None
         places["result"] = 0 if result is None else result.data_ptr()
-        self._multiply(made, places, self.x.view(x) if prologue is None else None, self.y.view(y), weight, bias)
+        matrix = blocks.factors(weight, self.y.channels, self.x.channels, self.dtype)
+        if made.blocks:
+            held += self._place_factors(places, matrix, bias)
+            for start, passes in made.blocks:
+                passes(self._moved(places, start) if start else places)
+        else:
+            self._multiply(made, places, self.x.view(x) if prologue is None else None, self.y.view(y), matrix, bias)
         made.end(places)
         del held
         return StageOutput(y, None, None) if result is None else StageOutput(y, *result.unbind())
 
+    @staticmethod
+    def _place_factors(places: dict[str, int], matrix: Tensor, bias: Tensor | None) -> list[Tensor]:
+        matrix = matrix.contiguous()
+        places["weight"] = matrix.data_ptr()
+        return [matrix, *([] if bias is None else blocks.place(places, ("added",), (bias,)))]
+
+    def _moved(self, places: dict[str, int], pixels: int) -> dict[str, int]:
+        """Behind so many pixels."""
+        return places | {name: places[name] + step for name, step in self._steps(pixels).items()}
+
     def _multiply(
-        self, made: _Made, places: dict[str, int], x: Tensor | None, y: Tensor, weight: Tensor, bias: Tensor | None
+        self, made: _Made, places: dict[str, int], x: Tensor | None, y: Tensor, matrix: Tensor, bias: Tensor | None
     ) -> None:
         """Block by block; ``x``: None where the product reads what is made of it."""
-        matrix = blocks.factors(weight, self.y.channels, self.x.channels, self.dtype).t()
-        starts, size = dict(places), self.dtype.itemsize
         added = None if bias is None else bias.to(self.dtype)
         for block, before, after, h in made.walks:
-            if block.start:
-                places["x"] = starts["x"] + block.start * self.x.step * size
-                places["y"] = starts["y"] + block.start * self.y.step * size
-                places["parts"] = starts["parts"] + block.start // PART * blocks.part_bytes(self.y.channels)
-            before(places)
+            here = self._moved(places, block.start)
+            before(here)
             source = h if x is None else block.of(x)
             if added is None:
-                torch.mm(source, matrix, out=block.of(y))
+                torch.mm(source, matrix.t(), out=block.of(y))
             else:
-                torch.addmm(added, source, matrix, out=block.of(y))
-            after(places)
+                torch.addmm(added, source, matrix.t(), out=block.of(y))
+            after(here)
 
 
 def supports(case: StageCase) -> str:

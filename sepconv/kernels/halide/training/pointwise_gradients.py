@@ -2,7 +2,8 @@
 
 Block by block of the pixels, dz is made of the gradient that came and of the result, dh is a product with the weights,
 the gradient of x and the sums for its norm are made of dh in the cache, and so is h again, which the weights' gradient
-needs: it is a product over pixels, added up in the order of the blocks.
+needs: it is a product over pixels, added up in the order of the blocks. Where PyTorch's product can be called as
+kernels are, all blocks are one call.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.jit.calls import Strided
+from sepconv.kernels.halide.jit.products import MatrixProduct
 from sepconv.kernels.halide.schedule.training import gradient_block
 from sepconv.kernels.halide.training import blocks
 from sepconv.kernels.halide.training.blocks import PixelRows, Slab, spec
-from sepconv.kernels.halide.training.passes import Passes, Room, arena
+from sepconv.kernels.halide.training.passes import Passes, ProductSpec, Room, arena, multiplied
 from sepconv.kernels.halide.training.rows import PART, PassSpec
 from sepconv.kernels.prologue import Deviation, Prologue, StageCase, StageGradients
 
@@ -44,12 +46,20 @@ class _Walk(NamedTuple):
     h: Tensor
 
 
+class _Blocks(NamedTuple):
+    """Blocks of one size, with all that is done in them, and the pixels before them."""
+
+    start: int
+    passes: Passes
+
+
 class _Made(NamedTuple):
-    """What one thread needs, in this memory."""
+    """What one thread needs, in this memory; there are walks or blocks."""
 
     memory: Tensor
     places: dict[str, int]
     walks: list[_Walk]
+    blocks: list[_Blocks]
     end: Passes
 
 
@@ -74,10 +84,15 @@ class PointwiseGradients:
         self.outer = blocks.kind_of(self.dtype, self.y, self.grad)
         self.needs_x, self.needs_weight, self.needs_bias = case.need
         self.back = self.needs_x and case.prologue is not None
+        self.sums = self.back and case.normed
         self._x_stride = Outline.channels_last_of(case.x.shape).stride
-        pixel_bytes = (2 * self.x.channels + self.y.channels) * self.dtype.itemsize
-        self.blocks = blocks.blocks(self.x.pixels, pixel_bytes, gradient_block(self.dtype, case.threads))
-        self._at_once = len(self.blocks) == 1 and len(self._slabs(self.blocks[0])) == 1
+        self.as_one = multiplied(self.dtype)
+        channels = 2 * self.x.channels + self.y.channels
+        if self.as_one:
+            channels = max(channels, 4 * self.x.channels)  # what is between the two products, and behind the first
+        most = gradient_block(self.dtype, case.threads)
+        self.blocks = blocks.blocks(self.x.pixels, channels * self.dtype.itemsize, most)
+        self._at_once = len(self.blocks) == 1 and (self.as_one or len(self._slabs(self.blocks[0])) == 1)
         self._make_room()
         self._local = threading.local()
         self._made()
@@ -88,7 +103,9 @@ class PointwiseGradients:
         self.room.add("dz", count * self.y.channels if self.case.deviated else 0, self.dtype)
         self.room.add("dh", count * self.x.channels if self.back else 0, self.dtype)
         self.room.add("h", count * self.x.channels if again else 0, self.dtype)
-        self.room.add("parts", blocks.parts(self.x.pixels) * 2 * self.x.channels if self.back else 0, torch.float32)
+        self.room.add("parts", blocks.parts(self.x.pixels) * 2 * self.x.channels if self.sums else 0, torch.float32)
+        biased = self.needs_bias and self.as_one
+        self.room.add("y_parts", blocks.parts(self.x.pixels) * 2 * self.y.channels if biased else 0, torch.float32)
 
     def _made(self) -> _Made:
         memory = arena(self.room.size)
@@ -98,6 +115,43 @@ class PointwiseGradients:
         return made
 
     def _make(self, memory: Tensor) -> _Made:
+        last = [] if self._at_once else self._end()
+        if self.as_one and self.needs_bias:
+            last.append(spec("level total", self.outer, self.y.channels))
+        end = Passes(last, self._layouts(self.blocks[0]))
+        places = self.room.places(memory)
+        if self.as_one:
+            return _Made(memory, places, [], [self._in_turn(*group) for group in blocks.alike(self.blocks)], end)
+        return _Made(memory, places, self._walks(memory), [], end)
+
+    def _in_turn(self, block: Slab, times: int) -> _Blocks:
+        x, y, pixels = self.x.channels, self.y.channels, block.size
+        passes: list[PassSpec | ProductSpec] = [*self._before()]
+        step = y if self.case.deviated else self.grad.step
+        if self.needs_bias:
+            passes.append(spec("level", self.outer, y))
+        if self.needs_x:
+            back = MatrixProduct((pixels, x, y), (step, x, x), (False, False))
+            passes.append(ProductSpec(back, ("dz", "weight", "dh" if self.back else "grad_x")))
+        passes += self._after()
+        if self.needs_weight:
+            read = ("x", self.x.step) if self.case.prologue is None else ("h", x)
+            product = MatrixProduct((y, x, pixels), (step, read[1], x), (True, False), add=len(self.blocks) > 1)
+            passes.append(ProductSpec(product, ("dz", read[0], "of_weight")))
+        return _Blocks(block.start, Passes(passes, self._layouts(block), times, self._steps(pixels)))
+
+    def _steps(self, pixels: int) -> dict[str, int]:
+        """Bytes that so many pixels take."""
+        steps = {"grad": self.grad.step, "y": self.y.channels, "x": self.x.step, "grad_x": self.x.channels}
+        steps |= {} if self.case.deviated else {"dz": self.grad.step}
+        parts, y_parts = [pixels // PART * blocks.part_bytes(rows.channels) for rows in (self.x, self.y)]
+        return {
+            "parts": parts,
+            "y_parts": y_parts,
+            **{name: pixels * step * self.dtype.itemsize for name, step in steps.items()},
+        }
+
+    def _walks(self, memory: Tensor) -> list[_Walk]:
         views = [
             self.room.view(memory, name).view(-1, rows.channels)
             for name, rows in (("dz", self.y), ("dh", self.x), ("h", self.x))
@@ -107,8 +161,7 @@ class PointwiseGradients:
         for block in self.blocks:
             before = Passes(self._before(), self._layouts(block))
             walks.append(_Walk(block, before, self._behind(block, known), *[block.first(view) for view in views]))
-        end = [] if self._at_once else self._end()
-        return _Made(memory, self.room.places(memory), walks, Passes(end, self._layouts(self.blocks[0])))
+        return walks
 
     def _behind(self, block: Slab, known: dict[int, Passes]) -> list[_Behind]:
         found = []
@@ -129,13 +182,15 @@ class PointwiseGradients:
     def _after(self) -> list[PassSpec]:
         if self.case.prologue is None:
             return []
-        passes = ["sums", "gradient"] if self.needs_x else []
-        passes += ["normalise"] if self.needs_weight else []
+        passes = ["sums"] if self.sums else []
+        passes += {(True, True): ["both"], (True, False): ["gradient"], (False, True): ["normalise"]}.get(
+            (self.needs_x, self.needs_weight), []
+        )
         own = [spec(what, self.inner, self.x.channels, self.case.prologue) for what in passes]
         return own + self._end() if self._at_once else own
 
     def _end(self) -> list[PassSpec]:
-        return [spec("total", self.inner, self.x.channels)] if self.back else []
+        return [spec("total", self.inner, self.x.channels)] if self.sums else []
 
     def _layouts(self, block: Slab) -> dict[str, Strided | int]:
         x, y, grad = [rows._replace(pixels=block.size) for rows in (self.x, self.y, self.grad)]
@@ -148,9 +203,16 @@ class PointwiseGradients:
             **blocks.sums(self.x.pixels, block, x.channels, self.inner),
             "x": x.layout(self.inner),
             "grad": grad.layout(self.outer),
+            **dict.fromkeys(("weight", "of_weight"), Strided((y.channels, x.channels), (x.channels, 1))),
             **dict.fromkeys(("h", "dh", "grad_x"), inner),
-            **dict.fromkeys(("y", "dz"), outer),
+            "y": outer,
+            "dz": outer if self.case.deviated else grad.layout(self.outer),
+            **self._layouts_of_bias(block),
         }
+
+    def _layouts_of_bias(self, block: Slab) -> dict[str, Strided | int]:
+        found = blocks.sums(self.x.pixels, block, self.y.channels, self.outer)
+        return {"y_parts": found["parts"], "all_y_parts": found["all_parts"], "of_bias": found["result"]}
 
     def __call__(
         self, grad: Tensor, deviation: Deviation | None, x: Tensor, prologue: Prologue | None, weight: Tensor
@@ -158,28 +220,44 @@ class PointwiseGradients:
         made, case = self._made(), self.case
         grad = blocks.dense(grad) if self.grad is self.y else grad
         places = made.places | {"x": x.data_ptr(), "grad": grad.data_ptr()}
-        places["all_parts"] = places["parts"]
+        places |= {"all_parts": places["parts"], "all_y_parts": places["y_parts"]}
         held = [grad]
+        if deviation is None:
+            places["dz"] = places["grad"]
         if prologue is not None:
             held += blocks.place(places, blocks.PROLOGUE, prologue[:3])
         if deviation is not None:
             held += blocks.place_deviation(places, deviation)
         grad_x = torch.empty_strided(case.x.shape, self._x_stride, dtype=self.dtype) if self.needs_x else None
         places["grad_x"] = 0 if grad_x is None else grad_x.data_ptr()
-        result = torch.empty(2, self.x.channels) if self.back else None
+        result = torch.empty(2, self.x.channels) if self.sums else None
         places["result"] = 0 if result is None else result.data_ptr()
         images = _Images(
             self.grad.view(grad) if deviation is None else None,
             self.x.view(x) if prologue is None else None,
             self.x._replace(step=self.x.channels).view(grad_x) if grad_x is not None and prologue is None else None,
         )
-        of_weight, of_bias = self._multiply(
-            made, places, images, blocks.factors(weight, self.y.channels, self.x.channels, self.dtype)
-        )
-        made.end(places)
+        matrix = blocks.factors(weight, self.y.channels, self.x.channels, self.dtype)
+        multiply = self._run_blocks if made.blocks else self._multiply
+        of_weight, of_bias = multiply(made, places, images, matrix)
         of_weight = None if of_weight is None else of_weight.view(weight.shape).to(weight.dtype)
         total, deviation_total = (None, None) if result is None else result.unbind()
         return StageGradients(grad_x, total, deviation_total, of_weight, of_bias)
+
+    def _run_blocks(
+        self, made: _Made, places: dict[str, int], images: _Images, matrix: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """All that :meth:`_multiply` does, without Python between blocks."""
+        matrix = matrix.contiguous()
+        make = torch.empty if len(self.blocks) == 1 else torch.zeros
+        of_weight = make(matrix.shape, dtype=torch.float32) if self.needs_weight else None
+        places |= {"weight": matrix.data_ptr(), "of_weight": 0 if of_weight is None else of_weight.data_ptr()}
+        for start, passes in made.blocks:
+            there = self._steps(start).items() if start else ()
+            passes(places | {name: places[name] + step for name, step in there if name in places})
+        of_bias = torch.empty(2, self.y.channels) if self.needs_bias else None
+        made.end(places | {"of_bias": 0 if of_bias is None else of_bias.data_ptr()})
+        return of_weight, None if of_bias is None else of_bias[0]
 
     def _multiply(
         self, made: _Made, places: dict[str, int], images: _Images, matrix: Tensor
@@ -202,6 +280,7 @@ class PointwiseGradients:
                 weight.add_product(dz, h if images.x is None else block.of(images.x))
             if self.needs_bias:
                 bias.add(torch.sum(dz, 0, dtype=torch.float32))
+        made.end(starts)
         return weight.total, bias.total
 
     def _move_behind(self, places: dict[str, int], starts: dict[str, int], slab: Slab, block: Slab) -> None:

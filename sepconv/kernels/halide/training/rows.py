@@ -47,17 +47,21 @@ class PassSpec(NamedTuple):
 
 PASSES = {
     "normalise": ("share", "x", "mean", "scale", "bias", "h"),
+    "fill": ("y_share", "added", "y"),
     "deviate": ("y_share", "grad", "y", "y_mean", "offset", "slope", "dz"),
     "gradient": ("share", "dh", "x", "mean", "scale", "bias", "grad_x"),
+    "both": ("share", "dh", "x", "mean", "scale", "bias", "grad_x", "h"),
     "sums": ("parts_share", "dh", "x", "mean", "scale", "bias", "parts"),
     "moments": ("parts_share", "y", "parts"),
+    "level": ("parts_share", "dz", "y_parts"),
     "total": ("all_parts", "result"),
+    "level total": ("all_y_parts", "of_bias"),
     "merge": ("pixels", "all_parts", "result"),
 }
 """What each is called with. "normalise" makes h = act((x - mean) * scale + bias), "deviate" dz = grad + offset + slope
-* (y - mean), "gradient" that of x from that of h; "sums" and "moments" write two numbers a channel for each part:
-sum of g, sum of g * (x - mean); mean, sum of squares around it. "total" adds parts up, "merge" makes mean and biased
-variance of them."""
+* (y - mean), "fill" puts a number for each channel into y. "gradient" is that of x from that of h, "both" this and h.
+"sums" and "moments" write two numbers a channel for each part: sum of g, sum of g * (x - mean); mean, sum of squares
+around it; "level" the sum of dz, and 0. Totals add parts up, "merge" makes mean and biased variance of them."""
 
 
 def build(spec: PassSpec) -> tuple[Any, list[Any]]:
@@ -161,13 +165,23 @@ def _deviate(spec: PassSpec) -> tuple[Any, list[Any]]:
     return out, [share, grad.param, y.param, *vectors.params]
 
 
+def _fill(spec: PassSpec) -> tuple[Any, list[Any]]:
+    share, added, (c, p) = _share(), _Vectors(spec, "added"), hl.vars("c p")
+    out = hl.Func("fill")
+    out[c, p] = _stored(spec.numbers, [added[0](c, half) for half in range(spec.halves)])
+    _schedule_numbers(spec, out, [], share)
+    return out, [share, *added.params]
+
+
 def _gradient(spec: PassSpec) -> tuple[Any, list[Any]]:
     share, grad, norm, (c, p) = _share(), _Image(spec, "dh"), _Norm(spec), hl.vars("c p")
-    out, values = hl.Func("gradient"), []
+    out, values, activated = hl.Func(spec.what), [], []
     for half in range(spec.halves):
-        g = backward(spec.activation, grad(c, half, p), norm.argument(c, half, p))
-        values.append(g * norm.vectors[1](c, half))
-    out[c, p] = _stored(spec.numbers, values)
+        argument = norm.argument(c, half, p)
+        values.append(backward(spec.activation, grad(c, half, p), argument) * norm.vectors[1](c, half))
+        activated.append(ACTIVATIONS[spec.activation].expression(hl, argument))
+    gradient = _stored(spec.numbers, values)
+    out[c, p] = gradient if spec.what == "gradient" else (gradient, _stored(spec.numbers, activated))
     _schedule_numbers(spec, out, [norm.func], share)
     return out, [share, grad.param, *norm.params]
 
@@ -184,7 +198,10 @@ def _schedule_numbers(spec: PassSpec, out: Any, inner: list[Any], share: Any) ->
         channel, half = func.args()[:2]
         func.compute_at(out, pixel).bound_extent(channel, spec.lanes).vectorize(channel)
         func.bound(half, 0, spec.halves).unroll(half)
-    _side_by_side(out.output_buffer())
+    first, *others = out.output_buffers()
+    _side_by_side(first)
+    for buffer in others:  # that begin and end where the first does
+        buffer.dim(0).set_stride(1)
 
 
 def _part(image: _Image, t: Any) -> tuple[Any, Any]:
@@ -220,6 +237,15 @@ def _moments(spec: PassSpec) -> tuple[Any, list[Any]]:
     mean = sums[at][0] / hl.cast(hl.Float(32), count)
     out = _two_rows(spec, sums, (first + mean, sums[at][1] - sums[at][0] * mean), share)
     return out, [share, y.param]
+
+
+def _level(spec: PassSpec) -> tuple[Any, list[Any]]:
+    share, dz, (c, half, t) = _share("parts_share"), _Image(spec, "dz"), hl.vars("c half t")
+    _, pixel = _part(dz, t)
+    sums, at = hl.Func("sums"), (c, half, t)
+    sums[at] = hl.f32(0.0)
+    sums[at] += dz(c, half, pixel)
+    return _two_rows(spec, sums, (sums[at], hl.f32(0.0)), share), [share, dz.param]
 
 
 def _two_rows(spec: PassSpec, sums: Any, values: tuple[Any, Any], share: Any) -> Any:
@@ -286,10 +312,14 @@ def _schedule_channels(spec: PassSpec, sums: Any, out: Any) -> None:
 
 _BUILD = {
     "normalise": _normalise,
+    "fill": _fill,
     "deviate": _deviate,
     "gradient": _gradient,
+    "both": _gradient,
     "sums": _sums,
     "moments": _moments,
+    "level": _level,
     "total": _total,
+    "level total": _total,
     "merge": _merge,
 }

@@ -11,7 +11,7 @@ from functools import partial, reduce
 from operator import and_
 from typing import Any
 
-from sepconv.activations import ACTIVATIONS
+from sepconv.activations import ACTIVATIONS, half_and_odd
 from sepconv.kernels.halide.jit.runtime import hl
 
 
@@ -74,8 +74,7 @@ def _tanh(grad: Any, x: Any) -> Any:
     return grad * (hl.f32(1.0) - t * t)
 
 
-# ``(slope(x) - 1/2) / x`` in powers of ``x * x / 18 - 1`` for x from -6 to 6: fitted at Chebyshev's points, errors
-# weighed by x, in float64. Its sum is exact to 2e-8, in float32 to 4e-7; beyond 6 the slope is 0 or 1 within 4e-8.
+# See ``half_and_odd``: exact to 2e-8, in float32 to 4e-7; beyond the limits the slope is 0 or 1 within 4e-8.
 _GELU_LIMIT = 6.0
 _GELU = (
     *(0.117897762, -0.0593428004, 0.046057626, -0.0423660252, 0.0445582295, -0.0509287551, 0.058663735),
@@ -86,16 +85,17 @@ _GELU = (
 
 def _gelu(grad: Any, x: Any) -> Any:
     """The normal distribution and x times its density: 1/2 and an odd function, which costs a quarter of both."""
-    low, high = hl.f32(-_GELU_LIMIT), hl.f32(_GELU_LIMIT)
-    near = hl.strict_float(hl.select(x < low, low, hl.select(x > high, high, x)))
-    at = near * near * hl.f32(2.0 / _GELU_LIMIT**2) - hl.f32(1.0)
-    square = at * at
-    even, odd = (_polynomial(_GELU[first::2], square) for first in range(2))
-    return grad * (hl.f32(0.5) + near * (even + at * odd))  # not strict: products and sums in one step
+    return grad * half_and_odd(hl, _GELU_LIMIT, _GELU, x)
 
 
-def _polynomial(factors: tuple[float, ...], x: Any) -> Any:
-    return reduce(lambda sum_, factor: sum_ * x + hl.f32(factor), factors[-2::-1], hl.f32(factors[-1]))
+def _gelu_tanh(grad: Any, x: Any) -> Any:
+    """Of ``x * s(u)`` with the sigmoid s and ``u = 2 sqrt(2 / pi) (x + 0.044715 x**3)``; beyond 12 it is 0 or 1."""
+    near = hl.strict_float(hl.select(x < hl.f32(-12.0), hl.f32(-12.0), hl.select(x > hl.f32(12.0), hl.f32(12.0), x)))
+    factor, square = 2.0 * math.sqrt(2.0 / math.pi), near * near
+    u = near * (hl.f32(factor) + hl.f32(0.044715 * factor) * square)
+    s, rest = (ACTIVATIONS["sigmoid"].expression(hl, value) for value in (u, -u))
+    inner = near * (hl.f32(factor) + hl.f32(3.0 * 0.044715 * factor) * square)
+    return grad * (s * (hl.f32(1.0) + inner * rest))
 
 
 _CURVES: dict[str, Callable[[Any, Any], Any]] = {
@@ -105,4 +105,5 @@ _CURVES: dict[str, Callable[[Any, Any], Any]] = {
     "hardsigmoid": _hardsigmoid,
     "tanh": _tanh,
     "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
 }

@@ -117,7 +117,7 @@ def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
     other = _maker.get()
     if other is not None:
         return other(key, build, old)
-    place = (key, torch.get_num_threads() > 1)
+    place = (key, is_shared())
     with _cache_lock:
         entry = _cache.get(place)
         if entry is None:
@@ -163,12 +163,17 @@ def _object_code(place: tuple[Hashable, bool], build: Build, machine: Any) -> by
     return code
 
 
+def is_shared() -> bool:
+    """Whether kernels that are made now share their loops out to threads."""
+    return torch.get_num_threads() > 1
+
+
 def parallel(stage: Any, loop: Any) -> Any:
     """Share the passes of a loop out to threads, unless there is only one.
 
     A loop that is not shared out is one that the compiler can see through.
     """
-    return stage.parallel(loop) if torch.get_num_threads() > 1 else stage
+    return stage.parallel(loop) if is_shared() else stage
 
 
 def share(stage: Any, loop: Any, passes: Any) -> Any:
@@ -177,7 +182,7 @@ def share(stage: Any, loop: Any, passes: Any) -> Any:
     Where all kernels of a network share out images and rows alike, a thread reads what it has written itself. Cores
     that have no cache in common pay dearly for anything else.
     """
-    if torch.get_num_threads() == 1:
+    if not is_shared():
         return stage
     thread = hl.Var("thread")
     return stage.split(loop, thread, loop, passes, hl.TailStrategy.GuardWithIf).parallel(thread)

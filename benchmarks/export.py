@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import sepconv
-from benchmarks import export_browser, export_instructions
+from benchmarks import export_browser, export_instructions, export_ncnn
 from benchmarks.export_tables import table
 from benchmarks.record import save, stamped
 from sepconv.device import ExportedLibrary, check, export_c
@@ -39,7 +39,7 @@ BASELINE = "x86-64-linux"
 """What instructions for ARM are compared with: the same number of lanes."""
 ARM = ("arm-64-linux", "arm-64-linux-dotprod")
 SIMD, SCALAR = "wasm-32", "wasm-32-scalar"
-NOT_TRIED = {"instructions of ncnn and TFLite": "their wheels for ARM need a Python for ARM, which is not here"}
+NOT_TRIED = {"instructions of TFLite": "only TensorFlow writes its format"}
 
 
 class Network(NamedTuple):
@@ -99,6 +99,8 @@ def measure(name: str, precision: str, seconds: float, folder: Path, absent: dic
         if target in (*ARM, BASELINE):
             rows[target] |= _instructions(library, absent)
         print(json.dumps(rows[target]), flush=True)
+    if precision == "float32" and ARM[0] in network.targets:
+        rows |= _ncnn(name, model, rows[ARM[0]]["macs"], folder, absent)
     in_browser = {target: libraries[target] for target in (SIMD, SCALAR) if target in libraries}
     for contender, found in _browser(folder, in_browser, model, seconds, absent).items():
         place = rows.setdefault(contender, {"network": name, "target": contender, "precision": precision})
@@ -117,6 +119,22 @@ def _instructions(library: ExportedLibrary, absent: dict[str, str]) -> dict[str,
     except subprocess.CalledProcessError as error:
         absent[what] = f"{Path(error.cmd[0]).name} failed ({error.returncode})"
         return {}
+
+
+def _ncnn(name: str, model: nn.Module, macs: int, folder: Path, absent: dict[str, str]) -> dict[str, dict[str, Any]]:
+    what, place = f"instructions of ncnn, {name}", folder / "ncnn"
+    if reason := export_ncnn.missing():
+        absent[what] = reason
+        return {}
+    place.mkdir()
+    try:
+        found = export_ncnn.counted(model, NETWORKS[name].side, place)
+    except (ValueError, subprocess.CalledProcessError) as error:
+        absent[what] = str(error)
+        return {}
+    row = {"network": name, "target": "ncnn for arm-64", "precision": "float32", "macs": macs, "instructions": found}
+    print(json.dumps(row), flush=True)
+    return {export_ncnn.OTHER: row}
 
 
 def _browser(

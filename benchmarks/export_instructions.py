@@ -85,13 +85,19 @@ def counted(library: ExportedLibrary) -> int:
     """
     folder, goal = library.folder, TARGETS[library.target]
     (folder / "count.c").write_text(_PROGRAM)
-    (folder / "plugin.c").write_text(_PLUGIN)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", folder / "plugin.so", folder / "plugin.c"], check=True)
+    counter(folder)
     program = folder / "count"
     source = [str(folder / "count.c"), "-static", "-o", str(program), "-L", str(folder)]
     subprocess.run([goal.compiler, "-O2", *source, f"-l{library.name}", "-lm"], check=True)
     once, more = (_run(library.target, folder, program, calls) for calls in (1, 1 + CALLS))
     return (more - once) // CALLS
+
+
+def counter(folder: Path) -> Path:
+    """The plugin for qemu, which writes what it has counted into the file ``COUNT_FILE``."""
+    (folder / "plugin.c").write_text(_PLUGIN)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", folder / "plugin.so", folder / "plugin.c"], check=True)
+    return folder / "plugin.so"
 
 
 def _run(target: str, folder: Path, program: Path, calls: int) -> int:

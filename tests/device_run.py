@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import shared
@@ -15,7 +17,7 @@ from quantizable import with_statistics
 from torch import Tensor, nn
 
 import sepconv
-from sepconv.device import check, targets
+from sepconv.device import ExportedLibrary, check, targets
 from sepconv.layers import SeparableConv2d
 
 EXAMPLE = torch.randn(1, 3, 13, 11, generator=torch.Generator().manual_seed(3))
@@ -53,15 +55,22 @@ def native() -> str:
     pytest.skip("no C compiler for this machine's own programs")
 
 
-def exported(target: str, name: str = "small") -> Path:
+def exported(target: str, name: str = "small", threads: int = 1) -> Path:
     """The folder of the small network's library; every network of that kind has the same kernels."""
 
     def make(folder: Path) -> None:
-        sepconv.export_c(
-            small(), EXAMPLE, folder, target=target, name=name, mean=MEAN, std=STD, classes=["a", "b", "c", "d", "e"]
-        )
+        classes = ["a", "b", "c", "d", "e"]
+        settings: dict[str, Any] = {"name": name, "threads": threads, "mean": MEAN, "std": STD, "classes": classes}
+        sepconv.export_c(small(), EXAMPLE, folder, target=target, **settings)
 
-    return shared.once(f"device-{target}-{name}", make)
+    return shared.once(f"device-{target}-{name}-{threads}", make)
+
+
+def described(folder: Path, target: str) -> ExportedLibrary:
+    facts = json.loads((folder / "manifest.json").read_text())
+    names = ("name", "precision", "macs", "code_bytes", "weights_bytes", "arena_bytes", "threads")
+    sizes = {kind: tuple(map(tuple, facts[kind])) for kind in ("inputs", "outputs")}
+    return ExportedLibrary(folder=folder, target=target, **{n: facts[n] for n in names}, **sizes)
 
 
 def loaded(library: Path, name: str, folder: Path) -> ctypes.CDLL:
@@ -84,3 +93,23 @@ def needs(target: str) -> None:
 def needs_program(name: str) -> None:
     if not shutil.which(name):
         pytest.skip(f"there is no {name} here")
+
+
+def answer(x: Tensor = EXAMPLE) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = small()(x)
+    return found
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes of an image (H, W, 3) as the network was trained on."""
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
+    return (pixels.permute(2, 0, 1)[None] / 255 - mean) / std
+
+
+def at(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())

@@ -11,7 +11,8 @@ import torch
 from device_run import EXAMPLE, needs_program, small
 
 import sepconv
-from benchmarks import export, export_browser, export_instructions, export_tables
+from benchmarks import export, export_browser, export_instructions, export_ncnn, export_tables
+from benchmarks.published.ncnn import Line, Weights
 from sepconv.device import ExportedLibrary
 
 SUMMED = """
@@ -69,6 +70,27 @@ def test_what_fails_in_the_browser_is_said(tmp_path: Path) -> None:
     (tmp_path / "lib" / "model.wasm").write_bytes(b"\0asm")
     with pytest.raises(RuntimeError, match="WebAssembly"):
         export_browser.measured(tmp_path, {"ours": found}, None, 0.05)
+
+
+def test_a_network_for_ncnn_has_the_layers_of_ours(tmp_path: Path) -> None:
+    model = sepconv.models.MobileNetV1(0.25, num_classes=7)
+    assert export_ncnn.write_model(model, tmp_path) == 7
+    _, count, *texts = (tmp_path / "ncnn.param").read_text().splitlines()
+    lines, weights = [Line.of(text) for text in texts], Weights((tmp_path / "ncnn.bin").read_bytes())
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    written = [line for line in lines if line.kind.startswith("Convolution")]
+    assert count == f"{len(lines)} {len(lines)}"
+    for line, conv in zip(written, convolutions, strict=True):
+        sizes = (conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.groups)
+        assert sizes == tuple(line.whole(number, 1) for number in (0, 1, 3, 4, 7))
+        assert conv.weight.numel() == line.whole(6)
+        weights.tagged(line.whole(6))
+        weights.plain(line.whole(0))
+    weights.tagged(256 * 7)
+    weights.plain(7)
+    assert weights.left == 0
+    with pytest.raises(ValueError, match="only MobileNet v1 is written in ncnn's format here, not MobileNetV2"):
+        export_ncnn.write_model(sepconv.models.MobileNetV2(0.25), tmp_path)
 
 
 def test_every_network_has_what_the_record_needs() -> None:

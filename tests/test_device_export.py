@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,21 @@ from typing import Any
 import device_run
 import pytest
 import torch
-from device_run import EXAMPLE, MEAN, STD, exported, loaded, native, needs, small
+from device_run import (
+    EXAMPLE,
+    MEAN,
+    STD,
+    answer,
+    at,
+    close,
+    described,
+    exported,
+    loaded,
+    native,
+    needs,
+    normalised,
+    small,
+)
 from networks import NETWORKS, randomise
 from quantizable import with_statistics
 from random_networks import RandomNetwork
@@ -26,46 +38,6 @@ import sepconv
 from sepconv.device import targets
 
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
-GUARD = 256
-
-
-def answer(x: Tensor = EXAMPLE) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = small()(x)
-    return found
-
-
-def close(got: Tensor, wanted: Tensor) -> None:
-    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    """Bytes of an image (H, W, 3) as the network was trained on."""
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
-    return (pixels.permute(2, 0, 1)[None] / 255 - mean) / std
-
-
-def at(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
-def test_arena_alone_is_written(tmp_path: Path) -> None:
-    """A call in an arena full of NaN, between margins, gives the model's answer, twice the same bits."""
-    folder = exported(native())
-    library = loaded(folder, "small", tmp_path)
-    facts = json.loads((folder / "manifest.json").read_text())
-    memory = torch.full((facts["arena_bytes"] + 2 * GUARD + 64,), 0xFF, dtype=torch.uint8)
-    start = GUARD + -(memory.data_ptr() + GUARD) % 64
-    outputs = torch.full((3, 5 + 2 * GUARD), float("nan"))
-    for out in outputs[:2]:
-        place = ctypes.c_void_p(memory.data_ptr() + start)
-        assert library.small_run_in(place, at(EXAMPLE), ctypes.c_void_p(out.data_ptr() + 4 * GUARD)) == 0
-    close(outputs[0, GUARD:-GUARD].view(1, 5), answer())
-    assert torch.equal(outputs[0, GUARD:-GUARD], outputs[1, GUARD:-GUARD])
-    assert bool((memory[:start] == 0xFF).all())
-    assert bool((memory[start + facts["arena_bytes"] :] == 0xFF).all())
-    assert bool(outputs[:2, :GUARD].isnan().all())
-    assert bool(outputs[:2, -GUARD:].isnan().all())
 
 
 def test_wrong_pointers_are_refused(tmp_path: Path) -> None:
@@ -85,51 +57,6 @@ def test_images_of_bytes_are_normalised_as_the_network_was_trained(tmp_path: Pat
     assert [name.decode() for name in names] == ["a", "b", "c", "d", "e"]
 
 
-def test_two_networks_and_two_threads_in_one_program(tmp_path: Path) -> None:
-    """Two libraries link into one; two threads call on two arenas, each as if it were alone."""
-    folders = [exported(native()), exported(native(), "other")]
-    archives = [str(folder / f"lib{name}.a") for folder, name in zip(folders, ("small", "other"), strict=True)]
-    program = tmp_path / "both.so"
-    whole = ["-Wl,--whole-archive", *archives, "-Wl,--no-whole-archive", "-Wl,-z,defs"]
-    subprocess.run(["gcc", "-shared", "-o", str(program), *whole, "-lm"], check=True)
-    library = ctypes.CDLL(str(program))
-    size = json.loads((folders[0] / "manifest.json").read_text())["arena_bytes"]
-    inputs = [torch.randn_like(EXAMPLE) for _ in range(2)]
-    results: list[Tensor] = [torch.empty(0)] * 2
-
-    def run(i: int) -> None:
-        memory, out = torch.empty(size + 64, dtype=torch.uint8), torch.empty(1, 5)
-        place = ctypes.c_void_p(memory.data_ptr() + -memory.data_ptr() % 64)
-        function = (library.small_run_in, library.other_run_in)[i]
-        codes = {function(place, at(inputs[i]), at(out)) for _ in range(200)}
-        results[i] = out if codes == {0} else torch.full((1, 5), math.nan)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for x, out in zip(inputs, results, strict=True):
-        close(out, answer(x))
-
-
-def test_nothing_but_the_c_library_is_needed() -> None:
-    """No function is asked for but of memory blocks, and none that allocates."""
-    folder = exported(native())
-    listed = subprocess.run(
-        ["nm", "--undefined-only", folder / "libsmall.a"], capture_output=True, text=True, check=True
-    )
-    defined = subprocess.run(
-        ["nm", "--defined-only", folder / "libsmall.a"], capture_output=True, text=True, check=True
-    )
-    known = {line.split()[-1] for line in defined.stdout.splitlines() if len(line.split()) == 3}
-    asked = {line.split()[-1] for line in listed.stdout.splitlines() if " U " in line}
-    allowed = {"memset", "memcpy", "memmove", "expf", "logf", "powf", "sqrtf", "floorf", "_GLOBAL_OFFSET_TABLE_"}
-    assert asked - known <= allowed
-    public = {name for name in known if not name.startswith(("small_", "halide_"))}
-    assert public <= {"arena", "weights", "point"} | {name for name in public if name.startswith(("d", "t", "."))}
-
-
 def test_example_runs_without_malloc_and_under_sanitizers(tmp_path: Path) -> None:
     """The C part has no warning and no undefined behaviour; a malloc that aborts is never called by a network."""
     target = targets.TARGETS[native()]
@@ -146,7 +73,7 @@ def test_example_runs_without_malloc_and_under_sanitizers(tmp_path: Path) -> Non
     link = ["-I", str(folder), "-L", str(folder), "-lsmall", "-lm"]
     subprocess.run(["gcc", *warnings, str(source), "-o", str(tmp_path / "strict"), *link], check=True)
     subprocess.run([str(tmp_path / "strict")], check=True)
-    library = _described(folder, target.name)
+    library = described(folder, target.name)
     program = tmp_path / "example"
     device_run.check.build(library, target, program, *SANITIZED)
     [got] = device_run.check.answers(library, target, program, [EXAMPLE])
@@ -162,20 +89,6 @@ def test_example_runs_without_malloc_and_under_sanitizers(tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (1, "the image must have 11 x 13 pixels\n")
 
 
-def _described(folder: Path, target: str) -> sepconv.device.ExportedLibrary:
-    facts = json.loads((folder / "manifest.json").read_text())
-    names = ("name", "precision", "macs", "code_bytes", "weights_bytes", "arena_bytes")
-    sizes = {kind: tuple(map(tuple, facts[kind])) for kind in ("inputs", "outputs")}
-    return sepconv.device.ExportedLibrary(folder=folder, target=target, **{n: facts[n] for n in names}, **sizes)
-
-
-def test_cmake_builds_the_example(tmp_path: Path) -> None:
-    device_run.needs_program("cmake")
-    for command in (["-S", str(exported(native())), "-B", str(tmp_path)], ["--build", str(tmp_path)]):
-        subprocess.run(["cmake", *command], check=True, capture_output=True)
-    assert (tmp_path / "small_example").exists()
-
-
 def test_header_serves_c_plus_plus(tmp_path: Path) -> None:
     device_run.needs_program("g++")
     source = tmp_path / "uses.cpp"
@@ -188,11 +101,14 @@ def test_header_serves_c_plus_plus(tmp_path: Path) -> None:
     subprocess.run([str(tmp_path / "uses")], check=True)
 
 
-@pytest.mark.parametrize("target", ["x86-64-linux", "arm-64-linux", "wasm-32"])
+SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in ("x86-64-linux-avx2", "wasm-32-scalar")]
+
+
+@pytest.mark.parametrize("target", ["x86-64-linux", "arm-64-linux", "wasm-32", *SLOW])
 def test_small_network_on_each_target(target: str, tmp_path: Path) -> None:
     needs(target)
     folder = exported(target)
-    goal, library, program = targets.TARGETS[target], _described(folder, target), tmp_path / "example"
+    goal, library, program = targets.TARGETS[target], described(folder, target), tmp_path / "example"
     device_run.check.build(library, goal, program)
     [got] = device_run.check.answers(library, goal, program, [EXAMPLE])
     close(got, answer())
@@ -205,6 +121,18 @@ def test_other_systems_get_objects_of_their_kind(target: str) -> None:
     assert content.startswith(b"!<arch>\n")
     magic = b"\xcf\xfa\xed\xfe" if target.endswith("osx") else b"\x7fELF"
     assert magic in content[:4096]
+    assert (exported(target) / "small.o").exists() == (not target.endswith("osx"))
+
+
+@pytest.mark.slow
+def test_code_for_android_computes_the_answer(tmp_path: Path) -> None:
+    """Linked with the C library of another Linux, since it needs nothing of Android's but what every one has."""
+    needs("arm-64-linux")
+    folder, goal = exported("arm-64-android"), targets.TARGETS["arm-64-linux"]
+    library, program = described(folder, "arm-64-android"), tmp_path / "example"
+    device_run.check.build(library, goal, program)
+    [got] = device_run.check.answers(library, goal, program, [EXAMPLE])
+    close(got, answer())
 
 
 def quantized() -> nn.Module:
@@ -257,7 +185,14 @@ def test_images_of_bytes_in_node(tmp_path: Path) -> None:
         close(torch.tensor([json.loads(line)]), answer(normalised(pixels[..., :3])))
 
 
+@pytest.fixture
+def sanitized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples are built so that they end at undefined behaviour, and at memory that is not theirs."""
+    monkeypatch.setattr(device_run.check, "WARNINGS", (*device_run.check.WARNINGS, *SANITIZED))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("sanitized")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_compile_run_or_are_refused_by_name(name: str, tmp_path: Path) -> None:
     make, inputs = NETWORKS[name]
@@ -265,18 +200,20 @@ def test_networks_of_compile_run_or_are_refused_by_name(name: str, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("sanitized")
 @pytest.mark.parametrize("seed", range(24))
 def test_random_networks_run_or_are_refused_by_name(seed: int, tmp_path: Path) -> None:
     network = RandomNetwork(seed)
-    _exports_or_says_why(network, network.example, tmp_path)
+    _exports_or_says_why(network, network.example, tmp_path, threads=1 + seed % 3)
 
 
-def _exports_or_says_why(model: nn.Module, example: Any, folder: Path) -> None:
+def _exports_or_says_why(model: nn.Module, example: Any, folder: Path, threads: int = 1) -> None:
     """``explain`` and the export agree on what has a kernel."""
-    ours = {group.kernel for group in sepconv.compile(model, example, threads=1).explain().groups} <= {"halide", "copy"}
+    explained = sepconv.compile(model, example, threads=threads).explain()
+    ours = {group.kernel for group in explained.groups} <= {"halide", "copy"}
     said, checked = "", ""
     try:
-        checked = sepconv.export_c(model, example, folder / "out", target=native(), check=True).checked
+        checked = sepconv.export_c(model, example, folder / "out", target=native(), threads=threads, check=True).checked
     except ValueError as error:
         said = str(error)
     whole = "must be float32 tensors" in said
@@ -313,7 +250,9 @@ def test_operations_without_a_kernel_are_named_before_anything_is_written(tmp_pa
     [
         ({"target": "arm-32"}, "export_c: target must be one of x86-64-linux, "),
         ({"name": "a-b"}, "export_c: name must be a C identifier"),
-        ({"threads": 2}, "export_c: threads must be 1"),
+        ({"threads": 0}, "export_c: threads must be from 1 to 64, got 0"),
+        ({"threads": 65}, "export_c: threads must be from 1 to 64, got 65"),
+        ({"threads": 2, "target": "wasm-32"}, "export_c: threads must be 1, since wasm-32 has none, got 2"),
         ({"classes": ["a\nb"]}, "export_c: the names of classes must be single lines"),
         ({"mean": [0.5]}, "export_c: mean and std must have a number for each channel"),
         ({"mean": [0.5], "std": [0.5]}, "of one image, got 1 for inputs of"),
@@ -370,6 +309,19 @@ def test_a_library_is_replaced_by_the_next(tmp_path: Path) -> None:
         found.append((tmp_path / "out" / "libmodel.a").read_bytes())
     assert found[0] == found[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("target", ["native", "arm-64-linux"])
+def test_compiled_networks_give_the_same_library(target: str, tmp_path: Path) -> None:
+    """What was prepared for this machine is left alone."""
+    target = native() if target == "native" else target
+    fast = sepconv.compile(small(), EXAMPLE, threads=1)
+    before = fast(EXAMPLE)
+    settings: dict[str, Any] = {"name": "small", "mean": MEAN, "std": STD, "classes": ["a", "b", "c", "d", "e"]}
+    sepconv.export_c(fast, EXAMPLE, tmp_path / "out", target=target, **settings)
+    library = (tmp_path / "out" / "libsmall.a").read_bytes()
+    assert library == (exported(target) / "libsmall.a").read_bytes()
+    assert torch.equal(fast(EXAMPLE), before)
 
 
 def test_channels_of_blue_green_red(tmp_path: Path) -> None:

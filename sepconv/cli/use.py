@@ -37,7 +37,7 @@ def export_command(
     ] = None,
     target: options.Target = "x86-64-linux",
     precision: options.DevicePrecision = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the C library: 1.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="That a call of the C library computes on.")] = 1,
     name: Annotated[str, typer.Option("--name", help="Its symbols begin with it.")] = "model",
     check: Annotated[bool, typer.Option("--check", help="Build its example and run it here, if that can be.")] = False,
     weights: options.Weights = None,

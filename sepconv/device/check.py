@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sepconv.compile.prepare import WrittenModel
-from sepconv.device import wasm
+from sepconv.device import files, wasm
 from sepconv.device.targets import DeviceTarget
 from sepconv.kernels.halide.jit import llvm
 
@@ -66,7 +66,7 @@ def build(library: ExportedLibrary, goal: DeviceTarget, program: Path, *options:
         program.write_text(wasm.check_script(library, program.with_name(_INPUT)))
         return
     source = [str(library.folder / "example.c"), "-o", str(program), "-L", str(library.folder)]
-    _run([goal.compiler, "-O2", *WARNINGS, *options, *source, f"-l{library.name}", "-lm"])
+    _run([goal.compiler, "-O2", *WARNINGS, *options, *source, f"-l{library.name}", *files.needed(library)])
 
 
 def answers(library: ExportedLibrary, goal: DeviceTarget, program: Path, inputs: list[Tensor]) -> list[Tensor]:

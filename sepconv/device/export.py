@@ -19,7 +19,7 @@ from sepconv.compile.capture import CaptureError
 from sepconv.compile.model import CompiledModel, arguments_of, unprepared
 from sepconv.compile.precision import BFLOAT16, INT8, precision_of
 from sepconv.compile.prepare import WrittenModel
-from sepconv.device import archive, files, glue, objects, targets, wasm, wasm_link
+from sepconv.device import archive, elf, files, glue, loops, objects, targets, wasm, wasm_link
 from sepconv.device import check as checking
 from sepconv.device.origin import UNKNOWN, where
 from sepconv.device.record import Normalisation, Recorder, Recording
@@ -44,6 +44,7 @@ class ExportedLibrary:
         macs: multiply-adds of one call.
         code_bytes: of all objects without the weights.
         weights_bytes, arena_bytes: of what is read, and of all the memory that a call writes to.
+        threads: that a call computes on.
         checked: what was found when the example ran here, or why it did not run.
     """
 
@@ -57,6 +58,7 @@ class ExportedLibrary:
     code_bytes: int
     weights_bytes: int
     arena_bytes: int
+    threads: int = 1
     checked: str = ""
 
 
@@ -87,7 +89,7 @@ def export_c(
         target: "x86-64-linux" (SSE4.1), "x86-64-linux-avx2", "x86-64-linux-avx512", "x86-64-linux-avx512-vnni",
             "arm-64-linux", "arm-64-android" (both also with "-dotprod"), "arm-64-osx" or "wasm-32".
         name: every symbol of the library begins with it.
-        threads: 1.
+        threads: that a call computes on. It starts and ends all but its own itself.
         mean, std: of each channel, from 0 to 1: with them the library also takes images of bytes.
         bgr: whether the network's channels are blue, green, red.
         classes: names for the outputs.
@@ -99,7 +101,8 @@ def export_c(
         RuntimeError: what was built gives other answers than the model.
     """
     goal = targets.target_named(target)
-    _check_arguments(name, threads, mean, std)
+    _check_arguments(name, mean, std)
+    _check_threads(threads, goal)
     if any(re.search(r"[\0\r\n]", text) for text in classes):
         raise ValueError("export_c: the names of classes must be single lines")
     folder = Path(folder)
@@ -107,25 +110,30 @@ def export_c(
     if runtime.missing():
         raise ValueError(f"export_c: {runtime.missing()}")
     normalisation = Normalisation(tuple(mean), tuple(std), bgr) if mean else None
-    with targeting(goal.machine), threads_set_to(1):
+    with targeting(goal.machine), threads_set_to(threads):
         written = _written(model, example)
-        recording = _recorded(written, normalisation)
+        recording = _recorded(written, normalisation, threads)
         built = _built(name, goal, recording, tuple(classes))
     library = _described(folder, name, target, written, recording, built)
     content = files.texts(library, goal, normalisation, classes)
-    content[f"{name}.wasm" if goal.is_wasm else f"lib{name}.a"] = built.library
+    content |= built.files
     content[files.MANIFEST] = _manifest(library, built)
     files.write(folder, content)
     return _checked(library, goal, written) if check else library
 
 
-def _check_arguments(name: str, threads: int, mean: Sequence[float], std: Sequence[float]) -> None:
+def _check_arguments(name: str, mean: Sequence[float], std: Sequence[float]) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(f"export_c: name must be a C identifier of at most 60 letters, got {name!r}")
-    if threads != 1:
-        raise ValueError(f"export_c: threads must be 1: the library has no threads of its own, got {threads!r}")
     if len(mean) != len(std):
         raise ValueError(f"export_c: mean and std must have a number for each channel, got {mean} and {std}")
+
+
+def _check_threads(threads: int, goal: DeviceTarget) -> None:
+    most = 1 if goal.is_wasm else loops.MOST
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most:
+        allowed = f"from 1 to {most}" if most > 1 else f"1, since {goal.name} has none"
+        raise ValueError(f"export_c: threads must be {allowed}, got {threads!r}")
 
 
 def _written(model: nn.Module | CompiledModel, example: Any) -> WrittenModel:
@@ -150,7 +158,7 @@ def _written(model: nn.Module | CompiledModel, example: Any) -> WrittenModel:
     return written
 
 
-def _recorded(written: WrittenModel, normalisation: Normalisation | None) -> Recording:
+def _recorded(written: WrittenModel, normalisation: Normalisation | None, threads: int) -> Recording:
     """The network's calls, once they have computed here what the model does."""
     recorder = Recorder(written.program, written.store)
     refused = recorder.refused()
@@ -163,7 +171,7 @@ def _recorded(written: WrittenModel, normalisation: Normalisation | None) -> Rec
     difference = written.disagreement(recorder.run(written.inputs))
     if difference:
         raise RuntimeError(f"export_c: {difference}")
-    return recorder.recording()
+    return recorder.recording(threads)
 
 
 def _check_image(inputs: Sequence[Tensor], normalisation: Normalisation | None) -> None:
@@ -179,23 +187,31 @@ def _check_image(inputs: Sequence[Tensor], normalisation: Normalisation | None) 
 
 @dataclass(frozen=True)
 class _Built:
-    """The library, and bytes of its objects without the weights."""
+    """The library's files by name, the library itself first, and bytes of its objects without the weights."""
 
-    library: bytes
+    files: dict[str, bytes]
     code: int
+
+    @property
+    def library(self) -> bytes:
+        return next(iter(self.files.values()))
 
 
 def _built(name: str, goal: DeviceTarget, recording: Recording, classes: tuple[str, ...]) -> _Built:
     kernels = list(objects.compiled(name, recording.recipes))
     made = glue.glue_of(name, tuple(kernel.symbol for kernel in kernels), recording, classes)
-    own = glue.compiled(glue.assembly(made, goal), goal)
+    own, weights = glue.compiled(glue.assembly(made, goal), goal), len(recording.weights)
+    code = [own, *(kernel.code for kernel in kernels)]
     if goal.is_wasm:
-        linked = wasm_link.link([own, *(kernel.code for kernel in kernels)], made.functions, wasm.PROVIDED)
-        return _Built(linked, len(linked) - len(recording.weights))
-    members = [archive.Member(f"{name}.o", own, made.exported)]
-    members += [archive.Member(f"{kernel.symbol}.o", kernel.code, [kernel.symbol]) for kernel in kernels]
-    code = sum(len(member.content) for member in members) - len(recording.weights)
-    return _Built(archive.archive(members, bsd=goal.name.endswith("osx")), code)
+        module = wasm_link.link(code, made.functions, wasm.PROVIDED)
+        return _Built({f"{name}.wasm": module}, len(module) - weights)
+    if goal.is_apple:
+        members = [archive.Member(f"{name}.o", own, made.exported)]
+        members += [archive.Member(f"{kernel.symbol}.o", kernel.code, [kernel.symbol]) for kernel in kernels]
+        return _Built({f"lib{name}.a": archive.archive(members, bsd=True)}, sum(map(len, code)) - weights)
+    whole = elf.link(code, made.exported)
+    library = archive.archive([archive.Member(f"{name}.o", whole, made.exported)])
+    return _Built({f"lib{name}.a": library, f"{name}.o": whole}, len(whole) - weights)
 
 
 def _described(
@@ -213,6 +229,7 @@ def _described(
         built.code,
         len(recording.weights),
         recording.arena,
+        recording.threads,
     )
 
 

@@ -68,15 +68,16 @@ _PPM = """  if (fscanf(file, "P{kind} %d %d 255", &width, &height) == 2) {{
 """
 _CMAKE = """cmake_minimum_required(VERSION 3.10)
 project({name} C)
-
+{find}
 add_library({name} STATIC IMPORTED)
 set_target_properties({name} PROPERTIES
   IMPORTED_LOCATION ${{CMAKE_CURRENT_SOURCE_DIR}}/lib{name}.a
   INTERFACE_INCLUDE_DIRECTORIES ${{CMAKE_CURRENT_SOURCE_DIR}})
 
 add_executable({name}_example example.c)
-target_link_libraries({name}_example {name} m)
+target_link_libraries({name}_example {name} m{threads})
 """
+_FIND_THREADS = "set(THREADS_PREFER_PTHREAD_FLAG ON)\nfind_package(Threads REQUIRED)\n"
 _README = """# {name}
 
 A network for {target}, which needs nothing else. Written by sepconv.
@@ -90,6 +91,7 @@ A network for {target}, which needs nothing else. Written by sepconv.
 | code | {code_bytes:,} bytes |
 | weights | {weights_bytes:,} bytes |
 | memory (arena) | {arena_bytes:,} bytes |
+| threads of a call | {threads} |
 
 {how}"""
 _FOR_C = """`{name}.h` says how it is called; `example.c` calls it:
@@ -97,8 +99,15 @@ _FOR_C = """`{name}.h` says how it is called; `example.c` calls it:
 ```
 {build}
 ```
-
+{other}
 Or with CMake: `cmake -B build && cmake --build build`.
+"""
+_OBJECT = """
+`{name}.o` is the same in one object, for programs that want no archive:
+
+```
+{build}
+```
 """
 _FOR_PAGES = """In a page, from a server, or in node (`example.mjs`):
 
@@ -124,7 +133,7 @@ def texts(
     found = {
         f"{name}.h": header(library, normalisation is not None, len(classes)),
         "example.c": _example(library, normalisation is not None, len(classes)),
-        "CMakeLists.txt": _CMAKE.format(name=name),
+        "CMakeLists.txt": _cmake(library),
         "README.md": _readme(library, goal),
     }
     return {file: text.encode() for file, text in found.items()}
@@ -163,9 +172,23 @@ def _shown(library: ExportedLibrary, outputs: Sequence[str], classes: int) -> st
     return "\n".join(lines) + "\n"
 
 
+def _cmake(library: ExportedLibrary) -> str:
+    shared = library.threads > 1
+    find, threads = (_FIND_THREADS, " Threads::Threads") if shared else ("", "")
+    return _CMAKE.format(name=library.name, find=find, threads=threads)
+
+
+def needed(library: ExportedLibrary) -> list[str]:
+    """What a program is linked with besides the library."""
+    return ["-lm", *["-pthread"] * (library.threads > 1)]
+
+
 def _readme(library: ExportedLibrary, goal: DeviceTarget) -> str:
-    build = f"{goal.compiler or 'cc'} -O2 example.c -o example -L. -l{library.name} -lm"
-    return _README.format(**_facts(library), how=_FOR_C.format(name=library.name, build=build))
+    name, compiled, rest = library.name, f"{goal.compiler or 'cc'} -O2 example.c", " ".join(needed(library))
+    build = f"{compiled} -o example -L. -l{name} {rest}"
+    alone = _OBJECT.format(name=name, build=f"{compiled} {name}.o -o example {rest}")
+    how = _FOR_C.format(name=name, build=build, other="" if goal.is_apple else alone)
+    return _README.format(**_facts(library), how=how)
 
 
 def _facts(library: ExportedLibrary) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """What calls a network's kernels in order, with its weights and its arena: in LLVM's language, and as object code.
 
 Nothing of it is compiled by a C compiler, so that none is needed. It allocates nothing: Halide's buffers are on the
-stack, and the memory that kernels ask for is the end of the arena (``scratch`` counts it by the same rule). The
-functions that they ask are weak: of two networks in one program either's will do.
+stack, and the memory that kernels ask for is the end of the arena (``scratch``), a part for each thread (``loops``).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sepconv.device import loops, scratch
 from sepconv.device.record import (
     ARENA,
     INPUT,
@@ -22,70 +22,16 @@ from sepconv.device.record import (
     Pointer,
     Recording,
 )
-from sepconv.device.scratch import BLOCK
 from sepconv.device.targets import DeviceTarget
 
 MISALIGNED = -1
 """What a call returns that was given no memory, or an arena that does not begin at a multiple of 64."""
 
-_MEMORY = """
-; Where the next block may begin, and the block that was taken last. Before a block: what was last then, and whether it
-; was given back.
-%scratch = type {{ ptr, ptr }}
-
-define weak ptr @halide_malloc(ptr %scratch, i{bits} %bytes) {{
-  %next = load ptr, ptr %scratch
-  %last.at = getelementptr %scratch, ptr %scratch, i32 0, i32 1
-  %last = load ptr, ptr %last.at
-  %from = ptrtoint ptr %next to i{bits}
-  %beyond = add i{bits} %from, {beyond}
-  %aligned = and i{bits} %beyond, -{block}
-  %memory = inttoptr i{bits} %aligned to ptr
-  %known = getelementptr i8, ptr %memory, i32 -{block}
-  %before.at = getelementptr {{ ptr, ptr, i32 }}, ptr %known, i32 0, i32 1
-  %free.at = getelementptr {{ ptr, ptr, i32 }}, ptr %known, i32 0, i32 2
-  store ptr %last, ptr %known
-  store ptr %next, ptr %before.at
-  store i32 0, ptr %free.at
-  %end = getelementptr i8, ptr %memory, i{bits} %bytes
-  store ptr %end, ptr %scratch
-  store ptr %memory, ptr %last.at
-  ret ptr %memory
-}}
-
-define weak void @halide_free(ptr %scratch, ptr %memory) {{
-  %given = getelementptr i8, ptr %memory, i32 -{block}
-  %given.at = getelementptr {{ ptr, ptr, i32 }}, ptr %given, i32 0, i32 2
-  store i32 1, ptr %given.at
-  %last.at = getelementptr %scratch, ptr %scratch, i32 0, i32 1
-  br label %look
-look:
-  %last = load ptr, ptr %last.at
-  %none = icmp eq ptr %last, null
-  br i1 %none, label %end, label %ask
-ask:
-  %known = getelementptr i8, ptr %last, i32 -{block}
-  %before.at = getelementptr {{ ptr, ptr, i32 }}, ptr %known, i32 0, i32 1
-  %free.at = getelementptr {{ ptr, ptr, i32 }}, ptr %known, i32 0, i32 2
-  %free = load i32, ptr %free.at
-  %is.free = icmp ne i32 %free, 0
-  br i1 %is.free, label %drop, label %end
-drop:
-  %earlier = load ptr, ptr %known
-  %before = load ptr, ptr %before.at
-  store ptr %earlier, ptr %last.at
-  store ptr %before, ptr %scratch
-  br label %look
-end:
-  ret void
-}}
-"""
-
 # As halide_buffer_t: device, its interface, host, flags, type and number of dimensions, these, padding.
 _BUFFERS = """
 %buffer = type { i64, ptr, ptr, i64, i64, ptr, ptr }
 
-define internal void @point(ptr %buffer, ptr %host, i64 %kind, ptr %dimensions) noinline {
+define internal void @point(ptr %buffer, ptr %host, i64 %kind, ptr %dimensions) noinline nounwind {
   %host.at = getelementptr %buffer, ptr %buffer, i32 0, i32 2
   %kind.at = getelementptr %buffer, ptr %buffer, i32 0, i32 4
   %dimensions.at = getelementptr %buffer, ptr %buffer, i32 0, i32 5
@@ -111,10 +57,12 @@ class Entry(NamedTuple):
 
 
 class ArenaSizes(NamedTuple):
-    """Bytes of the arena, and where its scratch memory begins."""
+    """Bytes of the arena, where its scratch memory begins, and how much of it each of the threads has."""
 
     arena: int
     scratch: int
+    each: int
+    threads: int
 
 
 class Glue(NamedTuple):
@@ -151,21 +99,22 @@ def glue_of(name: str, symbols: tuple[str, ...], recording: Recording, classes: 
     entries = [Entry("run", (*(f"{INPUT}{i}" for i in range(len(program.given))), *outputs), recording.calls)]
     if recording.normalise is not None:
         entries.append(Entry("run_image", (f"{PIXELS}0", *outputs), (recording.normalise,), recording.image))
-    sizes = ArenaSizes(recording.arena, recording.scratch)
+    sizes = ArenaSizes(recording.arena, recording.scratch, recording.scratch_bytes, recording.threads)
     return Glue(name, symbols, tuple(entries), recording.weights, sizes, classes)
 
 
 def assembly(glue: Glue, target: DeviceTarget) -> str:
     """The program in LLVM's language."""
     tables: dict[tuple[int, ...], int] = {}
-    bits = target.pointer_bits
+    threads, each = glue.sizes.threads, glue.sizes.each
     functions = [_entry(glue, entry, tables) for entry in glue.entries]
     constants = [f"@d{number} = internal constant {_integers(values)}" for values, number in tables.items()]
     return "\n".join(
         [
             f'target datalayout = "{machine_of(target).target_data}"',
             f'target triple = "{target.triple}"',
-            _MEMORY.format(bits=bits, block=BLOCK, beyond=2 * BLOCK - 1),
+            scratch.functions(target.pointer_bits),
+            loops.team(threads, each, target) if threads > 1 else "",
             _BUFFERS,
             f"@weights = internal constant {_bytes(glue.weights)}, align 64",
             f"@arena = internal global [{max(glue.sizes.arena, 1)} x i8] zeroinitializer, align 64",
@@ -193,36 +142,58 @@ def machine_of(target: DeviceTarget) -> Any:
 
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    return llvm.Target.from_triple(target.triple).create_target_machine(opt=2, reloc="pic")
+    return llvm.Target.from_triple(target.triple).create_target_machine(opt=2, reloc="pic", codemodel="small")
 
 
 def _entry(glue: Glue, entry: Entry, tables: dict[tuple[int, ...], int]) -> str:
+    """Three functions: in the static arena, in a given one, and the calls themselves."""
     name, given = f"@{glue.name}_{entry.name}", ", ".join(f"ptr %{parameter}" for parameter in entry.parameters)
-    slots = max((sum(isinstance(a, BufferArgument) for a in call.arguments) for call in entry.calls), default=0)
+    # What makes an image calls what starts threads.
+    shared = glue.sizes.threads > 1 and entry.image is None
+    team = "%team" if shared else "null"
     lines = [
-        f"define i32 {name}({given}) {{",
+        f"define i32 {name}({given}) nounwind {{",
         f"  %code = call i32 {name}_in(ptr @arena, {given})",
         "  ret i32 %code",
         "}",
-        f"define i32 {name}_in(ptr %arena, {given}) {{",
-        "  %scratch = alloca %scratch",
-        "  %last.at = getelementptr %scratch, ptr %scratch, i32 0, i32 1",
-        *[f"  %b{slot} = alloca %buffer" for slot in range(slots)],
+        f"define i32 {name}_in(ptr %arena, {given}) nounwind {{",
+        *["  %team = alloca %team"] * shared,
         *_checked(["arena", *entry.parameters]),
         f"  %free = getelementptr i8, ptr %arena, i64 {glue.sizes.scratch}",
+        *["  call void @start(ptr %team, ptr %free)"] * shared,
+        f"  %code = call i32 @calls_{entry.name}(ptr {team}, ptr %free, ptr %arena, {given})",
+        *["  call void @stop(ptr %team)"] * shared,
+        "  ret i32 %code",
+        "refuse:",
+        f"  ret i32 {MISALIGNED}",
+        "}",
+        f"define internal i32 @calls_{entry.name}(ptr %team, ptr %free, ptr %arena, {given}) nounwind {{",
+        *_calls(glue, entry, tables),
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _calls(glue: Glue, entry: Entry, tables: dict[tuple[int, ...], int]) -> list[str]:
+    slots = max((sum(isinstance(a, BufferArgument) for a in call.arguments) for call in entry.calls), default=0)
+    lines = [
+        "  %scratch = alloca %scratch",
+        *[f"  %b{slot} = alloca %buffer" for slot in range(slots)],
+        "  %last.at = getelementptr %scratch, ptr %scratch, i32 0, i32 1",
+        "  %team.at = getelementptr %scratch, ptr %scratch, i32 0, i32 2",
+        "  store ptr %team, ptr %team.at",
     ]
     for number, call in enumerate(entry.calls):
         lines += _call(glue, call, number, (entry.parameters, tables))
-    if entry.image is not None:
-        passed = ", ".join(f"ptr %{parameter}" for parameter in entry.parameters[1:])
-        lines += [
-            f"  %image = getelementptr i8, ptr %arena, i64 {entry.image}",
-            f"  %rest = call i32 @{glue.name}_run_in(ptr %arena, ptr %image, {passed})",
-            "  ret i32 %rest",
-        ]
-    else:
-        lines.append("  ret i32 0")
-    return "\n".join([*lines, "refuse:", f"  ret i32 {MISALIGNED}", "}"])
+    if entry.image is None:
+        return [*lines, "  ret i32 0"]
+    passed = ", ".join(f"ptr %{parameter}" for parameter in entry.parameters[1:])
+    return [
+        *lines,
+        f"  %image = getelementptr i8, ptr %arena, i64 {entry.image}",
+        f"  %rest = call i32 @{glue.name}_run_in(ptr %arena, ptr %image, {passed})",
+        "  ret i32 %rest",
+    ]
 
 
 def _checked(parameters: Sequence[str]) -> list[str]:
@@ -233,7 +204,7 @@ def _checked(parameters: Sequence[str]) -> list[str]:
             f"  %n{number} = icmp eq ptr %{parameter}, null",
             f"  %w{number + 1} = or i1 %w{number}, %n{number}",
         ]
-    return [*lines, f"  br i1 %w{len(parameters)}, label %refuse, label %s0", "s0:"]
+    return [*lines, f"  br i1 %w{len(parameters)}, label %refuse, label %run", "run:"]
 
 
 def _call(

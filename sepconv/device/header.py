@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sepconv.device.export import ExportedLibrary
 
+_IMAGE_SIZES = ("CHANNELS", "HEIGHT", "WIDTH")
 _TEXT = """/* {name}: a network as C functions, for {target}. In {precision}, {macs:,} multiply-adds a call.
 
-   Input and output are float32 numbers without gaps, the last dimension first, as PyTorch has them:
+   Input and output are float32 numbers without gaps, the last dimension counting fastest, as PyTorch has them:
 {sizes}
 
-   A call allocates nothing and starts no thread. All memory that it writes to, besides what it is given and a few
-   kilobytes of stack, is one arena: of the functions without "_in" a static one, so that one call runs at a time; of
-   those with "_in" one that the caller gives, {upper}_ARENA_BYTES bytes that begin at a multiple of 64. Calls with
-   different arenas may run at the same time.
+   {threads}
+
+   All memory that a call writes to, besides what it is given and a few kilobytes of stack, is one arena: of the
+   functions without "_in" a static one, so that one call runs at a time; of those with "_in" one that the caller gives,
+   {upper}_ARENA_BYTES bytes that begin at a multiple of 64. Calls with different arenas may run at the same time.
 
    0 is success. {upper}_REFUSED says that a pointer is null or the arena begins elsewhere. */
 #ifndef SEPCONV_{upper}_H
@@ -47,6 +49,9 @@ _IMAGE = """
 int {name}_run_image(const uint8_t *pixels, {outputs});
 int {name}_run_image_in(void *arena, const uint8_t *pixels, {outputs});
 """
+_ALONE = "A call allocates nothing and starts no thread."
+_SHARED = """A call starts {others} (pthread_create) and ends them before it returns; with fewer, where the system gives
+   no more, it computes the same. It allocates nothing else."""
 _CLASSES = """
 /* What each output stands for. */
 extern const char *const {name}_classes[{upper}_CLASSES];
@@ -60,18 +65,25 @@ def header(library: ExportedLibrary, has_image: bool, classes: int) -> str:
     constants = {**_sizes("INPUT", library.inputs), **_sizes("OUTPUT", library.outputs)}
     constants |= {"ARENA_BYTES": library.arena_bytes, "REFUSED": -1}
     constants |= {"CLASSES": classes} if classes else {}
+    constants |= dict(zip(_IMAGE_SIZES, library.inputs[0][1:], strict=True)) if has_image else {}
     return _TEXT.format(
         name=name,
         upper=upper,
         target=library.target,
         precision=library.precision,
         macs=library.macs,
+        threads=_threads(library.threads),
         sizes="\n".join(f"   {parameter}: {_shown(shape)}" for parameter, shape in _named(library)),
         constants=",\n".join(f"  {upper}_{constant} = {value}" for constant, value in constants.items()),
         given=f"{inputs}, {outputs}",
         image=_image(library, outputs) if has_image else "",
         classes=_CLASSES.format(name=name, upper=upper) if classes else "",
     )
+
+
+def _threads(count: int) -> str:
+    others = "a thread" if count == 2 else f"{count - 1} threads"
+    return _ALONE if count == 1 else _SHARED.format(others=others)
 
 
 def parameters(kind: str, count: int) -> list[str]:

@@ -10,7 +10,7 @@ from sepconv.device.record import KernelRecipe
 from sepconv.kernels.halide.jit import code_cache, machine_code, runtime
 from sepconv.kernels.halide.jit.runtime import hl
 
-_PROVIDED = {"halide_malloc", "halide_free"}
+_PROVIDED = {"halide_malloc", "halide_free", "halide_do_par_for"}
 
 
 class KernelObject(NamedTuple):
@@ -38,7 +38,7 @@ def compiled(name: str, recipes: Sequence[KernelRecipe]) -> Iterator[KernelObjec
 
 def _code(symbol: str, recipe: KernelRecipe) -> bytes:
     target = runtime.old_target() if recipe.old else runtime.target()
-    file = code_cache.path(("named", symbol, recipe.key, recipe.old), str(target))
+    file = code_cache.path(("named", symbol, recipe.key, recipe.old, runtime.is_shared()), str(target))
     code = None if file is None else code_cache.read(file)
     if code is None:
         func, arguments = recipe.build()

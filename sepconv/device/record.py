@@ -22,6 +22,7 @@ from sepconv.compile.lower import TORCH, lower
 from sepconv.compile.memory import ArenaMemory, in_order
 from sepconv.compile.program import Copy, Program
 from sepconv.compile.store import Store
+from sepconv.device import loops
 from sepconv.device.copies import copy_call, normalise_call
 from sepconv.device.scratch import BLOCK, Scratch
 from sepconv.kernels.halide.jit import code_cache, machine_code, runtime
@@ -76,7 +77,7 @@ class Recording:
         normalise: makes the input of an image of bytes, where the network has one.
         weights: all that kernels read and nobody writes.
         arena: bytes of memory for all that is written, scratch memory at its end included.
-        scratch: where that begins.
+        scratch: where that begins; each of the threads has so many bytes of it.
         image: where the input lies that ``normalise`` makes.
     """
 
@@ -87,6 +88,8 @@ class Recording:
     weights: bytes
     arena: int
     scratch: int
+    scratch_bytes: int
+    threads: int = 1
     image: int = 0
 
 
@@ -118,6 +121,8 @@ class Recorder:
     def __init__(self, program: Program, store: Store) -> None:
         self.program, self._store = program, store
         self.scratch = Scratch()
+        # One thread after the other, so that the memory of each can be counted.
+        self._functions = {**self.scratch.addresses, "halide_do_par_for": loops.alone()}
         self._kernels: dict[tuple[Hashable, bool], _StandIn] = {}
         self.bound: list[Bound] = []
         self._normalise: Bound | None = None
@@ -163,7 +168,8 @@ class Recorder:
             bound()
         return [result.clone() for result in self._results]
 
-    def recording(self) -> Recording:
+    def recording(self, threads: int = 1) -> Recording:
+        """``threads``: those that share out the loops of kernels."""
         every = [*self.bound, *filter(None, [self._normalise])]
         spaces = _Spaces(self._memory.whole, self._given, self._results, self._pixels)
         image = spaces.more(self._given[0].nbytes) if self._normalise else 0
@@ -180,11 +186,10 @@ class Recorder:
         ]
         normalise = None if self._normalise is None else _moved(calls.pop(), image)
         scratch = _aligned(spaces.arena)
-        most = self.scratch.most and self.scratch.most + 2 * BLOCK
+        each = _aligned(self.scratch.most and self.scratch.most + 2 * BLOCK)
+        arena = scratch + threads * each + _BEYOND
         recipes = tuple(kernel.recipe for kernel in self._kernels.values())
-        return Recording(
-            self.program, recipes, tuple(calls), normalise, weights, scratch + most + _BEYOND, scratch, image
-        )
+        return Recording(self.program, recipes, tuple(calls), normalise, weights, arena, scratch, each, threads, image)
 
     def _step(self, i: int, image: int | None) -> None:
         step, lowered = self.program.steps[i], self.lowered[i]
@@ -220,7 +225,7 @@ class Recorder:
         if found is None:
             native = runtime.native_target()
             native = runtime.without_products_of_bytes(native) if old else native
-            place = ("scheduled for", str(machine.host()), key, old)
+            place = ("scheduled for", str(machine.host()), key, old, runtime.is_shared())
             file = code_cache.path(place, str(native))
             code = None if file is None else code_cache.read(file)
             if code is None:
@@ -228,7 +233,7 @@ class Recorder:
                 code = machine_code.compile_object(hl.Pipeline(func), arguments, native)
                 if file is not None:
                     code_cache.write(file, code)
-            found = self._kernels[key, old] = _StandIn(code, str(key)[:60], self.scratch.addresses)
+            found = self._kernels[key, old] = _StandIn(code, str(key)[:60], self._functions)
             found.recipe = KernelRecipe(key, build, old)
         return found
 

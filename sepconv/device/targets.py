@@ -37,6 +37,10 @@ class DeviceTarget:
         return self.triple.startswith("wasm32")
 
     @property
+    def is_apple(self) -> bool:
+        return "-apple-" in self.triple
+
+    @property
     def pointer_bits(self) -> int:
         return 32 if self.is_wasm else 64
 

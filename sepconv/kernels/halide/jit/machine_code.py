@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -35,10 +35,10 @@ _CALLED = re.compile(rb"halide_[a-z0-9_]+")
 class Kernel:
     """Object code that was loaded; several Python threads may run it at once."""
 
-    def __init__(self, code: bytes, name: str = "loaded", memory: tuple[int, int] | None = None) -> None:
+    def __init__(self, code: bytes, name: str = "loaded", others: Mapping[str, int] | None = None) -> None:
         """``code`` comes from :func:`compile_object`; errors tell the ``name``.
 
-        ``memory``: addresses of functions like ``halide_malloc`` and ``halide_free``, if not the usual ones.
+        ``others``: addresses of functions that it calls in the place of the usual ones, by name.
 
         Raises:
             RuntimeError: the code needs a function that is not given here.
@@ -46,7 +46,7 @@ class Kernel:
         limits, _, code = code.partition(b"\n")
         with forks.undivided(), _loading:
             _define_runtime(code)
-            with _given(memory):
+            with _given(others or {}):
                 engine, (self.address, about) = llvm.load(code, f"{NAME}_argv", f"{NAME}_metadata")
         # Not by the engine itself, which knows nothing of forks.
         weakref.finalize(self, llvm.unload, engine).atexit = False
@@ -164,9 +164,7 @@ _defined: set[str] = set()
 def _define_runtime(code: bytes) -> None:
     """Make all functions known that this code calls."""
     if not _defined:
-        llvm.define("halide_do_par_for", threads.loop())
-        _defined.add("halide_do_par_for")
-        _define_memory()
+        _define_usual()
     for stage in amx.STAGES:
         if stage.name.encode() in code:
             if amx.missing(stage):
@@ -177,6 +175,12 @@ def _define_runtime(code: bytes) -> None:
         raise RuntimeError(f"the code calls {', '.join(unknown)}, for which there is no function")
 
 
+def _define_usual() -> None:
+    llvm.define("halide_do_par_for", threads.loop())
+    _defined.add("halide_do_par_for")
+    _define_memory()
+
+
 def _define_memory() -> None:
     for name in _MEMORY_FUNCTIONS:
         llvm.define(name, getattr(entry.functions(), name))
@@ -184,17 +188,15 @@ def _define_memory() -> None:
 
 
 @contextmanager
-def _given(memory: tuple[int, int] | None) -> Iterator[None]:
-    """Code that is loaded meanwhile takes and gives back memory by these functions."""
-    if memory is None:
-        yield
-        return
-    for name, address in zip(_MEMORY_FUNCTIONS, memory, strict=True):
+def _given(others: Mapping[str, int]) -> Iterator[None]:
+    """Code that is loaded meanwhile calls these functions."""
+    for name, address in others.items():
         llvm.define(name, address)
     try:
         yield
     finally:
-        _define_memory()
+        if others:
+            _define_usual()
 
 
 @forks.in_child

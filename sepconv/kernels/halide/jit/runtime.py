@@ -111,7 +111,7 @@ def moment() -> tuple[bool, int, Make | None]:
 
     To compare it takes a tenth of the time in which a key is hashed.
     """
-    return torch.get_num_threads() > 1, _cleared, _maker.get()
+    return is_shared(), _cleared, _maker.get()
 
 
 def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
@@ -127,7 +127,7 @@ def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
     other = _maker.get()
     if other is not None:
         return other(key, build, old)
-    place = (key, torch.get_num_threads() > 1)
+    place = (key, is_shared())
     entry = _entry(place)
     kernel = entry.kernel or _load(entry, place, lambda: _object_code(place, build, old))
     threads.follow_torch()
@@ -148,7 +148,7 @@ def _entry(place: tuple[Hashable, bool]) -> _Entry:
 
 def known(key: Hashable, old: bool = False) -> bool:
     """Whether a kernel need not be compiled, as far as can be seen from outside."""
-    place = (key, torch.get_num_threads() > 1)
+    place = (key, is_shared())
     entry = _cache.get(place)
     if entry is not None and (entry.kernel or entry.error):
         return True
@@ -162,7 +162,7 @@ def keep(key: Hashable, old: bool, code: bytes) -> None:
     Raises:
         BuildError: it cannot be loaded.
     """
-    place = (key, torch.get_num_threads() > 1)
+    place = (key, is_shared())
     file = _file(place, old)
     if file is not None:
         code_cache.write(file, code)
@@ -210,12 +210,17 @@ def object_code(build: Build, old: bool = False) -> bytes:
     return machine_code.compile_object(hl.Pipeline(func), arguments, old_target() if old else target())
 
 
+def is_shared() -> bool:
+    """Whether kernels that are made now share their loops out to threads."""
+    return torch.get_num_threads() > 1
+
+
 def parallel(stage: Any, loop: Any) -> Any:
     """Share the passes of a loop out to threads, unless there is only one.
 
     A loop that is not shared out is one that the compiler can see through.
     """
-    return stage.parallel(loop) if torch.get_num_threads() > 1 else stage
+    return stage.parallel(loop) if is_shared() else stage
 
 
 def share(stage: Any, loop: Any, passes: Any) -> Any:
@@ -224,7 +229,7 @@ def share(stage: Any, loop: Any, passes: Any) -> Any:
     Where all kernels of a network share out images and rows alike, a thread reads what it has written itself. Cores
     that have no cache in common pay dearly for anything else.
     """
-    if torch.get_num_threads() == 1:
+    if not is_shared():
         return stage
     thread = hl.Var("thread")
     return stage.split(loop, thread, loop, passes, hl.TailStrategy.GuardWithIf).parallel(thread)

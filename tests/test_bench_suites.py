@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cli_run
 import pytest
 import torch
 
@@ -84,7 +85,9 @@ def test_a_gpu_is_timed_by_events_and_pytorchs_error_recorded(monkeypatch: pytes
     monkeypatch.setattr(run, "fma_peak_gflops", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary 1000")
     written = tmp_path / "ops.json"
-    run.run("ops-cuda", [1], 0.001, "", written, "sepconv bench ops --device cuda", lambda *_: None)
+    ran = cli_run.sepconv("bench", "ops", "--device", "cuda", "--seconds", 0.001, "--json", written)
+    assert ran.code == 0, ran.err
+    assert "Summary of ops.json three passes, over PyTorch's" in " ".join(ran.out.split())
     assert SMALL.name in str(tables.operations(tables.read(written), 1))
     assert "over PyTorch's better layout" in " ".join(str(tables.operations_summary(tables.read(written))).split())
     assert all(r.max_error <= 1 for r in found if r.contender == "sepconv")
@@ -92,8 +95,8 @@ def test_a_gpu_is_timed_by_events_and_pytorchs_error_recorded(monkeypatch: pytes
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_none_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no GPU that this PyTorch can use"):
-        run.run("ops-cuda", [1], 0.001, "", tmp_path / "ops.json", "sepconv bench ops", lambda *_: None)
+    ran = cli_run.sepconv("bench", "ops", "--device", "cuda", "--json", tmp_path / "ops.json")
+    ran.failed_with(2, "there is no GPU that this PyTorch can use; sepconv doctor says what is missing")
     assert not list(tmp_path.iterdir())
 
 

@@ -16,6 +16,7 @@ from triton_checks import DEVICE, forward, grad_input, grad_weight, kernel, need
 from sepconv import reference
 from sepconv.kernels import layout
 from sepconv.kernels.triton import plan
+from sepconv.kernels.triton.forms import Patch, Schedule
 
 pytestmark = needs_triton
 
@@ -103,6 +104,14 @@ def test_numbers_of_16_bits_are_summed_in_float32(dtype: torch.dtype, how: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", _BY_NAME.values(), ids=_BY_NAME.keys())
+def test_every_case_in_numbers_of_16_bits(case: Case, how: str, dtype: torch.dtype) -> None:
+    _check(case, how, dtype)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["forward", "grad_input", "grad_weight"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_tile_that_is_tried_is_right(which: str, channels_last: bool) -> None:
@@ -123,13 +132,38 @@ def test_every_tile_that_is_tried_is_right(which: str, channels_last: bool) -> N
         torch.testing.assert_close(y, wanted[which], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    "size", [pytest.param((31, 3), marks=pytest.mark.slow), (1, 9), pytest.param((63, 1), marks=pytest.mark.slow)]
+    ("channels", "rows", "columns"), [(15, 9, 7), (16, 8, 8), (17, 7, 9), (32, 16, 17), (31, 17, 16)]
 )
-def test_long_filters(size: tuple[int, int]) -> None:
-    """More taps than are taken without a loop, and of a gradient more than one program has."""
-    case = Case("long", 3, (size[0] // 2 + 1, 7), size, batch=1, padding=(size[0] // 2, size[1] // 2))
-    _check(case, "channels_last")
+def test_sizes_around_the_edges_of_tiles(channels: int, rows: int, columns: int, how: str) -> None:
+    """Tiles are of 16 channels, 8 rows and 8 columns here."""
+    _check(Case("edge", channels, (rows, columns), (3, 3), batch=1, padding=1), how)
+
+
+# Above 7 rows, and above 9 or 27 taps, there are loops over taps; of a gradient several programs share them.
+_SIZES = [
+    *[((size,), "contiguous") for size in range(1, 64)],
+    *[((size, size), how) for size in range(1, 64) for how in ("channels_last", "contiguous")],
+    *[((size, 2), "channels_last") for size in range(1, 64)],
+    *[((2, size), "contiguous") for size in range(1, 64)],
+]
+_SHORT_SIZES = [((1,), "contiguous"), ((11,), "contiguous"), ((8, 2), "channels_last")]
+
+
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        pytest.param(*one, id=f"{'x'.join(map(str, one[0]))}-{one[1]}", marks=[pytest.mark.slow] * (not short))
+        for one in _SIZES
+        for short in [one in _SHORT_SIZES]
+    ],
+)
+def test_filters_of_every_size(size: tuple[int, ...], how: str) -> None:
+    """On images that are smaller than most of them."""
+    image = (size[0] // 2 + 3, 5)[: len(size)]
+    _check(Case("swept", 3, image, size, batch=1, padding=tuple(k // 2 for k in size)), how)
 
 
 def test_asymmetric_padding() -> None:
@@ -203,6 +237,20 @@ def test_what_is_no_number_reaches_what_reads_it_and_nothing_else(how: str, stri
         assert torch.equal(~found.isfinite(), wanted.expand(1, 2, 6, 7))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_phases_that_no_tap_meets_read_nothing() -> None:
+    """Of every other row; also of an image that goes on beyond the row that stands for none."""
+    x, weight = torch.zeros(1, 1, 2101, 1), torch.ones(1, 1, 2, 1)
+    walk = (2, 1), ((0, 0), (0, 0)), (2, 1)
+    grad = torch.ones(1, 1, 1050, 1)
+    grad[0, 0, 0] = float("nan")
+    known = depthwise_case("grad_input", grad.to(DEVICE), weight.to(DEVICE), *walk, size=x.shape)
+    schedule = Schedule(Patch(1, 512, 1, 2, 4), plan.schedules(known)[0].taps)
+    found = kernel(known, schedule)(grad.to(DEVICE), weight.to(DEVICE)).cpu().flatten()
+    assert found.isnan().nonzero().flatten().tolist() == [0, 2]
+    assert found[1::2].count_nonzero() == 0
+
+
 def _meets(pixel: int, tap: int, stride: int, outputs: int) -> bool:
     """Whether a tap reads this pixel for any of the outputs; padding 1."""
     return (pixel + 1 - tap) % stride == 0 and 0 <= (pixel + 1 - tap) // stride < outputs
@@ -216,6 +264,16 @@ def test_expanded_and_transposed_tensors() -> None:
         y = forward(x, weight.to(DEVICE), bias, *walk)
         truth = reference.depthwise_conv(x.cpu().double(), weight.double(), bias.cpu().double(), *walk)
         torch.testing.assert_close(y.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+    # Of a sum the gradient is one number.
+    grad, x = torch.full((), 1.5), torch.randn(1, 8, 3, 5)
+    exact = _gradients(x, weight, grad.expand(x.shape), walk)
+    spread = grad.to(DEVICE).expand(x.shape)
+    found = (
+        grad_input(spread, weight.to(DEVICE), x.shape, *walk),
+        grad_weight(spread, x.to(DEVICE), weight.shape, *walk),
+    )
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

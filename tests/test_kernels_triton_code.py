@@ -71,6 +71,17 @@ def test_on_every_target(target: tuple[str, Any], layout: str, dtype: str, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", _TARGETS, ids=lambda target: str(target[1]))
+def test_float16_on_every_target(target: tuple[str, Any], tmp_path: Path) -> None:
+    """But for their names the instructions of bfloat16."""
+    layouts, sizes = ("channels_last", "contiguous"), [(3, 1), (3, 2), (7, 1), (31, 1)]
+    _check(
+        [[*target, "float16", layout, which, *size, 0] for layout in layouts for which in _PASSES for size in sizes],
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", _PASSES)
 def test_every_tile_that_is_tried(which: str, tmp_path: Path) -> None:
     [first] = _codes([["cuda", 90, "bfloat16", "channels_last", which, 3, 1, 0]], tmp_path)

@@ -115,6 +115,24 @@ def test_one_wrong_tile_is_a_reason_against_all() -> None:
     assert (found.schedule, found.reason[:19]) == (1, "its result is wrong")
 
 
+def test_what_another_tile_wrote_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is used again holds right results."""
+    case = _case()
+    memory = torch.empty(case.result.elements)
+    monkeypatch.setattr(torch, "empty_strided", lambda size, stride, **options: memory.as_strided(size, stride))
+
+    def write(images: int) -> Kernel:
+        def run(*tensors: Any) -> Tensor:
+            y = torch.empty_strided(case.result.shape, case.result.stride)
+            y[:images] = _good(case)(*tensors)[:images]
+            return y
+
+        return run
+
+    found = proof.prove(case, [lambda: write(2), lambda: write(1)], _bench(torch=_SLOW))
+    assert (found.schedule, found.reason[:19]) == (1, "its result is wrong")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_was_not_written_is_wrong(value: float) -> None:
     case = _case()
@@ -134,6 +152,7 @@ def test_what_was_not_written_is_wrong(value: float) -> None:
         (Times(0.05, 0.01), "it takes 0.0500 ms on this device, PyTorch's kernel 0.0400 ms"),
         (Times(0.0389, 0.01), "it takes 0.0389 ms on this device, PyTorch's kernel 0.0400 ms"),
         (Times(0.0388, 0.01), ""),
+        (Times(0.0, 0.01), "it takes 0.0000 ms on this device, PyTorch's kernel 0.0400 ms"),
         (Times(0.01, 0.06), "called in a row it takes 0.0600 ms on this device, PyTorch's kernel 0.0500 ms"),
     ],
 )
@@ -176,7 +195,8 @@ def test_a_proof_has_tensors_as_the_case_describes_them() -> None:
     for tensor in given:
         assert tensor is not None
         assert torch.equal(tensor, tensor.round())
-        assert 1 <= tensor.abs().max() <= 8
+        assert 1 <= tensor.abs().min() <= tensor.abs().max() <= 8
+    assert proof.operands(case)[0].unique().numel() == 16
     # Of many products the sums stay below what 16 bits hold, and exact.
     many = x[:1].expand(999, 5, 7, 7)
     long = depthwise_case("grad_weight", many, many, *_WALK, size=(5, 1, 3, 3))
@@ -267,13 +287,22 @@ def test_what_it_cannot_do_is_said() -> None:
     )
     large = torch.empty(1, 1, 1, device="meta").expand(2**40, 1, 1)
     many = depthwise_case("forward", large, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
-    assert "are more than a launch can have" in depthwise.unsuitable(many)
+    assert "tiles are more than can be counted in 32 bits" in depthwise.unsuitable(many)
+    grad = depthwise_case("grad_weight", large, large, (1,), ((0, 0),), (1,), size=(1, 1, 1))
+    assert "tiles are more than can be counted in 32 bits" in depthwise.unsuitable(grad)
+    filters, volume = (torch.empty(shape, device="meta") for shape in ((9000, 1, 63, 63, 63), (1, 9000, 63, 63, 63)))
+    huge = depthwise_case("forward", volume, filters, (1,) * 3, ((0, 0),) * 3, (1,) * 3)
+    assert "the filters have 2250423000 numbers, and offsets of 32 bits reach 2147483647" in depthwise.unsuitable(huge)
 
 
 def test_what_of_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     depthwise.missing.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
     assert depthwise.missing().endswith("pip install 'sepconv[gpu]'")
+    depthwise.missing.cache_clear()
+    with monkeypatch.context() as amd:
+        amd.setattr(torch.version, "hip", "7.0")
+        assert depthwise.missing().endswith("install PyTorch's build for ROCm again, which brings it")
     depthwise.missing.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
     assert "has version 3.4.0, and 3.5 (of PyTorch 2.9) is the first that will do" in depthwise.missing()
@@ -305,6 +334,7 @@ class _Event:
 def test_events_stand_around_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timer as far as it goes without a device: every contender as often as the others, caches flushed before."""
     counts = {"torch": 0, "0": 0}
+    monkeypatch.setattr(events, "_SMALLEST_FLUSH", 2**12)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
@@ -319,10 +349,12 @@ def test_events_stand_around_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _case()
-    there = replace(case, x=case.x._replace(device=torch.device("cuda", 0)))
+    case, asked = _case(), []
+    there = replace(case, x=case.x._replace(device=torch.device("cuda", 1)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert "a CUDA graph is captured" in depthwise.postponed(there)
+    assert asked == [torch.device("cuda", 1)], "of several GPUs that one may not be the current one"
     assert depthwise.postponed(case) == ""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert depthwise.postponed(there) == ""

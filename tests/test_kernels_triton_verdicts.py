@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,10 +95,82 @@ def test_tritons_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) 
 def test_a_verdict_is_of_these_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that they are made of is in the name of its file."""
     read, names = Path.read_bytes, []
-    monkeypatch.setattr(Path, "read_bytes", lambda path: names.extend([path.name, path.parent.name]) or read(path))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: names.append("/".join(path.parts[-2:])) or read(path))
     verdicts._sources.cache_clear()
     verdicts._sources()
-    assert {"activations", "tiles.py", "plan.py", "proof.py", "gather.py", "filters.py", "curves.py"} <= set(names)
+    programs = {"triton/tiles.py", "triton/plan.py", "triton/proof.py"}
+    compiled = {"compiled/gather.py", "compiled/filters.py", "compiled/curves.py"}
+    assert programs | compiled | {"activations/__init__.py", "activations/curves.py"} <= set(names)
+    weighed_against = {"torch/prepared.py", "torch/aten.py", "kernels/case.py", "system/timing.py"}
+    assert weighed_against <= set(names)
+
+
+_CARD = {"name": "Imaginary 1000", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 2**36}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name, value in [("name", "Imaginary 2000"), ("minor", 3), ("multi_processor_count", 66)]),
+        {"total_memory": 2**35},
+        {"driver": "NVRM version: 590.12"},
+        {"torch": "9.9.9"},
+        {"triton": "9.9.9"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_verdict_is_of_one_kind_of_device_its_driver_and_versions(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A second card of the same kind needs no proof of its own, another kind does."""
+    card, driver = dict(_CARD), tmp_path / "version"
+    driver.write_text("NVRM version: 580.95")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**card))
+    monkeypatch.setattr(verdicts, "_DRIVERS", (driver, tmp_path / "not there"))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
+
+    def on(index: int) -> Case:
+        """As another process has it."""
+        verdicts.forget()
+        verdicts._device.cache_clear()
+        case = _case()
+        return replace(case, x=case.x._replace(device=torch.device("cuda", index)))
+
+    verdicts.keep(on(0), Verdict(0, _FAST, _SLOW))
+    assert verdicts.find(on(1), 1) is not None
+    card |= {name: value for name, value in change.items() if name in card}
+    driver.write_text(change.get("driver", driver.read_text()))
+    monkeypatch.setattr(torch, "__version__", change.get("torch", torch.__version__))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=change.get("triton", "3.7.1")))
+    assert verdicts.find(on(0), 1) is None
+    verdicts._device.cache_clear()
+
+
+def _keep(folder: str, number: int) -> None:
+    os.environ[code_cache.VARIABLE] = folder
+    for _ in range(20):
+        verdicts.keep(_case(), Verdict(0, Times(0.01 * number, 0.02), _SLOW))
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_file(verdict_files: Path) -> None:
+    """Whoever comes last; it is whole at any time, and nothing else stays."""
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=_keep, args=(str(verdict_files), n)) for n in (1, 2)
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        verdicts.forget()
+        found = verdicts.find(_case(), 1)
+        if (verdict_files / "gpu").exists() and list((verdict_files / "gpu").glob("*.json")):
+            found = verdicts.find(_case(), 1)
+            assert found is not None
+    assert [process.exitcode for process in processes] == [0, 0]
+    [file] = (verdict_files / "gpu").iterdir()
+    assert file.suffix == ".json"
+    assert found is not None
+    assert found.ours.device in (0.01, 0.02)
 
 
 def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) -> None:
@@ -117,6 +192,7 @@ def test_what_may_come_out_otherwise_is_not_kept_on_disk(verdict_files: Path) ->
         {"ours": [0.1]},
         {"ours": [float("nan"), 0.1]},
         {"ours": ["0.1", "0.1"]},
+        {"ours": [0.0, 0.1]},
         {"pytorch": None},
         {"fault": 5},
         {"case": "another"},

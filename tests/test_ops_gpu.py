@@ -3,54 +3,38 @@ interpreted, and what a proof measures is told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cli_run
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_checks import DEVICE, kernel, needs_triton
+from triton_pretence import FASTER, pretend
 
 import sepconv
-from sepconv.kernels import backends
+from sepconv.bench import operations, tables
+from sepconv.bench.operations import OpCase
 from sepconv.kernels.backends import BACKENDS
-from sepconv.kernels.halide.jit import code_cache
-from sepconv.kernels.triton import depthwise, proof, verdicts
+from sepconv.kernels.triton import depthwise, events, verdicts
 from sepconv.kernels.triton.events import Times
-from sepconv.kernels.triton.proof import Workbench
 from sepconv.ops import autograd, call
+from sepconv.system.timing import Timing
 
 pytestmark = needs_triton
 
-_TIMES = {"torch": Times(0.5, 0.5), "0": Times(0.125, 0.25)}
+_TIMES = dict(FASTER)
 
 
 @pytest.fixture
 def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
-    """The kernels for a GPU take this device's tensors, one tile each; which passes were proven."""
-    done: list[str] = []
-    monkeypatch.setenv(code_cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(call, "_calls", {})
-    monkeypatch.setattr(autograd, "_in_one_walk", lambda *given: None)  # of the CPU's tensors alone
-    monkeypatch.setattr(backends, "_choices", {})
-    [entry] = [backend for backend in BACKENDS["depthwise"] if backend.name == "triton"]
-    there = replace(entry, device=DEVICE.type, supports=depthwise.unsuitable)
-    monkeypatch.setitem(BACKENDS, "depthwise", [there, BACKENDS["depthwise"][-1]])
-    monkeypatch.setitem(BACKENDS, "separable", BACKENDS["separable"][-2:])
-
-    def time(calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
-        return {name: _TIMES[name] for name in calls}
-
-    monkeypatch.setattr(proof, "on_device", lambda device: Workbench(proof._run, proof.compare, time))
-    monkeypatch.setattr(depthwise, "_kernels", lambda case, tried: [lambda: done.append(case.which) or kernel(case)])
-    monkeypatch.setattr(depthwise, "_chosen", lambda case: kernel(case))
-    verdicts.forget()
-    depthwise._proofs.clear()
-    yield done
+    """The passes that were proven."""
+    yield pretend(monkeypatch, tmp_path, _TIMES)
     verdicts.forget()
 
 
@@ -177,6 +161,29 @@ def test_under_autocast_numbers_have_16_bits(proofs: list[str]) -> None:
 
 
 @pytest.mark.slow
+def test_under_autocast_gradients_have_16_bits_too_and_those_of_weights_their_own(proofs: list[str]) -> None:
+    given, found = _tensors(), []
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        told = sepconv.explain(lambda: found.extend(_run(*given)))
+    assert [one.kernel for one in told] == ["triton"] * 3
+    assert proofs == ["forward", "grad_input", "grad_weight"]
+    assert [t.dtype for t in found] == [torch.bfloat16, *[torch.float32] * 3]
+    for ours, theirs in zip(found, _by_pytorch(*given), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=0.5)
+
+
+def test_a_batch_of_no_images_is_pytorchs(proofs: list[str]) -> None:
+    x, weight, bias = _tensors()
+    empty = x[:0].requires_grad_()
+    told = sepconv.explain(lambda: sepconv.depthwise_conv2d(empty, weight, bias, padding=1).sum().backward())
+    assert {one.kernel for one in told} == {"torch"}
+    assert told[0].reasons["triton"] == "there is nothing to compute"
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, 8, 5, 6)
+    assert proofs == []
+
+
+@pytest.mark.slow
 def test_deterministic_algorithms_have_the_same_kernels(proofs: list[str]) -> None:
     given = _tensors()
     torch.use_deterministic_algorithms(True)
@@ -198,6 +205,83 @@ def test_a_compiled_graph_calls_the_same_kernels(proofs: list[str]) -> None:
     y.sum().backward()
     assert proofs == ["forward", "grad_weight"]
     torch.testing.assert_close(y, F.conv2d(x, layer.weight, layer.bias, 1, 1, 1, 8).relu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_graph_of_sizes_that_are_not_known_proves_each_of_them(proofs: list[str]) -> None:
+    """Once, in a graph for many sizes, and with the strides that it was promised."""
+    layer = sepconv.DepthwiseConv2d(8, 3, padding=1, device=DEVICE)
+    compiled = torch.compile(nn.Sequential(layer, nn.SiLU()), backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows, again in [(5, False), (7, False), (6, False), (5, True)]:
+        for form in (torch.channels_last, torch.contiguous_format):
+            x = torch.randn(2, 8, rows, 9).to(DEVICE).contiguous(memory_format=form).requires_grad_()
+            done = len(proofs)
+            y = compiled(x)
+            y.square().sum().backward()
+            assert proofs[done:] == ([] if again else ["forward", "grad_input", "grad_weight"])
+            assert y.is_contiguous(memory_format=form)
+            leaf = x.detach().requires_grad_()
+            known = F.silu(F.conv2d(leaf, layer.weight.detach(), layer.bias.detach(), 1, 1, 1, 8))
+            known.square().sum().backward()
+            torch.testing.assert_close(y, known, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside of Inductor
+def test_inductor_gets_the_strides_that_it_was_promised(proofs: list[str]) -> None:
+    """It asserts the strides of what our operators return, in both layouts, forward and back."""
+    layer = sepconv.DepthwiseConv2d(8, 3, stride=2, padding=1, device=DEVICE)
+    network = nn.Sequential(nn.Conv2d(4, 8, 1), layer, nn.SiLU(), nn.Conv2d(8, 2, 1)).to(DEVICE)
+    compiled = torch.compile(network, fullgraph=True)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 9, 7).to(DEVICE).contiguous(memory_format=form).requires_grad_()
+        y = compiled(x)
+        [grad] = torch.autograd.grad(y.square().sum(), x)
+        known = network(x)
+        torch.testing.assert_close(y, known, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad, torch.autograd.grad(known.square().sum(), x)[0], rtol=1e-4, atol=1e-3)
+    assert set(proofs) == {"forward", "grad_input", "grad_weight"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rerun", [False, True], ids=["", "reentrant"])
+def test_checkpoints_compute_the_same_again(proofs: list[str], rerun: bool) -> None:
+    layer = sepconv.DepthwiseConv2d(8, 3, padding=1, device=DEVICE)
+    x = _tensors()[0].requires_grad_()
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    plain, x.grad = x.grad, None
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=rerun).square().sum().backward()
+    assert torch.equal(plain, x.grad)
+
+
+@pytest.mark.slow
+def test_the_suite_of_operations_prints_its_table(
+    proofs: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command, with the interpreted kernels in the place of a card's."""
+    make = operations.make_tensors
+    monkeypatch.setattr(operations, "make_tensors", lambda case, form, dtype, device: make(case, form, dtype, DEVICE))
+    monkeypatch.setattr(operations, "CASES", [OpCase(1, 8, (7, 5), (3, 3)), OpCase(1, 8, (9,), (4,), multiplier=2)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Imaginary 1000")
+    times = {"torch": 1.0, "sepconv": 0.5}
+
+    def timed(calls: Any, seconds: float, device: torch.device) -> dict[str, Timing]:
+        assert device.type == "cuda"
+        return {name: Timing(*[times[name.partition("-")[0]]] * 3, 7) for name in calls}
+
+    monkeypatch.setattr(events, "interleaved", timed)
+    written = tmp_path / "ops.json"
+    ran = cli_run.sepconv("bench", "ops", "--device", "cuda", "--dtype", "bfloat16", "--json", written)
+    assert ran.code == 0, ran.err
+    found = tables.read(written)
+    assert {row["kernel"] for row in found["records"] if row["contender"] == "sepconv"} == {"triton"}
+    assert found["command"].startswith("sepconv bench ops --dtype bfloat16 --device cuda")
+    assert "2.00" in ran.out + ran.err
+    assert len(proofs) == 3 * 2 + 3
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])

@@ -122,6 +122,16 @@ def test_import_is_lean_and_modules_are_there_after_it() -> None:
     assert done.stdout.split("\n") == ["[] False", "False", ""]
 
 
+def test_only_the_extra_for_gpus_asks_for_triton() -> None:
+    """And the tests, which interpret what nobody could try otherwise."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert not any("triton" in one for one in project["dependencies"])
+    extras = project["optional-dependencies"]
+    assert [name for name, asked in extras.items() if any("triton" in one for one in asked)] == ["gpu"]
+    assert [name for name, asked in extras.items() if any(re.search(r"\bgpu\b", one) for one in asked)] == ["test"]
+
+
 def test_test_files_are_named_after_what_they_test() -> None:
     """`test_FOLDER_SUBJECT.py`, or the name of something beside the folders of the package."""
     beside = {"package", "names", "docs", "examples", "reference", "activations", "norms", "benchmarks", "newest"}

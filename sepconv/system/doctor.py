@@ -108,7 +108,7 @@ def _gpu() -> Finding:
     name, reason = torch.cuda.get_device_name(), triton_kernels.missing()
     if reason:
         detail = f"{name}: PyTorch's kernels alone run there; {reason}"
-        return Finding("gpu", "missing", detail, "pip install 'sepconv[gpu]'")
+        return Finding("gpu", "missing", detail, triton_kernels.remedy())
     if reason := triton_kernels.too_old(torch.device("cuda", torch.cuda.current_device())):
         return Finding("gpu", "ok", f"{name}: PyTorch's kernels alone run there; {reason}")
     folder = verdicts.folder()

@@ -40,12 +40,20 @@ def missing() -> str:
 
         triton.constexpr_function  # noqa: B018
     except ImportError as error:
-        return f"the package triton cannot be imported ({error}); pip install 'sepconv[gpu]'"
+        return f"the package triton cannot be imported ({error}); {remedy()}"
     except AttributeError:
         return (
             f"the package triton has version {triton.__version__}, and 3.5 (of PyTorch 2.9) is the first that will do"
         )
     return ""
+
+
+def remedy() -> str:
+    """How to get Triton: builds of PyTorch for AMD bring it in a package of another name, over which PyPI's would be
+    installed."""
+    if torch.version.hip is not None:
+        return "install PyTorch's build for ROCm again, which brings it"
+    return "pip install 'sepconv[gpu]'"
 
 
 def supports(case: Case) -> str:
@@ -71,8 +79,10 @@ def unsuitable(case: Case) -> str:
         return "there is nothing to compute"
     if max(case.kernel_size) > LONGEST:
         return f"filters have {max(case.kernel_size)} taps in a row, and {LONGEST} are the most"
-    programs = plan.launch(case, plan.schedules(case)[0]).programs
-    return f"{programs} programs are more than a launch can have" if programs > plan.MOST_PROGRAMS else ""
+    if case.weight.elements > plan.MOST:
+        return f"the filters have {case.weight.elements} numbers, and offsets of 32 bits reach {plan.MOST}"
+    tiles = plan.launch(case, plan.schedules(case)[0]).tiles
+    return f"{tiles} tiles are more than can be counted in 32 bits" if tiles > plan.MOST else ""
 
 
 def too_old(device: torch.device) -> str:
@@ -87,9 +97,15 @@ def postponed(case: Case) -> str:
     """Why it cannot be proven at the moment, in a sentence; "" if it can."""
     if torch.compiler.is_compiling():
         return "torch.compile traces, and nothing is proven meanwhile"
-    if case.x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if case.x.device.type == "cuda" and _captures(case.x.device):
         return "a CUDA graph is captured, and nothing is proven or loaded meanwhile; call it once before"
     return ""
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether a graph is captured on the stream of this device, which need not be the current one."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def slower(case: Case) -> str:

@@ -14,7 +14,9 @@ from sepconv.system import timing
 ROUNDS = 20
 IN_A_ROW = 20
 _SMALLEST_FLUSH = 256 * 2**20
-"""To write so much takes the device longer than a call takes Python: none of that is between the events."""
+_FLUSHES = 4
+"""To write so much so often takes the fastest devices 0.1 ms, longer than a call takes Python: none of that is between
+the events."""
 
 
 class Times(NamedTuple):
@@ -43,7 +45,8 @@ def _alone(calls: Calls, device: torch.device, rounds: int, budget: float = math
     flush = _flush(device)
 
     def sample(name: str, call: Callable[[], object]) -> float:
-        flush.zero_()
+        for _ in range(_FLUSHES):
+            flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()

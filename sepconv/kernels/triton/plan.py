@@ -12,8 +12,8 @@ from sepconv.kernels.triton import tiles
 from sepconv.kernels.triton.forms import FilterSteps, Schedule, Shares, Specialization, Triple, View
 from sepconv.kernels.triton.tiles import Extent
 
-MOST_PROGRAMS = 2**31 - 1
-_LARGEST_OFFSET = 2**31 - 1
+MOST = 2**31 - 1
+"""Programs of a launch, tiles, and numbers up to which an offset has 32 bits."""
 BYTES_AT_ONCE = 16
 _MOST_SHARES = 1024
 
@@ -83,7 +83,7 @@ def specialization(case: Case, schedule: Schedule) -> Specialization:
     return Specialization(
         triple(case.kernel_size, 1), stride, low, dilation, case.weight.shape[0] // case.x.shape[1], transposed,
         skip, advance, *_activation(case.activation), case.bias is not None,
-        _unit(both, case.x.dtype.itemsize), max(_span(case.x), _span(case.y)) > _LARGEST_OFFSET, *schedule,
+        _unit(both, case.x.dtype.itemsize), max(_span(case.x), _span(case.y)) > MOST, *schedule,
     )  # fmt: skip
 
 
@@ -117,6 +117,11 @@ class Launch:
         if self.written.of_channel == 1:
             return FilterSteps(1, self.filters, planes)
         return FilterSteps(prod(self.form.kernel), 1, planes)
+
+    @property
+    def tiles(self) -> int:
+        """So many are computed, or of a gradient of filters walked over."""
+        return self.programs if self.shares is None else max(self.programs, self.shares.shares * self.shares.tiles)
 
     @property
     def filters(self) -> int:

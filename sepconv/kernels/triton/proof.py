@@ -52,9 +52,10 @@ class Verdict(NamedTuple):
         ours, theirs = self.ours, self.pytorch
         if self.fault:
             return self.fault
-        if ours.device * GAIN > theirs.device:
+        # What is no time at all is none of a kernel that is faster.
+        if not 0 < ours.device * GAIN <= theirs.device:
             return f"it takes {ours.device:.4f} ms on this device, PyTorch's kernel {theirs.device:.4f} ms"
-        if ours.call > theirs.call:
+        if not ours.call <= theirs.call:
             return f"called in a row it takes {ours.call:.4f} ms on this device, PyTorch's kernel {theirs.call:.4f} ms"
         return ""
 
@@ -98,9 +99,16 @@ def on_device(device: torch.device) -> Workbench:
 
 
 def _laid_out(outline: Outline, most: int, generator: torch.Generator) -> Tensor:
-    """Whole numbers in memory as a tensor of the case has it; along steps of 0 all are one."""
+    """Whole numbers in memory as a tensor of the case has it; along steps of 0 all are one.
+
+    None of them is 0, which would hide what is read: of an expanded gradient there is but one.
+    """
     shape = tuple(1 if step == 0 else size for size, step in zip(outline.shape, outline.stride, strict=True))
-    values = torch.randint(-most, most + 1, shape, generator=generator, device=outline.device, dtype=torch.int8)
+
+    def drawn(low: int, high: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator, device=outline.device, dtype=torch.int8)
+
+    values = drawn(1, most) * (2 * drawn(0, 1) - 1)
     span = 1 + sum((size - 1) * step for size, step in zip(shape, outline.stride, strict=True))
     memory = torch.zeros(span, dtype=outline.dtype, device=outline.device)
     memory.as_strided(shape, outline.stride).copy_(values)
@@ -126,6 +134,12 @@ def _truth(case: Case, given: Operands) -> Tensor:
     )  # fmt: skip
     sums = prepared.depthwise(single)(*(None if tensor is None else tensor.float() for tensor in given))
     return ACTIVATIONS[case.activation].function(sums.round())
+
+
+def _poison(result: Outline) -> None:
+    """Where a kernel writes nothing is then no number: the next tensor of this size gets memory that was just freed,
+    and the tile before may have left right results in it."""
+    torch.empty_strided(result.shape, result.stride, dtype=result.dtype, device=result.device).fill_(torch.nan)
 
 
 _UNTIMED = Times(0.0, 0.0)
@@ -155,6 +169,7 @@ def _prove(case: Case, tried: Sequence[Callable[[], Kernel]], bench: Workbench) 
     for number, make in enumerate(tried):
         try:
             kernel = make()
+            _poison(case.result)
             result = bench.run(kernel, given)
         except torch.OutOfMemoryError:
             raise
@@ -162,6 +177,7 @@ def _prove(case: Case, tried: Sequence[Callable[[], Kernel]], bench: Workbench) 
             failures.append(_first_line(error))
             continue
         fault = bench.compare(result, truth, case.activation)
+        del result  # or its memory would not be poisoned
         if fault:
             return Verdict(number, _UNTIMED, _UNTIMED, fault)
         calls[str(number)] = _call(kernel, given)

@@ -17,10 +17,14 @@ from typing import Any
 import torch
 
 from sepconv import activations
+from sepconv.kernels import case as cases
+from sepconv.kernels import layout
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide.jit import code_cache
+from sepconv.kernels.torch import aten, prepared
 from sepconv.kernels.triton.events import Times
 from sepconv.kernels.triton.proof import Verdict
+from sepconv.system import timing
 from sepconv.system.files import replacing
 
 MAX_VERDICTS = 4096
@@ -62,10 +66,12 @@ def _outline(outline: Outline | None) -> str:
 
 @lru_cache(maxsize=1)
 def _sources() -> str:
-    """A hash of all that the kernels are made of."""
+    """A hash of all that the kernels are made of, and of what they are compared with and timed by."""
     total = hashlib.sha256()
-    for path in (Path(activations.__file__), *sorted(Path(__file__).parent.rglob("*.py"))):
-        total.update(path.read_bytes())
+    others = (Path(str(module.__file__)) for module in (activations, cases, layout, aten, prepared, timing))
+    for path in (*others, Path(__file__).with_name("__init__.py")):
+        for part in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
+            total.update(part.read_bytes())
     return total.hexdigest()
 
 
@@ -78,15 +84,26 @@ def triton_version() -> str:
     return str(triton.__version__)
 
 
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+
+
+def _driver() -> str:
+    """What Linux says of the driver; PyTorch knows only up to which CUDA it reaches."""
+    found = [str(getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)())]
+    for path in _DRIVERS:
+        with suppress(OSError, ValueError):
+            found.append(path.read_text())
+    return " ".join(found)
+
+
 @lru_cache(maxsize=16)
 def _device(device: torch.device) -> str:
     """The device, its driver, and the versions of what runs on it."""
     if device.type != "cuda":
         return f"{device.type} {torch.__version__} {triton_version()}"
     found = torch.cuda.get_device_properties(device)
-    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     kind = (found.name, found.major, found.minor, found.multi_processor_count, found.total_memory)
-    return f"{kind} {driver} {torch.version.cuda} {torch.version.hip} {torch.backends.cudnn.version()} " + (
+    return f"{kind} {_driver()} {torch.version.cuda} {torch.version.hip} {torch.backends.cudnn.version()} " + (
         f"{torch.__version__} {triton_version()}"
     )
 
@@ -136,6 +153,8 @@ def _verdict(content: dict[str, Any], tiles: int) -> Verdict:
     if type(schedule) is not int or not 0 <= schedule < tiles or not isinstance(fault, str):
         raise ValueError("not a verdict")
     ours, pytorch = (Times(*map(_milliseconds, content[name])) for name in ("ours", "pytorch"))
+    if not fault and not min(*ours, *pytorch) > 0:
+        raise ValueError("not timed")
     return Verdict(schedule, ours, pytorch, fault)
 
 

@@ -37,6 +37,7 @@ def _column(sums, source, filters, at, row_tap, j, FORM: tl.constexpr, ROWS: tl.
     SKIP: tl.constexpr = FORM.skip
     ADVANCE: tl.constexpr = FORM.advance
     UNIT: tl.constexpr = FORM.unit
+    BY_PHASES: tl.constexpr = FORM.transposed and FORM.stride[1] > 1
     READS: tl.constexpr = reads(DEEP, STEP, ROWS, ADVANCE[1])
     image, view, row, column, inside = source
     weight, of_tap, there = filters
@@ -61,7 +62,7 @@ def _column(sums, source, filters, at, row_tap, j, FORM: tl.constexpr, ROWS: tl.
         for r in tl.static_range(DEEP):
             if met(r, READS[n], STEP, ROWS, ADVANCE[1]) >= 0:
                 value = pixels
-                if SKIP[1] > 1:
+                if BY_PHASES:
                     # Zero times what is no number would be none.
                     row_of_taps = row_tap + met(r, READS[n], STEP, ROWS, ADVANCE[1])
                     value = tl.where(first_row + row_of_taps * SKIP[1] < KH, pixels, 0.0)

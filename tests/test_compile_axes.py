@@ -62,6 +62,9 @@ STEPS: dict[str, tuple[Function, list[str]]] = {
     "stacked": (lambda x: torch.stack([x, x], 1), ["copy", "copy"]),
     "repeated": (lambda x: x.repeat(1, 1, 2, 1), ["copy"]),
     "similarities": (lambda x: x.flatten(2) @ x.flatten(2).mT, ["product"]),
+    "lengths": (lambda x: torch.linalg.vector_norm(x, dim=1), ["elementwise", "sum", "elementwise"]),
+    "padded_by_nothing": (lambda x: F.pad(x, (0, 0, 0, 0)), []),
+    "beside_new_numbers": (lambda x: torch.cat([x, x.new_zeros(len(x), 12, 1, 5)], 2), ["copy", "copy"]),
     "tokens": (lambda x: x.flatten(2).transpose(1, 2).reshape(len(x), -1), []),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from sepconv.compile.verify import AGREEMENT, MOST_OF_FEW_BITS, InBfloat16, tole
 from sepconv.kernels import backends
 from sepconv.kernels.backends import Backend, Binder
 from sepconv.kernels.case import Case, Outline
-from sepconv.kernels.torch import prepared
 
 prepare = importlib.import_module("sepconv.compile.prepare")
 HALF = 2.0**-9
@@ -56,7 +55,7 @@ class _Planned(NamedTuple):
 def _bind(plan: _Planned, x: Tensor, packed: Sequence[Tensor | None], others: Any, out: Tensor) -> Any:
     """PyTorch's kernel in float32, between conversions."""
     case = plan.case
-    compute: Callable[..., Tensor] = getattr(prepared, case.op)(_in_float32(case))
+    compute = backends.BACKENDS[case.op][-1].prepare(_in_float32(case))
     more = list(others) if isinstance(others, (list, tuple)) else [] if others is None else [others]
 
     def run() -> None:

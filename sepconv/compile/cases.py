@@ -102,7 +102,7 @@ def _without_weights(group: ComputedGroup, read: Sequence[Outline], out: Outline
     if isinstance(group, Gathered):
         return axes.gather(x, out, group.detail)
     if isinstance(group, Product):
-        return axes.product(*read, out)
+        return axes.product(x, read[1], out)
     if isinstance(group, Pool):
         return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype), group.what)
     raise TypeError(f"{group} is no group without weights")

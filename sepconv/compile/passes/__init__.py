@@ -9,6 +9,7 @@ from sepconv.compile.passes.absorb import absorb, pair
 from sepconv.compile.passes.axes import recognise_axes
 from sepconv.compile.passes.constants import fold_constants
 from sepconv.compile.passes.elementwise import fuse_elementwise
+from sepconv.compile.passes.one_row import signals_of_one_row
 from sepconv.compile.passes.precision import store_in_bfloat16
 from sepconv.compile.passes.quantize import keep_quantized
 from sepconv.compile.passes.recognise import recognise
@@ -30,6 +31,7 @@ def rewrite(graph: fx.Graph, store: Store, precision: str = FLOAT32) -> None:
     graph.eliminate_dead_code()
     fuse_elementwise(graph, store)
     keep_quantized(graph)
+    signals_of_one_row(graph, store)
     pair(graph)
     graph.eliminate_dead_code()
     if precision == BFLOAT16:

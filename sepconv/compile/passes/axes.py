@@ -21,6 +21,8 @@ from sepconv.compile.passes.nodes import (
     is_call,
     number_of,
     refuse,
+    refused,
+    replace,
     shape,
     source,
     swap,
@@ -52,6 +54,8 @@ def recognise_axes(graph: fx.Graph) -> None:
         _softmax(node)
     for node in calls(graph, *_REDUCTIONS):
         _reduce(node)
+    for node in calls(graph, _aten.linalg_vector_norm.default):
+        _length(node)
     for node in calls(graph, _aten.bmm.default, _aten.mm.default):
         _product(node)
     for target, make in _GATHERS.items():
@@ -65,7 +69,7 @@ def _computed(node: fx.Node, x: fx.Node) -> bool:
         return False
     reason = not_computed([number_of(x)], "the numbers are")
     if reason:
-        refuse(node, reason)
+        refuse(node, refused(node) or reason)
     return not reason
 
 
@@ -88,6 +92,17 @@ def _softmax(node: fx.Node) -> None:
     turned = permute(node, x, order)
     rows = insert(node.graph, node, group, (turned,), value(turned))
     swap(node, _aten.permute.default, (rows, [order.index(d) for d in range(rank)]))
+
+
+def _length(node: fx.Node) -> None:
+    """The Euclidean length along some dimensions as the root of a sum of squares."""
+    given, x = NodeArguments(node), source(node)
+    if not _computed(node, x) or given["ord"] != 2 or not _as_it_is(node):
+        return
+    dims = _dims(given["dim"], len(shape(x)))
+    square = insert(node.graph, node, _aten.mul.Tensor, (x, x), value(x))
+    total = Reduced(ReduceDetail("sum", dims), bool(given["keepdim"]))
+    swap(node, _aten.sqrt.default, (insert(node.graph, node, total, (square,), value(node)),))
 
 
 def _reduce(node: fx.Node) -> None:
@@ -133,16 +148,20 @@ def _dims(given: object, rank: int) -> Places:
     return tuple(sorted(int(d) % rank for d in named)) or tuple(range(rank))
 
 
-def _gather(node: fx.Node, kind: str, places: dict[int, Places], number: float = 0.0) -> None:
+def _gather(node: fx.Node, kind: str, places: dict[int, Places] | None, number: float = 0.0) -> None:
     x = source(node)
-    if not places or not _computed(node, x) or 0 in shape(node):
+    if not _computed(node, x) or 0 in shape(node) or places is None:
+        return
+    if not places:
+        replace(node, x)
         return
     every = tuple(places.get(d) for d in range(len(shape(x))))
     swap(node, Gathered(kind, GatherDetail(every, number)), (x,))
 
 
-Gathering = tuple[str, dict[int, Places]] | tuple[str, dict[int, Places], float]
-"""What it is called and the places along the dimensions where they are not the same; the constant of padding."""
+Gathering = tuple[str, dict[int, Places] | None] | tuple[str, dict[int, Places], float]
+"""What it is called and the places along the dimensions where they are not the same, None where they are not known; the
+constant of padding."""
 
 
 def _padded(node: fx.Node, kind: str, place: Callable[[int, int], int]) -> dict[int, Places]:
@@ -179,7 +198,7 @@ def _roll(node: fx.Node) -> Gathering:
     shifts, dims = given.ints("shifts"), given.ints("dims")
     walks = dict(zip((d % len(size) for d in dims), shifts, strict=False))
     if len(walks) != len(shifts):
-        return "roll", {}
+        return "roll", None
     return "roll", {d: tuple((i - shift) % size[d] for i in range(size[d])) for d, shift in walks.items()}
 
 
@@ -190,18 +209,18 @@ def _chosen(node: fx.Node) -> Gathering:
         return "index", _places(node, int(given.float("dim")), given["index"])
     indices = given["indices"]
     named = [(d, index) for d, index in enumerate(_listed(indices)) if index is not None]
-    return "index", _places(node, *named[0]) if len(named) == 1 else {}
+    return "index", _places(node, *named[0]) if len(named) == 1 else None
 
 
 def _listed(given: object) -> Sequence[object]:
     return given if isinstance(given, (list, tuple)) else ()
 
 
-def _places(node: fx.Node, dim: int, index: object) -> dict[int, Places]:
+def _places(node: fx.Node, dim: int, index: object) -> dict[int, Places] | None:
     known, size = constant(index), shape(source(node))
     whole = known is not None and not known.tensor.is_floating_point() and known.tensor.dtype is not torch.bool
     if known is None or not whole or known.tensor.dim() > 1 or len(shape(node)) != len(size):
-        return {}
+        return None
     return {dim % len(size): tuple(int(i) % size[dim] for i in known.tensor.reshape(-1))}
 
 

@@ -30,7 +30,6 @@ from sepconv.compile.passes.nodes import (
     swap,
     value,
 )
-from sepconv.compile.passes.one_row import of_one_row
 from sepconv.compile.passes.pools import recognise_pools
 from sepconv.compile.passes.shuffle import recognise_shuffles
 from sepconv.compile.passes.strides import without_gaps
@@ -137,9 +136,7 @@ def _convolution(node: fx.Node, store: Store) -> None:
     dims = len(shape(node)) - 2
     stride, padding, dilation = (per_dim(given.ints(name), dims) for name in ("stride", "padding", "dilation"))
     geometry = Geometry(stride, tuple((amount, amount) for amount in padding), dilation)
-    conv = Convolution(weights.weight, Epilogue(weights.bias), geometry, int(given.float("groups")))
-    if not of_one_row(node, conv, store):
-        swap(node, conv, (x,))
+    swap(node, Convolution(weights.weight, Epilogue(weights.bias), geometry, int(given.float("groups"))), (x,))
 
 
 def _depthwise_group(given: NodeArguments, weights: _Weights, activation: str) -> Convolution:

@@ -84,7 +84,7 @@ class Gathered:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class MatrixProduct:
     """Matrices (B, M, K) by such of (B, K, N). ``depth``: K."""
 
     depth: int

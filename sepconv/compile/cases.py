@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.compile.axes import Gathered, Product, Reduced, Softmaxed
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
 from sepconv.compile.groups import (
     ComputedGroup,
     Convolution,
@@ -101,7 +101,7 @@ def _without_weights(group: ComputedGroup, read: Sequence[Outline], out: Outline
         return axes.softmax(x, out, group.kind)
     if isinstance(group, Gathered):
         return axes.gather(x, out, group.detail)
-    if isinstance(group, Product):
+    if isinstance(group, MatrixProduct):
         return axes.product(x, read[1], out)
     if isinstance(group, Pool):
         return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype), group.what)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
-from sepconv.compile.axes import Gathered, Product, Reduced, Softmaxed
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.store import Constant, name_of
 from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail, Window
@@ -351,7 +351,7 @@ class GroupNormed:
         return F.group_norm(x, self.detail.groups, self.weight.tensor, self.bias.tensor, self.detail.eps)
 
 
-AlongAxes = Reduced | Softmaxed | Gathered | Product
+AlongAxes = Reduced | Softmaxed | Gathered | MatrixProduct
 ComputedGroup = (
     Convolution
     | SeparableGroup

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.axes import Gathered, Product, Reduced, Softmaxed
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
 from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, RowNorm, writes_channels
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.program import Place, TensorForm
@@ -103,7 +103,7 @@ def likes_of(group: ComputedGroup, read: Sequence[ValueLook], out: Tensor) -> li
         return [broadcastable(meta, out) if unreadable([_outline(meta)], result) else meta for meta in (x, *others)]
     if isinstance(group, RowNorm | Softmaxed):
         return [x if _side_by_side(x) else out]
-    if isinstance(group, Product):
+    if isinstance(group, MatrixProduct):
         return [x, *(other if _side_by_side(other) else dense(other) for other in others)]
     if isinstance(group, Reduced):
         return [_reduced_last(x, group.detail.dims) if reduce.unreadable(_outline(x), result, group.detail.dims) else x]
@@ -133,7 +133,7 @@ def result_strides(group: ComputedGroup, result: Tensor, read: Sequence[ValueLoo
     x = read[0].meta
     if isinstance(group, Elementwise):
         return strides_for(result, read)
-    if isinstance(group, RowNorm | Softmaxed | Product):
+    if isinstance(group, RowNorm | Softmaxed | MatrixProduct):
         return torch.empty(result.shape, device="meta")
     if isinstance(group, Reduced):
         for d in sorted(group.detail.dims, reverse=True) if not group.keepdim else ():

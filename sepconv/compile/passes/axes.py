@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from sepconv.compile.axes import Gathered, Product, Reduced, Softmaxed
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
 from sepconv.compile.numbers import not_computed
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.moves import permute, view
@@ -121,7 +121,7 @@ def _product(node: fx.Node) -> None:
     first, second = map(as_node, node.args[:2])
     if constant(first) is not None or not _computed(node, second if constant(second) is None else first):
         return
-    group, matrices = Product(shape(first)[-1]), [first, second]
+    group, matrices = MatrixProduct(shape(first)[-1]), [first, second]
     if 0 in shape(first) or 0 in shape(node):
         return
     if node.target is _aten.bmm.default:

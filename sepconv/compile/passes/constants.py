@@ -92,8 +92,8 @@ def _foldable(node: fx.Node) -> bool:
 
 
 _FILLED: dict[object, float | None] = {
-    _aten.new_zeros.default: 0.0, _aten.zeros_like.default: 0.0, _aten.new_ones.default: 1.0, _aten.ones_like.default: 1.0,
-    _aten.new_full.default: None, _aten.full_like.default: None,
+    _aten.new_zeros.default: 0.0, _aten.new_ones.default: 1.0, _aten.new_full.default: None,
+    _aten.zeros_like.default: 0.0, _aten.ones_like.default: 1.0, _aten.full_like.default: None,
 }  # fmt: skip
 """Made of another tensor's size or kind alone, and of one number; None: of the one that is given."""
 

@@ -24,7 +24,7 @@ from sepconv.kernels.halide.jit.runtime import hl
 _DIMS = 4
 
 
-class GatherSpec(NamedTuple):
+class PlacesSpec(NamedTuple):
     """All that the code of one kernel depends on.
 
     ``moved``: all numbers of the result are such of x, as they are stored. ``chosen``: not all of those side by side
@@ -37,7 +37,7 @@ class GatherSpec(NamedTuple):
     short: bool
 
 
-def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
+def build(spec: PlacesSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: tasks per thread, the constant, x, a table for each dimension, the scales."""
     share, value = hl.Param(hl.Int(32), "share"), hl.Param(hl.Float(32), "value")
     ends = Edges(spec.kinds)
@@ -73,7 +73,7 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
 class GatherPlan(NamedTuple):
     """The kernel, how both tensors are seen, and the places along each dimension; the one side by side last."""
 
-    spec: GatherSpec
+    spec: PlacesSpec
     share: int
     value: float
     places: tuple[Places, ...]
@@ -124,7 +124,7 @@ def plan(case: Case) -> GatherPlan:
     inner = found[-1]
     found[-1] = inner._replace(steps=(1, 1))
     short = inner.sizes[1] < edges.wide(kinds).lanes
-    spec = GatherSpec(kinds, detail.moves and edges.moved(kinds), inner.places is not None, short)
+    spec = PlacesSpec(kinds, detail.moves and edges.moved(kinds), inner.places is not None, short)
     results = case.result.elements // max(inner.sizes[1], 1)
     (before, after), (steps, own) = (zip(*(part[i] for part in found), strict=True) for i in (0, 1))
     places = tuple(tuple(range(part.sizes[1])) if part.places is None else part.places for part in found)

@@ -36,6 +36,16 @@ ONE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[str, ...]]] = {
     "divided": (lambda x, v: 2.0 / x, ("reciprocal", "mul")),
     "product_added": (lambda x, v: torch.addcmul(x, x, v, value=0.5), ("mul", "mul", "add")),
     "squared": (lambda x, v: torch.sqrt(x**2 + 1), ("mul", "add", "sqrt")),
+    "cubed": (lambda x, v: x**3 + (x * v) ** 6, ("mul",) * 6 + ("add",)),
+    "power": (lambda x, v: (x.abs() + 0.1) ** 0.3, ("abs", "add", "pow")),
+    "power_by_parameter": (lambda x, v: (x.abs() + 0.1).pow(v[0] * 0 + 1.5), ("abs", "add", "pow")),
+    "selu": (lambda x, v: F.selu(x * v), ("mul", "elu(1.6732632423543772)", "mul")),
+    "logarithms": (lambda x, v: torch.log(x.abs() + 1) + torch.log1p(x.abs()), ("abs", "add", "log", "log1p", "add")),
+    "whole_numbers": (
+        lambda x, v: torch.round(x * 3) + torch.floor(x) * torch.sign(x),
+        ("mul", "round", "floor", "sign", "mul", "add"),
+    ),
+    "at_least_a_vector": (lambda x, v: x.clamp(min=v), ("maximum",)),
     "clamped": (lambda x, v: torch.clamp(x + v, -0.5, 0.25), ("add", "clamp(-0.5, 0.25)")),
     "clamped_below": (
         lambda x, v: (x + v).clamp(min=0.1).clamp_max(0.5),

@@ -34,7 +34,10 @@ POOLS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "mean_ceil_of_the_image": (lambda x: F.avg_pool2d(x, 4, 3, 2, True, False), "avg_pool"),
     "mean_by": (lambda x: F.avg_pool2d(x, 3, 1, 1, divisor_override=5), "avg_pool"),
     "adaptive": (lambda x: F.adaptive_avg_pool2d(x, (7, 2)), "avg_pool"),
-    "adaptive_uneven": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), "aten._adaptive_avg_pool2d.default"),
+    "adaptive_uneven": (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), "avg_pool"),
+    "adaptive_to_more": (lambda x: F.adaptive_avg_pool2d(x, (17, 5)), "avg_pool"),
+    "adaptive_maximum": (lambda x: F.adaptive_max_pool2d(x, (2, 8)), "max_pool"),
+    "adaptive_maximum_uneven": (lambda x: F.adaptive_max_pool2d(x, (3, 5)), "max_pool"),
     "with_places": (
         lambda x: torch.cat([y.float() for y in F.max_pool2d(x, 3, return_indices=True)], 1),
         "aten.max_pool2d_with_indices.default",

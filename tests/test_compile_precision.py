@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from sepconv.kernels.backends import Backend, Binder
 from sepconv.kernels.case import Case, Geometry, Outline
 from sepconv.kernels.halide.conv import tiles
 from sepconv.kernels.halide.schedule import machine
-from sepconv.kernels.torch import prepared
 
 prepare: Any = importlib.import_module("sepconv.compile.prepare")
 choice: Any = importlib.import_module("sepconv.compile.passes.precision")
@@ -61,7 +60,7 @@ class _Planned(NamedTuple):
 def _bind(plan: _Planned, x: Tensor, packed: Sequence[Tensor | None], others: Any, out: Tensor) -> Any:
     """PyTorch's kernel in float32, between conversions."""
     case = plan.case
-    compute: Callable[..., Tensor] = getattr(prepared, case.op)(_in_float32(case))
+    compute = backends.BACKENDS[case.op][-1].prepare(_in_float32(case))
     more = list(others) if isinstance(others, (list, tuple)) else [] if others is None else [others]
 
     def run() -> None:

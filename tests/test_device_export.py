@@ -208,9 +208,9 @@ def test_random_networks_run_or_are_refused_by_name(seed: int, tmp_path: Path) -
 
 
 def _exports_or_says_why(model: nn.Module, example: Any, folder: Path, threads: int = 1) -> None:
-    """``explain`` and the export agree on what has a kernel."""
+    """What has no kernel is refused, and nothing else; what PyTorch only computes faster can be exported."""
     explained = sepconv.compile(model, example, threads=threads).explain()
-    ours = {group.kernel for group in explained.groups} <= {"halide", "copy"}
+    torchs = [group for group in explained.groups if group.kernel == "torch"]
     said, checked = "", ""
     try:
         checked = sepconv.export_c(model, example, folder / "out", target=native(), threads=threads, check=True).checked
@@ -218,7 +218,7 @@ def _exports_or_says_why(model: nn.Module, example: Any, folder: Path, threads: 
         said = str(error)
     whole = "must be float32 tensors" in said
     assert said == "" or whole or "no kernel computes aten." in said
-    assert ours == (said == "") or whole
+    assert whole or (bool(torchs) if said else all("no kernel for" not in group.reason for group in torchs))
     assert checked.startswith("the example gives the model's answer") == (said == "")
     assert (folder / "out").exists() == (said == "")
 

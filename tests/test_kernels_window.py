@@ -61,6 +61,31 @@ def truth(pool: Pool, x: Tensor, size: tuple[int, ...]) -> Tensor:
     return reference.avg_pool(x.double(), over.size, stride, padding, size, over.counts_padding, over.divisor)
 
 
+SHARES = [((13, 11), (7, 3)), ((5, 7), (1, 6)), ((2, 2), (7, 7)), ((17, 3), (4, 3)), ((7, 1), (3, 1))]
+
+
+@pytest.mark.parametrize(("size", "out"), SHARES, ids=str)
+@pytest.mark.parametrize("mean", [True, False])
+def test_adaptive_pools_share_the_image_out(
+    size: tuple[int, int], out: tuple[int, int], mean: bool, assert_rounding: Callable[..., None]
+) -> None:
+    x = image((2, 19, *size), True)
+    largest = tuple(max(-(-(i + 1) * a // b) - i * a // b for i in range(b)) for a, b in zip(size, out, strict=True))
+    steps = tuple(-(-a // b) for a, b in zip(size, out, strict=True))
+    result = torch.empty(2, 19, *out).contiguous(memory_format=torch.channels_last)
+    case = cases.window(x, result, Geometry(steps, ((0, 0),) * 2, (1, 1)), Window(largest, mean=mean, shares=out))
+    assert backends.choose(case).backend.name == "halide"
+    y, margins_untouched = poisoned(result)
+    window.bind(window.plan(case), x, [], None, y)()
+    margins_untouched()
+    pooled = torch.nn.functional.adaptive_avg_pool2d if mean else torch.nn.functional.adaptive_max_pool2d
+    if mean:
+        assert_rounding(y, pooled(x.double(), out), pooled(x.double().abs(), out), sum(largest) + 2)
+    else:
+        assert torch.equal(y, pooled(x, out))
+    torch.testing.assert_close(backends.BACKENDS["window"][-1].prepare(case)(x), y)
+
+
 @pytest.mark.parametrize("name", POOLS)
 def test_pools_match_the_definition(name: str, assert_rounding: Callable[..., None]) -> None:
     pool = POOLS[name]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
 from sepconv.compile.groups import (
     ComputedGroup,
     Convolution,
@@ -25,7 +26,7 @@ from sepconv.compile.groups import (
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.quantized import later, quantized_constants
 from sepconv.compile.store import Constant, QuantizedConstant
-from sepconv.kernels import case
+from sepconv.kernels import axes, case
 from sepconv.kernels.case import Case, Outline
 
 
@@ -94,6 +95,14 @@ def _without_weights(group: ComputedGroup, read: Sequence[Outline], out: Outline
         return case.window(x, out, group.geometry, group.window)
     if isinstance(group, Shuffle):
         return case.shuffle(x, other, out, group.parts)
+    if isinstance(group, Reduced):
+        return axes.reduce(x, out, group.detail)
+    if isinstance(group, Softmaxed):
+        return axes.softmax(x, out, group.kind)
+    if isinstance(group, Gathered):
+        return axes.gather(x, out, group.detail)
+    if isinstance(group, MatrixProduct):
+        return axes.product(x, read[1], out)
     if isinstance(group, Pool):
         return case.pool(x, Outline.contiguous_of(x.shape[:2], x.dtype), group.what)
     raise TypeError(f"{group} is no group without weights")

@@ -11,7 +11,7 @@ from sepconv.compile.bind import BoundStep
 from sepconv.compile.instance import filled
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.precision import FLOAT32, precision_of
-from sepconv.compile.program import ProgramStep
+from sepconv.compile.program import Copy, ProgramStep
 from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 
 _REPEATS = 20
@@ -24,7 +24,8 @@ class Group:
     Attributes:
         name: the modules it comes from, "" if it has no parameters.
         kind: "separable", "depthwise", "pointwise", "normal", "grouped", "linear", "pool", "max_pool", "avg_pool",
-            "elementwise", "convert", "row_norm", "group_norm", "resize", "shuffle", "copy", or the ATen name.
+            "elementwise", "convert", "row_norm", "group_norm", "resize", "shuffle", "softmax", "log_softmax", "sum",
+            "mean", "amax", "amin", "pad", "roll", "flip", "index", "copy", or the ATen name.
         fused: what is computed in the same pass, in order ("norm", "relu6", "add", ...).
         kernel: "halide", "torch" or "copy".
         reason: why not Halide, or why two kernels in turn.
@@ -137,6 +138,8 @@ def _explained(step: ProgramStep, call: BoundStep, seconds: float | None, peak: 
     shape, group = step.outputs[0].form.shape if step.outputs else (), step.group
     macs = 0 if group is None else group.macs(shape)
     name, fused = ("", ()) if group is None else (group.name, group.fused)
+    if isinstance(step.work, Copy) and step.work.what:
+        fused = (step.work.what,)
     time_us = None if seconds is None else seconds * 1e6
     share = 2 * macs / seconds / peak if seconds and peak else None
     number = str(step.outputs[0].form.number) if step.outputs else ""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sepconv.activations import ACTIVATIONS
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.store import Constant, name_of
 from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail, Window
@@ -350,8 +351,18 @@ class GroupNormed:
         return F.group_norm(x, self.detail.groups, self.weight.tensor, self.bias.tensor, self.detail.eps)
 
 
+AlongAxes = Reduced | Softmaxed | Gathered | MatrixProduct
 ComputedGroup = (
-    Convolution | SeparableGroup | Pool | WindowPool | Shuffle | Elementwise | RowNorm | GroupNormed | Resize
+    Convolution
+    | SeparableGroup
+    | Pool
+    | WindowPool
+    | Shuffle
+    | Elementwise
+    | RowNorm
+    | GroupNormed
+    | Resize
+    | AlongAxes
 )
 
 
@@ -375,6 +386,8 @@ def keeps_numbers(group: ComputedGroup) -> bool:
     """Whether every number of the result is one of those that are read."""
     if isinstance(group, WindowPool):
         return not group.window.mean
+    if isinstance(group, Reduced | Gathered):
+        return group.chooses
     return isinstance(group, Shuffle) or (isinstance(group, Resize) and group.detail.mode.startswith("nearest"))
 
 

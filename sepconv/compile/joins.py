@@ -24,20 +24,13 @@ class Home(NamedTuple):
     channel: int
 
 
-class JoinPart(NamedTuple):
-    """What a concatenation puts together, and where it belongs in the result."""
-
-    node: fx.Node
-    channel: int
-
-
 def homes(graph: fx.Graph) -> dict[fx.Node, Home]:
     """The values that are to lie in the result of a concatenation: the parts, and concatenations within larger ones."""
     found: dict[fx.Node, Home] = {}
     known: dict[fx.Node, bool] = {}
     joins = [node for node in graph.nodes if _is_join(node, known)]
     for node in reversed(joins):
-        parts = list(parts_of(node))
+        parts = list(_placed(node))
         first = found.get(parts[0].node)
         if first is not None and node not in found and _in_order(parts, first, found):
             found[node] = first
@@ -48,23 +41,39 @@ def homes(graph: fx.Graph) -> dict[fx.Node, Home]:
     return found
 
 
-def _in_order(parts: list[JoinPart], first: Home, found: dict[fx.Node, Home]) -> bool:
+def _in_order(parts: list[_Placed], first: Home, found: dict[fx.Node, Home]) -> bool:
     """Whether parts lie one behind the other already."""
     return all(found.get(part.node) == Home(first.join, first.channel + part.channel) for part in parts)
 
 
-def parts_of(join: fx.Node) -> Iterator[JoinPart]:
+class _Placed(NamedTuple):
+    """What a concatenation puts together, and where it belongs in the result."""
+
+    node: fx.Node
+    channel: int
+
+
+def _placed(join: fx.Node) -> Iterator[_Placed]:
     channel = 0
-    for node in _parts(join):
-        yield JoinPart(node, channel)
+    for node in parts_of(join):
+        yield _Placed(node, channel)
         channel += shape(node)[1]
 
 
-def _parts(join: fx.Node) -> list[fx.Node]:
+def parts_of(join: fx.Node) -> list[fx.Node]:
+    """What a concatenation puts together."""
     given = join.args[0]
     if not isinstance(given, (list, tuple)):
         raise TypeError(f"{join} puts no list together")
     return [as_node(part) for part in given]
+
+
+def dim_of(join: fx.Node) -> int:
+    """Along which dimension."""
+    dim = NodeArguments(join)["dim"]
+    if not isinstance(dim, int):
+        raise TypeError(f"{join} puts together along no dimension but {dim!r}")
+    return dim % len(shape(join))
 
 
 def _is_join(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
@@ -75,9 +84,8 @@ def _is_join(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
 
 
 def _of_images(join: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    parts, size = _parts(join), shape(join)
-    dim = NodeArguments(join)["dim"]
+    parts, size = parts_of(join), shape(join)
     alike = all(len(shape(part)) == 4 and number_of(part) == number_of(join) for part in parts)
-    if len(size) != 4 or dim not in (1, -3) or not alike or value(join).numel() == 0:
+    if len(size) != 4 or dim_of(join) != 1 or not alike or value(join).numel() == 0:
         return False
     return any(writes_channels(part.target) or _is_join(part, known) for part in parts)

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sepconv.compile.groups import ComputedGroup, writes_channels
+from sepconv.compile.axes import Gathered, MatrixProduct, Reduced, Softmaxed
+from sepconv.compile.groups import ComputedGroup, Convolution, Elementwise, RowNorm, writes_channels
 from sepconv.compile.numbers import NumberType
 from sepconv.compile.program import Place, TensorForm
 from sepconv.compile.store import Constant
+from sepconv.kernels.axes import kept
+from sepconv.kernels.case import Outline
+from sepconv.kernels.halide.conv import gather, reduce
+from sepconv.kernels.halide.conv.elementwise import unreadable
 from sepconv.kernels.layout import pixel_step
 
 
@@ -89,6 +94,52 @@ def broadcastable(x: Tensor, out: Tensor) -> Tensor:
     order = sorted(range(x.dim()), key=lambda d: (-out.stride(missing + d), d))
     laid = torch.empty([x.shape[d] for d in order], dtype=x.dtype, device="meta")
     return laid.permute([order.index(d) for d in range(x.dim())])
+
+
+def likes_of(group: ComputedGroup, read: Sequence[ValueLook], out: Tensor) -> list[Tensor]:
+    """The layouts in which a group reads."""
+    [x, *others], result = [look.meta for look in read], _outline(out)
+    if isinstance(group, Elementwise):
+        return [broadcastable(meta, out) if unreadable([_outline(meta)], result) else meta for meta in (x, *others)]
+    if isinstance(group, RowNorm | Softmaxed):
+        return [x if _side_by_side(x) else out]
+    if isinstance(group, MatrixProduct):
+        return [x, *(other if _side_by_side(other) else dense(other) for other in others)]
+    if isinstance(group, Reduced):
+        return [_reduced_last(x, group.detail.dims) if reduce.unreadable(_outline(x), result, group.detail.dims) else x]
+    if isinstance(group, Gathered):
+        return [broadcastable(x, out) if gather.unreadable(_outline(x), result, group.detail) else x]
+    first = rows(x) if isinstance(group, Convolution) and group.dims == 0 else readable(group, x)
+    return [first, *(readable(group, other) for other in others)]
+
+
+def _outline(x: Tensor) -> Outline:
+    return Outline.of(torch.empty_strided(x.shape, x.stride(), device="meta"))
+
+
+def _side_by_side(x: Tensor) -> bool:
+    """Whether the numbers along the last dimension lie so."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _reduced_last(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Of that size, what is reduced side by side."""
+    order = [*kept(x.shape, dims), *dims]
+    return torch.empty([x.shape[d] for d in order], device="meta").permute([order.index(d) for d in range(x.dim())])
+
+
+def result_strides(group: ComputedGroup, result: Tensor, read: Sequence[ValueLook]) -> Tensor:
+    """Of a result that is no part of another."""
+    x = read[0].meta
+    if isinstance(group, Elementwise):
+        return strides_for(result, read)
+    if isinstance(group, RowNorm | Softmaxed | MatrixProduct):
+        return torch.empty(result.shape, device="meta")
+    if isinstance(group, Reduced):
+        for d in sorted(group.detail.dims, reverse=True) if not group.keepdim else ():
+            x = x.select(d, 0)
+        return broadcastable(result, x)
+    return broadcastable(result, x) if isinstance(group, Gathered) else dense(result)
 
 
 def rows(x: Tensor) -> Tensor:

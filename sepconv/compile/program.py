@@ -94,7 +94,9 @@ class Operation:
 
 @dataclass(frozen=True)
 class Copy:
-    """The same numbers with other steps in memory."""
+    """The same numbers with other steps in memory. ``what``: the operation that this is, "" where it is none."""
+
+    what: str = ""
 
 
 Work = ComputedGroup | Operation | Copy

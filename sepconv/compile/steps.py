@@ -22,13 +22,12 @@ from sepconv.compile.groups import (
     ComputedGroup,
     Convolution,
     Elementwise,
-    RowNorm,
     SeparableGroup,
     conversion,
     keeps_numbers,
     writes_channels,
 )
-from sepconv.compile.joins import Home, homes, parts_of
+from sepconv.compile.joins import Home, dim_of, homes, parts_of
 from sepconv.compile.looks import (
     Several,
     ValueLook,
@@ -37,22 +36,21 @@ from sepconv.compile.looks import (
     form_of,
     has_no_gaps,
     is_channels_last,
+    likes_of,
     looks_in,
     meta_of,
-    readable,
-    rows,
+    result_strides,
     strides_for,
     without_gaps_like,
 )
+from sepconv.compile.moves import layout_of, put_together, reshaped
 from sepconv.compile.numbers import BFLOAT16, FLOAT32, NumberType
 from sepconv.compile.passes.constants import constant
 from sepconv.compile.passes.nodes import as_node, is_call, number_of, refused, shape, source, store_as, stored_as, value
 from sepconv.compile.passes.strides import as_captured, without_gaps
-from sepconv.compile.program import NO_KERNEL, Copy, Input, Operation, Output, Program, TensorForm
+from sepconv.compile.program import NO_KERNEL, Input, Operation, Output, Program, TensorForm
 from sepconv.compile.storage import storage_for
 from sepconv.compile.writer import Writer
-from sepconv.kernels.case import Outline
-from sepconv.kernels.halide.conv.elementwise import unreadable
 from sepconv.kernels.halide.conv.stem import MAX_CHANNELS
 
 _aten = torch.ops.aten
@@ -162,10 +160,8 @@ class _Walk:
             return self._part(node)
         if isinstance(node.target, ComputedGroup):
             return self._group(node, node.target, [self._look(argument) for argument in node.args])
-        if node in self._homes and is_call(node, _aten.cat.default):
+        if is_call(node, _aten.cat.default) and (node in self._homes or _moves(node)):
             return self._join(node)
-        if node.target in (_aten.pixel_shuffle.default, _aten.pixel_unshuffle.default) and value(node).dim() == 4:
-            return self._shuffled(node, self._look(node.args[0]), value(node))
         if node.target in (as_captured, without_gaps):
             look = self._look(node.args[0])
             like = value(node) if node.target is as_captured else without_gaps_like(look.meta)
@@ -175,13 +171,13 @@ class _Walk:
         looks: Callable[[fx.Node], Any] = self._looks.__getitem__
         arguments: Any = fx.node.map_arg((node.args, node.kwargs), looks)
         view = self._view(node, *arguments)
-        # A reshape that the strides do not allow copies, as ``contiguous().view()`` of the model did.
-        target = _aten.reshape.default if node.target in _VIEWS else node.target
         if view is not None:
             return view
+        if node.target in _VIEWS:
+            return reshaped(self.written, self._look(node.args[0]), layout_of(node))
         computed: Callable[[fx.Node], Any] = self._as_computed
         arguments = fx.node.map_arg((node.args, node.kwargs), computed)
-        return self._operation(node, Operation(target, *arguments))
+        return self._operation(node, Operation(node.target, *arguments))
 
     def _part(self, node: fx.Node) -> ValueLook:
         several = self._looks[source(node)]
@@ -201,8 +197,8 @@ class _Walk:
         """What the kernel cannot read as it lies is copied first; what it cannot read or write in its numbers is
         converted."""
         result, number, home, reason = wanted
-        out = _result_strides(group, result, read) if home is None else home.meta
-        likes, direct = _likes(group, read, out), self._reads_input(group, read[0])
+        out = result_strides(group, result, read) if home is None else home.meta
+        likes, direct = likes_of(group, read, out), self._reads_input(group, read[0])
         forms = [form_of(look.meta, like, look.number) for look, like in zip(read, likes, strict=True)]
         if direct is not None:
             forms[0] = self.given[direct]
@@ -262,29 +258,14 @@ class _Walk:
 
     def _join(self, node: fx.Node) -> ValueLook:
         """What is not there yet is copied."""
-        home = self._home(node) or self._whole(node)
-        for part in parts_of(node):
-            look = self._look(part.node)
-            self.written.put(look, home.seen_as(home.meta[:, part.channel : part.channel + look.meta.shape[1]]))
-        return home
-
-    def _shuffled(self, node: fx.Node, look: ValueLook, result: Tensor) -> ValueLook:
-        """Pixels made of channels or the other way round: the same numbers in other places, which is one copy."""
-        new, factor = self.written.new(result, dense(result), look.number), _number(node)
-        to_pixels = node.target is _aten.pixel_shuffle.default
-        of_pixels, of_channels = (new, look) if to_pixels else (look, new)
-        n, c, h, w = of_pixels.meta.stride()
-        image, deep, row, column = of_channels.meta.stride()
-        size = [*of_pixels.meta.shape[:2], of_channels.meta.shape[2], factor, of_channels.meta.shape[3], factor]
-        apart = (
-            of_pixels.seen_as(of_pixels.meta.as_strided(size, [n, c, h * factor, h, w * factor, w])),
-            of_channels.seen_as(
-                of_channels.meta.as_strided(size, [image, deep * factor**2, row, deep * factor, column, deep])
-            ),
-        )
-        written, read = apart if to_pixels else apart[::-1]
-        self.written.step(Copy(), [read], [written])
-        return new
+        looks, dim = [self._look(part) for part in parts_of(node)], dim_of(node)
+        if node in self._homes:
+            return put_together(self.written, looks, dim, self._home(node) or self._whole(node))
+        same = all(look.number == looks[0].number for look in looks)
+        number = stored_as(node) or (looks[0].number if same else number_of(node))
+        largest = max(looks, key=lambda look: look.meta.numel())
+        whole = self.written.new(value(node), broadcastable(value(node), largest.meta), number)
+        return put_together(self.written, looks, dim, whole)
 
     def _reads_input(self, group: ComputedGroup, x: ValueLook) -> int | None:
         """Which input a step takes as the caller holds it, where it is the network's first: a kernel for few channels
@@ -344,27 +325,10 @@ class _Walk:
         return self.written.converted(look, number_of(node)) if isinstance(look, ValueLook) else look
 
 
-def _likes(group: ComputedGroup, read: Sequence[ValueLook], out: Tensor) -> list[Tensor]:
-    """The layouts in which a group reads."""
-    if isinstance(group, Elementwise):
-        written = Outline.of(torch.empty_strided(out.shape, out.stride(), device="meta"))
-        return [
-            broadcastable(look.meta, out) if unreadable([Outline.of(look.meta)], written) else look.meta
-            for look in read
-        ]
-    [x, *others] = [look.meta for look in read]
-    if isinstance(group, RowNorm):
-        side_by_side = x.stride(-1) == 1 or x.shape[-1] == 1
-        return [x if side_by_side else out]
-    first = rows(x) if isinstance(group, Convolution) and group.dims == 0 else readable(group, x)
-    return [first, *(readable(group, other) for other in others)]
-
-
-def _result_strides(group: ComputedGroup, result: Tensor, read: Sequence[ValueLook]) -> Tensor:
-    """Of a result that is no part of another."""
-    if isinstance(group, Elementwise):
-        return strides_for(result, read)
-    return torch.empty(result.shape, device="meta") if isinstance(group, RowNorm) else dense(result)
+def _moves(join: fx.Node) -> bool:
+    """Whether a concatenation is copies: of numbers that all are of one kind, which kernels know."""
+    parts, rank = parts_of(join), len(shape(join))
+    return all(number_of(part) == FLOAT32 and len(shape(part)) == rank for part in (join, *parts))
 
 
 def _number(taker: fx.Node) -> int:

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sepconv.kernels.halide import numbers
+from sepconv.kernels.case import Outline
+from sepconv.kernels.halide import edges, numbers
+from sepconv.kernels.halide.conv.elementwise import in_rows
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import CODES, UINT8, Buffer
 from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule.gemm import channel_lanes
+
+
+class _CopySpec(NamedTuple):
+    """All that the code of one copy depends on. ``lanes``: numbers moved at once, 0 where they lie apart."""
+
+    dims: int
+    kind: str
+    lanes: int
 
 
 def copy_call(source: Tensor, target: Tensor) -> Bound:
-    """The call that copies numbers to other places. Of each dimension the one with the smallest step goes first."""
-    order = sorted(range(target.dim()), key=target.stride, reverse=True)
-    views = [tensor.permute(order) if order else tensor.view(1) for tensor in (source, target)]
-    kind = numbers.KINDS[source.dtype]
-    kernel = runtime.compiled(("copy", views[0].dim(), kind), partial(_build_copy, views[0].dim(), kind))
-    return kernel.bind(*[_buffer(view) for view in views])
+    """The call that copies numbers to other places, in as few dimensions as they lie in."""
+    found, kind = in_rows([Outline.of(source)], Outline.of(target)), numbers.KINDS[source.dtype]
+    together = found.size[-1] > 1 and all(steps[-1] == 1 for steps in found.steps)
+    lanes = channel_lanes(edges.wide((kind,)), found.size[-1]) if together else 0
+    spec = _CopySpec(len(found.size), kind, lanes)
+    kernel = runtime.compiled(("copy", spec), partial(_build_copy, spec))
+    views = zip((source, target), found.steps, strict=True)
+    return kernel.bind(*[Buffer(found.size, steps, x.data_ptr(), CODES[x.dtype], x) for x, steps in views])
 
 
 def _buffer(view: Tensor) -> Buffer:
     return Buffer(tuple(view.shape), view.stride(), view.data_ptr(), CODES[view.dtype], view)
 
 
-def _build_copy(dims: int, kind: str) -> tuple[Any, list[Any]]:
-    x, out = hl.ImageParam(numbers.halide_type(kind), dims, "x"), hl.Func("copy")
-    at = [hl.Var(f"i{d}") for d in range(dims)]
+def _build_copy(spec: _CopySpec) -> tuple[Any, list[Any]]:
+    x, out = hl.ImageParam(numbers.halide_type(spec.kind), spec.dims, "x"), hl.Func("copy")
+    at = [hl.Var(f"i{d}") for d in range(spec.dims)]
     out[at] = x[at]
-    _any_strides(x, out, dims)
+    _any_strides(x, out, spec.dims)
+    if spec.lanes:
+        out.vectorize(at[0], spec.lanes, hl.TailStrategy.ShiftInwards)
+        x.dim(0).set_stride(1)
+        out.output_buffer().dim(0).set_stride(1)
     return out, [x]
 
 

@@ -6,7 +6,7 @@ The functions and ``compile`` ask the same list, so that the two can never disag
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ from sepconv.kernels.halide.conv import (
     depthwise,
     depthwise_direct,
     elementwise,
+    gather,
     grouped,
     groupnorm,
     normal,
@@ -25,11 +26,14 @@ from sepconv.kernels.halide.conv import (
     pointwise,
     pointwise_tiles,
     pool,
+    product,
+    reduce,
     resize,
     rownorm,
     separable,
     separable_tiles,
     shuffle,
+    softmax,
     stem,
     window,
 )
@@ -42,7 +46,7 @@ from sepconv.kernels.halide.quantized import pointwise as quantized_pointwise
 from sepconv.kernels.halide.quantized import separable as quantized_separable
 from sepconv.kernels.halide.schedule import machine
 from sepconv.kernels.halide.schedule.machine import Machine
-from sepconv.kernels.torch import prepared
+from sepconv.kernels.torch import axes, prepared
 from sepconv.kernels.triton import depthwise as triton_depthwise
 
 Prepared = Callable[..., Tensor]
@@ -177,6 +181,10 @@ BACKENDS: dict[str, list[Backend]] = {
     "resize": [_halide(resize), Backend("torch", prepared.resize)],
     "row_norm": [_halide(rownorm), Backend("torch", prepared.row_norm)],
     "elementwise": [_halide(elementwise), Backend("torch", prepared.elementwise)],
+    "reduce": [_halide(reduce), Backend("torch", axes.reduce)],
+    "softmax": [_halide(softmax), Backend("torch", axes.softmax)],
+    "product": [_halide(product), Backend("torch", axes.product)],
+    "gather": [_halide(gather), Backend("torch", axes.gather)],
     "separable": [
         _halide(separable),
         _halide(separable_tiles, torch.bfloat16),
@@ -262,11 +270,15 @@ def choose(case: Case) -> Choice:
 
     What is remembered depends on nothing but the case, the machine, the list and the table of tuned schedules:
     :func:`forget` where one of the latter changes. At ``MAX_CHOICES`` all is forgotten and weighed again.
+
+    Another machine has no PyTorch: there no kernel gives way to it.
     """
     key = case, machine.targeted()
     choice = _choices.get(key)
     if choice is None:
         choice = Choice(case, BACKENDS[case.op])
+        if machine.targeted() is not None and choice.backend is BACKENDS[case.op][-1]:
+            choice = Choice(case, [replace(backend, slower=_never) for backend in BACKENDS[case.op]])
         if not choice.settled:
             return choice
         if len(_choices) >= MAX_CHOICES:

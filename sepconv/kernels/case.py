@@ -10,8 +10,9 @@ about before there is any memory. A kernel that was prepared for a case is calle
     normal                    x, weight, bias, residual
     separable                 x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual
     pool, window, resize      x
+    reduce, softmax, gather   x (see ``axes``)
     shuffle                   x, residual
-    elementwise               x, others, numbers
+    elementwise, product      x, others, numbers
     row_norm, group_norm      x, weight, bias
 
 A convolution whose weight is int8 is quantised (``reference.quantized_conv``): x is uint8, or float32 that is quantised
@@ -19,7 +20,7 @@ as it is read, bias is int32, y and residual are uint8 or float32. Scales and ze
 get with the weights, and no part of the case: weight, bias, scale, numbers; of "separable" depthwise weight, pointwise
 weight, both biases, both scales, both numbers. Between its halves lies uint8.
 
-The last six read and write images of float32, bfloat16 and uint8, each its own. Where one of these (``Case.images``) is
+All but convolutions read and write float32, bfloat16 and uint8, each its own. Where one of these (``Case.images``) is
 uint8, a last tensor ``numbers`` (float32) has a row (scale, zero point) for each of them, (1, 0) for one that is not.
 
 Tensors are (N, C, ...), and rows (R, C) where there is no space. A pointwise convolution of rows is a linear layer.
@@ -166,12 +167,14 @@ class Window(NamedTuple):
     Attributes:
         counts_padding: whether the mean counts padding as zeros; padding is left out of a maximum.
         divisor: what the mean divides by; 0: by the number of pixels.
+        shares: of an adaptive pool how many results share the image along each axis; ``size`` is that of the largest.
     """
 
     size: Sizes
     mean: bool = False
     counts_padding: bool = False
     divisor: int = 0
+    shares: Sizes = ()
 
 
 NO_WEIGHT = Outline((0,), (1,))
@@ -183,8 +186,7 @@ class Case:
     """One call of one operation.
 
     Attributes:
-        op: "depthwise", "pointwise", "normal", "separable", "pool", "window", "shuffle", "elementwise", "row_norm",
-            "group_norm" or "resize".
+        op: "depthwise", "pointwise", "normal", "separable", or one of those above that stand between convolutions.
         y: what the convolution makes of x; in gradients the tensor whose gradient is given. The tensor that a pass
             writes lies in memory as its outline says: without gaps, channels_last where what it is made from is.
         which: the pass: "forward", "grad_input" or "grad_weight".

@@ -6,6 +6,7 @@ then the results of earlier terms. Its last term is the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,21 +30,43 @@ class Arithmetic:
     expression: Callable[..., Any]
 
 
-def _is_nan(hl: Any, x: Any) -> Any:
+def is_nan(hl: Any, x: Any) -> Any:
     """By its bits: comparisons with itself are simplified away."""
     return (hl.reinterpret(hl.UInt(32), x) & hl.u32(0x7FFFFFFF)) > hl.u32(0x7F800000)
 
 
 def _maximum(hl: Any, a: Any, b: Any) -> Any:
-    return hl.select(_is_nan(hl, a), a, hl.select(a > b, a, b))
+    return hl.select(is_nan(hl, a), a, hl.select(a > b, a, b))
 
 
 def _minimum(hl: Any, a: Any, b: Any) -> Any:
-    return hl.select(_is_nan(hl, a), a, hl.select(a < b, a, b))
+    return hl.select(is_nan(hl, a), a, hl.select(a < b, a, b))
 
 
 def _prelu(hl: Any, x: Any, slope: Any) -> Any:
     return hl.select(x > hl.f32(0.0), x, x * slope)
+
+
+def logarithm(hl: Any, x: Any) -> Any:
+    """log(x), with PyTorch's results for NaN and infinity."""
+    return hl.select(is_nan(hl, x) | (x > hl.f32(3.4028235e38)), x, hl.log(x))
+
+
+def _log1p(hl: Any, x: Any) -> Any:
+    """With the digits of a small x, which the sum has lost, brought back."""
+    whole = hl.f32(1.0) + x
+    lost = whole - hl.f32(1.0)
+    exact = (lost == hl.f32(0.0)) | (x > hl.f32(1e30))
+    return hl.select(lost == hl.f32(0.0), x, logarithm(hl, whole) * hl.select(exact, hl.f32(1.0), x / lost))
+
+
+def _power(hl: Any, x: Any, exponent: Any) -> Any:
+    """Of numbers that are not negative; others give NaN, as they do for exponents that are no whole numbers."""
+    return exponential(hl, logarithm(hl, x) * exponent)
+
+
+def _sign(hl: Any, x: Any) -> Any:
+    return hl.select(x > hl.f32(0.0), hl.f32(1.0), hl.select(x < hl.f32(0.0), hl.f32(-1.0), hl.f32(0.0)))
 
 
 ARITHMETIC: dict[str, Arithmetic] = {
@@ -59,6 +82,15 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "rsqrt": Arithmetic(torch.rsqrt, lambda hl, a: hl.f32(1.0) / hl.sqrt(a)),
     "reciprocal": Arithmetic(torch.reciprocal, lambda hl, a: hl.f32(1.0) / a),
     "exp": Arithmetic(torch.exp, exponential),
+    "log": Arithmetic(torch.log, logarithm),
+    "log2": Arithmetic(torch.log2, lambda hl, a: logarithm(hl, a) * hl.f32(1.0 / math.log(2.0))),
+    "log1p": Arithmetic(torch.log1p, _log1p),
+    "pow": Arithmetic(torch.pow, _power),
+    "floor": Arithmetic(torch.floor, lambda hl, a: hl.floor(a)),
+    "ceil": Arithmetic(torch.ceil, lambda hl, a: hl.ceil(a)),
+    "trunc": Arithmetic(torch.trunc, lambda hl, a: hl.trunc(a)),
+    "round": Arithmetic(torch.round, lambda hl, a: hl.round(a)),
+    "sign": Arithmetic(torch.sign, _sign),
     "prelu": Arithmetic(lambda x, slope: torch.where(x > 0, x, x * slope), _prelu),
 }
 

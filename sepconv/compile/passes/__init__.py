@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import fx
 
 from sepconv.compile.passes.absorb import absorb, pair
+from sepconv.compile.passes.axes import recognise_axes
 from sepconv.compile.passes.constants import fold_constants
 from sepconv.compile.passes.elementwise import fuse_elementwise
 from sepconv.compile.passes.precision import store_in_bfloat16
@@ -26,6 +27,7 @@ def rewrite(graph: fx.Graph, store: Store, precision: str = FLOAT32) -> None:
     recognise(graph, store)
     trim(graph, store)
     absorb(graph, store)
+    recognise_axes(graph)
     graph.eliminate_dead_code()
     fuse_elementwise(graph, store)
     keep_quantized(graph)

@@ -43,7 +43,7 @@ def fold_constants(graph: fx.Graph, store: Store) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             node.meta["constant"] = store.frozen(node.meta["constant"])
-        elif node.op == "call_function" and _foldable(node):
+        elif node.op == "call_function" and (_filled(node) is not None or _foldable(node)):
             with graph.inserting_before(node):
                 known = graph.get_attr(node.name)
             made = _quantized(node, store) or store.get(_key(node), partial(_evaluate, node))
@@ -91,6 +91,23 @@ def _foldable(node: fx.Node) -> bool:
     return value.numel() <= _MOST_GROWTH + max((source.tensor.numel() for source in known), default=0)
 
 
+_FILLED: dict[object, float | None] = {
+    _aten.new_zeros.default: 0.0, _aten.new_ones.default: 1.0, _aten.new_full.default: None,
+    _aten.zeros_like.default: 0.0, _aten.ones_like.default: 1.0, _aten.full_like.default: None,
+}  # fmt: skip
+"""Made of another tensor's size or kind alone, and of one number; None: of the one that is given."""
+
+
+def _filled(node: fx.Node) -> float | None:
+    """The only number of a new tensor; None if a node makes no such tensor."""
+    if node.target not in _FILLED or not isinstance(node.meta.get("val"), Tensor):
+        return None
+    number = _FILLED[node.target]
+    given = node.args[-1] if number is None and len(node.args) > 1 else number
+    small = node.meta["val"].numel() <= _MOST_GROWTH
+    return float(given) if small and isinstance(given, (int, float)) else None
+
+
 def _computed(node: fx.Node) -> fx.Node:
     """The operation behind a value, which may be one of its several results."""
     source = node.args[0] if node.target is operator.getitem else node
@@ -105,6 +122,8 @@ def _constant(node: fx.Node) -> Constant:
 
 
 def _key(node: fx.Node) -> Hashable:
+    if (number := _filled(node)) is not None:
+        return "filled", number, tuple(node.meta["val"].shape), str(node.meta["val"].dtype)
     computed = _computed(node)
     args, spec = pytree.tree_flatten((computed.args, computed.kwargs))
     leaves = (_constant(arg).key if isinstance(arg, fx.Node) else ("value", repr(arg)) for arg in args)
@@ -113,6 +132,8 @@ def _key(node: fx.Node) -> Hashable:
 
 
 def _evaluate(node: fx.Node) -> Tensor:
+    if (number := _filled(node)) is not None:
+        return torch.full(node.meta["val"].shape, number, dtype=node.meta["val"].dtype)
     computed = _computed(node)
     if isinstance(computed.target, str):
         raise TypeError(f"{node} calls no function but {computed.target}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from sepconv.activations import with_parameters
 from sepconv.compile.groups import Elementwise
 from sepconv.compile.numbers import not_computed
 from sepconv.compile.passes.activations import activation_of
@@ -18,6 +19,7 @@ from sepconv.kernels.expression import Expression, Term
 
 _aten = torch.ops.aten
 _MOST_TENSORS, _MOST_TERMS = 8, 24
+_MOST_FACTORS = 8
 
 Argument = fx.Node | float
 
@@ -105,16 +107,52 @@ def _add_product(node: fx.Node) -> _Part | None:
 
 
 def _power(node: fx.Node) -> _Part | None:
-    x, exponent = node.args[0], node.args[1]
-    if exponent == 2:
-        return _Part("mul", (x, x))
-    operation = _POWERS.get(exponent) if isinstance(exponent, (int, float)) else None
-    return None if operation is None else _Part(operation, (x,))
+    x, exponent = node.args[0], _argument(node.args[1])
+    if not isinstance(exponent, float):
+        return None
+    if exponent in _POWERS:
+        return _Part(_POWERS[exponent], (x,))
+    whole = exponent.is_integer()
+    if whole and 2 <= exponent <= _MOST_FACTORS:
+        return _product(x, int(exponent))
+    return None if whole else _Part("pow", (x, exponent))
+
+
+def _product(x: object, factors: int) -> _Part:
+    half = x if factors < 4 else _product(x, factors // 2)
+    square = _Part("mul", (half, half))
+    return _Part("mul", (square, x)) if factors % 2 else square
+
+
+def _between(node: fx.Node) -> _Part | None:
+    """A clamp whose limits are tensors."""
+    given = NodeArguments(node)
+    part: object = node.args[0]
+    for limit, operation in ((given["min"], "maximum"), (given["max"], "minimum")):
+        if limit is not None:
+            known = _argument(limit)
+            if known is None:
+                return None
+            part = _Part(operation, (part, known))
+    return part if isinstance(part, _Part) else None
+
+
+def _scaled_elu(node: fx.Node) -> _Part | None:
+    """SELU, where it is more than an activation."""
+    given = NodeArguments(node)
+    if given["input_scale"] != 1:
+        return None
+    inner = with_parameters("elu", given.float("alpha"))
+    return _Part("mul", (_Part(inner, (node.args[0],)), given.float("scale")))
 
 
 _POWERS: dict[float, str] = {0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}
 
 
+_OF_ONE = (
+    "neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "log", "log2", "log1p", "floor", "ceil", "trunc", "round",
+    "sign",
+)  # fmt: skip
 _MAKERS: dict[Target | str, Callable[[fx.Node], _Part | None]] = {
     _aten.add.Tensor: _sum("add"),
     _aten.add.Scalar: _sum("add"),
@@ -129,9 +167,14 @@ _MAKERS: dict[Target | str, Callable[[fx.Node], _Part | None]] = {
     _aten.maximum.default: _plain("maximum"),
     _aten.minimum.default: _plain("minimum"),
     _aten.addcmul.default: _add_product,
+    _aten.clamp.Tensor: _between,
+    _aten.clamp_min.Tensor: _plain("maximum"),
+    _aten.clamp_max.Tensor: _plain("minimum"),
     _aten.pow.Tensor_Scalar: _power,
+    _aten.pow.Tensor_Tensor: _power,
+    _aten.elu.default: _scaled_elu,
     _aten._prelu_kernel.default: _plain("prelu"),
-    **{getattr(_aten, name).default: _plain(name) for name in ("neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp")},
+    **{getattr(_aten, name).default: _plain(name) for name in _OF_ONE},
 }
 
 

@@ -124,6 +124,11 @@ def ints(argument: object) -> tuple[int, ...]:
     return tuple(int(number) for number in argument)
 
 
+def per_dim(given: tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """A number for each dimension, where one may stand for all."""
+    return given * (dims if len(given) == 1 else 1)
+
+
 def is_call(node: object, *targets: object) -> bool:
     return called(node, *targets) is not None
 

@@ -12,6 +12,7 @@ from sepconv.compile.groups import Convolution, Epilogue, GroupNormed, Pool, Res
 from sepconv.compile.numbers import NumberType, not_computed
 from sepconv.compile.passes.activations import spell_activations
 from sepconv.compile.passes.constants import constant, turned
+from sepconv.compile.passes.moves import spell_moves
 from sepconv.compile.passes.nodes import (
     NodeArguments,
     called,
@@ -21,6 +22,7 @@ from sepconv.compile.passes.nodes import (
     ints,
     is_call,
     number_of,
+    per_dim,
     refuse,
     replace,
     shape,
@@ -31,6 +33,7 @@ from sepconv.compile.passes.nodes import (
 from sepconv.compile.passes.pools import recognise_pools
 from sepconv.compile.passes.shuffle import recognise_shuffles
 from sepconv.compile.passes.strides import without_gaps
+from sepconv.compile.passes.transposed import sub_pixel
 from sepconv.compile.store import Constant, Store
 from sepconv.kernels.case import Geometry, GroupNormDetail, ResizeDetail, RowNormDetail
 from sepconv.ops.schema import geometry_of
@@ -69,9 +72,10 @@ _RESIZES: dict[object, str] = {
 def recognise(graph: fx.Graph, store: Store) -> None:
     """Turn what can be recognised into groups, in place."""
     _drop_identities(graph)
+    spell_moves(graph)
     spell_activations(graph)
     for node in calls(graph, _aten.convolution.default, _aten._convolution.default):
-        _convolution(node)
+        _convolution(node, store)
     for node in calls(graph, torch.ops.sepconv.depthwise_conv.default):
         _depthwise(node)
     for node in calls(graph, torch.ops.sepconv.pointwise_conv.default):
@@ -121,19 +125,18 @@ def _weights(node: fx.Node, weight: object, bias: object) -> _Weights | None:
     return _Weights(matrix, offset)
 
 
-def _convolution(node: fx.Node) -> None:
+def _convolution(node: fx.Node, store: Store) -> None:
     given = NodeArguments(node)
     x, weights = given.node("input"), _weights(node, given["weight"], given["bias"])
-    if weights is None or given["transposed"] or len(shape(x)) != len(weights.weight.shape):
+    if weights is None or len(shape(x)) != len(weights.weight.shape):
+        return
+    if given["transposed"]:
+        sub_pixel(node, *weights, store)
         return
     dims = len(shape(node)) - 2
-    stride, padding, dilation = (_per_dim(given.ints(name), dims) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (per_dim(given.ints(name), dims) for name in ("stride", "padding", "dilation"))
     geometry = Geometry(stride, tuple((amount, amount) for amount in padding), dilation)
     swap(node, Convolution(weights.weight, Epilogue(weights.bias), geometry, int(given.float("groups"))), (x,))
-
-
-def _per_dim(given: tuple[int, ...], dims: int) -> tuple[int, ...]:
-    return given * (dims if len(given) == 1 else 1)
 
 
 def _depthwise_group(given: NodeArguments, weights: _Weights, activation: str) -> Convolution:

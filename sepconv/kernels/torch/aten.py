@@ -48,6 +48,9 @@ def window(x: Tensor, over: Window, geometry: Geometry, ceil: bool) -> Tensor:
     """The mean or the maximum of every window; with ``ceil`` the last may reach beyond the padding."""
     stride, padding, dilation = geometry
     amounts = [low for low, _ in padding]
+    if over.shares:
+        rows, columns = over.shares
+        return (F.adaptive_avg_pool2d if over.mean else F.adaptive_max_pool2d)(x, (rows, columns))
     if over.mean:
         return F.avg_pool2d(x, over.size, stride, amounts, ceil, over.counts_padding, over.divisor or None)
     return F.max_pool2d(x, over.size, stride, amounts, dilation, ceil)

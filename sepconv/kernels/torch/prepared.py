@@ -99,7 +99,7 @@ def separable(case: Case) -> Callable[..., Tensor]:
 _CONVERTED = (torch.bfloat16, torch.uint8)
 
 
-def _in_float32(case: Case, run: Callable[..., Tensor], moves: bool = False) -> Callable[..., Tensor]:
+def in_float32(case: Case, run: Callable[..., Tensor], moves: bool = False) -> Callable[..., Tensor]:
     """``run``, where images have 16 or 8 bits of their values in float32.
 
     ``moves``: of numbers that are all of one kind and count the same steps it takes those that are stored.
@@ -130,44 +130,44 @@ def pool(case: Case) -> Callable[..., Tensor]:
             return torch.linalg.vector_norm(x, dim=dims, keepdim=keepdim)
         return x.mean(dims, keepdim=keepdim)
 
-    return _in_float32(case, run)
+    return in_float32(case, run)
 
 
 def elementwise(case: Case) -> Callable[..., Tensor]:
     expression = case.detail
     assert isinstance(expression, Expression)
-    return _in_float32(case, lambda *tensors: expression.of(tensors[:-1], tensors[-1]))
+    return in_float32(case, lambda *tensors: expression.of(tensors[:-1], tensors[-1]))
 
 
 def row_norm(case: Case) -> Callable[..., Tensor]:
     detail, length = case.detail, case.x.shape[-1]
     assert isinstance(detail, RowNormDetail)
     if detail.kind == "layer":
-        return _in_float32(case, lambda x, weight, bias: F.layer_norm(x, (length,), weight, bias, detail.eps))
-    return _in_float32(case, lambda x, weight, bias: F.normalize(x, dim=-1, eps=detail.eps))
+        return in_float32(case, lambda x, weight, bias: F.layer_norm(x, (length,), weight, bias, detail.eps))
+    return in_float32(case, lambda x, weight, bias: F.normalize(x, dim=-1, eps=detail.eps))
 
 
 def resize(case: Case) -> Callable[..., Tensor]:
     detail = case.detail
     assert isinstance(detail, ResizeDetail)
     nearest = detail.mode in ("nearest", "nearest-exact")
-    return _in_float32(case, lambda x: aten.resize(x, case.result.shape[2:], detail), moves=nearest)
+    return in_float32(case, lambda x: aten.resize(x, case.result.shape[2:], detail), moves=nearest)
 
 
 def group_norm(case: Case) -> Callable[..., Tensor]:
     detail = case.detail
     assert isinstance(detail, GroupNormDetail)
-    return _in_float32(case, lambda x, weight, bias: F.group_norm(x, detail.groups, weight, bias, detail.eps))
+    return in_float32(case, lambda x, weight, bias: F.group_norm(x, detail.groups, weight, bias, detail.eps))
 
 
 def window(case: Case) -> Callable[..., Tensor]:
     over, geometry = case.detail, case.geometry
     assert isinstance(over, Window)
     ceil = case.y.shape[2:] != geometry.output_size(case.x.shape[2:], over.size)
-    return _in_float32(case, lambda x: aten.window(x, over, geometry, ceil))
+    return in_float32(case, lambda x: aten.window(x, over, geometry, ceil))
 
 
 def shuffle(case: Case) -> Callable[..., Tensor]:
     parts = case.detail
     assert isinstance(parts, int)
-    return _in_float32(case, lambda x, other=None: aten.shuffle(x, other, parts), moves=True)
+    return in_float32(case, lambda x, other=None: aten.shuffle(x, other, parts), moves=True)

@@ -137,18 +137,24 @@ def _rows(case: Case) -> Rows:
     return in_rows([x], out)
 
 
-def plan(case: Case) -> RowNormPlan:
-    """The kernel and its schedule for such tensors."""
-    found, detail, length = _rows(case), case.detail, case.x.shape[-1]
-    assert isinstance(detail, RowNormDetail)
+def seen(case: Case) -> tuple[Rows, tuple[int, int]]:
+    """Rows with their length at the end, and the rows of a task and tasks of a thread."""
+    found, length = _rows(case), case.x.shape[-1]
     missing = _ROW_DIMS - len(found.size)
     size = (*[1] * missing, *found.size)
     steps = tuple((*[0] * missing, *own, 1) for own in found.steps)
     groups = size[0] * size[1]
     rows = size[2] if groups >= case.threads else runtime.per_thread(size[2], case.threads)
     share = runtime.per_thread(-(-size[2] // rows) * groups, case.threads)
-    spec = RowNormSpec(detail.kind, edges.kinds(case), length < machine.host().lanes)
-    return RowNormPlan(spec, Rows((*size, length), steps), (rows, share, detail.eps))
+    return Rows((*size, length), steps), (rows, share)
+
+
+def plan(case: Case) -> RowNormPlan:
+    """The kernel and its schedule for such tensors."""
+    (rows, numbers), detail = seen(case), case.detail
+    assert isinstance(detail, RowNormDetail)
+    spec = RowNormSpec(detail.kind, edges.kinds(case), case.x.shape[-1] < machine.host().lanes)
+    return RowNormPlan(spec, rows, (*numbers, detail.eps))
 
 
 def supports(case: Case) -> str:

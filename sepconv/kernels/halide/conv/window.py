@@ -34,7 +34,7 @@ _NOT_FINITE = 0x7F800000
 class WindowSpec(NamedTuple):
     """All that the code of one kernel depends on. ``mean``: the average, else the maximum.
 
-    ``moved``: of numbers as they are stored, which must have no NaN.
+    ``moved``: of numbers as they are stored, which must have no NaN. ``shares``: windows of an adaptive pool.
     """
 
     mean: bool
@@ -42,6 +42,7 @@ class WindowSpec(NamedTuple):
     vectors: int
     kinds: Kinds
     moved: bool
+    shares: bool = False
 
 
 class _Axis:
@@ -56,17 +57,34 @@ class _Axis:
     def first(self, at: Any) -> Any:
         return at * self.stride - self.before
 
+    def end(self, at: Any, size: Any) -> Any:
+        """Of what a window may look at, in an image of that size."""
+        return size
+
     def count(self, at: Any) -> Any:
         """How many numbers of the window an average divides by."""
         start = self.first(at)
         return hl.min(start + self.kernel, self.high) - hl.max(start, self.low)
 
 
+class _Shares(_Axis):
+    """The image shared out: ``stride`` is its size and ``before`` the number of results. Neighbours may overlap."""
+
+    def first(self, at: Any) -> Any:
+        return at * self.stride / self.before
+
+    def end(self, at: Any, size: Any) -> Any:
+        return ((at + 1) * self.stride + self.before - 1) / self.before
+
+    def count(self, at: Any) -> Any:
+        return self.end(at, self.stride) - self.first(at)
+
+
 def build(spec: WindowSpec) -> tuple[Any, list[Any]]:
     """The pipeline; arguments: output rows in a task, tasks of a thread, divisor of the average (0: the count), then of
     either axis, y first, what ``_Axis`` names; x as channel, column, row, image; the scales."""
     rows, share, divisor = (hl.Param(hl.Int(32), name) for name in ("rows", "share", "divisor"))
-    y, x_axis = _Axis("y"), _Axis("x")
+    y, x_axis = [(_Shares if spec.shares else _Axis)(name) for name in ("y", "x")]
     ends = Edges(spec.kinds)
     x = ends.image(0, 4, "x")
     c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
@@ -151,7 +169,7 @@ def _pooled(
     """Sums or maxima of ``source`` along dimension ``d``, and the reduction; pixels outside the image are left out."""
     taps = hl.RDom([hl.Range(0, axis.kernel)], f"taps_{name}")
     place = axis.first(at[d]) + taps.x * axis.dilation
-    taps.where((place >= 0) & (place < size))
+    taps.where((place >= 0) & (place < axis.end(at[d], size)))
     pooled = hl.Func(name)
     pooled[at] = how.start
     pooled[at] = how.more(pooled[at], source([*at[:d], hl.clamp(place, 0, size - 1), *at[d + 1 :]]))
@@ -181,7 +199,7 @@ def plan(case: Case) -> WindowPlan:
     kinds = edges.kinds(case)
     moved = not over.mean and set(kinds) == {edges.COUNTED}
     lanes = channel_lanes(edges.wide(kinds) if moved else machine.host(), channels)
-    spec = WindowSpec(over.mean, lanes, min(_VECTORS, channels // lanes), kinds, moved)
+    spec = WindowSpec(over.mean, lanes, min(_VECTORS, channels // lanes), kinds, moved, bool(over.shares))
     fitting = machine.host().l2_bytes // _ROWS_SHARE // (4 * channels * columns)
     rows = max(1, min(out_rows, (fitting - dilation[0] * (over.size[0] - 1)) // stride[0]))
     if images < case.threads:
@@ -190,7 +208,8 @@ def plan(case: Case) -> WindowPlan:
     for d, extent in enumerate(image):
         low, high = padding[d]
         counted = (-low, extent + high) if over.counts_padding else (0, extent)
-        numbers += [over.size[d], stride[d], dilation[d], low, *counted]
+        walk = (extent, 1, over.shares[d]) if over.shares else (stride[d], dilation[d], low)
+        numbers += [over.size[d], *walk, *counted]
     return WindowPlan(spec, tuple(numbers))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,19 @@ from cli_run import sepconv, trained_folder
 from safetensors.torch import load_file
 
 from sepconv.data import load
-from sepconv.runs import judge
+from sepconv.runs import compare, judge, latency, precisions, run_folder
 
 DIGITS = ("--data", "digits")
 NO_TRAINING = ("--epochs", 0)
 
 
 @pytest.fixture(autouse=True)
-def _without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sepconv.runs.onnx_file.missing", lambda: "onnx is not here")
+def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are not measured, nor is anything exported: both take longer than what is looked at here."""
+    monkeypatch.setattr(latency, "latency_ms", partial(latency.latency_ms, seconds=0.0))
+    monkeypatch.setattr(precisions, "SECONDS", 0.0)
+    monkeypatch.setattr(compare, "limits", lambda threads: {})
+    monkeypatch.setattr(run_folder.onnx_file, "missing", lambda: "onnx is not here")
 
 
 def test_the_networks_own_preparation_counts(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,13 @@ def test_timm_through_its_two_functions(monkeypatch: pytest.MonkeyPatch) -> None
         create("timm/resnet18", heads=1)
     with pytest.raises(ValueError, match=r"create: timm cannot build resnet18\.tag with {}: Invalid pretrained tag"):
         create("timm/resnet18.tag")
+
+    def offline(name: str, **settings: Any) -> nn.Module:
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"create: the weights of timm/resnet18 cannot be had \(URLError: .*no route"):
+        create("timm/resnet18", pretrained=True)
 
 
 def test_torchvision_loads_no_weights_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

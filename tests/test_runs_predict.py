@@ -103,6 +103,8 @@ def test_names_of_the_network_come_before_those_of_the_data(network: Path, tmp_p
     begin = ("predict", "vgg_small", "--weights", bare, "--set", "width_mult=0.25", "--set", "num_classes=2")
     named = json.loads(run(*begin, image, "--data", data, "--json", "-").out)
     assert sorted(named[0]["classes"]) == ["ant", "dog"]
+    third = run("predict", "vgg_small", "--set", "num_classes=3", image, "--data", data, "--json", "-")
+    assert sorted(json.loads(third.out)[0]["classes"]) == ["0", "1", "2"]
     (tmp_path / "names.txt").write_text("zebra\nyak\n")
     typed = run(*begin, image, "--data", data, "--classes", tmp_path / "names.txt", "--json", "-")
     assert sorted(json.loads(typed.out)[0]["classes"]) == ["yak", "zebra"]

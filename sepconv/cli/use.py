@@ -110,19 +110,19 @@ def predict_command(
     arguments.check_outputs([*arguments.inputs(model, weights, data), *images], json=json_file)
     wanted = arguments.Typed(image_size, crop, interpolation, mean, std, bgr).over(preprocessing_of(model, weights))
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()))
-    names = read_classes(classes) if classes else card.classes or names_of_outputs(card.model)
+    typed, known = read_classes(classes) if classes else [], [names_of_outputs(card.model)]
     if data is not None:
-        known = load(data, preprocessing=wanted)
-        show.notes(screen, known)
-        card, names = card.with_data(known), names or known.classes
+        source = load(data, preprocessing=wanted)
+        show.notes(screen, source)
+        known = [source.classes, *known]
+        card = replace(card.with_data(source), classes=card.classes)
     elif wanted is not None:
         card = card.prepared_by(wanted)
     files = image_files(images, ignored := Ignored())
     if ignored:
         screen.say(f"{len(files)} images, {ignored}")
     skipped: list[str] | None = [] if skip_broken else None
-    card = replace(card, classes=[*names])
-    found = predict(network, card, files, top, compiled, precision, names if classes else (), skipped)
+    found = predict(network, card, files, top, compiled, precision, typed, known, skipped)
     if skipped:
         screen.say(f"Broken images left out: {len(skipped)} ({', '.join(skipped[:5])})")
     show.predictions(screen, found)

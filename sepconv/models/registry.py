@@ -160,8 +160,8 @@ def _create_timm(name: str, settings: dict[str, Any]) -> nn.Module:
         raise ValueError(f"create: timm has no model {architecture!r}{_nearest(architecture, known)}")
     try:
         return timm.create_model(short, **settings)
-    except OSError:  # weights that cannot be had
-        raise
+    except OSError as error:
+        raise OSError(f"create: the weights of {name} cannot be had ({complaint(error)})") from error
     except Exception as error:
         raise ValueError(f"create: timm cannot build {short} with {settings}: {complaint(error)}") from error
 
@@ -181,7 +181,7 @@ def _create_torchvision(name: str, settings: dict[str, Any]) -> nn.Module:
     weights = "DEFAULT" if given.pop("pretrained", False) else None
     try:
         return models.get_model(short, weights=weights, **given)
-    except OSError:  # weights that cannot be had
-        raise
+    except OSError as error:
+        raise OSError(f"create: the weights of {name} cannot be had ({complaint(error)})") from error
     except Exception as error:
         raise ValueError(f"create: torchvision cannot build {short} with {settings}: {complaint(error)}") from error

@@ -40,6 +40,7 @@ def predict(
     compiled: bool = False,
     precision: str | None = None,
     classes: Sequence[str] = (),
+    known: Sequence[Sequence[str]] = (),
     skipped: list[str] | None = None,
 ) -> list[Prediction]:
     """Classify images.
@@ -53,6 +54,7 @@ def predict(
         compiled: run the network by ``sepconv.compile``: takes seconds first, pays for itself with many images.
         precision: as ``sepconv.compile`` has it; one that is named compiles the network.
         classes: names of the network's outputs in their order; those of the card where it is empty.
+        known: names that may be theirs where the card has none: the first that are as many as the outputs.
         skipped: gets the names of broken images, which are left out; None makes an error of the first.
 
     Raises:
@@ -79,7 +81,7 @@ def predict(
             continue
         scores = scores_of(card.normalise(torch.cat(images)))
         _check(scores, chunk, classes)
-        names = classes or class_names(card, scores.shape[1])
+        names = classes or _names(card, known, scores.shape[1])
         best = scores.softmax(1).topk(min(top, scores.shape[1]))
         for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
             found.append(Prediction(str(path), [names[label] for label in labels], probabilities))
@@ -103,6 +105,11 @@ def _read(
         else:
             chunk.append(file)
     return chunk, images
+
+
+def _names(card: Card, known: Sequence[Sequence[str]], outputs: int) -> Sequence[str]:
+    fitting = (found for found in (card.classes, *known) if len(found) == outputs)
+    return next(fitting, class_names(card, outputs))
 
 
 def _check(scores: object, files: Sequence[Path], classes: Sequence[str]) -> None:

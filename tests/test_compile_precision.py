@@ -236,6 +236,8 @@ def test_small_steps_stay_in_float32_and_say_so(monkeypatch: pytest.MonkeyPatch)
     assert [group.macs for group in groups] == [2592, 10368, 5184, 2592, 2592]
     assert [group.number for group in groups] == ["bfloat16", "bfloat16", "float32", "float32", "bfloat16"]
     assert [group.reason for group in (*groups, pool)] == ["", "", "", few, "", ""]
+    shared = nn.Sequential(layers[0], Both(layers[4], nn.Conv2d(8, 64, 1))).eval()
+    assert compile(shared, x, precision="bfloat16").explain().groups[0].number == "bfloat16"  # one of two gains
     monkeypatch.setitem(choice.FEW_MACS, "pointwise", 10368)
     monkeypatch.setattr(choice, "FEW_NUMBERS", 4 * 81)
     fast, usual = compile(model, x, precision="bfloat16"), compile(model, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -142,10 +143,12 @@ def test_sizes_around_the_edges_of_tiles(channels: int, rows: int, columns: int,
     _check(Case("edge", channels, (rows, columns), (3, 3), batch=1, padding=1), how)
 
 
-# Above 7 rows, and above 9 or 27 taps, there are loops over taps; of a gradient several programs share them.
+# Above 7 rows, and above 9 or 27 taps, there are loops over taps; of a gradient several programs share them. A square
+# of 63 is interpreted for a minute.
+_SQUARES = (*range(1, 16), 17, 23, 31, 47, 63)
 _SIZES = [
     *[((size,), "contiguous") for size in range(1, 64)],
-    *[((size, size), how) for size in range(1, 64) for how in ("channels_last", "contiguous")],
+    *[((size, size), how) for size in _SQUARES for how in ("channels_last", "contiguous")],
     *[((size, 2), "channels_last") for size in range(1, 64)],
     *[((2, size), "contiguous") for size in range(1, 64)],
 ]
@@ -302,6 +305,27 @@ def test_all_is_written_and_nothing_beside_it(channels_last: bool, monkeypatch: 
         assert not y.isnan().any()
         assert whole[:64].isnan().all()
         assert whole[-64:].isnan().all()
+
+
+def test_programs_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which of several GPUs may be another."""
+    from sepconv.kernels.triton.compiled import launch
+
+    entered: list[torch.device] = []
+    with monkeypatch.context() as two:
+        two.setattr(torch.cuda, "current_device", lambda: 0)
+        two.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+        for index in (0, 1):
+            with launch._on(torch.device("cuda", index)):
+                pass
+    assert entered == [torch.device("cuda", 1)]
+    on = launch._on
+    monkeypatch.setattr(launch, "_on", lambda device: entered.append(device) or on(device))
+    x, weight, walk = torch.randn(1, 2, 3, 3).to(DEVICE), torch.randn(2, 1, 1, 1).to(DEVICE), ((1,) * 2, ((0, 0),) * 2)
+    forward(x, weight, None, *walk, (1, 1))
+    grad_input(x, weight, x.shape, *walk, (1, 1))
+    grad_weight(x, x, weight.shape, *walk, (1, 1))
+    assert entered[1:] == [x.device] * 3
 
 
 def test_a_gradient_of_filters_is_the_same_in_every_run() -> None:

@@ -15,8 +15,8 @@ from sepconv.device.targets import TARGETS
 TARGET = TARGETS["x86-64-linux"]
 THREADS, BYTES, REPEATS = 3, 4096, 300
 # Functions of (arena, out). "apart": each pass takes memory, writes there what it is, and reads it when all passes have
-# come so far. "each": loop after loop, whose passes are counted when it has ended. "late": the same with passes that take
-# their time. "nested": a loop in a loop.
+# come so far. "each": loop after loop, whose passes are counted when it has ended. "late": the same with passes that
+# take their time. "nested": a loop in a loop.
 PROGRAM = """
 define i32 @own(ptr %context, i32 %index, ptr %out) nounwind {{
 entry:

@@ -50,8 +50,8 @@ int {name}_run_image(const uint8_t *pixels, {outputs});
 int {name}_run_image_in(void *arena, const uint8_t *pixels, {outputs});
 """
 _ALONE = "A call allocates nothing and starts no thread."
-_SHARED = """A call computes on {count} threads: it starts {others} (pthread_create) and joins all before it returns. Where the
-   system gives fewer, it computes the same. It allocates nothing else."""
+_SHARED = """A call computes on {count} threads: it starts {others} (pthread_create) and joins all before it returns.
+   Where the system gives fewer, it computes the same. It allocates nothing else."""
 _CLASSES = """
 /* What each output stands for. */
 extern const char *const {name}_classes[{upper}_CLASSES];

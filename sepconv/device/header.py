@@ -50,8 +50,8 @@ int {name}_run_image(const uint8_t *pixels, {outputs});
 int {name}_run_image_in(void *arena, const uint8_t *pixels, {outputs});
 """
 _ALONE = "A call allocates nothing and starts no thread."
-_SHARED = """A call starts {others} (pthread_create) and ends them before it returns; with fewer, where the system gives
-   no more, it computes the same. It allocates nothing else."""
+_SHARED = """A call computes on {count} threads: it starts {others} (pthread_create) and joins all before it returns.
+   Where the system gives fewer, it computes the same. It allocates nothing else."""
 _CLASSES = """
 /* What each output stands for. */
 extern const char *const {name}_classes[{upper}_CLASSES];
@@ -83,7 +83,7 @@ def header(library: ExportedLibrary, has_image: bool, classes: int) -> str:
 
 def _threads(count: int) -> str:
     others = "a thread" if count == 2 else f"{count - 1} threads"
-    return _ALONE if count == 1 else _SHARED.format(others=others)
+    return _ALONE if count == 1 else _SHARED.format(count=count, others=others)
 
 
 def parameters(kind: str, count: int) -> list[str]:

@@ -27,7 +27,7 @@ from sepconv.ops.explain import Explanation, note
 from sepconv.ops.stages import Before, StageConvolution, composed_gradients
 
 
-class Layer(Protocol):
+class WaitingLayer(Protocol):
     """A convolution that may wait.
 
     Attributes:
@@ -48,7 +48,13 @@ class Call:
     """
 
     def __init__(
-        self, how: StageConvolution, layer: Layer, x: Tensor, before: Before | None, weight: Tensor, bias: Tensor | None
+        self,
+        how: StageConvolution,
+        layer: WaitingLayer,
+        x: Tensor,
+        before: Before | None,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> None:
         self.how, self.layer = how, layer
         self.x, self.before, self.weight, self.bias = x, before, weight, bias
@@ -234,7 +240,7 @@ def waiting(x: Any) -> Unfinished | None:
         return work if x.grad_fn is x.node else None
 
 
-def convolve(how: StageConvolution, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(how: StageConvolution, layer: WaitingLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of a plain or pending x, waiting; computed at once where no kernel of ours would gain by it."""
     work = waiting(x)
     if work is not None and work.before is not None and how.op == "normal":

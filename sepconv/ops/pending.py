@@ -106,6 +106,8 @@ class Unfinished:
         self._hooks, self.changed = _saving(), False
 
     def value(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._traced()
         if self.finished is None:
             self._note_that_nobody_asked()
             with torch.enable_grad(), self.as_when_made():
@@ -113,6 +115,14 @@ class Unfinished:
                 self.finish_as(z if self.before is None else stages.finish(z, self.before))
         assert self.finished is not None
         return self.finished
+
+    def _traced(self) -> Tensor:
+        """For a part of a network that is compiled alone: PyTorch's operators, in its graph; nothing is remembered."""
+        call = self.call
+        if self.finished is not None:
+            return self.finished
+        z = call.compose(*call.inputs()) if call.output is None else call.output.y
+        return z if self.before is None else stages.composed(z, self.before)
 
     def _note_that_nobody_asked(self) -> None:
         """For a layer with no norm before or behind it, which the next time computes at once: that is the same."""

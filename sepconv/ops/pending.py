@@ -121,7 +121,7 @@ class Unfinished:
         call = self.call
         if self.finished is not None:
             return self.finished
-        z = call.compose(*call.inputs()) if call.output is None else call.output.y
+        z = call.compose(call.x, *call.inputs()[1:]) if call.output is None else call.output.y
         return z if self.before is None else stages.composed(z, self.before)
 
     def _note_that_nobody_asked(self) -> None:

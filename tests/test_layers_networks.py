@@ -1,4 +1,4 @@
-"""Networks of torchvision, timm and transformers with our layers in place: they learn alike, and are restored.
+"""Networks of torchvision, timm and transformers with our layers in place: they learn alike and come back as they were.
 
 Random weights: nothing is downloaded. Whoever lacks one of these packages is told so.
 """

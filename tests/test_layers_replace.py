@@ -19,6 +19,7 @@ import sepconv
 from sepconv.layers import DepthwiseConv2d, PointwiseConv2d, SeparableConv2d
 from sepconv.layers.training import NormalConv2d
 from sepconv.ops import stages
+from sepconv.ops.pending import Pending
 
 __all__ = ["always"]
 
@@ -306,6 +307,36 @@ def test_compiled_networks() -> None:
     expected, found = gradients(plain, x), gradients(torch.compile(model, backend="aot_eager"), x)
     for name, grad in expected.items():
         torch.testing.assert_close(found[f"_orig_mod.{name}" if name != "image" else name], grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("last", ["convolution", "norm", "activation"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's compiler looks at it
+def test_parts_compiled_alone_take_pending_tensors(last: str, fullgraph: bool) -> None:
+    """In one graph that is compiled once, with what is still to be done for the tensor in it."""
+    parts = nn.Sequential(*stage(3, 8, 3), *stage(8, 16, 3))
+    body = parts[: {"convolution": 4, "norm": 5, "activation": 6}[last]]
+    head = nn.Sequential(nn.Conv2d(16, 5, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plain = nn.Sequential(body, head)
+    model, _ = ours(plain)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    sepconv.restore_layers(model[1])
+    model[1] = torch.compile(model[1], backend=backend, fullgraph=fullgraph)
+    model[0].register_forward_hook(lambda module, args, y: seen.append(type(y)))
+    seen: list[type] = []
+    for _ in range(3):
+        x = images()
+        found = {name.replace("_orig_mod.", ""): grad for name, grad in gradients(model, x).items()}
+        for name, grad in gradients(plain, x).items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3)
+    assert seen == [Pending] * 3
+    assert len(graphs) == 1
 
 
 @pytest.mark.usefixtures("always")

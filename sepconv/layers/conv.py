@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sepconv import ops
+from sepconv.layers import direct
 from sepconv.layers.training import waiting
 from sepconv.ops import pending, tracing
 from sepconv.ops.geometry import Padding, Size, as_tuple, positive
@@ -38,6 +39,13 @@ def _share_parameters(target: Layer, source: nn.Module) -> Layer:
     """Take over the parameters themselves: an optimizer that holds them goes on training them."""
     target.weight, target.bias = source.weight, source.bias
     return target.train(source.training)
+
+
+def _learned(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the layer computes alone; whether PyTorch does it is known the next time."""
+    y: Tensor = layer.alone(x, weight, bias)
+    direct.learn(layer, x, weight, bias)
+    return y
 
 
 class _Scriptable:
@@ -101,10 +109,10 @@ class _DepthwiseConv(_Scriptable):
         return int(self.out_channels // self.in_channels)
 
     def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if tracing.recorded(x):
+        if tracing.recorded(x) or direct.pytorchs(self, x, weight):
             return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
         y = waiting(self, "depthwise", x, weight, bias) if self.waits and self.padding_mode == "zeros" else None
-        return self.alone(x, weight, bias) if y is None else y
+        return _learned(self, x, weight, bias) if y is None else y
 
     def alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = pending.value_of(x), self.padding
@@ -216,11 +224,11 @@ class _PointwiseConv(_Scriptable):
         )
 
     def _conv_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if tracing.recorded(x):
+        if tracing.recorded(x) or direct.pytorchs(self, x, weight):
             return super()._conv_forward(x, weight, bias)  # type: ignore[misc]
         op = "pointwise" if set(self.stride) == {1} else "normal"
         y = waiting(self, op, x, weight, bias) if self.waits else None
-        return self.alone(x, weight, bias) if y is None else y
+        return _learned(self, x, weight, bias) if y is None else y
 
     def alone(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return type(self).function(pending.value_of(x), weight, bias, self.stride)

@@ -21,6 +21,8 @@ from sepconv.kernels.case import Case
 from sepconv.ops.explain import note_choice, recording
 
 MAX_CALLS = 4096
+_INTEGERS = frozenset([(int,) * size for size in range(4)])
+"""Kinds of numbers in an option with one for each dimension."""
 
 Run = Callable[..., Tensor]
 
@@ -54,13 +56,17 @@ def _signature(tensors: Sequence[Tensor | None]) -> list[Any] | None:
 
 def key(tensors: Sequence[Tensor | None], *options: Any) -> tuple[Any, ...] | None:
     """What such a call is remembered by, first whether it needs gradients; None where it has to take the long way."""
-    if _watched() or (seen := _signature(tensors)) is None:
+    if _seen_through() or recording() or (seen := _signature(tensors)) is None:
         return None
+    if torch._C._is_any_autocast_enabled():
+        if not all([t is None or t.is_cpu for t in tensors]):
+            return None
+        seen += (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
     for option in options:
         kind = type(option)
         if kind is not int and kind is not str and option is not None:
             # Equal options must mean the same: True equals 1 but is no stride, and a list may hold anything.
-            if not isinstance(option, (tuple, list)) or not all([type(item) is int for item in option]):
+            if not isinstance(option, (tuple, list)) or tuple(map(type, option)) not in _INTEGERS:
                 return None
             option = tuple(option)
         seen.append(option)
@@ -73,11 +79,33 @@ def find(known: Hashable | None) -> Run | None:
 
 
 def keep(known: Hashable, run: Run) -> Run:
-    """Remember what a call came to whose arguments were in order."""
+    """Remember what a call came to whose arguments were in order; its tensors were cast as autocast wants it."""
+    _remember(known, _cast(run) if torch._C._is_any_autocast_enabled() else run)
+    return run
+
+
+def _remember(known: Hashable, run: Run) -> None:
     if len(_calls) >= MAX_CALLS:
         _calls.clear()
     _calls[known] = run
-    return run
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to the arguments of PyTorch's convolutions."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple([t.to(dtype) if isinstance(t, Tensor) and _is_cast(t, device) else t for t in tensors])
+
+
+def _is_cast(t: Tensor, device: str) -> bool:
+    return t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == device
+
+
+def _cast(run: Run) -> Run:
+    """The same of tensors as they come under autocast."""
+    return lambda *tensors: run(*autocast(*tensors))
 
 
 def forget() -> None:
@@ -94,7 +122,7 @@ def compute(describe: Callable[..., Case], tensors: Sequence[Tensor | None], *op
     if choice is None:
         choice = backends.choose(describe(*tensors, *options))
         if known is not None and choice.settled:
-            keep(known, choice)
+            _remember(known, choice)
     y: Tensor = choice(*tensors)
     if recording():
         note_choice(choice)
@@ -124,19 +152,19 @@ def untraced(*tensors: Tensor) -> bool:
     return not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
 
 
-def _watched() -> bool:
-    """Whether a mode, a transformation, autocast, a profiler or ``explain`` wants to see each operator."""
-    return _traced() or recording()
-
-
 def _traced() -> bool:
+    """Whether a mode, a transformation, autocast or a profiler wants to see each operator."""
+    return _seen_through() or bool(torch._C._is_any_autocast_enabled())
+
+
+def _seen_through() -> bool:
+    """The same, but for autocast."""
     return bool(
         torch.compiler.is_compiling()  # first: what follows cannot be traced
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )

@@ -54,19 +54,6 @@ def _check_activation(name: str, argument: str, activation: str | None) -> str:
     return activation
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does to the arguments of PyTorch's convolutions."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "meta")
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and _is_cast(t, device) else t for t in tensors)
-
-
-def _is_cast(t: Tensor, device: str) -> bool:
-    return t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == device
-
-
 def _by_pytorch(op: str, *tensors: Tensor | None) -> bool:
     """Whether the operation must consist of PyTorch's own operators: any runtime can read those, and transform them."""
     reason = tracing.reason(*tensors)
@@ -86,6 +73,16 @@ def _half_reason(x: Tensor) -> str:
     """Why numbers of 16 bits are not for our products of matrices where there are gradients: PyTorch's use the
     processor's units for them."""
     return f"the kernel computes in float32 but got {x.dtype}" if x.dtype in HALF else ""
+
+
+def depthwise_is_pytorchs(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a depthwise layer that is trained comes to PyTorch's operation, with arguments that are in order."""
+    return bool(_trained_reason(x, weight, geometry))
+
+
+def pointwise_is_pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """The same of a pointwise layer."""
+    return bool(_trained_product_reason(x, weight, bias, None, ""))
 
 
 def _trained_reason(x: Tensor, weight: Tensor, geometry: Geometry) -> str:
@@ -137,7 +134,7 @@ def _in_turn(dims: int, given: GivenGeometry, between: str | None, activation: s
 
 
 def _note_computed_again(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
-    if recording():
+    if not torch.compiler.is_compiling() and recording():
         saved = f"{_bytes_between(x, weight, geometry):,} bytes less memory until the way back"
         note(Explanation("separable_conv_between", "computed again", reasons={"kept": saved}))
 
@@ -204,7 +201,7 @@ def depthwise_conv(
     chosen = _check_activation(name, "activation", activation)
     if tracing.symbolic(x, weight, bias):
         return aten.depthwise_symbolic(dims, x, weight, bias, *given, chosen)
-    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = call.autocast(x, weight, bias)  # type: ignore[assignment]
     check_tensors(name, dims, x, weight=weight, bias=bias)
     if x.dim() == dims + 1:
         return depthwise_conv(dims, x[None], weight, bias, given, activation)[0]
@@ -239,7 +236,7 @@ def pointwise_conv(
     chosen = _check_activation(name, "activation", activation)
     if tracing.symbolic(x, weight, bias, residual):
         return aten.pointwise_symbolic(dims, x, weight, bias, stride, chosen, residual)
-    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = call.autocast(x, weight, bias)  # type: ignore[assignment]
     if residual is not None and _promotes(x, residual):
         return ACTIVATIONS[chosen].function(pointwise_conv(dims, x, weight, bias, stride, None, None) + residual)
     check_tensors(name, dims, x, weight=weight, bias=bias, residual=residual)
@@ -291,7 +288,7 @@ def separable_conv(
     if tracing.symbolic(*tensors):
         hidden = aten.depthwise_symbolic(dims, x, dw, dw_bias, *given, between)
         return aten.pointwise_symbolic(dims, hidden, pw, pw_bias, 1, chosen)
-    x, dw, pw, dw_bias, pw_bias = _autocast(x, dw, pw, dw_bias, pw_bias)  # type: ignore[assignment]
+    x, dw, pw, dw_bias, pw_bias = call.autocast(x, dw, pw, dw_bias, pw_bias)  # type: ignore[assignment]
     others = {"depthwise_weight": dw, "pointwise_weight": pw, "depthwise_bias": dw_bias, "pointwise_bias": pw_bias}
     check_tensors(name, dims, x, **others)
     if x.dim() == dims + 1:

@@ -27,7 +27,7 @@ from sepconv.ops.explain import Explanation, note
 from sepconv.ops.stages import Before, StageConvolution, composed_gradients
 
 
-class Layer(Protocol):
+class WaitingLayer(Protocol):
     """A convolution that may wait.
 
     Attributes:
@@ -48,7 +48,13 @@ class Call:
     """
 
     def __init__(
-        self, how: StageConvolution, layer: Layer, x: Tensor, before: Before | None, weight: Tensor, bias: Tensor | None
+        self,
+        how: StageConvolution,
+        layer: WaitingLayer,
+        x: Tensor,
+        before: Before | None,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> None:
         self.how, self.layer = how, layer
         self.x, self.before, self.weight, self.bias = x, before, weight, bias
@@ -100,6 +106,8 @@ class Unfinished:
         self._hooks, self.changed = _saving(), False
 
     def value(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._traced()
         if self.finished is None:
             self._note_that_nobody_asked()
             with torch.enable_grad(), self.as_when_made():
@@ -110,6 +118,14 @@ class Unfinished:
                     self.finish_as(stages.finish(z, before))
         assert self.finished is not None
         return self.finished
+
+    def _traced(self) -> Tensor:
+        """For a part of a network that is compiled alone: PyTorch's operators, in its graph; nothing is remembered."""
+        call = self.call
+        if self.finished is not None:
+            return self.finished
+        z = call.compose(call.x, *call.inputs()[1:]) if call.output is None else call.output.y
+        return z if self.before is None else stages.composed(z, self.before)
 
     def _note_that_nobody_asked(self) -> None:
         """For a layer with no norm before or behind it, which the next time computes at once: that is the same."""
@@ -237,7 +253,7 @@ def waiting(x: Any) -> Unfinished | None:
         return work if x.grad_fn is x.node else None
 
 
-def convolve(how: StageConvolution, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(how: StageConvolution, layer: WaitingLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of a plain or pending x, waiting; computed at once where no kernel of ours would gain by it."""
     work = waiting(x)
     if work is not None and work.before is not None and how.op == "normal":

@@ -77,8 +77,9 @@ def _follow(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor
     running_var.mul_(number(1 - momentum)).add_(var.detach(), alpha=momentum * count / (count - 1))
 
 
-# Of an activation without a norm a pass is saved where the images do not stay in the cache; of less, Python costs more.
-_LEAST_ALONE = 1 << 20
+# An activation without a norm in front of a pointwise layer, measured on Granite Rapids, forward and back: 1.1 to 1.5
+# times PyTorch's speed of more than half a million numbers, 0.85 to 1.1 of less than a quarter.
+_LEAST_ALONE = 1 << 18
 
 
 def _activate(input: Any, activation: str, inplace: bool = False) -> Any:

@@ -330,8 +330,8 @@ def unpaid(
     return "; ".join(choice.reasons.values()) or f"there is no kernel for a {how.op} stage"
 
 
-# Measured on Granite Rapids, forward and back: 1.05 to 1.35 times the speed of PyTorch's convolution from here on, 0.7 to
-# 0.9 of a quarter as many.
+# Measured on Granite Rapids, forward and back: 1.05 to 1.35 times the speed of PyTorch's convolution from here on, 0.7
+# to 0.9 of a quarter as many.
 _LEAST_ALONE = 1 << 19
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from trainable import Branch, Residual, always, assert_as_exact, gradients, images, ours
 
 import sepconv
-from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.jit import products, runtime
 from sepconv.kernels.halide.training import blocks
-from sepconv.ops import postpone
+from sepconv.ops import postpone, stages
 
 __all__ = ["always"]
 
@@ -79,8 +79,26 @@ def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {choice.op: choice.kernel for choice in choices if "stage" in choice.op} == expected
     monkeypatch.setattr(postpone, "_LEAST_ALONE", 0)
     assert_as_exact(model, x, gradients)
-    with torch.autocast("cpu", torch.bfloat16):
-        replaced, _ = ours(model)
+    replaced, _ = ours(model)
+    with torch.autocast("cpu", torch.bfloat16), sepconv.ops.explain.record() as choices:
         y, plain = replaced(x).detach(), model(x).detach()
+    assert not [
+        choice for choice in choices if "stage" in choice.op and choice.kernel == "halide"
+    ]  # products cost more
     assert y.dtype is torch.bfloat16
     assert float((y - plain).abs().max()) <= 2**-6 * float(plain.abs().max())
+
+
+@pytest.mark.skipif(bool(runtime.missing() or products.missing()), reason="no product to call")
+@pytest.mark.parametrize("least", [0, 1 << 30])
+def test_a_pointwise_layer_alone(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    """As a stage where it is large; a bias of its own and the sum behind it are no hindrance."""
+    monkeypatch.setattr(blocks, "_LEAST_NUMBERS", 0)
+    monkeypatch.setattr(stages, "_LEAST_ALONE", least)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), Branch(lambda x: x + 1), nn.Conv2d(8, 3, 3)), images(2, (16, 16))
+    replaced, _ = ours(model)
+    with sepconv.ops.explain.record() as choices:
+        gradients(replaced, x)
+    ran = [(choice.op, choice.kernel) for choice in choices if "pointwise_stage" in choice.op]
+    assert ran == ([] if least else [("pointwise_stage", "halide"), ("pointwise_stage_gradients", "halide")])
+    assert_as_exact(model, x, gradients)

@@ -72,7 +72,7 @@ class Call:
         return self.output
 
     def _computed(self, statistics: bool) -> stages.StageOutput:
-        if statistics or self.before is not None:
+        if statistics or self.before is not None or stages.pays_alone(self.how, self.x, self.weight):
             return stages.stage(self.how, self.x, self.before, self.weight, self.bias, statistics)
         dtype, bias = self.x.dtype, self.bias
         y = self.layer.alone(self.x, self.weight.to(dtype), None if bias is None else bias.to(dtype))

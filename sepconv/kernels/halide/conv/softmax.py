@@ -26,8 +26,6 @@ from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.schedule import machine
 
 _ROW_DIMS = 3
-# Vectors in a row, and numbers in all, from which on what is left of a row costs more than a call of PyTorch.
-_SHORT_ROW, _MANY = 4, 1 << 14
 
 
 class SoftmaxSpec(NamedTuple):
@@ -115,13 +113,8 @@ def supports(case: Case) -> str:
 
 
 def slower(case: Case) -> str:
-    """Why PyTorch's is expected to be faster, in a sentence; the empty string if it is not."""
-    if not case.bound:
-        return "single operations on tensors are PyTorch's"
-    short = case.x.shape[-1] < _SHORT_ROW * machine.host().lanes and case.x.shape[-1] % machine.host().lanes
-    if short and case.x.elements > _MANY:
-        return f"many rows that do not fill vectors are faster in PyTorch, got {case.x.elements} numbers"
-    return ""
+    """Where memory is given never; functions of single tensors are PyTorch's."""
+    return "" if case.bound else "single operations on tensors are PyTorch's"
 
 
 def describe(case: Case) -> dict[str, Any]:

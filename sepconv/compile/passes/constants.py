@@ -18,7 +18,7 @@ from sepconv.ops.quantized import FAKE_QUANTIZE, MOST
 _MOST_GROWTH = 1 << 20
 _aten = torch.ops.aten
 _MADE_OF_NOTHING = (
-    _aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.linspace.default,
+    _aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.eye.default, _aten.eye.m, _aten.linspace.default,
     _aten.arange.default, _aten.arange.start, _aten.arange.start_step, _aten.scalar_tensor.default,
 )  # fmt: skip
 

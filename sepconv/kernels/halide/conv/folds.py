@@ -60,18 +60,25 @@ class RowFold:
         parts[inside] = fold.nothing()
         first, *beside = _indices(vectors, len(sizes))
         parts[inside] = fold.both(parts[inside], value(lane + lanes * first, *beside))
-        total[at] = _in_pairs(fold, [parts[tuple([i, *place])] for i in range(lanes)])
+        halves = _halves(f"{name}_halves", fold, parts, place, lanes)
+        total[at] = hl.cast(hl.Float(32), halves[-1][tuple([0, *place])])
         first, *beside = _indices(rest, len(sizes))
         total[at] = fold.both(total[at], value(numbers / lanes * lanes + first, *beside))
         parts.bound_extent(lane, lanes).vectorize(lane).update().vectorize(lane)
         total.update().unscheduled()
-        self.value, self.funcs = total[at], [parts, total]
+        self.value, self.funcs = total[at], [*halves, total]
 
 
 def _indices(domain: Any, count: int) -> list[Any]:
     return [getattr(domain, name) for name in ("x", "y", "z")[:count]]
 
 
-def _in_pairs(fold: Fold, terms: list[Any]) -> Any:
-    half = len(terms) // 2
-    return terms[0] if not half else fold.both(_in_pairs(fold, terms[:half]), _in_pairs(fold, terms[half:]))
+def _halves(name: str, fold: Fold, parts: Any, place: Sequence[Any], lanes: int) -> list[Any]:
+    """The parts, then half as many lanes, and so on to one."""
+    found, lane = [parts], hl.Var("lane")
+    while lanes > 1:
+        lanes //= 2
+        whole, half = found[-1], hl.Func(f"{name}_{lanes}")
+        half[tuple([lane, *place])] = fold.both(whole[tuple([lane, *place])], whole[tuple([lane + lanes, *place])])
+        found.append(half.bound_extent(lane, lanes).vectorize(lane))
+    return found

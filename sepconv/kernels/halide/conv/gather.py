@@ -22,6 +22,8 @@ from sepconv.kernels.halide.jit.machine_code import Bound
 from sepconv.kernels.halide.jit.runtime import hl
 
 _DIMS = 4
+# Numbers that cost more than a call of PyTorch where each is read by itself.
+_MANY = 1 << 14
 
 
 class PlacesSpec(NamedTuple):
@@ -116,10 +118,24 @@ def _dimensions(x: Outline, out: Outline, detail: GatherDetail) -> list[_Dimensi
     return found
 
 
+def _in_one_row(found: list[_Dimension], lanes: int) -> list[_Dimension]:
+    """Where few numbers lie side by side they are chosen together with the dimension before: a longer row."""
+    if len(found) < 2 or found[-1].sizes[1] >= lanes or found[-2].steps != found[-1].sizes:
+        return found
+    (*rest, outer, inner), taken = found, _places(found[-1])
+    row = [-1 if at < 0 or i < 0 else at * inner.sizes[0] + i for at in _places(outer) for i in taken]
+    sizes = outer.sizes[0] * inner.sizes[0], outer.sizes[1] * inner.sizes[1]
+    return [*rest, _Dimension(sizes, (1, 1), tuple(row))]
+
+
+def _places(dimension: _Dimension) -> Places:
+    return tuple(range(dimension.sizes[1])) if dimension.places is None else dimension.places
+
+
 def plan(case: Case) -> GatherPlan:
     """The kernel and its tables for such tensors."""
     detail, kinds = _detail(case), edges.kinds(case)
-    found = _dimensions(case.x, case.result, detail)
+    found = _in_one_row(_dimensions(case.x, case.result, detail), edges.wide(kinds).lanes)
     found = [_Dimension((1, 1), (0, 0), None)] * (_DIMS - len(found)) + found
     inner = found[-1]
     found[-1] = inner._replace(steps=(1, 1))
@@ -127,7 +143,7 @@ def plan(case: Case) -> GatherPlan:
     spec = PlacesSpec(kinds, detail.moves and edges.moved(kinds), inner.places is not None, short)
     results = case.result.elements // max(inner.sizes[1], 1)
     (before, after), (steps, own) = (zip(*(part[i] for part in found), strict=True) for i in (0, 1))
-    places = tuple(tuple(range(part.sizes[1])) if part.places is None else part.places for part in found)
+    places = tuple(_places(part) for part in found)
     share = runtime.per_thread(results, case.threads)
     return GatherPlan(spec, share, detail.value, places, (tuple(before), tuple(steps)), (tuple(after), tuple(own)))
 
@@ -150,8 +166,12 @@ def unreadable(x: Outline, out: Outline, detail: GatherDetail) -> str:
 
 
 def slower(case: Case) -> str:
-    """Where memory is given never; functions of single tensors are PyTorch's."""
-    return "" if case.bound else "single operations on tensors are PyTorch's"
+    """Why PyTorch's is expected to be faster, in a sentence; the empty string if it is not."""
+    if not case.bound:
+        return "single operations on tensors are PyTorch's"
+    if not _detail(case).moves and case.result.elements > _MANY and plan(case).spec.chosen:
+        return "padding that reads few numbers side by side is faster in PyTorch"
+    return ""
 
 
 def describe(case: Case) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from sepconv.kernels.halide.schedule.gemm import channel_lanes
 
 SEVERAL = True
 # Of a tile: vectors of columns, and rows for each number of vectors so that sums fill most of the registers.
-_MOST_VECTORS = 3
-_FEW_REGISTERS, _ROWS, _FEW_ROWS = 16, 6, 4
+_MOST_VECTORS, _ROWS = 4, 6
+_FEW_REGISTERS, _MOST_OF_FEW, _FEW_ROWS = 16, 3, 4
 # More multiply-adds than this are faster in PyTorch, whose matrices are packed.
-_FEW_MACS = 200_000
+_FEW_MACS = 40_000_000
 
 
 class ProductSpec(NamedTuple):
@@ -83,10 +83,17 @@ def plan(case: Case) -> ProductPlan:
     batch, rows, columns = case.result.shape
     host = machine.host()
     lanes = channel_lanes(host, columns)
-    vectors = min(_MOST_VECTORS, columns // lanes)
-    most = _FEW_ROWS if host.registers <= _FEW_REGISTERS and vectors == _MOST_VECTORS else _ROWS
+    few = host.registers <= _FEW_REGISTERS
+    vectors = _vectors(columns, lanes, _MOST_OF_FEW if few else _MOST_VECTORS)
+    most = _FEW_ROWS if few and vectors == _MOST_OF_FEW else _ROWS
     spec = ProductSpec(edges.kinds(case), lanes, vectors, min(most, rows))
     return ProductPlan(spec, runtime.per_thread(-(-columns // (lanes * vectors)) * batch, case.threads))
+
+
+def _vectors(columns: int, lanes: int, most: int) -> int:
+    """As many as leave few columns to be computed twice; with more of them what is read serves more sums."""
+    fitting = range(min(most, columns // lanes), 0, -1)
+    return min(fitting, key=lambda count: -(-columns // (lanes * count)) * (count + 0.5))
 
 
 def supports(case: Case) -> str:

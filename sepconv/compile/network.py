@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sepconv.compile.ahead import built_ahead
 from sepconv.compile.capture import first_line
 from sepconv.compile.instance import Instance
 from sepconv.compile.layout import lay_out
@@ -52,7 +53,8 @@ class PreparedNetwork:
                 warnings.warn(f"compile: the usual kernels run, tuning failed ({first_line(error)})", stacklevel=2)
             else:
                 self.lowered = lower(self.program, self.arena.slices, choices)
-        self.give_back(self.take())
+        with built_ahead(self.program, self.arena, self.lowered, store):
+            self.give_back(self.take())
 
     def take(self) -> Instance:
         try:

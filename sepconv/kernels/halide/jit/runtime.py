@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import lru_cache, reduce
 from math import prod
 from operator import mul
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +119,13 @@ def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
     if other is not None:
         return other(key, build, old)
     place = (key, torch.get_num_threads() > 1)
+    entry = _entry(place)
+    kernel = entry.kernel or _load(entry, place, lambda: _object_code(place, build, old))
+    threads.follow_torch()
+    return kernel
+
+
+def _entry(place: tuple[Hashable, bool]) -> _Entry:
     with _cache_lock:
         entry = _cache.get(place)
         if entry is None:
@@ -126,18 +134,39 @@ def compiled(key: Hashable, build: Build, old: bool = False) -> Kernel:
                 _cache.popitem(last=False)
         else:
             _cache.move_to_end(place)
-    kernel = entry.kernel or _load(entry, place, build, old)
-    threads.follow_torch()
-    return kernel
+        return entry
 
 
-def _load(entry: _Entry, place: tuple[Hashable, bool], build: Build, old: bool) -> Kernel:
+def known(key: Hashable, old: bool = False) -> bool:
+    """Whether a kernel need not be compiled, as far as can be seen from outside."""
+    place = (key, torch.get_num_threads() > 1)
+    entry = _cache.get(place)
+    if entry is not None and (entry.kernel or entry.error):
+        return True
+    file = _file(place, old)
+    return file is not None and file.exists()
+
+
+def keep(key: Hashable, old: bool, code: bytes) -> None:
+    """The code of a kernel that was compiled elsewhere.
+
+    Raises:
+        BuildError: it cannot be loaded.
+    """
+    place = (key, torch.get_num_threads() > 1)
+    file = _file(place, old)
+    if file is not None:
+        code_cache.write(file, code)
+    _load(_entry(place), place, lambda: code)
+
+
+def _load(entry: _Entry, place: tuple[Hashable, bool], make: Callable[[], bytes]) -> Kernel:
     with forks.undivided(), entry.lock:
         if entry.error is not None:
             raise entry.error
         if entry.kernel is None:
             try:
-                entry.kernel = Kernel(_object_code(place, build, old_target() if old else target()), _name(place[0]))
+                entry.kernel = Kernel(make(), _name(place[0]))
             except OSError as error:  # a disk may have room again later
                 raise BuildError(f"Halide cannot build {place[0]}: {error}") from error
             except (hl.HalideError, RuntimeError) as error:
@@ -151,16 +180,25 @@ def _name(key: Hashable) -> str:
     return str(key[0]) if type(key) is tuple else key if isinstance(key, str) else type(key).__name__
 
 
-def _object_code(place: tuple[Hashable, bool], build: Build, machine: Any) -> bytes:
+def _object_code(place: tuple[Hashable, bool], build: Build, old: bool) -> bytes:
     """From disk where it was kept there, else compiled and kept."""
-    file = code_cache.path(place, str(machine))
+    file = _file(place, old)
     code = None if file is None else code_cache.read(file)
     if code is None:
-        func, arguments = build()
-        code = machine_code.compile_object(hl.Pipeline(func), arguments, machine)
+        code = object_code(build, old)
         if file is not None:
             code_cache.write(file, code)
     return code
+
+
+def _file(place: tuple[Hashable, bool], old: bool) -> Path | None:
+    return code_cache.path(place, str(old_target() if old else target()))
+
+
+def object_code(build: Build, old: bool = False) -> bytes:
+    """What ``Kernel`` loads, compiled anew."""
+    func, arguments = build()
+    return machine_code.compile_object(hl.Pipeline(func), arguments, old_target() if old else target())
 
 
 def parallel(stage: Any, loop: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ from sepconv.kernels import case as cases
 from sepconv.kernels.case import Case, Geometry
 from sepconv.kernels.halide.conv import normal
 from sepconv.kernels.halide.jit import runtime
-from sepconv.kernels.halide.schedule.machine import Machine, host, named
+from sepconv.kernels.halide.schedule.machine import Machine, host, named, targeting
 from sepconv.kernels.halide.schedule.normal import NormalShape, normal_schedule
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
 
+# Output channels in the narrowest block.
+LEAST_WIDE = 4
 PADDED = Geometry((1, 1), ((1, 1), (1, 1)), (1, 1))
 
 
@@ -96,6 +99,31 @@ def test_normal_matches_definition(layer: Layer, assert_rounding: Callable[..., 
     margins_untouched()
 
 
+RUNS = [
+    Layer("tiles_and_one_column", (2, 64, 5, 29), 33, residual=True),
+    Layer("fewer_columns_than_a_tile", (1, 48, 7, 3), 64, geometry=walk(2), activation="silu"),
+    Layer("dilated", (1, 80, 9, 7), 24, geometry=walk(1, 4, 4), activation=""),
+    Layer("groups", (1, 96, 5, 6), 80, groups=2, bias=False),
+]
+
+
+@pytest.mark.parametrize("layer", RUNS, ids=[layer.name for layer in RUNS])
+def test_sums_in_runs_match_definition(layer: Layer, threads: int, assert_rounding: Callable[..., None]) -> None:
+    """As where the second cache is too small for the weights of a block."""
+    given = x, weight, bias, residual = tensors(layer)
+    small = dataclasses.replace(host(), l2_bytes=4 * weight[0].numel() * LEAST_WIDE)
+    with targeting(small):
+        found = normal.plan(described(layer, given))
+        assert found.spec.run == 16 < weight.shape[1]
+        expected = reference.ACTIVATIONS[layer.activation](truth(layer, *double(*given)))
+        sizes = truth(layer, *magnitude(*given)) + expected.abs()
+        like = torch.empty(expected.shape).contiguous(memory_format=torch.channels_last)
+        out, margins_untouched = poisoned(like)
+        normal.bind(found, x, normal.pack(found, (weight, bias)), residual, out)()
+    assert_rounding(out, expected, sizes, weight[0].numel() + 2)
+    margins_untouched()
+
+
 @pytest.mark.parametrize("name", ["one_block_and_one_channel", "in_place", "groups_of_four"])
 def test_normal_is_the_same_with_two_threads(name: str, threads: int) -> None:
     layer = next(layer for layer in LAYERS if layer.name == name)
@@ -159,6 +187,8 @@ SHAPES = [
     NormalShape(8, 8, 32, 9, 1, 28, 28, 4 * 256 * 30),
     NormalShape(3, 5, 1, 1, 2, 1, 1, 12),
     NormalShape(2048, 2048, 1, 49, 1, 200, 200, 4 * 2048 * 206),
+    NormalShape(2048, 512, 1, 9, 1, 28, 28, 4 * 2048 * 30, copied=True),
+    NormalShape(64, 64, 1, 9, 1, 56, 56, 4 * 64 * 58, copied=True),
 ]
 
 
@@ -166,11 +196,16 @@ SHAPES = [
 @pytest.mark.parametrize("machine", [host(), *map(named, ("sse41", "avx2", "avx512", "neon"))])
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_tiles_fit_into_registers_and_tasks_are_shared_out(machine: Machine, shape: NormalShape, threads: int) -> None:
-    tile, rows, parts = normal_schedule(machine, shape, threads)
+    tile, rows, parts, run = normal_schedule(machine, shape, threads)
     assert tile.vectors * tile.scalars + tile.vectors + 1 <= machine.registers
     assert 1 <= tile.scalars <= shape.columns
     assert 1 <= rows <= shape.rows
     blocks = shape.groups * -(-shape.out_channels // tile.wide)
     assert 1 <= parts <= min(blocks, threads)
+    assert shape.channels % run == 0
+    assert shape.copied or run == shape.channels
+    fits = 4 * tile.wide * shape.channels * shape.taps <= machine.l2_bytes // 2
+    assert (run == shape.channels) == (fits or not shape.copied)
+    assert run <= 16 or run == shape.channels or 4 * tile.wide * run * shape.taps <= machine.l2_bytes // 2
     tasks = shape.images * -(-shape.rows // rows) * parts
     assert tasks >= min(threads, shape.images * shape.rows * blocks) // 2

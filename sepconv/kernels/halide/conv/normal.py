@@ -3,6 +3,9 @@
 Each task copies the padded input rows under a few output rows into the cache. The sums over taps and channels are then
 the matrix product of the pointwise kernel, of a tile of output channels by neighbouring columns. Where nothing is
 padded the image is read in place.
+
+Weights of a block of output channels that the cache cannot keep would come from beyond it for every tile. Such sums are
+made in runs of input channels: all tiles of a task by the weights of one run, then by those of the next.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ Bind = Callable[[P, Tensor, list[Buffer], Tensor | None, Tensor], Bound]
 class NormalSpec(NamedTuple):
     """All that the code of one kernel depends on. Channels are those of one group; pairs are (y, x).
 
-    ``step``: numbers between two columns of an image that is read in place, 0 where it is copied.
+    ``step``: numbers between two columns of an image that is read in place, 0 where it is copied. ``run``: channels
+    whose products are summed up before those of the next ones.
     """
 
     channels: int
@@ -63,6 +67,7 @@ class NormalSpec(NamedTuple):
     activation: str
     residual: bool
     step: int
+    run: int
     edges: ConvNumbers = ConvNumbers()
 
 
@@ -79,37 +84,70 @@ def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
     o, g, column, row, n = (hl.Var(name) for name in ("o", "g", "column", "row", "n"))
     source = x if spec.step else _padded(spec, x, arguments[3], arguments[4])
 
-    k = hl.RDom([hl.Range(0, extent) for extent in (spec.channels, width, height)], "k")
-    sums, out = hl.Func("sums"), hl.Func("normal")
+    dims = (o, g, column, row, n)
+    first, k = _reduction(spec)
+    out = hl.Func("normal")
     if spec.dilation[0] > 1 and not spec.step:
         # Of taps so far apart many lie above or below the image.
         above = row * spec.stride[0] + k.z * spec.dilation[0] - arguments[3]
         k.where((above >= 0) & (above < x.dim(2).extent()))
-    channel = o + g * _whole(spec)
-    sums[o, g, column, row, n] = hl.f32(0.0)
+    input_channel = k.x if first is None else k.x + spec.run * first
     pixel = source[
-        k.x + spec.channels * g,
+        input_channel + spec.channels * g,
         column * spec.stride[1] + k.y * spec.dilation[1],
         row * spec.stride[0] + k.z * spec.dilation[0],
         n,
     ]
-    factor = packed(weight, tile.lanes, channel, k.x + spec.channels * (k.y + width * k.z))
-    sums[o, g, column, row, n] += factor * (numbers.read(spec.edges.x, pixel) if spec.step else pixel)
+    term = input_channel + spec.channels * (k.y + width * k.z)
+    factor = packed(weight, tile.lanes, o + g * _whole(spec), term)
+    product = factor * (numbers.read(spec.edges.x, pixel) if spec.step else pixel)
+    sums = _Sums.of(spec, dims, first, k, product)
     bias = bias_param("bias", spec.out_channels * spec.groups)
-    value, extra = sums[o, g, column, row, n] + bias[o + g * spec.out_channels], [bias]
+    value, extra = sums.whole[dims] + bias[o + g * spec.out_channels], [bias]
     if spec.residual:
         residual = hl.ImageParam(numbers.halide_type(spec.edges.residual), 5, "residual")
         _fix(residual, spec)
-        added = numbers.read(spec.edges.residual, residual[o, g, column, row, n])
+        added = numbers.read(spec.edges.residual, residual[dims])
         value, extra = value + added, [bias, residual]
     activated = ACTIVATIONS[spec.activation].expression(hl, value)
-    out[o, g, column, row, n] = numbers.write(spec.edges.y, activated)
+    out[dims] = numbers.write(spec.edges.y, activated)
 
     _fix(out.output_buffer(), spec)
-    _schedule(spec, arguments[:3], out, sums, (o, g, column, row, n), k)
+    _schedule(spec, arguments[:3], out, sums, dims)
     if not spec.step:
         _schedule_padded(spec, source, out)
     return out, [*arguments, x, weight, *extra]
+
+
+def _reduction(spec: NormalSpec) -> tuple[Any, Any]:
+    """The number of a run of channels, None where there is one; and channels of a run, columns and rows of a filter."""
+    first = hl.Var("run") if spec.run < spec.channels else None
+    return first, hl.RDom([hl.Range(0, extent) for extent in (spec.run, *reversed(spec.kernel_size))], "k")
+
+
+class _Sums(NamedTuple):
+    """``tile``: what is summed up in registers, over ``k``; ``whole``: over all ``runs`` of it, or the same."""
+
+    tile: Any
+    whole: Any
+    k: Any
+    runs: Any
+
+    @classmethod
+    def of(cls, spec: NormalSpec, dims: tuple[Any, ...], first: Any, k: Any, product: Any) -> _Sums:
+        tile = hl.Func("sums")
+        if first is None:
+            tile[dims] = hl.f32(0.0)
+            tile[dims] += product
+            return cls(tile, tile, k, None)
+        part = (*dims, first)
+        tile[part] = hl.f32(0.0)
+        tile[part] += product
+        whole, runs = hl.Func("whole"), hl.RDom([hl.Range(0, spec.channels // spec.run)], "runs")
+        whole[dims] = hl.f32(0.0)
+        part = (*dims, runs.x)
+        whole[dims] += tile[part]
+        return cls(tile, whole, k, runs.x)
 
 
 def _whole(spec: NormalSpec) -> int:
@@ -157,7 +195,7 @@ def _schedule_padded(spec: NormalSpec, padded: Any, out: Any) -> None:
         padded.vectorize(padded.args()[0], lanes, hl.TailStrategy.RoundUp if whole else hl.TailStrategy.GuardWithIf)
 
 
-def _schedule(spec: NormalSpec, walk: tuple[Any, ...], out: Any, sums: Any, dims: tuple[Any, ...], k: Any) -> None:
+def _schedule(spec: NormalSpec, walk: tuple[Any, ...], out: Any, sums: _Sums, dims: tuple[Any, ...]) -> None:
     rows, blocks, share = walk
     tile, (o, g, column, row, n) = spec.tile, dims
     names = ("block", "o_in", "part", "step", "column_in", "group", "task")
@@ -174,9 +212,25 @@ def _schedule(spec: NormalSpec, walk: tuple[Any, ...], out: Any, sums: Any, dims
     out.vectorize(o_in, tile.lanes).unroll(o_in).unroll(column_in)
     out.never_partition([step, row, block, task])
 
-    sums.compute_at(out, step)
-    keep_in_registers(sums, o, column, [k.x, k.y, k.z], tile)
-    sums.update().unroll(k.x, next(count for count in range(MOST_UNROLLED, 0, -1) if spec.channels % count == 0))
+    if sums.runs is None:
+        sums.tile.compute_at(out, step)
+    else:
+        _schedule_runs(spec, sums, dims, sums.whole.compute_at(out, block))
+    keep_in_registers(sums.tile, o, column, [sums.k.x, sums.k.y, sums.k.z], tile)
+    sums.tile.update().unroll(sums.k.x, next(n for n in range(MOST_UNROLLED, 0, -1) if spec.run % n == 0))
+
+
+def _schedule_runs(spec: NormalSpec, sums: _Sums, dims: tuple[Any, ...], whole: Any) -> None:
+    """All tiles of a block by one run of channels after the other; rows end with a tile that is not whole."""
+    (o, g, column, row, n), lanes = dims, spec.tile.lanes
+    step, column_in = hl.Var("step_of_run"), hl.Var("column_in_run")
+    whole.bound_extent(o, spec.tile.wide).vectorize(o, lanes).unroll(o)
+    update = whole.update()
+    update.split(column, step, column_in, spec.tile.scalars, hl.TailStrategy.RoundUp)
+    update.reorder(o, column_in, step, row, sums.runs, g, n)
+    update.vectorize(o, lanes).unroll(o).unroll(column_in)
+    update.never_partition([step, row])
+    sums.tile.compute_at(whole, step)
 
 
 class NormalPlan(NamedTuple):
@@ -203,12 +257,13 @@ def plan(case: Case) -> NormalPlan:
     shape = NormalShape(
         channels, case.weight.shape[0] // groups, groups, height * width, max(images, 1), rows, columns,
         row_bytes=4 * channels * groups * stride[0] * ((columns - 1) * stride[1] + dilation[1] * (width - 1) + 1),
+        copied=any(_padding(case)),
     )  # fmt: skip
     found: NormalSchedule = normal_schedule(machine.host(), shape, case.threads)
     spec = NormalSpec(
         channels, shape.out_channels, groups, (height, width), (stride[0], stride[1]), (dilation[0], dilation[1]),
-        found.tile, case.activation, case.residual is not None, 0 if any(_padding(case)) else case.x.stride[3],
-        numbers.edges(case),
+        found.tile, case.activation, case.residual is not None, 0 if shape.copied else case.x.stride[3],
+        found.run, numbers.edges(case),
     )  # fmt: skip
     blocks = -(-(groups * -(-shape.out_channels // found.tile.wide)) // found.parts)
     tasks = shape.images * -(-rows // found.rows) * found.parts
@@ -243,7 +298,7 @@ def slower(case: Case) -> str:
 def describe(case: Case) -> dict[str, Any]:
     """The schedule in words and numbers."""
     found = plan(case)
-    return {**found.spec.tile._asdict(), "rows": found.numbers[0], "blocks": found.numbers[1]}
+    return {**found.spec.tile._asdict(), "rows": found.numbers[0], "blocks": found.numbers[1], "run": found.spec.run}
 
 
 def pack(found: NormalPlan, weights: Sequence[Tensor | None]) -> list[Buffer]:

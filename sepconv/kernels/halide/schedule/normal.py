@@ -25,13 +25,15 @@ _INPUT_SHARE = 6
 # Time where threads share out output channels over that where they share out rows: all of them copy all of the input.
 _SHARED_CHANNELS_COST = 1.1
 _MOST_ROWS = 32
+# Fewer input channels in a run of the sums, which lie in L2 in between: they would be read and written too often.
+_LEAST_RUN = 16
 # Time of a block whose last lanes must not be written, over that of a whole one.
 _RAGGED_COST = 1.05
 
 
 class NormalShape(NamedTuple):
     """What the loop sizes follow from: channels in and out of one group, taps of a filter, output rows and columns,
-    bytes of input under one output row."""
+    bytes of input under one output row, and whether the input is copied: only then may sums be made in runs."""
 
     channels: int
     out_channels: int
@@ -41,14 +43,19 @@ class NormalShape(NamedTuple):
     rows: int
     columns: int
     row_bytes: int
+    copied: bool = False
 
 
 class NormalSchedule(NamedTuple):
-    """``rows`` output rows in a task, and the blocks of output channels of all groups in ``parts``, one a task."""
+    """``rows`` output rows in a task, and the blocks of output channels of all groups in ``parts``, one a task.
+
+    ``run``: input channels whose products are summed up before those of the next ones.
+    """
 
     tile: Tile
     rows: int
     parts: int
+    run: int
 
 
 def _tiles(machine: Machine, shape: NormalShape) -> Iterator[Tile]:
@@ -62,7 +69,7 @@ def _tiles(machine: Machine, shape: NormalShape) -> Iterator[Tile]:
 def _tile_cost(tile: Tile, machine: Machine, shape: NormalShape) -> float:
     """Relative time per useful multiply-add."""
     block = 4 * tile.wide * shape.channels * shape.taps
-    far = _L2_LOAD_COST if block <= machine.l2_bytes // 2 else _FAR_LOAD_COST
+    far = _L2_LOAD_COST if block <= machine.l2_bytes // 2 or shape.copied else _FAR_LOAD_COST
     vector_load = _L1_LOAD_COST if block <= machine.l1_bytes // 2 else far
     wasted = round_up(shape.out_channels, tile.wide) / shape.out_channels
     wasted *= _RAGGED_COST if shape.out_channels % tile.wide else 1.0
@@ -80,6 +87,8 @@ def normal_schedule(machine: Machine, shape: NormalShape, threads: int) -> Norma
     if 4 * shape.groups * shape.out_channels * shape.channels * shape.taps <= machine.l2_bytes // 2:
         # Larger weights come from beyond L2 for every task: that counts for more than where the input lies.
         most = max(1, min(most, machine.l2_bytes // _INPUT_SHARE // shape.row_bytes))
+    if _too_large(tile, machine, shape):
+        most = max(1, min(most, machine.l2_bytes // 4 // (4 * tile.wide * shape.columns)))
     blocks = shape.groups * -(-shape.out_channels // tile.wide)
 
     def cost(rows: int, parts: int) -> float:
@@ -89,7 +98,23 @@ def normal_schedule(machine: Machine, shape: NormalShape, threads: int) -> Norma
 
     choices = [(rows, parts) for rows in range(most, 0, -1) for parts in {1, min(threads, blocks)}]
     rows, parts = min(choices, key=lambda choice: (cost(*choice), choice[1], -choice[0]))
-    return NormalSchedule(tile, rows, parts)
+    return NormalSchedule(tile, rows, parts, _run(tile, machine, shape, rows))
+
+
+def _too_large(tile: Tile, machine: Machine, shape: NormalShape) -> bool:
+    """Whether L2 cannot keep the weights of a block, and the sums may be made in runs."""
+    return shape.copied and 4 * tile.wide * shape.channels * shape.taps > machine.l2_bytes // 2
+
+
+def _run(tile: Tile, machine: Machine, shape: NormalShape, rows: int) -> int:
+    """As many channels as L2 keeps weights of, beside the input under a task; all of them where there is no need."""
+    if not _too_large(tile, machine, shape):
+        return shape.channels
+    each = 4 * tile.wide * shape.taps + rows * shape.row_bytes // (shape.channels * shape.groups)
+    whole = [run for run in range(_LEAST_RUN, shape.channels) if shape.channels % run == 0]
+    return max(
+        (run for run in whole if run * each <= machine.l2_bytes // 2), default=min(whole, default=shape.channels)
+    )
 
 
 # Share of L2 for the input rows of a task that computes one vector of several groups.

@@ -9,7 +9,7 @@ from torch import Tensor
 from sepconv.kernels.halide.jit import products, runtime, threads
 from sepconv.kernels.halide.jit.buffers import buffer
 from sepconv.kernels.halide.jit.machine_code import Repeated
-from sepconv.kernels.halide.jit.products import MatrixProduct
+from sepconv.kernels.halide.jit.products import GemmCall
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing() or products.missing()), reason="no product to call")
 
@@ -31,7 +31,7 @@ def test_a_product(turned: tuple[bool, bool], add: bool) -> None:
         out.copy_(torch.randn(7, 5))
     factors = [t.t().double() if turn else t.double() for t, turn in zip((left, right), turned, strict=True)]
     exact = factors[0] @ factors[1] + (out.double() if add else 0.0)
-    product = MatrixProduct((7, 5, 11), (left.stride(0), right.stride(0), 9), turned, add)
+    product = GemmCall((7, 5, 11), (left.stride(0), right.stride(0), 9), turned, add)
     threads.follow_torch()
     product.bind(buffer(left), buffer(right), buffer(out))()
     assert float((out.double() - exact).abs().max()) < 1e-5
@@ -42,7 +42,7 @@ def test_a_product(turned: tuple[bool, bool], add: bool) -> None:
 def test_a_chain_walks_through_memory() -> None:
     left, right, out = torch.randn(12, 4), torch.randn(4, 3), torch.full((13, 3), torch.nan)
     given = buffer(left[:4]), buffer(right), buffer(out[:4])
-    product = MatrixProduct((4, 3, 4), (4, 3, 3), (False, False))
+    product = GemmCall((4, 3, 4), (4, 3, 3), (False, False))
     walk = Repeated([product.bind(*given)], 3, [(given[0], 4 * 4 * 4), (given[2], 4 * 3 * 4)])
     walk()
     torch.testing.assert_close(out[:12], left @ right)

@@ -127,11 +127,10 @@ class Expression(NamedTuple):
         return values[-1]
 
     def in_halide(self, hl: Any, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
-        """The same of Halide's expressions. Arithmetic is strict, as LLVM would take sums for numbers, never NaN."""
+        """The same of Halide's expressions. Strict, as LLVM would take sums for numbers, never NaN."""
         values = [*tensors, *numbers]
         for term in self.terms:
-            value = term.expression(hl, *[values[i] for i in term.arguments])
-            values.append(hl.strict_float(value) if term.operation in ARITHMETIC else value)
+            values.append(hl.strict_float(term.expression(hl, *[values[i] for i in term.arguments])))
         return values[-1]
 
 

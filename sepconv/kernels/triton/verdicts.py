@@ -69,9 +69,8 @@ def _sources() -> str:
     """A hash of all that the kernels are made of, and of what they are compared with and timed by."""
     total = hashlib.sha256()
     others = (Path(str(module.__file__)) for module in (activations, cases, layout, aten, prepared, timing))
-    for path in (*others, Path(__file__).with_name("__init__.py")):
-        for part in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
-            total.update(part.read_bytes())
+    for path in (*others, *sorted(Path(__file__).parent.rglob("*.py"))):
+        total.update(path.read_bytes())
     return total.hexdigest()
 
 

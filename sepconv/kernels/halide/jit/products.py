@@ -29,7 +29,7 @@ def _address() -> int | None:
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
-class MatrixProduct(NamedTuple):
+class GemmCall(NamedTuple):
     """``out = left @ right``, all of them rows of float32.
 
     Attributes:

@@ -18,16 +18,16 @@ from sepconv.kernels.halide.jit import products, runtime, threads
 from sepconv.kernels.halide.jit.buffers import Buffer
 from sepconv.kernels.halide.jit.calls import Strided
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain, Repeated
-from sepconv.kernels.halide.jit.products import MatrixProduct
+from sepconv.kernels.halide.jit.products import GemmCall
 from sepconv.kernels.halide.training.rows import PASSES, PassSpec, build
 
 _ALIGNED = 64
 
 
-class ProductSpec(NamedTuple):
+class ProductBetween(NamedTuple):
     """A product between passes, and what its matrices are called."""
 
-    product: MatrixProduct
+    product: GemmCall
     names: tuple[str, str, str]
 
 
@@ -41,7 +41,7 @@ class Passes:
 
     def __init__(
         self,
-        passes: Sequence[PassSpec | ProductSpec],
+        passes: Sequence[PassSpec | ProductBetween],
         layouts: Mapping[str, Strided | int],
         times: int = 1,
         steps: Mapping[str, int] | None = None,
@@ -73,12 +73,12 @@ class Passes:
         self._chain()
 
 
-def _names(spec: PassSpec | ProductSpec) -> Sequence[str]:
-    return spec.names if isinstance(spec, ProductSpec) else PASSES[spec.what]
+def _names(spec: PassSpec | ProductBetween) -> Sequence[str]:
+    return spec.names if isinstance(spec, ProductBetween) else PASSES[spec.what]
 
 
-def _bound(spec: PassSpec | ProductSpec, given: Sequence[Any]) -> Bound:
-    if isinstance(spec, ProductSpec):
+def _bound(spec: PassSpec | ProductBetween, given: Sequence[Any]) -> Bound:
+    if isinstance(spec, ProductBetween):
         return spec.product.bind(*given)
     return runtime.compiled(("rows", spec), partial(build, spec)).bind(*given)
 

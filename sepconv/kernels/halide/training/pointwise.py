@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.halide.jit.calls import Strided
-from sepconv.kernels.halide.jit.products import MatrixProduct
+from sepconv.kernels.halide.jit.products import GemmCall
 from sepconv.kernels.halide.schedule.training import forward_block
 from sepconv.kernels.halide.training import blocks
 from sepconv.kernels.halide.training.blocks import PixelRows, Slab, spec
-from sepconv.kernels.halide.training.passes import Passes, ProductSpec, Room, arena, multiplied
+from sepconv.kernels.halide.training.passes import Passes, ProductBetween, Room, arena, multiplied
 from sepconv.kernels.halide.training.rows import PART, PassSpec
 from sepconv.kernels.prologue import Prologue, StageCase, StageOutput
 
@@ -89,12 +89,12 @@ class PointwiseForward:
     def _as_one(self, block: Slab, times: int) -> _Blocks:
         left = ("x", self.x.step) if self.case.prologue is None else ("h", self.x.channels)
         size, steps = (block.size, self.y.channels, self.x.channels), (left[1], self.x.channels, self.y.channels)
-        product = MatrixProduct(size, steps, (False, True), add=self.case.bias)
+        product = GemmCall(size, steps, (False, True), add=self.case.bias)
         filled = [spec("fill", self.outer, self.y.channels)] if self.case.bias else []
-        passes: list[PassSpec | ProductSpec] = [
+        passes: list[PassSpec | ProductBetween] = [
             *self._before(),
             *filled,
-            ProductSpec(product, (left[0], "weight", "y")),
+            ProductBetween(product, (left[0], "weight", "y")),
             *self._after(),
         ]
         return _Blocks(block.start, Passes(passes, self._layouts(block), times, self._steps(block.size)))

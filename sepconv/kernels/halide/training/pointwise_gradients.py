@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sepconv.kernels.case import Outline
 from sepconv.kernels.halide.jit.calls import Strided
-from sepconv.kernels.halide.jit.products import MatrixProduct
+from sepconv.kernels.halide.jit.products import GemmCall
 from sepconv.kernels.halide.schedule.training import gradient_block
 from sepconv.kernels.halide.training import blocks
 from sepconv.kernels.halide.training.blocks import PixelRows, Slab, spec
-from sepconv.kernels.halide.training.passes import Passes, ProductSpec, Room, arena, multiplied
+from sepconv.kernels.halide.training.passes import Passes, ProductBetween, Room, arena, multiplied
 from sepconv.kernels.halide.training.rows import PART, PassSpec
 from sepconv.kernels.prologue import Deviation, Prologue, StageCase, StageGradients
 
@@ -126,18 +126,18 @@ class PointwiseGradients:
 
     def _in_turn(self, block: Slab, times: int) -> _Blocks:
         x, y, pixels = self.x.channels, self.y.channels, block.size
-        passes: list[PassSpec | ProductSpec] = [*self._before()]
+        passes: list[PassSpec | ProductBetween] = [*self._before()]
         step = y if self.case.deviated else self.grad.step
         if self.needs_bias:
             passes.append(spec("level", self.outer, y))
         if self.needs_x:
-            back = MatrixProduct((pixels, x, y), (step, x, x), (False, False))
-            passes.append(ProductSpec(back, ("dz", "weight", "dh" if self.back else "grad_x")))
+            back = GemmCall((pixels, x, y), (step, x, x), (False, False))
+            passes.append(ProductBetween(back, ("dz", "weight", "dh" if self.back else "grad_x")))
         passes += self._after()
         if self.needs_weight:
             read = ("x", self.x.step) if self.case.prologue is None else ("h", x)
-            product = MatrixProduct((y, x, pixels), (step, read[1], x), (True, False), add=len(self.blocks) > 1)
-            passes.append(ProductSpec(product, ("dz", read[0], "of_weight")))
+            product = GemmCall((y, x, pixels), (step, read[1], x), (True, False), add=len(self.blocks) > 1)
+            passes.append(ProductBetween(product, ("dz", read[0], "of_weight")))
         return _Blocks(block.start, Passes(passes, self._layouts(block), times, self._steps(pixels)))
 
     def _steps(self, pixels: int) -> dict[str, int]:

@@ -16,11 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sepconv.activations.curves import exp_of_minus as _exp_of_minus
-from sepconv.activations.curves import exponential as exponential
-from sepconv.activations.curves import limit as _limit
-from sepconv.activations.curves import logistic as _sigmoid
-
 _aten = torch.ops.aten
 _INF = math.inf
 
@@ -66,6 +61,25 @@ def _silu_backward(grad: Tensor, z: Tensor) -> Tensor:
 # the sums before it still compile to fused multiply-adds.
 
 
+def _limit(hl: Any, x: Any, low: float, high: float) -> Any:
+    """clamp, but NaN stays NaN."""
+    return hl.select(x < hl.f32(low), hl.f32(low), hl.select(x > hl.f32(high), hl.f32(high), x))
+
+
+def _exp_of_minus(hl: Any, x: Any) -> Any:
+    """exp(-x); Halide's exp is wrong for NaN and minus infinity. exp(89) is already infinite in float32.
+
+    NaN is told by its bits: ``hl.is_nan`` and comparisons with itself are simplified away, ``strict_float`` or not.
+    """
+    number = (hl.reinterpret(hl.UInt(32), x) & hl.u32(0x7FFFFFFF)) <= hl.u32(0x7F800000)
+    return hl.select(number, hl.exp(-_limit(hl, x, -89.0, 104.0)), x)
+
+
+def exponential(hl: Any, x: Any) -> Any:
+    """exp(x) in Halide, with PyTorch's results for NaN and infinities."""
+    return _exp_of_minus(hl, -x)
+
+
 def _relu(hl: Any, x: Any) -> Any:
     return hl.strict_float(hl.select(x < hl.f32(0.0), hl.f32(0.0), x))
 
@@ -75,8 +89,7 @@ def _relu6(hl: Any, x: Any) -> Any:
 
 
 def _silu(hl: Any, x: Any) -> Any:
-    """From where sigmoid rounds to 1 on x itself: LLVM multiplies in an order by which large ones would be infinite."""
-    return hl.select(hl.strict_float(x > hl.f32(17.4)), x, x * _sigmoid(hl, x))
+    return hl.strict_float(x / (hl.f32(1.0) + _exp_of_minus(hl, x)))
 
 
 def _hardswish(hl: Any, x: Any) -> Any:
@@ -114,6 +127,10 @@ def _gelu(hl: Any, x: Any) -> Any:
     PyTorch."""
     own = hl.strict_float(hl.select(x < hl.f32(-_GELU_LIMIT), x * hl.f32(0.0), x))
     return own * half_and_odd(hl, _GELU_LIMIT, _GELU, x)
+
+
+def _sigmoid(hl: Any, x: Any) -> Any:
+    return hl.strict_float(hl.f32(1.0) / (hl.f32(1.0) + _exp_of_minus(hl, x)))
 
 
 def _hardsigmoid(hl: Any, x: Any) -> Any:

@@ -123,9 +123,9 @@ _GELU = (
 
 
 def _gelu(hl: Any, x: Any) -> Any:
-    """Within 2e-7 of the larger of 1 and x; below the limit the product is with 0, which leaves infinity NaN as in
-    PyTorch."""
-    own = hl.strict_float(hl.select(x < hl.f32(-_GELU_LIMIT), x * hl.f32(0.0), x))
+    """Within 2e-7 of the larger of 1 and x; below the limit ``x - x``, which leaves infinity NaN as in PyTorch. (Halide
+    makes 0 of a product with 0.)"""
+    own = hl.strict_float(hl.select(x < hl.f32(-_GELU_LIMIT), x - x, x))
     return own * half_and_odd(hl, _GELU_LIMIT, _GELU, x)
 
 

@@ -111,6 +111,7 @@ def test_backend_speeds_up_what_lies_around_a_decision() -> None:
         "depthwise",
         "elementwise",
         "normal",
+        "sum",
     ]
 
 

@@ -234,7 +234,7 @@ def test_a_kernel_that_is_left_keeps_no_memory() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_process_without_memory_gets_an_error_too() -> None:
-    rows, columns = 2, 1 << 24  # 64 MiB a tile: more than freed memory that the process still holds
+    rows, columns = 2, 1 << 26  # 256 MiB a tile: more than freed memory that the process still holds
     source, out = torch.ones(rows, columns), torch.empty(rows, columns)
     run = runtime.compiled("tiles", _tiles).bind(buffer(source), columns, buffer(out))
     before = resource.getrlimit(resource.RLIMIT_AS)

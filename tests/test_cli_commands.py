@@ -20,7 +20,7 @@ from cli_run import sepconv as run
 from safetensors.torch import load_file, save_file
 
 import sepconv
-from sepconv.cli import arguments, console, jobs
+from sepconv.cli import arguments, console, inspect, jobs
 from sepconv.compile import CompiledModel, compile
 from sepconv.data import load
 from sepconv.data.augment import Augment
@@ -375,3 +375,15 @@ def test_control_c_from_outside(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "to go on: sepconv train" in err
     assert "Traceback" not in err
+
+
+def test_the_record_of_a_benchmark_holds_what_took_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands = []
+    monkeypatch.setattr(inspect.network, "run", lambda *given: commands.append(given[-2]))
+    monkeypatch.setattr(inspect, "_finish", lambda *given: None)
+    for words in ((), ("--match", "v1 1", "--contenders", "sepconv,openvino", "--no-footprints")):
+        inspect.app(["bench", "network", "--json", str(tmp_path / "n.json"), *words], standalone_mode=False)
+    assert commands == [
+        "sepconv bench network --threads 1 --seconds 3",
+        "sepconv bench network --threads 1 --seconds 3 --match 'v1 1' --contenders sepconv,openvino --no-footprints",
+    ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -151,8 +152,8 @@ def bench_network(
     """Whole MobileNets, batch 1 and 8, against PyTorch and other runtimes, as far as they are installed."""
     screen = _benchmark_screen(quiet, json_file)
     names, precisions = ([one.strip() for one in text.split(",") if one.strip()] for text in (contenders, precision))
-    command = f"sepconv bench network --threads {threads} --seconds {seconds:g}"
-    command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
+    more = {"match": match, "contenders": contenders, "precision": precision}
+    command = _called("network", threads, seconds, more) + ("" if footprints else " --no-footprints")
     network.run(_counts(threads), seconds, match, names, precisions, footprints, json_file, command, screen.say)
     if precisions != ["float32"]:
         show.summary(screen, "Answers to images, against float32", tables.agreement(tables.read(json_file)))
@@ -181,8 +182,8 @@ def bench_training(
     """One optimizer step of whole networks, against PyTorch in both layouts and torch.compile."""
     screen = _benchmark_screen(quiet, json_file)
     names, precisions = ([one.strip() for one in text.split(",") if one.strip()] for text in (contenders, precision))
-    command = f"sepconv bench training --threads {threads} --seconds {seconds:g}"
-    command += "" if precisions == ["float32"] else f" --precision {','.join(precisions)}"
+    more = {"match": match, "contenders": contenders, "precision": precision}
+    command = _called("training", threads, seconds, more) + ("" if memory else " --no-memory")
     keep_freed_memory()  # as commands that train do: where memory happens to lie costs up to a tenth otherwise
     training.run(_counts(threads), seconds, match, names, precisions, memory, json_file, command, screen.say)
     _finish(screen, json_file, training_tables.summary)
@@ -200,7 +201,7 @@ def bench_zoo(
 ) -> None:
     """Forty networks of timm and torchvision, which must be installed, one image, against PyTorch and OpenVINO."""
     screen = _benchmark_screen(quiet, json_file)
-    command = f"sepconv bench zoo --threads {threads} --seconds {seconds:g}"
+    command = _called("zoo", threads, seconds, {"match": match})
     zoo.run(_counts(threads), seconds, match, json_file, command, screen.say)
     _finish(screen, json_file, tables.zoo_summary)
 
@@ -245,9 +246,18 @@ def _counts(threads: str) -> list[int]:
 def _bench(suite: str, called: str, path: Path, threads: str, seconds: float, match: str, quiet: bool) -> None:
     counts = _counts(threads)
     screen = _benchmark_screen(quiet, path)
-    command = f"sepconv bench {called} --threads {threads} --seconds {seconds:g}"
+    command = _called(called, threads, seconds, {"match": match})
     run_suite(suite, counts, seconds, match, path, command, lambda done, of, what: screen.say(f"{done}/{of} {what}"))
     _finish(screen, path, tables.blocks_summary if suite == "blocks" else tables.operations_summary)
+
+
+def _called(what: str, threads: str, seconds: float, given: Mapping[str, str]) -> str:
+    """The command for the record: whoever repeats it measures the same cases and contenders."""
+    more = (f" --{name} {shlex.quote(text)}" for name, text in given.items() if text not in ("", _DEFAULTS.get(name)))
+    return f"sepconv bench {what} --threads {threads} --seconds {seconds:g}" + "".join(more)
+
+
+_DEFAULTS = {"precision": "float32"}
 
 
 def _benchmark_screen(quiet: bool, path: Path) -> Screen:

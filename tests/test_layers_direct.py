@@ -13,6 +13,7 @@ import sepconv
 from sepconv.kernels.halide.jit import runtime
 from sepconv.layers import direct
 from sepconv.ops import convolutions
+from sepconv.ops.pending import Pending
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "it is there")
 
@@ -104,3 +105,16 @@ def test_calls_under_autocast_are_remembered(monkeypatch: pytest.MonkeyPatch) ->
             assert sepconv.depthwise_conv2d(x, weight, None, 1, 1).dtype is torch.float16
         assert sepconv.depthwise_conv2d(x, weight, None, 1, 1).dtype is torch.float32
     assert len(checked) == 3
+
+
+def test_another_layer_of_the_same_sizes_still_waits_for_its_norm() -> None:
+    """What one replaced layer has learnt is not for a layer that nobody knows yet."""
+    direct.forget()
+    bare, other = (nn.Sequential(nn.Conv2d(64, 24, 1, bias=False)) for _ in range(2))
+    sepconv.replace_layers(bare)
+    sepconv.replace_layers(other)
+    x, known = _image(), bare[0]
+    for _ in range(3):
+        bare(x)
+    assert direct._calls[direct._key(known, x, known.weight)], "the bare layer goes to PyTorch at once"
+    assert type(other[0](x)) is Pending

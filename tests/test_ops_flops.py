@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sepconv
+from sepconv.ops import convolutions
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -58,6 +59,15 @@ def test_a_separable_layer_counts_as_its_two_convolutions(dims: int) -> None:
     forward = _counted(parts, x, False)
     assert _counted(layer, x, False) == forward
     assert _counted(layer, x, True) == _counted(parts, x, True), "what lies between is kept"
+
+
+def test_what_a_separable_layer_computes_again_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No biases: their gradients are matrix products here, which are counted, and sums in PyTorch, which are not."""
+    monkeypatch.setattr(convolutions, "_MOST_KEPT", 0)
+    x = torch.randn(2, 4, 13, 11).contiguous(memory_format=torch.channels_last).requires_grad_()
+    depthwise, pointwise = nn.Conv2d(4, 8, 3, 2, 1, groups=4, bias=False), nn.Conv2d(8, 6, 1, bias=False)
+    layer, parts = sepconv.SeparableConv2d.from_conv(depthwise, pointwise), nn.Sequential(depthwise, pointwise)
+    assert _counted(layer, x, True) == _counted(parts, x, True) + _counted(depthwise, x, False)
 
 
 def test_a_network_with_norms_counts_the_same_in_training() -> None:

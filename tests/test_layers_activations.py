@@ -102,3 +102,15 @@ def test_a_pointwise_layer_alone(monkeypatch: pytest.MonkeyPatch, least: int) ->
     ran = [(choice.op, choice.kernel) for choice in choices if "pointwise_stage" in choice.op]
     assert ran == ([] if least else [("pointwise_stage", "halide"), ("pointwise_stage_gradients", "halide")])
     assert_as_exact(model, x, gradients)
+
+
+@pytest.mark.skipif(bool(runtime.missing() or products.missing()), reason="no product to call")
+def test_a_depthwise_layer_does_not_take_an_activation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compute it once for every tap."""
+    monkeypatch.setattr(blocks, "_LEAST_NUMBERS", 0)
+    replaced, _ = ours(_block(nn.GELU(), last=nn.Conv2d(8, 8, 5, groups=8)))
+    with sepconv.ops.explain.record() as choices:
+        gradients(replaced, images(2, (16, 16)))
+    found = {choice.op for choice in choices}
+    assert "depthwise_conv" in found
+    assert "depthwise_stage" not in found

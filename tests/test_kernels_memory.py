@@ -116,8 +116,8 @@ def test_stem(size: tuple[int, int], kernel: int, stride: int, channels_last: bo
 
 def test_the_check_sees_tiny_numbers() -> None:
     ones = torch.ones(64)
-    assert poison.meets_tiny_numbers(lambda: ones * 1e-40)
-    assert not poison.meets_tiny_numbers(lambda: ones * 1e-30)
+    assert poison.flagged(lambda: ones * 1e-40)
+    assert not poison.flagged(lambda: ones * 1e-30)
 
 
 def test_fresh_memory_is_full_of_them() -> None:

@@ -202,8 +202,10 @@ def _build_contiguous(spec: WeightSpec, v: Any, loops: _Loops, grad: Any, padded
     here = [loops.lane, v.m, *loops.k, v.c, loops.tile_x, loops.tile_y, v.z, v.n]
     product = near[x, y, v.z, v.m, v.c, v.n] * columns[[*at, 0, v.c, v.n]]
     sums[here] = hl.f32(0.0)
-    # Past the row's end both factors are stored; what is not a pixel must not count even where it is NaN.
-    sums[here] += hl.select(x < grad.dim(0).extent(), hl.likely(product), hl.f32(0.0))
+    # Past the row's end both factors are stored; what is not a pixel must not count even where it is NaN. Bits are
+    # masked: of a choice between numbers Halide would conclude that what is dropped need not be stored.
+    pixels = hl.select(x < grad.dim(0).extent(), hl.likely(hl.u32(0xFFFFFFFF)), hl.u32(0))
+    sums[here] += hl.reinterpret(hl.Float(32), hl.reinterpret(hl.UInt(32), product) & pixels)
     partial, box = _partial(spec, v, loops, grad, sums, loops.lane)
     total, out = _finish(spec, v, loops, partial, tile.lanes)
     _schedule_contiguous(spec, v, loops, (sums, pixel), (partial, box), total, out, (padded, columns, near))

@@ -52,6 +52,9 @@ def test_a_runtime_answers_the_same_in_integers(quantized: Any, path: Path, tmp_
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert nodes["QLinearConv"] == 4  # all but those in front of the sum and of what was skipped
+    if not torch.cpu._is_vnni_supported():  # its products of uint8 and int8 saturate at 16 bits
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     x = images(64, seed=2)
     have, want = torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), quantized(x)
     assert (have - want).square().sum() < 1e-4 * (want - want.mean(0)).square().sum()

@@ -49,7 +49,8 @@ def test_a_case_is_verified_timed_and_recorded() -> None:
 def test_numbers_of_16_bits_are_verified_and_recorded_apart() -> None:
     found = list(operations.run_case(SMALL, 1, 0.0, torch.bfloat16))
     assert {r.suite for r in found} == {"ops-bfloat16"}
-    assert all(0 < r.max_error <= 1 for r in found)
+    assert all(r.max_error <= 1 for r in found if r.contender == "sepconv")
+    assert all(r.max_error > 0 for r in found)
     in_float32 = list(operations.run_case(SMALL, 1, 0.0))
     assert [2 * r.bytes for r in found] == [r.bytes for r in in_float32]
 

@@ -198,12 +198,13 @@ def run_case(
     """Verify every contender and pass, then time them.
 
     Raises:
-        ValueError: a result is outside its rounding bound; nothing of the case was timed. On a GPU PyTorch's own may
-            be, whose float32 may have fewer digits; its error is recorded.
+        ValueError: a result is outside its rounding bound; nothing of the case was timed. PyTorch's own may be on a
+            GPU, whose float32 may have fewer digits, and in 16 bits, where some processors sum in them; its error is
+            recorded.
     """
     layouts = [name for name, formats in _FORMATS.items() if len(case.image) in formats]
     tensors = {name: make_tensors(case, _FORMATS[name][len(case.image)], dtype, device) for name in layouts}
-    suite = suite_name(dtype, device)
+    suite, exact = suite_name(dtype, device), device == "cpu" and dtype is torch.float32
     truth = bounds(case, tensors["nchw"])
     with threads_set_to(threads), torch.inference_mode():
         for which in PASSES:
@@ -215,7 +216,7 @@ def run_case(
                         result = call()
                     expected, bound = truth[which]
                     errors[key] = float(((result.double() - expected).abs() / bound).max())
-                    if not errors[key] <= 1 and (contender == "sepconv" or device == "cpu"):
+                    if not errors[key] <= 1 and (contender == "sepconv" or exact):
                         raise ValueError(f"bench ops: {key}, {case.name}, {which}: {errors[key]:.3g} times the bound")
                     calls[key] = call
                     kernels[key] = choices[0].kernel if choices else "torch"

@@ -369,4 +369,5 @@ def test_products_of_other_numbers(threads: int) -> None:
     assert "side by side" in product.supports(axes.product(x, other.transpose(1, 2).contiguous().mT, out))
     assert "PyTorch's" in product.slower(axes.product(x, other, out))
     assert "multiply-adds" in product.slower(replace(case, x=Outline.contiguous_of((3, 5, 500_000))))
-    assert product.describe(case)["rows"] == 5
+    with machine.targeting(machine.named("avx512")):
+        assert product.describe(case)["rows"] == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.conv import pointwise, separable
 from sepconv.kernels.halide.conv.separable_pipeline import room
 from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import machine
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing())
 
@@ -286,6 +287,13 @@ def planned(channels: int, out_channels: int) -> separable.SeparablePlan:
     return separable.plan(described(tensors, ("relu6", ""), walk))
 
 
+@pytest.fixture
+def avx512() -> Iterator[None]:
+    with machine.targeting(replace(machine.named("avx512"), l1_bytes=48 << 10, l2_bytes=2 << 20)):
+        yield
+
+
+@pytest.mark.usefixtures("avx512")
 def test_many_channels_share_a_kernel() -> None:
     specs = [planned(channels, 192).spec for channels in (273, 288, 389, 400)]
     assert len({spec._replace(tile=specs[0].tile) for spec in specs}) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from sepconv.bench.tables import Table
@@ -92,7 +93,8 @@ def _precisions(screen: Screen, rows: list[dict[str, Any]]) -> None:
     screen.table(title, ("network", "numbers", "milliseconds", "bytes of weights", score), cells, text_columns=2)
     for row in rows:
         if row["reason"]:
-            screen.say(f"{row['network']} in {row['precision']}: {row['reason']}")
+            for line in wrap(f"{row['network']} in {row['precision']}: {row['reason']}", 80):
+                screen.say(line)
 
 
 def outputs(screen: Screen, closeness: dict[str, Any]) -> None:

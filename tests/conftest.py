@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import os
@@ -64,11 +65,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Two test processes share two cores; tests of several threads ask for more than one."""
+    """Two test processes share two cores; tests of several threads, or processes that compile, ask for more than one."""
     if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", 0):
         import torch
 
+        from sepconv.kernels.halide.jit import ahead
+
         torch.set_num_threads(1)
+        ahead._cores = lambda: 1
+        _measure_briefly()
+        # A tenth of the time would go into looking through what PyTorch and its like keep for ever.
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+
+
+def _measure_briefly() -> None:
+    """No test looks at how long anything took: what measures does so a few times, on little."""
+    from sepconv.kernels.halide.schedule import peak
+    from sepconv.runs import latency, precisions
+    from sepconv.system import timing
+
+    timing.SETTLE = 0.0
+    latency.SAMPLES = precisions.ROUNDS = (3, 3)
+    peak._SMALLEST = peak._LARGEST = 1 << 20
+    peak._STEPS = 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +114,6 @@ def assert_rounding() -> Callable[..., None]:
         assert bool((excess <= 1).all()), f"error is {float(excess.max()):.3g} times the rounding bound"
 
     return check
-
-
-@pytest.fixture
-def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timer times at once, where nobody looks at how long something took."""
-    monkeypatch.setattr("sepconv.system.timing.SETTLE", 0.0)
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])

@@ -41,12 +41,13 @@ def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unmeasured(without_onnx: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the two networks only the accuracies: times take seconds."""
+    """Of the two networks only the accuracies: to compile them in every precision takes seconds."""
 
     def accuracies(normal: Any, separable: Any, plan: Any, judged: Any, data: Data, batch: int) -> dict[str, Any]:
         return {name: {"accuracy": found.score.accuracy} for name, found in judged.items()}
 
     monkeypatch.setattr(workflow.compare, "compare", accuracies)
+    monkeypatch.setattr(workflow, "precisions", lambda *given: [])
 
 
 @pytest.mark.parametrize(("name", "folder"), [("normal", trained_folder), ("separable", converted_folder)])

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ collect_ignore = [] if importlib.util.find_spec("triton") else ["triton_code.py"
 # One folder for the kernels and for the shared work of all test processes, which inherit the variables; nothing of the
 # user's is touched.
 _FOLDER = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+# Files that take long though their tests are few.
+_LONG = {"test_runs_workflow", "test_cli_commands", "test_cli_preparation", "test_report_layers", "test_report_live"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,8 +68,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[_FOLDER].cleanup()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: the last one of a run leaves the other cores idle."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in _LONG, -tests[item.path]))
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Two test processes share two cores; tests of several threads, or processes that compile, ask for more than one."""
+    """Two test processes share two cores; tests of several threads, or of processes that compile, ask for more."""
     if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", 0):
         import torch
 

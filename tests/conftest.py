@@ -37,6 +37,8 @@ _LONG = {"test_runs_workflow", "test_cli_commands", "test_cli_preparation", "tes
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A tenth of the time would go into looking through what PyTorch and its like keep for ever.
+    gc.set_threshold(50_000, 20, 20)
     if not hasattr(config, "workerinput"):
         config.stash[_FOLDER] = tempfile.TemporaryDirectory(prefix="sepconv-tests-")
         os.environ["SEPCONV_CACHE_DIR"] = os.environ[shared.VARIABLE] = config.stash[_FOLDER].name
@@ -84,9 +86,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         torch.set_num_threads(1)
         ahead._cores = lambda: 1
         _measure_briefly()
-        # A tenth of the time would go into looking through what PyTorch and its like keep for ever.
         gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
 
 
 def _measure_briefly() -> None:

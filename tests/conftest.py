@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +32,13 @@ collect_ignore = [] if importlib.util.find_spec("triton") else ["triton_code.py"
 # user's is touched.
 _FOLDER = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
+# Files that take long though their tests are few.
+_LONG = {"test_runs_workflow", "test_cli_commands", "test_cli_preparation", "test_report_layers", "test_report_live"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A tenth of the time would go into looking through what PyTorch and its like keep for ever.
+    gc.set_threshold(50_000, 20, 20)
     if not hasattr(config, "workerinput"):
         config.stash[_FOLDER] = tempfile.TemporaryDirectory(prefix="sepconv-tests-")
         os.environ["SEPCONV_CACHE_DIR"] = os.environ[shared.VARIABLE] = config.stash[_FOLDER].name
@@ -63,12 +70,35 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[_FOLDER].cleanup()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: the last one of a run leaves the other cores idle."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in _LONG, -tests[item.path]))
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Two test processes share two cores; tests of several threads ask for more than one."""
+    """Two test processes share two cores; tests of several threads, or of processes that compile, ask for more."""
     if hasattr(session.config, "workerinput") or not session.config.getoption("numprocesses", 0):
         import torch
 
+        from sepconv.kernels.halide.jit import ahead
+
         torch.set_num_threads(1)
+        ahead._cores = lambda: 1
+        _measure_briefly()
+        gc.freeze()
+
+
+def _measure_briefly() -> None:
+    """No test looks at how long anything took: what measures does so a few times, on little."""
+    from sepconv.kernels.halide.schedule import peak
+    from sepconv.runs import latency, precisions
+    from sepconv.system import timing
+
+    timing.SETTLE = 0.0
+    latency.SAMPLES = precisions.ROUNDS = (3, 3)
+    peak._SMALLEST = peak._LARGEST = 1 << 20
+    peak._STEPS = 10_000
 
 
 @pytest.fixture(autouse=True)
@@ -94,12 +124,6 @@ def assert_rounding() -> Callable[..., None]:
         assert bool((excess <= 1).all()), f"error is {float(excess.max()):.3g} times the rounding bound"
 
     return check
-
-
-@pytest.fixture
-def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timer times at once, where nobody looks at how long something took."""
-    monkeypatch.setattr("sepconv.system.timing.SETTLE", 0.0)
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])

@@ -18,7 +18,6 @@ from sepconv.kernels.triton import events
 from sepconv.system.timing import Timing, interleaved, summary
 
 SMALL = OpCase(1, 8, (7, 5), (3, 3))
-pytestmark = pytest.mark.usefixtures("unsettled")
 
 
 def test_cases_are_as_many_and_as_different_as_promised() -> None:

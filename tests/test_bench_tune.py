@@ -43,9 +43,6 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget()
 
 
-pytestmark = pytest.mark.usefixtures("unsettled")
-
-
 class Small(nn.Module):
     """One kernel of each kind that is tuned."""
 

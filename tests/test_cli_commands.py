@@ -367,7 +367,7 @@ def test_control_c_from_outside(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sepconv", "train", *settings, "--out", str(tmp_path)]
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as process:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not list(tmp_path.glob("checkpoint-*.pt")) and time.monotonic() < end and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

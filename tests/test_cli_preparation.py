@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from cli_run import sepconv, trained_folder
 from safetensors.torch import load_file
 
 from sepconv.data import load
-from sepconv.runs import compare, judge, latency, precisions, run_folder
+from sepconv.runs import judge, run_folder, workflow
 
 DIGITS = ("--data", "digits")
 NO_TRAINING = ("--epochs", 0)
@@ -20,10 +19,8 @@ NO_TRAINING = ("--epochs", 0)
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are not measured, nor is anything exported: both take longer than what is looked at here."""
-    monkeypatch.setattr(latency, "latency_ms", partial(latency.latency_ms, seconds=0.0))
-    monkeypatch.setattr(precisions, "SECONDS", 0.0)
-    monkeypatch.setattr(compare, "limits", lambda threads: {})
+    """Nothing is compiled in other precisions, nor exported: both take longer than what is looked at here."""
+    monkeypatch.setattr(workflow, "precisions", lambda *given: [])
     monkeypatch.setattr(run_folder.onnx_file, "missing", lambda: "onnx is not here")
 
 

@@ -42,7 +42,7 @@ def compare(network: RandomNetwork, fast: CompiledModel, x: Tensor) -> None:
         assert torch.equal(ours, second), str(network)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 24)) for n in range(40)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 12)) for n in range(40)])
 def test_compile_random_networks(seed: int) -> None:
     check(seed, sizes=2 if seed % 4 == 0 else 1)
 

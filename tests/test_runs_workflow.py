@@ -40,7 +40,13 @@ def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unmeasured(without_onnx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_float32(without_onnx: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To compile the networks once more, in every precision, takes seconds."""
+    monkeypatch.setattr(workflow, "precisions", lambda *given: [])
+
+
+@pytest.fixture
+def unmeasured(in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the two networks only the accuracies: times take seconds."""
 
     def accuracies(normal: Any, separable: Any, plan: Any, judged: Any, data: Data, batch: int) -> dict[str, Any]:
@@ -280,7 +286,7 @@ def test_full_disk_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_disk_that_fills_up_leaves_whole_files_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_onnx: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
 ) -> None:
     """The disk is full when result.json is flushed: the network is there, nothing half-written beside it."""
     model, card = open_model(str(trained_folder()))

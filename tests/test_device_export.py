@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sepconv
-from sepconv.device import targets
+from sepconv.device import files, targets
 
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 
@@ -217,7 +217,7 @@ def _exports_or_says_why(model: nn.Module, example: Any, folder: Path, threads: 
     except ValueError as error:
         said = str(error)
     whole = "must be float32 tensors" in said
-    assert said == "" or whole or "no kernel computes aten." in said
+    assert said == "" or whole or "no kernel computes a" in said
     assert whole or (bool(torchs) if said else all("no kernel for" not in group.reason for group in torchs))
     assert checked.startswith("the example gives the model's answer") == (said == "")
     assert (folder / "out").exists() == (said == "")
@@ -245,11 +245,22 @@ def test_operations_without_a_kernel_are_named_before_anything_is_written(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convolutions_without_a_kernel_are_called_so(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 5, 5, 5)
+    with pytest.raises(
+        ValueError, match=r"no kernel computes a normal convolution in 0 \(.* got 3 spatial dimensions\)"
+    ):
+        sepconv.export_c(model, x, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"target": "arm-32"}, "export_c: target must be one of x86-64-linux, "),
         ({"name": "a-b"}, "export_c: name must be a C identifier"),
+        ({"name": "c"}, "export_c: name must not be that of a library or header of C, got 'c'"),
+        ({"name": "String"}, "export_c: name must not be that of a library or header of C, got 'String'"),
         ({"threads": 0}, "export_c: threads must be from 1 to 64, got 0"),
         ({"threads": 65}, "export_c: threads must be from 1 to 64, got 65"),
         ({"threads": 2, "target": "wasm-32"}, "export_c: threads must be 1, since wasm-32 has none, got 2"),
@@ -309,6 +320,25 @@ def test_a_library_is_replaced_by_the_next(tmp_path: Path) -> None:
         found.append((tmp_path / "out" / "libmodel.a").read_bytes())
     assert found[0] == found[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_files_of_a_library_go_with_it_and_no_others(tmp_path: Path) -> None:
+    """Of another name, and what a manifest from elsewhere lists outside of the folder."""
+    folder, kept = tmp_path / "out", {"mine.c", "manifest.json"}
+    facts = {"sha256": "", "arena_bytes": 0, "files": ["old.h", "libold.a", "../outside", "sub", 7, "manifest.json"]}
+    files.write(folder, {"old.h": b"", "libold.a": b"", files.MANIFEST: json.dumps(facts).encode()})
+    (folder / "mine.c").write_text("")
+    (tmp_path / "outside").write_text("")
+    files.check_folder(folder)
+    files.write(folder, {"new.h": b"", files.MANIFEST: b"{}"})
+    assert {path.name for path in folder.iterdir()} == {"new.h", *kept}
+    assert (tmp_path / "outside").exists()
+
+
+def test_the_manifest_lists_every_file() -> None:
+    folder = exported(native())
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(listed) == {path.name for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("target", ["native", "arm-64-linux"])

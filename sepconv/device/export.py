@@ -30,6 +30,11 @@ from sepconv.system.environment import installed
 from sepconv.system.threads import threads_set_to
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
+# Libraries and headers of C: a program would be linked with, or include, the network's in their place.
+_TAKEN = re.compile(
+    "c|dl|gcc|m|pthread|rt|assert|complex|ctype|errno|fenv|float|inttypes|iso646|limits|locale|math|setjmp|signal|stdalign|"
+    "stdarg|stdatomic|stdbool|stddef|stdint|stdio|stdlib|stdnoreturn|string|tgmath|threads|time|uchar|wchar|wctype"
+)
 _VERSIONS = ("torch", "halide", "llvmlite")
 
 
@@ -88,7 +93,7 @@ def export_c(
         folder: is made where it does not exist.
         target: "x86-64-linux" (SSE4.1), "x86-64-linux-avx2", "x86-64-linux-avx512", "x86-64-linux-avx512-vnni",
             "arm-64-linux", "arm-64-android" (both also with "-dotprod"), "arm-64-osx" or "wasm-32".
-        name: every symbol of the library begins with it.
+        name: every symbol of the library begins with it; not that of a library or header of C.
         threads: that a call computes on. It starts and ends all but its own itself.
         mean, std: of each channel, from 0 to 1: with them the library also takes images of bytes.
         bgr: whether the network's channels are blue, green, red.
@@ -117,7 +122,7 @@ def export_c(
     library = _described(folder, name, target, written, recording, built)
     content = files.texts(library, goal, normalisation, classes)
     content |= built.files
-    content[files.MANIFEST] = _manifest(library, built)
+    content[files.MANIFEST] = _manifest(library, built, sorted([*content, files.MANIFEST]))
     files.write(folder, content)
     return _checked(library, goal, written) if check else library
 
@@ -125,6 +130,8 @@ def export_c(
 def _check_arguments(name: str, mean: Sequence[float], std: Sequence[float]) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(f"export_c: name must be a C identifier of at most 60 letters, got {name!r}")
+    if _TAKEN.fullmatch(name.lower()):
+        raise ValueError(f"export_c: name must not be that of a library or header of C, got {name!r}")
     if len(mean) != len(std):
         raise ValueError(f"export_c: mean and std must have a number for each channel, got {mean} and {std}")
 
@@ -233,9 +240,10 @@ def _described(
     )
 
 
-def _manifest(library: ExportedLibrary, built: _Built) -> bytes:
+def _manifest(library: ExportedLibrary, built: _Built, names: list[str]) -> bytes:
     facts = {key: value for key, value in asdict(library).items() if key not in ("folder", "checked")}
     facts["versions"] = {"sepconv": sepconv.__version__, **{package: installed(package) for package in _VERSIONS}}
+    facts["files"] = names
     facts["library_bytes"] = len(built.library)
     facts["sha256"] = hashlib.sha256(built.library).hexdigest()
     return (json.dumps(facts, indent=1) + "\n").encode()

@@ -209,15 +209,28 @@ def check_folder(folder: Path) -> None:
 
 
 def _is_library(folder: Path) -> bool:
+    found = _described(folder)
+    return "sha256" in found and "arena_bytes" in found
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """The manifest of the library that is there; empty where there is none."""
     try:
         found = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "sha256" in found and "arena_bytes" in found
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _left_behind(folder: Path, content: Mapping[str, bytes]) -> list[Path]:
+    """Files of the library that was there, which the new one lacks: it has another name, or is for another target."""
+    listed = _described(folder).get("files", [])
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return [folder / name for name in names if name not in content and Path(name).name == name]
 
 
 def write(folder: Path, content: Mapping[str, bytes]) -> None:
-    """All files, once each is complete.
+    """All files, once each is complete; those of an earlier library that the new one lacks are gone.
 
     Raises:
         OSError: they cannot be written; what was in the folder before is still there.
@@ -229,8 +242,11 @@ def write(folder: Path, content: Mapping[str, bytes]) -> None:
             for name, text in content.items():
                 (temporary / name).write_bytes(text)
             folder.mkdir(parents=True, exist_ok=True)
+            stale = _left_behind(folder, content)
             for name in content:
                 (temporary / name).replace(folder / name)
+            for file in stale:
+                file.unlink(missing_ok=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:

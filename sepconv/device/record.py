@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from sepconv.compile.bind import bind_step
+from sepconv.compile.groups import Convolution
 from sepconv.compile.instance import empty
 from sepconv.compile.layout import lay_out
 from sepconv.compile.lower import TORCH, lower
 from sepconv.compile.memory import ArenaMemory, in_order
-from sepconv.compile.program import Copy, Program
+from sepconv.compile.program import Copy, Program, ProgramStep
 from sepconv.compile.store import Store
 from sepconv.device import loops
 from sepconv.device.copies import copy_call, normalise_call
@@ -134,7 +135,7 @@ class Recorder:
     def refused(self) -> list[Refused]:
         steps = zip(self.program.steps, self.lowered, strict=True)
         return [
-            Refused(step.kind, step.group.name if step.group else "", lowered.reason)
+            Refused(_called(step), step.group.name if step.group else "", lowered.reason)
             for step, lowered in steps
             if lowered.kernel == TORCH
         ]
@@ -236,6 +237,12 @@ class Recorder:
             found = self._kernels[key, old] = _StandIn(code, str(key)[:60], self._functions)
             found.recipe = KernelRecipe(key, build, old)
         return found
+
+
+def _called(step: ProgramStep) -> str:
+    """What a step is called where it is refused."""
+    is_convolution = isinstance(step.group, Convolution) and step.group.dims > 0
+    return f"a {step.kind} convolution" if is_convolution else step.kind
 
 
 def _moved(call: DeviceCall, image: int) -> DeviceCall:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sepconv.activations import ACTIVATIONS
+from sepconv.kernels.halide.activated import activated
 from sepconv.kernels.halide.conv.depthwise_taps import Phase
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.runtime import hl
@@ -179,8 +179,8 @@ def build(spec: GatherSpec) -> tuple[Any, list[Any]]:
 
     sums = phase_sums(spec, v, packed, sorted_columns, bias, base, source.dim(1).extent())
     out = hl.Func("out")
-    activated = ACTIVATIONS[spec.activation].expression(hl, pick_phase(spec, v, sums))
-    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.written, activated)
+    value = activated(spec.activation, pick_phase(spec, v, sums))
+    out[v.x, v.y, v.z, v.m, v.c, v.n] = write(spec.written, value)
 
     fix_layout(out.output_buffer(), spec.dims, out_multiplier, spec.channels_last)
     out.bound(v.m, 0, out_multiplier)

@@ -62,6 +62,26 @@ def in_streams(channels: Any, streams: int, *others: int) -> tuple[Any, Any]:
     return k, k[1] + channels // streams * k[0]
 
 
+def in_terms(channels: Any, terms: int, *others: int) -> tuple[Any, Any]:
+    """The same for so many neighbouring channels at a time (see ``Tile.terms``)."""
+    k = hl.RDom([hl.Range(0, extent) for extent in (terms, channels // terms, *others)], "k")
+    return k, k[0] + terms * k[1]
+
+
+def loaded_together(source: Any, at: list[Any]) -> Any:
+    """``source[channel, ...]`` as products by lane read it, scheduled by :func:`keep_terms`."""
+    scalars = hl.Func("scalars")
+    scalars[at] = source[at]
+    return scalars
+
+
+def keep_terms(scalars: Any, s: Any, sums: Any, step: Any, tile: Tile) -> None:
+    """Schedule what was ``loaded_together``: a vector of neighbouring channels for each scalar ``s``, in registers."""
+    channel = scalars.args()[0]
+    scalars.compute_at(sums, step).bound_extent(channel, tile.terms).bound_extent(s, tile.scalars)
+    scalars.vectorize(channel).unroll(s)
+
+
 def split_outputs(out: Any, o: Any, loops: tuple[Any, Any], size: int, channels: int | None) -> None:
     """The loop over output channels in blocks, the outer of two; of ``channels``, None where the blocks are whole."""
     if channels is None:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide import numbers
+from sepconv.kernels.halide.activated import activated
 from sepconv.kernels.halide.conv import normal
 from sepconv.kernels.halide.conv.gemm import bias_param, dense
 from sepconv.kernels.halide.conv.normal import MOST_UNROLLED, ConvolutionCall
@@ -83,7 +83,7 @@ def build(spec: GroupedSpec) -> tuple[Any, list[Any]]:
         residual = hl.ImageParam(numbers.halide_type(spec.edges.residual), 5, "residual")
         _fix(residual, spec)
         value, extra = value + numbers.read(spec.edges.residual, residual[[c, *here]]), [bias, residual]
-    out[[c, *here]] = numbers.write(spec.edges.y, ACTIVATIONS[spec.activation].expression(hl, value))
+    out[[c, *here]] = numbers.write(spec.edges.y, activated(spec.activation, value))
     _fix(out.output_buffer(), spec)
     task = _schedule_out(spec, out, rows, share)
     _schedule_sums(spec, sums.compute_at(out, hl.Var("step")), k)

@@ -16,9 +16,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide import numbers
+from sepconv.kernels.halide.activated import activated
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.jit import packing, runtime
 from sepconv.kernels.halide.jit.buffers import CODES, Buffer, buffer, check_pixels, pixels
@@ -109,8 +109,7 @@ def build(spec: NormalSpec) -> tuple[Any, list[Any]]:
         _fix(residual, spec)
         added = numbers.read(spec.edges.residual, residual[dims])
         value, extra = value + added, [bias, residual]
-    activated = ACTIVATIONS[spec.activation].expression(hl, value)
-    out[dims] = numbers.write(spec.edges.y, activated)
+    out[dims] = numbers.write(spec.edges.y, activated(spec.activation, value))
 
     _fix(out.output_buffer(), spec)
     _schedule(spec, arguments[:3], out, sums, dims)

@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.halide.activated import activated
 from sepconv.kernels.halide.conv.gemm import (
     bias_param,
     in_streams,
+    in_terms,
     keep_in_registers,
+    keep_terms,
+    loaded_together,
     packed,
     packed_param,
     ragged,
@@ -71,12 +74,11 @@ def build(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
 def _result(spec: PointwiseSpec, sums: Any, o: Any, index: list[Any]) -> tuple[Any, list[Any]]:
     """Bias, residual and activation on top of the sums, and the parameters they need."""
     bias = bias_param("bias", spec.out_channels)
-    activate = ACTIVATIONS[spec.activation].expression
     if not spec.residual:
-        return activate(hl, sums + bias[o]), [bias]
+        return activated(spec.activation, sums + bias[o]), [bias]
     residual = hl.ImageParam(hl.Float(32), len(index), "residual")
     _strides(residual, spec, spec.out_channels)
-    return activate(hl, sums + bias[o] + residual[tuple(index)]), [bias, residual]
+    return activated(spec.activation, sums + bias[o] + residual[tuple(index)]), [bias, residual]
 
 
 def _strides(param: Any, spec: PointwiseSpec, channels: int | None) -> None:
@@ -93,11 +95,13 @@ def _build_channels_last(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     x = hl.ImageParam(hl.Float(32), 2, "x")  # channel, pixel
     weight = packed_param("weight", *tile.panels, spec.channels, spec.out_channels)
     o, p = hl.Var("o"), hl.Var("p")
-    k, channel = in_streams(spec.channels or weight.dim(1).extent(), spec.streams)
+    channels, by_lane = spec.channels or weight.dim(1).extent(), tile.terms > 1
+    k, channel = in_terms(channels, tile.terms) if by_lane else in_streams(channels, spec.streams)
 
     sums, out = hl.Func("sums"), hl.Func("pointwise")
     sums[o, p] = hl.f32(0.0)
-    sums[o, p] += packed(weight, tile.lanes, o, channel) * x[channel, p]
+    scalars = loaded_together(x, [hl.Var("c"), p]) if by_lane else x
+    sums[o, p] += packed(weight, tile.panels[0], o, channel) * scalars[channel, p]
     out[o, p], extra = _result(spec, sums[o, p], o, [o, p])
 
     block, o_in, group, step, p_in = (hl.Var(name) for name in ("block", "o_in", "group", "step", "p_in"))
@@ -112,6 +116,8 @@ def _build_channels_last(spec: PointwiseSpec) -> tuple[Any, list[Any]]:
     sums.compute_at(out, step)
     keep_in_registers(sums, o, p, [k[0], k[1]], tile)
     sums.update().unroll(k[0])
+    if by_lane:
+        keep_terms(scalars, p, sums, k[1], tile)
 
     _strides(x, spec, spec.channels)
     _strides(out.output_buffer(), spec, spec.out_channels)

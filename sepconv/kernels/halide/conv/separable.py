@@ -22,7 +22,7 @@ from sepconv.kernels.halide.jit.buffers import Buffer, buffer, check_pixels, pix
 from sepconv.kernels.halide.jit.calls import KernelCall, PackedCalls, Strided
 from sepconv.kernels.halide.jit.machine_code import Bound, Chain
 from sepconv.kernels.halide.schedule import machine, tuned
-from sepconv.kernels.halide.schedule.gemm import separable_alternatives, separable_schedule, streams
+from sepconv.kernels.halide.schedule.gemm import copied_together, separable_alternatives, separable_schedule, streams
 from sepconv.kernels.layout import like, pixel_step
 
 Sizes = tuple[int, ...]
@@ -76,6 +76,7 @@ def plan(case: Case) -> SeparablePlan:
     spec = SeparableSpec(
         known(channels, runs), room(channels), multiplier, outputs, _pair(case.kernel_size), stride, dilation,
         schedule.tile, schedule.columns, schedule.depthwise_lanes, schedule.parallel, *activations, residual, runs,
+        copied_together(machine.host(), channels),
     )  # fmt: skip
     tiles, left = divmod(size[0], schedule.rows)
     calls = [(schedule.rows, 0, tiles)] + [(left, tiles * schedule.rows, 1)] * (left > 0)

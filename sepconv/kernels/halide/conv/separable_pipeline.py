@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sepconv.activations import ACTIVATIONS
+from sepconv.kernels.halide.activated import activated
 from sepconv.kernels.halide.conv.gemm import (
     bias_param,
     dense,
     in_streams,
+    in_terms,
     keep_in_registers,
+    keep_terms,
+    loaded_together,
     packed,
     packed_param,
     split_outputs,
@@ -26,6 +29,8 @@ from sepconv.kernels.halide.schedule.gemm import Tile
 # Longer filter rows stay loops: unrolled they would take seconds to compile.
 UNROLLED_TAPS = 7
 _FEW = 128
+# Filters of so many taps stay in registers, of 32, while one vector of channels of a row is computed.
+_HELD_TAPS = 9
 
 
 class SeparableSpec(NamedTuple):
@@ -50,6 +55,7 @@ class SeparableSpec(NamedTuple):
     activation: str
     residual: bool
     streams: int = 1
+    copied: int = 0
 
 
 def room(channels: int) -> int:
@@ -111,53 +117,93 @@ def build(spec: SeparableSpec) -> tuple[Any, list[Any]]:
     c, m, o, q, t, n = (hl.Var(name) for name in ("c", "m", "o", "q", "t", "n"))
     column, row = hl.Var("column"), hl.Var("row")
 
-    filtered, tap = _filter(spec, inputs, c, m, column, row, n)
+    padded = _padded(inputs) if spec.copied else None
+    filtered, tap = _filter(spec, inputs, padded, (c, m, column, row, n))
     # One row of the tile after the other; q numbers its pixels. The last vector of channels overlaps the one before.
     lanes = spec.depthwise_lanes
     vectors = (inputs.channels + lanes - 1) // lanes
     steps = (inputs.width + spec.columns - 1) // spec.columns
-    place = hl.RDom([hl.Range(0, e) for e in (lanes, spec.columns, vectors, steps, inputs.rows)], "place")
-    lane, column_in, vector, step, row_in = (place[i] for i in range(5))
+    walk = (steps, vectors) if spec.copied else (vectors, steps)
+    place = hl.RDom([hl.Range(0, e) for e in (lanes, spec.columns, *walk, inputs.rows)], "place")
+    lane, column_in, vector, step, row_in = _walk(spec, place)
     x, y = step * spec.columns + column_in, inputs.first_row + t * inputs.rows + row_in
     place.where(hl.likely(x < inputs.width))
     channel = hl.min(vector * lanes, inputs.channels - lanes) + lane
     hidden = hl.Func("hidden")
     hidden[c, m, q, t, n] = hl.undef(hl.Float(32))
-    hidden[channel, m, x + inputs.width * row_in, t, n] = ACTIVATIONS[spec.depthwise_activation].expression(
-        hl, filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m]
+    hidden[channel, m, x + inputs.width * row_in, t, n] = activated(
+        spec.depthwise_activation, filtered[channel, m, x, y, n] + inputs.depthwise_bias[channel, m]
     )
 
-    k, channel = in_streams(inputs.channels, spec.streams, spec.multiplier)
+    by_lane = spec.tile.terms > 1
+    if by_lane:
+        k, channel = in_terms(inputs.channels, spec.tile.terms, spec.multiplier)
+    else:
+        k, channel = in_streams(inputs.channels, spec.streams, spec.multiplier)
     sums, out = hl.Func("sums"), hl.Func("separable")
     sums[o, q, t, n] = hl.f32(0.0)
-    weight = packed(inputs.weight, spec.tile.lanes, o, channel + inputs.channels * k[2])
-    sums[o, q, t, n] += weight * hidden[channel, k[2], q, t, n]
+    weight = packed(inputs.weight, spec.tile.panels[0], o, channel + inputs.channels * k[2])
+    scalars = loaded_together(hidden, [c, m, q, t, n]) if by_lane else hidden
+    sums[o, q, t, n] += weight * scalars[channel, k[2], q, t, n]
     value = sums[o, q, t, n] + inputs.bias[o]
     if spec.residual:
         value = value + inputs.residual[o, q, t, n]
-    out[o, q, t, n] = ACTIVATIONS[spec.activation].expression(hl, value)
+    out[o, q, t, n] = activated(spec.activation, value)
 
     _channels_innermost(out.output_buffer(), spec.out_channels)
     task = _schedule_product(spec, inputs.share, out, sums, (o, q, t, n), k)
+    if by_lane:
+        keep_terms(scalars, q, sums, k[1], spec.tile)
+    if padded is not None:
+        _schedule_padded(spec, padded.compute_at(out, task))
     _schedule_filter(spec, out, hidden, filtered, (c, m, column), place, tap, task)
     return out, inputs.arguments
 
 
-def _filter(spec: SeparableSpec, inputs: _Inputs, c: Any, m: Any, column: Any, row: Any, n: Any) -> tuple[Any, Any]:
-    """The depthwise sums. Columns outside the image read as zero; rows outside it are left out of the sum."""
+def _walk(spec: SeparableSpec, place: Any) -> tuple[Any, ...]:
+    """Lane, column, vector, step of columns and row of a depthwise result, by the order in which they are computed."""
+    lane, column_in, first, second, row_in = (place[i] for i in range(5))
+    return lane, column_in, *((second, first) if spec.copied else (first, second)), row_in
+
+
+def _padded(inputs: _Inputs) -> Any:
+    """``padded[c, column, row, n] = x[c, column - left, row - top, n]``, zeros around the image."""
+    c, column, row, n = (hl.Var(name) for name in ("c", "column", "row", "n"))
+    unbounded, image = hl.Range(hl.Expr(), hl.Expr()), [hl.Range(0, inputs.x.dim(d).extent()) for d in (1, 2)]
+    outside = hl.BoundaryConditions.constant_exterior(inputs.x, hl.f32(0.0), [unbounded, *image, unbounded])
+    padded = hl.Func("padded")
+    padded[c, column, row, n] = outside[c, column - inputs.left, row - inputs.top, n]
+    return padded
+
+
+def _schedule_padded(spec: SeparableSpec, padded: Any) -> None:
+    c, part = padded.args()[0], hl.Var("part")
+    padded.bound_storage(c, spec.room).split(c, part, c, spec.copied * spec.depthwise_lanes, hl.TailStrategy.RoundUp)
+    padded.vectorize(c, spec.depthwise_lanes).unroll(c)
+
+
+def _filter(spec: SeparableSpec, inputs: _Inputs, padded: Any, dims: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The depthwise sums, of ``padded`` where the input is copied.
+
+    Else columns outside the image read as zero; rows outside it are left out of the sum.
+    """
+    c, m, column, row, n = dims
+    filtered = hl.Func("filtered")
+    filtered[dims] = hl.f32(0.0)
+    tap = hl.RDom([hl.Range(0, spec.kernel_size[1]), hl.Range(0, spec.kernel_size[0])], "tap")
+    if padded is not None:
+        y, x = row * spec.stride[0] + tap.y * spec.dilation[0], column * spec.stride[1] + tap.x * spec.dilation[1]
+        filtered[dims] += inputs.taps[c, m, tap.x, tap.y] * padded[c, x, y, n]
+        return filtered, tap
     unbounded = hl.Range(hl.Expr(), hl.Expr())
     columns = hl.Range(0, inputs.x.dim(1).extent())
     padded = hl.BoundaryConditions.constant_exterior(inputs.x, hl.f32(0.0), [unbounded, columns, unbounded, unbounded])
     height = inputs.x.dim(2).extent()
-    tap = hl.RDom([hl.Range(0, spec.kernel_size[1]), hl.Range(0, spec.kernel_size[0])], "tap")
     y = row * spec.stride[0] + tap.y * spec.dilation[0] - inputs.top
     x = column * spec.stride[1] + tap.x * spec.dilation[1] - inputs.left
     tap.where(y >= 0)
     tap.where(y < height)
-
-    filtered = hl.Func("filtered")
-    filtered[c, m, column, row, n] = hl.f32(0.0)
-    filtered[c, m, column, row, n] += inputs.taps[c, m, tap.x, tap.y] * padded[c, x, hl.clamp(y, 0, height - 1), n]
+    filtered[dims] += inputs.taps[c, m, tap.x, tap.y] * padded[c, x, hl.clamp(y, 0, height - 1), n]
     return filtered, tap
 
 
@@ -185,18 +231,21 @@ def _schedule_filter(
 ) -> None:
     """A few neighbouring pixels at once, whose overlapping taps are loaded once; channels in vectors inside them."""
     c, m, column = dims
-    lane, column_in, vector, step, row_in = (place[i] for i in range(5))
+    lane, column_in, vector, step, row_in = _walk(spec, place)
     hidden.compute_at(out, task).bound_storage(c, spec.room)
     fill = hidden.update()
     # Each result has a place of its own, which Halide cannot see; where vectors overlap they hold the same values.
-    fill.allow_race_conditions().reorder(lane, column_in, vector, m, step, row_in)
+    walk = (step, vector, m) if spec.copied else (vector, m, step)
+    fill.allow_race_conditions().reorder(lane, column_in, *walk, row_in)
     fill.vectorize(lane).unroll(column_in).never_partition([row_in, vector])
     if spec.parallel == "channels":
         runtime.parallel(fill, row_in)
 
-    filtered.compute_at(hidden, vector).bound_extent(c, spec.depthwise_lanes).bound_extent(column, spec.columns)
+    filtered.compute_at(hidden, walk[0]).bound_extent(c, spec.depthwise_lanes).bound_extent(column, spec.columns)
     filtered.vectorize(c).unroll(column)
     taps = filtered.update()
     taps.reorder(c, column, tap.x, tap.y).vectorize(c).unroll(column)
     if spec.kernel_size[1] <= UNROLLED_TAPS:
         taps.unroll(tap.x)
+    if spec.copied and spec.kernel_size[0] * spec.kernel_size[1] <= _HELD_TAPS:
+        taps.unroll(tap.y)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sepconv.activations import ACTIVATIONS
 from sepconv.kernels.case import Case, Outline
 from sepconv.kernels.halide import numbers
+from sepconv.kernels.halide.activated import activated
 from sepconv.kernels.halide.conv.gemm import bias_param, keep_in_registers, packed, packed_param
 from sepconv.kernels.halide.conv.normal import NUMBERS, ConvolutionCall
 from sepconv.kernels.halide.jit import packing, runtime
@@ -65,8 +65,8 @@ def build(spec: StemSpec) -> tuple[Any, list[Any]]:
         * padded[column * spec.stride[1] + k.y, row * spec.stride[0] + k.z, k.x, n]
     )
     bias = bias_param("bias", spec.out_channels)
-    activated = ACTIVATIONS[spec.activation].expression(hl, sums[o, column, row, n] + bias[o])
-    out[o, column, row, n] = numbers.write(spec.edges.y, activated)
+    value = activated(spec.activation, sums[o, column, row, n] + bias[o])
+    out[o, column, row, n] = numbers.write(spec.edges.y, value)
 
     result = out.output_buffer()
     result.dim(0).set_min(0).set_extent(spec.out_channels).set_stride(1)

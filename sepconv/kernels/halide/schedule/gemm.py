@@ -38,6 +38,8 @@ _NEW_KERNEL_COST = 1.06
 _SHARED_CHANNELS_COST = 1.2
 # A call more for the rows that are left over, as a share of the kernel's time.
 _SECOND_CALL_COST = 1.02
+# Of a product by lanes: registers beside the sums, one of each scalar, and the weights of one term.
+_SPARE_REGISTERS = 3
 # Neighbouring pixels that share the loads of a depthwise filter, where taps come from memory as well as where there are
 # registers for them.
 _COLUMNS = 4
@@ -50,11 +52,15 @@ _LEAST_RUN = 64
 
 
 class Tile(NamedTuple):
-    """A block of the result held in registers: ``vectors`` of ``lanes`` numbers by ``scalars``."""
+    """A block of the result held in registers: ``vectors`` of ``lanes`` numbers by ``scalars``.
+
+    ``terms``: so many numbers of each scalar are loaded at a time, where a multiply-add takes any one of them.
+    """
 
     lanes: int
     vectors: int
     scalars: int
+    terms: int = 1
 
     @property
     def wide(self) -> int:
@@ -63,16 +69,26 @@ class Tile(NamedTuple):
 
     @property
     def panels(self) -> tuple[int, int]:
-        """How weights along the vectorised dimension are packed: channels in a panel, and in a block of panels."""
-        return self.lanes, self.wide
+        """How weights along the vectorised dimension are packed: channels in a panel, and in a block of panels.
+
+        In one panel vectors are loaded in pairs; several runs of memory are for processors that fetch along each.
+        """
+        return self.lanes if self.terms == 1 else self.wide, self.wide
 
 
 def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _scalars(machine: Machine, vectors: int) -> list[int]:
+def terms_together(machine: Machine, channels: int) -> int:
+    """Numbers of each scalar that are loaded at a time for sums over so many channels (see ``Tile.terms``)."""
+    return machine.lanes if machine.multiplies_by_lane and channels % machine.lanes == 0 else 1
+
+
+def _scalars(machine: Machine, vectors: int, terms: int) -> list[int]:
     """Enough of them, and as many as registers allow, one loaded vector each and one broadcast number kept beside."""
+    if terms > 1:
+        return [(machine.registers - vectors - _SPARE_REGISTERS) // (vectors + 1)]
     registers, enough = (machine.registers - vectors - 1) // vectors, -(-_ENOUGH_SUMS // vectors)
     return sorted({min(registers, enough), min(registers, max(enough, _MOST_POINTERS))})
 
@@ -81,26 +97,26 @@ def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
     """Relative time per useful multiply-add: what the tile computes beyond ``wide``, and its loads."""
     block_bytes = 4 * tile.wide * depth
     vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes else _L2_LOAD_COST
-    loads = vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors
+    loads = vector_load / tile.scalars + _L1_LOAD_COST / (tile.vectors * tile.terms)
     halves = machine.half_vector_cost if tile.lanes < machine.lanes else 1.0
     return round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
 
 
-def _tiles(machine: Machine) -> list[Tile]:
+def _tiles(machine: Machine, terms: int) -> list[Tile]:
     """The register tiles that keep the multiply-add units busy."""
     return [
-        Tile(lanes, vectors, scalars)
+        Tile(lanes, vectors, scalars, terms)
         for lanes in (machine.lanes, machine.lanes // 2)
         for vectors in (2, 3, 4, 1)
-        for scalars in _scalars(machine, vectors)
+        for scalars in _scalars(machine, vectors, terms)
         if lanes >= 4 and vectors * scalars >= _LEAST_SUMS
     ]
 
 
 @lru_cache(maxsize=1024)
-def gemm_tile(machine: Machine, wide: int, depth: int, most_sums: int = 32) -> Tile:
+def gemm_tile(machine: Machine, wide: int, depth: int, most_sums: int = 32, terms: int = 1) -> Tile:
     """The register tile for sums of ``depth`` terms, ``wide`` of them along the vectorised dimension."""
-    tiles = [tile for tile in _tiles(machine) if tile.vectors * tile.scalars <= most_sums]
+    tiles = [tile for tile in _tiles(machine, terms) if tile.vectors * tile.scalars <= most_sums]
     return min(tiles, key=lambda tile: _tile_cost(tile, machine, wide, depth))
 
 
@@ -127,7 +143,7 @@ def streams(machine: Machine, channels: int, length: int) -> int:
     bring more in time (Granite Rapids: 0.92 to 0.96 of the time); small weights and short runs gain nothing. The order
     of the sum depends on the weights' size alone, so that the result of an image does not on how many there are.
     """
-    if 4 * channels * length < machine.l2_bytes // 4:
+    if machine.multiplies_by_lane or 4 * channels * length < machine.l2_bytes // 4:
         return 1
     return next((count for count in (4, 2) if channels % count == 0 and channels // count >= _LEAST_RUN), 1)
 
@@ -146,7 +162,8 @@ def pointwise_schedule(
 ) -> PointwiseSchedule:
     """Pixels in memory order: (N * H * W) of them where channels_last, else H * W in each of ``images``."""
     if channels_last:
-        tile = fit_scalars(gemm_tile(machine, out_channels, channels), pixels)
+        terms = terms_together(machine, channels)
+        tile = fit_scalars(gemm_tile(machine, out_channels, channels, terms=terms), pixels)
         step, blocks, outer = tile.scalars, -(-out_channels // tile.wide), 1
     else:
         tile = fit_scalars(gemm_tile(machine, pixels, channels), out_channels)
@@ -175,7 +192,8 @@ def pointwise_alternatives(
 
 def _near(machine: Machine, usual: Tile) -> list[Tile]:
     """The usual register tile, and all that keep the multiply-add units busy."""
-    return list(dict.fromkeys([usual, *(fit for tile in _tiles(machine) for fit in (tile, _shallower(tile)))]))
+    tiles = _tiles(machine, usual.terms)
+    return list(dict.fromkeys([usual, *(fit for tile in tiles for fit in (tile, _shallower(tile)))]))
 
 
 def rounds(tasks: int, threads: int) -> float:
@@ -203,16 +221,27 @@ def channel_lanes(machine: Machine, channels: int) -> int:
     return min(lengths, key=lambda n: round_up(channels, n) * machine.half_vector_cost ** lengths.index(n))
 
 
+def copied_together(machine: Machine, channels: int) -> int:
+    """Vectors of channels that are copied at a time where the input of a tile is; 0 where it is read in place.
+
+    Where loads take instructions of their own, a copy with zeros around it saves more of them at the edges and in the
+    addresses than it takes (see ``multiplies_by_lane``); others read what a multiply-add needs from where it is.
+    """
+    if terms_together(machine, channels) == 1:
+        return 0
+    return next(count for count in (4, 2, 1) if channels % (count * machine.lanes) == 0)
+
+
 def _price(tile: Tile, usual: Tile, machine: Machine, wide: int, depth: int) -> float:
     """The tile's cost, and some more for one that makes another kernel than the usual."""
     return _tile_cost(tile, machine, wide, depth) * (1.0 if tile == usual else _NEW_KERNEL_COST)
 
 
 @lru_cache(maxsize=1024)
-def _priced(machine: Machine, wide: int, depth: int) -> list[tuple[float, Tile]]:
+def _priced(machine: Machine, wide: int, depth: int, terms: int) -> list[tuple[float, Tile]]:
     """All tiles that keep the multiply-add units busy, the cheapest first."""
-    usual = gemm_tile(machine, wide, depth)
-    tiles = dict.fromkeys(fit for tile in _tiles(machine) for fit in (tile, _shallower(tile)))
+    usual = gemm_tile(machine, wide, depth, terms=terms)
+    tiles = dict.fromkeys(fit for tile in _tiles(machine, terms) for fit in (tile, _shallower(tile)))
     return sorted((_price(tile, usual, machine, wide, depth), tile) for tile in tiles)
 
 
@@ -235,8 +264,8 @@ def separable_schedule(
     and uses the weights for many pixels.
     """
     height, width = size
-    depth = channels * multiplier
-    usual = gemm_tile(machine, out_channels, depth)
+    depth, terms = channels * multiplier, terms_together(machine, channels)
+    usual = gemm_tile(machine, out_channels, depth, terms=terms)
     fits = 4 * depth * out_channels <= machine.l2_bytes // 2
     row, under = 4 * depth * width, 4 * channels * width * step
     most = machine.l2_bytes // _TILE_SHARE // (row + under) if fits else machine.l2_bytes * 4 // 5 // row
@@ -250,7 +279,7 @@ def separable_schedule(
     small = fit_scalars(usual, width)
     of_small = _price(small, usual, machine, out_channels, depth)
     best = cost(of_small, small, 1, images, threads), small, -1
-    for price, tile in _priced(machine, out_channels, depth):
+    for price, tile in _priced(machine, out_channels, depth, terms):
         if price > best[0]:
             break  # the other factors are at least 1
         for rows in range(1, most + 1):

@@ -48,6 +48,16 @@ class Machine:
         """Whether it computes 16 numbers in the time of 8."""
         return self.lanes == 16 and self.half_vector_cost == 2.0
 
+    @property
+    def multiplies_by_lane(self) -> bool:
+        """Whether a multiply-add takes any one number of a register as a factor for all lanes (ARM)."""
+        return self.target.startswith("arm-64")
+
+    @property
+    def extremes_keep_nan(self) -> bool:
+        """Whether its maximum and minimum of a number and NaN are NaN (ARM)."""
+        return self.target.startswith("arm-64")
+
 
 _NAMED = {
     "sse41": Machine("sse41", "x86-64-linux-sse41", 4, 16),

@@ -112,7 +112,8 @@ def finished(spec: Ending, sums: Any, o: Any, given: Constants, residual: Any = 
     scaled = value * given.number("inverse")
     if spec.packs:
         packed = _packed(scaled, given.number("least"), given.number("from_zero"))
-        return packed if spec.limits is None or spec.limits[1] == math.inf else hl.min(packed, given.byte_of_bits("most"))
+        unlimited = spec.limits is None or spec.limits[1] == math.inf
+        return packed if unlimited else hl.min(packed, given.byte_of_bits("most"))
     if spec.residual == "float32":
         scaled = _without_nan(scaled)
     return _rounded(scaled, given.number("low"), given.number("high"), given.byte("zero"))

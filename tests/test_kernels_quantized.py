@@ -20,8 +20,9 @@ from torch import Tensor
 from sepconv.kernels import backends, case
 from sepconv.kernels.case import Case, Geometry
 from sepconv.kernels.halide.jit import amx, llvm, runtime
-from sepconv.kernels.halide.quantized import depthwise, normal, pointwise, product, separable
+from sepconv.kernels.halide.quantized import depthwise, epilogue, normal, pointwise, product, separable
 from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule import quantized as schedule
 
 pytestmark = pytest.mark.skipif(bool(runtime.missing()), reason=runtime.missing() or "")
 
@@ -266,6 +267,34 @@ def test_without_tiles_and_vnni_there_are_pairs(monkeypatch: pytest.MonkeyPatch)
     assert product.ways() == ("pairs",)
     assert product.best(512, 512) == "pairs"
     assert "avx512_zen4" not in str(runtime.old_target())
+
+
+_ENDINGS = [
+    ("pointwise", "everything_saturates"),
+    ("separable", "many_terms_ties"),
+    ("pointwise", "float_residual"),
+    ("normal", "first_layer"),
+    ("depthwise", "kernel_of_one_column"),
+]
+
+
+@pytest.mark.parametrize(("op", "name"), _ENDINGS)
+def test_bytes_are_packed_or_cut_to_the_same(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is done the other way: with limits of floats and of integers, ties, and far beyond a byte."""
+    other = not schedule.packs(machine.host())
+    monkeypatch.setattr(schedule, "packs", lambda of: other)
+    assert epilogue.Ending.in_the_middle("relu").packs is other
+    check(op, CASES[name], product.PAIRS)
+
+
+def test_not_a_number_is_packed_to_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "packs", lambda of: True)
+    test_what_is_not_a_number_becomes_0(product.PAIRS)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_vectors_of_eight_numbers_are_packed(lanes: int) -> None:
+    assert schedule.packs(replace(machine.named("avx2"), lanes=lanes)) == (lanes == 8)
 
 
 @pytest.mark.parametrize("op", CHECKS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -319,8 +320,13 @@ def test_a_network_that_moves_too_far_is_refused_with_the_numbers() -> None:
             return (200 * self.conv(x)).sin()
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"the outputs would move by .* of their variance, .*worst layers: "):
+    with pytest.raises(ValueError, match=r"the outputs would move by .* of their variance") as refused:
         quantize(Steep().eval(), images(4))
+    # One line, with what to do in Python and on the command line.
+    said = str(refused.value)
+    assert re.search(r"worst layers in float32 \(skip, on the command line --skip NAME\): conv \([\d.e-]+\); or", said)
+    assert said.endswith("or take it as it is (force=True, --force)")
+    assert "\n" not in said
     _, plan = quantize(Steep().eval(), images(4), force=True)
     assert plan.error > 0.1
 

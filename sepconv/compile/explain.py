@@ -12,6 +12,7 @@ from sepconv.compile.instance import filled
 from sepconv.compile.network import PreparedNetwork
 from sepconv.compile.precision import FLOAT32, precision_of
 from sepconv.compile.program import Copy, ProgramStep
+from sepconv.compile.weights import weight_bytes
 from sepconv.kernels.halide.schedule.peak import fma_peak_gflops
 
 _REPEATS = 20
@@ -34,6 +35,8 @@ class Group:
         time_us: measured time, None if not asked for.
         share_of_peak: measured multiply-adds per second over the most that the processor can do.
         number: in which numbers the result is kept: "float32", "bfloat16", or "uint8 x SCALE from ZERO_POINT".
+        weight_bytes: of weights and biases in the numbers in which the step is computed; what an earlier step has
+            counted, not again.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Group:
     time_us: float | None = None
     share_of_peak: float | None = None
     number: str = FLOAT32
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class NetworkExplanation:
     @property
     def macs(self) -> int:
         return sum(group.macs for group in self.groups)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all steps; what PyTorch computes between parts is not among them."""
+        return sum(group.weight_bytes for group in self.groups)
 
     @property
     def time_us(self) -> float | None:
@@ -114,8 +123,11 @@ def explain_network(network: PreparedNetwork, measure: bool) -> NetworkExplanati
     finally:
         network.give_back(instance)
     peak = fma_peak_gflops(torch.get_num_threads()) * 1e9 if measure else 0.0
-    steps = zip(network.program.steps, calls, times, strict=True)
-    groups = tuple(_explained(step, call, seconds, peak) for step, call, seconds in steps)
+    kept = weight_bytes(network.program.steps, network.lowered)
+    steps = zip(network.program.steps, calls, times, kept, strict=True)
+    groups = tuple(
+        replace(_explained(step, call, seconds, peak), weight_bytes=size) for step, call, seconds, size in steps
+    )
     return NetworkExplanation(groups, precision=precision_of(network.program.numbers), note=network.note)
 
 

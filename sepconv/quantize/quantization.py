@@ -129,7 +129,8 @@ def _quantize(
         raise ValueError(
             f"quantize: the outputs would move by {error:.2g} of their variance, more than {MOST_OF_ALL:g}"
             + ("" if agreement is None else f" (the same class for {agreement:.1%})")
-            + f"; worst layers: {_worst(tried.errors)}; skip these, or force=True returns the network as it is"
+            + f"; leave its worst layers in float32 (skip, on the command line --skip NAME): {_worst(tried.errors)}"
+            + "; or take it as it is (force=True, --force)"
         )
     return tried.module.eval(), plan
 

@@ -24,9 +24,6 @@ from sepconv.system.timing import in_turn
 from sepconv.train import Metrics
 
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
-BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1}
-"""Of a weight of a convolution or a linear layer; everything else stays in float32."""
-
 ROUNDS = (10, 100)
 SECONDS = 2.0
 
@@ -71,7 +68,7 @@ def precisions(
             "network": one.network,
             "precision": one.precision,
             "ms": times.get(i),
-            "bytes": weight_bytes(one.module, one.precision) if one.run else None,
+            "bytes": weight_bytes(one) if one.run else None,
             **(_score(one, judged, judge, data) if one.run else {}),
             "reason": one.reason,
         }
@@ -96,9 +93,13 @@ def _in_int8(quantized: QuantizedNetwork | str, separable: nn.Module, x: Inputs)
     return InPrecision("separable", INT8, module, run, "; ".join(filter(None, (other, stay, explained.reason))))
 
 
-def weight_bytes(module: nn.Module, precision: str) -> int:
-    """Bytes of all parameters where the weights of layers have this precision."""
-    return sum(BYTES[precision if p.dim() > 1 else FLOAT32] * p.numel() for p in module.parameters())
+def weight_bytes(one: InPrecision) -> int:
+    """Bytes of all weights as they are computed with: a step that stays in float32 has four for each. Norms are part
+    of the weights in front of them. What PyTorch runs, as a whole or between parts, it keeps as the module does."""
+    explained = one.run.explain() if one.run else None
+    if explained is None or explained.reason:
+        return sum(p.nbytes for p in one.module.parameters())
+    return explained.weight_bytes
 
 
 @torch.inference_mode()

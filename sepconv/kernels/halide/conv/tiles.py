@@ -83,7 +83,7 @@ def unit() -> str:
 
 def missing() -> str:
     """Why nothing multiplies bfloat16 faster than float32 here, in a sentence; the empty string if something does."""
-    return runtime.missing() or ("" if unit() else amx.missing())
+    return runtime.missing() or ("" if unit() else f"{amx.missing()}, and it is not AMD's with AVX512-BF16")
 
 
 def quiet(activation: str, *kinds: str) -> bool:

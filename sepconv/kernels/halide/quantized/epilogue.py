@@ -20,13 +20,18 @@ from sepconv.kernels.halide.conv.gemm import dense
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.buffers import Buffer, buffer
 from sepconv.kernels.halide.jit.runtime import hl
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule import quantized as schedule
 from sepconv.kernels.layout import pixel_step
 from sepconv.reference import Quantized
 
 KINDS = {torch.uint8: "uint8", torch.float32: "float32"}
 """Numbers of x, y and residual."""
 # In the order in which kernels are given them.
-_NAMES = ("low", "high", "inverse", "zero", "residual_zero", "residual_scale", "x_zero", "x_inverse")
+_NAMES = (
+    "low", "high", "inverse", "zero", "residual_zero", "residual_scale", "x_zero", "x_inverse",
+    "least", "from_zero", "most", "x_from_zero",
+)  # fmt: skip
 # Added to a number of less than 22 bits it leaves the nearest whole one in the last bits, of two as near the even one.
 # The bits of a larger sum are more, and those of a smaller one less, as signed numbers of 32 bits.
 _ROUNDS = 1.5 * 2.0**23
@@ -35,16 +40,27 @@ _SMALLEST = -1e9
 
 
 class Ending(NamedTuple):
-    """What the code depends on; ``residual`` is the kind of its numbers, "" where there is none."""
+    """What the code depends on.
+
+    Attributes:
+        residual: the kind of its numbers, "" where there is none.
+        packs: whether numbers become bytes by instructions that cut off what is beyond a byte.
+    """
 
     activation: str
     residual: str
     out: str
+    packs: bool = False
 
     @classmethod
     def of(cls, case: Case) -> Ending:
         residual = "" if case.residual is None else KINDS[case.residual.dtype]
-        return cls(case.activation, residual, KINDS[case.y.dtype])
+        return cls(case.activation, residual, KINDS[case.y.dtype], schedule.packs(machine.host()))
+
+    @classmethod
+    def in_the_middle(cls, activation: str) -> Ending:
+        """Of what one convolution hands to the next of the same kernel."""
+        return cls(activation, "", "uint8", schedule.packs(machine.host()))
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -77,6 +93,10 @@ class Constants:
     def byte(self, name: str) -> Any:
         return hl.cast(hl.UInt(8), self.number(name))
 
+    def byte_of_bits(self, name: str) -> Any:
+        """The byte that rounding has left in a number: it need not be converted again for every pixel."""
+        return hl.cast(hl.UInt(8), hl.reinterpret(hl.Int(32), self.number(name)))
+
 
 def finished(spec: Ending, sums: Any, o: Any, given: Constants, residual: Any = None) -> Any:
     """What is stored for the sums of output channel ``o``."""
@@ -90,6 +110,10 @@ def finished(spec: Ending, sums: Any, o: Any, given: Constants, residual: Any = 
     if spec.out == "float32":
         return hl.strict_float(value)
     scaled = value * given.number("inverse")
+    if spec.packs:
+        packed = _packed(scaled, given.number("least"), given.number("from_zero"))
+        unlimited = spec.limits is None or spec.limits[1] == math.inf
+        return packed if unlimited else hl.min(packed, given.byte_of_bits("most"))
     if spec.residual == "float32":
         scaled = _without_nan(scaled)
     return _rounded(scaled, given.number("low"), given.number("high"), given.byte("zero"))
@@ -108,10 +132,22 @@ def _rounded(scaled: Any, low: Any, high: Any, zero: Any) -> Any:
     return hl.cast(hl.UInt(8), hl.min(hl.max(bits, least), most)) + zero
 
 
-def in_bytes(kind: str, value: Any, given: Constants) -> Any:
+def _packed(scaled: Any, least: Any, from_zero: Any) -> Any:
+    """The same, not below ``least`` and with nothing above but the largest byte. Both are numbers whose bits are those
+    that rounding leaves: of the lowest number, and of the one that is 0 as a byte."""
+    # Of what is not a number no comparison holds: the processor's maximum takes the other one.
+    moved = hl.strict_float(scaled + hl.f32(_ROUNDS))
+    bits = hl.reinterpret(hl.Int(32), hl.select(hl.strict_float(moved > least), moved, least))
+    return hl.saturating_cast(hl.UInt(8), bits - hl.reinterpret(hl.Int(32), from_zero))
+
+
+def in_bytes(kind: str, value: Any, given: Constants, packs: bool) -> Any:
     """The byte for a number of x."""
     if kind == "uint8":
         return value
+    if packs:
+        # The lowest number is that of the byte 0.
+        return _packed(value * given.number("x_inverse"), *[given.number("x_from_zero")] * 2)
     zero = given.number("x_zero")
     scaled = _without_nan(value * given.number("x_inverse"))
     return _rounded(scaled, -zero, hl.f32(255.0) - zero, given.byte("x_zero"))
@@ -133,6 +169,8 @@ def pack(spec: Ending, of: Quantized, less: int = 0) -> list[Buffer]:
         "low": low, "high": high,
         "inverse": inverse, "zero": zero, "residual_zero": residual_zero, "residual_scale": residual_scale,
         "x_zero": x_zero, "x_inverse": x_inverse[0] if x_inverse else 0.0,
+        "least": _ROUNDS + low, "from_zero": _ROUNDS - zero, "most": _ROUNDS + high + zero,
+        "x_from_zero": _ROUNDS - x_zero,
     }  # fmt: skip
     offset = (less - int(x_zero)) * of.weight.detach().long().flatten(1).sum(1)
     if of.bias is not None:

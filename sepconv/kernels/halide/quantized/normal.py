@@ -134,7 +134,7 @@ def _padded(spec: NormalSpec8, x: Any, given: Constants, before: tuple[Any, Any]
     padded = hl.Func("padded")
     padded[number, row, n] = given.byte("x_zero")
     place = at[0] if dense else at[0] + channels * at[1]
-    padded[place + channels * left, row, n] = epilogue.in_bytes(spec.reads, value, given)
+    padded[place + channels * left, row, n] = epilogue.in_bytes(spec.reads, value, given, spec.epilogue.packs)
     return padded
 
 

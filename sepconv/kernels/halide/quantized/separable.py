@@ -137,7 +137,7 @@ def planned(case: Case, way: str) -> SeparablePlan8:
     size, outputs = Size(then.y.shape[0], *then.y.shape[2:]), then.y.shape[1]
     calls = tiling.cut(size, given.tile.rows, SEPARABLE_PIXELS, case.threads)
     multiply = product.product(way, given.channels, outputs, min(call.rows for call in calls) * size.width)
-    spec = SeparableSpec8(given, Ending(case.activation, "", "uint8"), multiply, Ending.of(then))
+    spec = SeparableSpec8(given, Ending.in_the_middle(case.activation), multiply, Ending.of(then))
     (top, _), (before, _) = case.geometry.padding
     return SeparablePlan8(spec, size.width, (top, before), calls)
 

@@ -45,6 +45,12 @@ def in_registers(machine: Machine, outputs: int, pixels: int) -> Tile:
     return Tile(machine.lanes, vectors, max(1, min((machine.registers - vectors - 1) // vectors, most, pixels)))
 
 
+def packs(machine: Machine) -> bool:
+    """Whether numbers of 32 bits are packed to bytes two vectors at a time, cutting off what is beyond (AVX2); wider
+    machines have an instruction that takes the last byte of each."""
+    return machine.lanes == 8
+
+
 def blocks_together(machine: Machine, row_bytes: int) -> int:
     """Blocks of pixels, with rows of so many bytes, that stay in the cache while all outputs are made of them."""
     return max(1, machine.l1_bytes // 2 // row_bytes)

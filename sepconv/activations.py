@@ -235,11 +235,7 @@ _RECORDS = (
     ),
     Activation("silu", F.silu, nn.SiLU, _silu_backward, _silu, operators=(_aten.silu.default,)),
     Activation(
-        "hardswish",
-        F.hardswish,
-        nn.Hardswish,
-        lambda grad, z: _aten.hardswish_backward(grad, z),
-        _hardswish,
+        "hardswish", F.hardswish, nn.Hardswish, lambda grad, z: _aten.hardswish_backward(grad, z), _hardswish,
         operators=(_aten.hardswish.default,),
     ),
     Activation(
@@ -250,23 +246,16 @@ _RECORDS = (
         operators=(_aten.sigmoid.default,),
     ),
     Activation(
-        name="hardsigmoid",
-        function=F.hardsigmoid,
-        module=nn.Hardsigmoid,
-        backward=lambda grad, z: torch.where((z > -3) & (z < 3), grad / 6, 0.0),
-        operators=(_aten.hardsigmoid.default,),
-        expression=_hardsigmoid,
+        "hardsigmoid", F.hardsigmoid, nn.Hardsigmoid, lambda grad, z: torch.where((z > -3) & (z < 3), grad / 6, 0.0),
+        _hardsigmoid, operators=(_aten.hardsigmoid.default,),
     ),
     Activation(
         "tanh", torch.tanh, nn.Tanh, lambda grad, y: _aten.tanh_backward(grad, y), _tanh, True,
         operators=(_aten.tanh.default,),
     ),
     Activation(
-        name="gelu_tanh",
-        function=partial(F.gelu, approximate="tanh"),
-        module=partial(nn.GELU, "tanh"),
-        backward=lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
-        expression=_gelu_tanh,
+        "gelu_tanh", partial(F.gelu, approximate="tanh"), partial(nn.GELU, "tanh"),
+        lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"), _gelu_tanh,
     ),
     Activation("mish", F.mish, nn.Mish, _mish_backward, _mish, operators=(_aten.mish.default,)),
 )  # fmt: skip

@@ -192,6 +192,13 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize(("channels", "side"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_where_a_broadcast_is_an_instruction_it_serves_several_vectors(channels: int, side: int) -> None:
+    """ResNet-18's layers: a tile of one vector would wait for its broadcasts, though no column is computed twice."""
+    shape = NormalShape(channels, channels, 1, 9, 1, side, side, 4 * channels * (side + 2), copied=True)
+    assert normal_schedule(named("avx2"), shape, 1).tile.vectors >= 2
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("machine", [host(), *map(named, ("sse41", "avx2", "avx512", "neon"))])
 @pytest.mark.parametrize("threads", [1, 2, 64])

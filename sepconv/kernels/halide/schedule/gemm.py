@@ -20,9 +20,9 @@ _ENOUGH_SUMS = 14
 _STEM_SUMS = 16
 # Every scalar has an address of its own, in one of about sixteen registers that are used for more than that.
 _MOST_POINTERS = 12
-# Time of a load over that of a multiply-add, as far as it shows: a broadcast number or a vector from L1, a vector
-# from L2. Between what sweeps over tiles and MobileNet layers say on Zen 4, which makes one multiply-add of 512 bits at
-# a time, and on Granite Rapids, which makes two.
+# Time of a load over that of a multiply-add, as far as it shows: a vector from L1, a vector from L2 (of a broadcast
+# number the machine says it). Between what sweeps over tiles and MobileNet layers say on Zen 4, which makes one
+# multiply-add of 512 bits at a time, and on Granite Rapids, which makes two.
 _L1_LOAD_COST = 0.2
 _L2_LOAD_COST = 0.5
 # Time to fetch a weight from beyond L2 once more, over that of a multiply-add. Measured on Zen 3, where the 7x7 layers
@@ -97,7 +97,7 @@ def _tile_cost(tile: Tile, machine: Machine, wide: int, depth: int) -> float:
     """Relative time per useful multiply-add: what the tile computes beyond ``wide``, and its loads."""
     block_bytes = 4 * tile.wide * depth
     vector_load = _L1_LOAD_COST if block_bytes <= machine.l1_bytes else _L2_LOAD_COST
-    loads = vector_load / tile.scalars + _L1_LOAD_COST / (tile.vectors * tile.terms)
+    loads = vector_load / tile.scalars + machine.broadcast_cost / (tile.vectors * tile.terms)
     halves = machine.half_vector_cost if tile.lanes < machine.lanes else 1.0
     return round_up(wide, tile.wide) / wide * halves * (1.0 + loads)
 

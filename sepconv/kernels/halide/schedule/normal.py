@@ -76,7 +76,7 @@ def _tile_cost(tile: Tile, machine: Machine, shape: NormalShape) -> float:
     wasted *= round_up(shape.columns, tile.scalars) / shape.columns
     waiting = max(1.0, _LEAST_SUMS / (tile.vectors * tile.scalars))
     shorter = machine.half_vector_cost ** (machine.lanes // tile.lanes).bit_length() / machine.half_vector_cost
-    return wasted * waiting * shorter * (1.0 + vector_load / tile.scalars + _L1_LOAD_COST / tile.vectors)
+    return wasted * waiting * shorter * (1.0 + vector_load / tile.scalars + machine.broadcast_cost / tile.vectors)
 
 
 @lru_cache(maxsize=4096)

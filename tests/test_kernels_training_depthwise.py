@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from stage_checks import Truth, by, channels_last, geometry, relative, single, truth, with_threads
@@ -11,6 +13,8 @@ from sepconv.activations import NAMES
 from sepconv.kernels import stages
 from sepconv.kernels.case import Geometry
 from sepconv.kernels.halide.jit import runtime
+from sepconv.kernels.halide.schedule import machine
+from sepconv.kernels.halide.schedule import training as schedule
 from sepconv.kernels.halide.training import slopes
 from sepconv.kernels.prologue import Deviation, Need, StageGradients, StageOutput
 from sepconv.kernels.torch import stages as by_torch
@@ -137,6 +141,35 @@ def test_statistics_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     assert relative(found.var, var) < 1e-4
     assert float((found.mean.double() - mean).abs().max()) < 2e-3
+
+
+def test_statistics_of_a_first_row_unlike_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares are taken around its mean: they are at most as many times as large as a strip has rows."""
+    x, weight = channels_last(2, 16, 37, 41), torch.zeros(16, 1, 3, 3)
+    x[:, :, 0] += 1e3
+    weight[:, :, 1, 1] = 1.0
+    found, choice = by(monkeypatch, stages.depthwise_stage, x, None, weight, None, geometry(), True)
+    assert choice.backend.name == "halide"
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert relative(found.mean, mean) < 1e-5
+    assert relative(found.var, var) < 37 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", ["sse41", "avx2", "avx512", "neon"])
+@pytest.mark.parametrize("vectors", [1, 3, 7, 12, 16])
+def test_sums_stay_in_registers(name: str, vectors: int) -> None:
+    processor = machine.named(name)
+    together = schedule.vectors_summed(vectors * processor.lanes, processor.lanes, processor)
+    assert vectors % together == 0
+    assert 2 * together + 3 <= processor.registers  # two sums each, what is read, and their mean
+
+
+def test_of_a_small_cache_half_is_taken() -> None:
+    small = replace(machine.named("avx2"), l2_bytes=512 * 1024)
+    large = replace(machine.named("avx512"), l2_bytes=2048 * 1024)
+    row = 4 * 174  # of 56 pixels, the gradients' tiles
+    assert schedule.strips(128, 8, 56, row, small) == schedule.Strips(2, 128, 8)
+    assert schedule.strips(128, 8, 56, row, large) == schedule.Strips(5, 128, 16)
 
 
 def test_images_that_lie_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

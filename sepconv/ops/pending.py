@@ -128,9 +128,11 @@ class Unfinished:
         return z if self.before is None else stages.composed(z, self.before)
 
     def _note_that_nobody_asked(self) -> None:
-        """For a layer with no norm before or behind it, which the next time computes at once: that is the same."""
+        """For a layer with no norm before or behind it, which the next time computes at once: that is the same, unless
+        it is a stage all the same."""
         call = self.call
-        if self.before is None and call.before is None and call.output is None and call.layer.asked is None:
+        bare = self.before is None and call.before is None and call.output is None
+        if bare and call.layer.asked is None and not stages.pays_alone(call.how, call.x, call.weight):
             call.layer.asked = False
 
     def finish_as(self, h: Tensor) -> None:

@@ -110,12 +110,12 @@ def padded_source(
     for d, var in enumerate(v.space):
         at, extent = var + base[d], source.dim(d).extent()
         within.append((at >= 0) & (at < extent))
-        index.append(hl.clamp(hl.likely(at) if d == 0 else at, 0, extent - 1))
+        index.append(hl.clamp(hl.likely(at) if d < 2 else at, 0, extent - 1))
     image = hl.clamp(v.n, 0, source.dim(5).extent() - 1)
     here = [v.x, v.y, v.z, v.m, v.c, v.n]
     if spec.channels_last or spec.cut_rows:
         row = hl.select(within[0], hl.likely(value([*index, v.m, v.c, image])), hl.f32(0.0))
-        padded[here] = hl.select(within[1] & within[2], row, hl.f32(0.0))
+        padded[here] = hl.select(within[1] & within[2], hl.likely(row), hl.f32(0.0))
     else:
         # Whole rows are copied in vectors: at the ends of a row a clamped column would turn their loads into gathers.
         column = hl.RDom([hl.Range(0, source.dim(0).extent())], "column")
@@ -125,12 +125,18 @@ def padded_source(
     return padded
 
 
-def schedule_padded(padded: Any, multiplier: int, spec: Any) -> None:
-    """Storage and loops of the padded tile, after compute_at."""
+def schedule_padded(padded: Any, multiplier: int, spec: Any, apart: bool = False) -> None:
+    """Storage and loops of the padded tile, after compute_at.
+
+    ``apart``: rows of the image are code of their own, without the condition that makes rows of padding: with more than
+    a number to read it would be asked for each vector, in twice as many instructions.
+    """
     (x, y, z, m, c, n), tile = padded.args(), spec.tile
     padded.never_partition_all()
     if spec.channels_last:
         padded.partition(x, hl.Partition.Always)
+        if apart:
+            padded.partition(y, hl.Partition.Always)
         padded.reorder_storage(c, m, x, y, z, n).reorder(m, c, x, y, z, n)
         padded.bound_extent(c, tile.block).bound_extent(m, multiplier)
         padded.unroll(m).vectorize(c, tile.lanes).unroll(c)

@@ -13,6 +13,8 @@ from sepconv.kernels.halide.schedule.machine import Machine
 LEAST_LANES = 4
 # Channels of a block in bytes: several cache lines, so that memory is read in long runs.
 _BLOCK_BYTES = 512
+# Bytes of a strip's tiles that are taken of a small cache, too.
+_LEAST_ROOM = 256 * 1024
 # Strips of a batch at least, where there are so many rows: a few for each thread.
 _STRIPS = 16
 _BODY = 128
@@ -49,17 +51,25 @@ def strips(channels: int, batch: int, height: int, row_bytes: int, machine: Mach
     """``height``: rows of results; ``row_bytes``: in float32 what all tiles hold for one of them, of one channel.
 
     A quarter of the cache leaves room for what streams by: up to 1.3 times the speed of larger tiles on Granite Rapids.
+    Of a small cache half is taken: rows that are read again at the seams of strips cost more (1.2 times on Zen 3).
     """
     lanes = lanes_of(channels, machine)
     block = block_of(channels, lanes)
-    most = max(1, machine.l2_bytes // 4 // (row_bytes * block))
+    room = max(machine.l2_bytes // 4, min(machine.l2_bytes // 2, _LEAST_ROOM))
+    most = max(1, room // (row_bytes * block))
     count = max(ceil_div(height, most), min(height, ceil_div(_STRIPS, max(1, batch))))
     return Strips(ceil_div(height, count), block, lanes)
 
 
+def vectors_summed(block: int, lanes: int, machine: Machine) -> int:
+    """Vectors of a block, of whose pixels two sums each stay in registers while these are added up."""
+    vectors = block // lanes
+    return max(n for n in range(1, machine.registers * 3 // 8 + 1) if vectors % n == 0)
+
+
 def columns_of(width: int, phases: int, machine: Machine) -> int:
     """Results of one row and phase that registers hold."""
-    room = machine.registers * 5 // 8 // phases
+    room = min(machine.registers * 5 // 8 // phases, machine.registers // 2 - 1)
     sizes = [size for size in (1, 2, 3, 4, 6, 7, 8) if size <= max(1, room)]
     return min(sizes, key=lambda size: (ceil_div(width, size) * (size + 0.3), -size))
 

@@ -28,6 +28,9 @@ from sepconv.kernels.halide.conv.depthwise_gather import (
 from sepconv.kernels.halide.jit import runtime
 from sepconv.kernels.halide.jit.runtime import hl
 from sepconv.kernels.halide.numbers import read, write
+from sepconv.kernels.halide.schedule.depthwise import GatherTile
+from sepconv.kernels.halide.schedule.machine import host
+from sepconv.kernels.halide.schedule.training import vectors_summed
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def build(spec: DepthwiseStageSpec) -> tuple[Any, list[Any]]:
     _schedule(spec, v, out, parent, rows)
     schedule_tile(gather, v, tile.compute_at(parent, hl.Var("block")), sums)
     padded.store_at(parent, hl.Var("block")).compute_at(tile, v.y)
-    schedule_padded(padded, 1, gather)
+    schedule_padded(padded, 1, gather, apart=True)
     packed.compute_root().bound_extent(v.m, 1).never_partition_all()
     packed.vectorize(v.c, gather.tile.lanes, hl.TailStrategy.GuardWithIf)
     return results, arguments
@@ -134,6 +137,16 @@ def add_strips(total: Any, c: Any, order: list[Any], lanes: int) -> None:
     total.vectorize(c, lanes, guard).update().reorder(*order).vectorize(c, lanes, guard)
 
 
+def add_pixels(sums: Any, c: Any, pixels: list[Any], tile: GatherTile) -> None:
+    """A sum over pixels of a tile, of as many channels at a time as registers hold."""
+    group, cv, ci = hl.vars("group cv ci")
+    update = sums.update().never_partition_all()
+    update.split(c, group, cv, tile.lanes * vectors_summed(tile.block, tile.lanes, host())).split(
+        cv, cv, ci, tile.lanes
+    )
+    update.reorder(ci, cv, *pixels, group).vectorize(ci).unroll(cv)
+
+
 def split_in_tasks(function: Any, v: Vars, gather: GatherSpec) -> None:
     """Blocks of channels of strips of images: the loops that results have in common."""
     block, ci, cv = hl.vars("block ci cv")
@@ -160,29 +173,32 @@ def _statistics(spec: DepthwiseStageSpec, v: Vars, tile: Any, out: Any, rows: An
     pixel = hl.RDom([hl.Range(0, width), hl.Range(0, rows)], "pixel")
     y = strip * rows + pixel[1]
     pixel.where(y < height)
-    place = [pixel[0], hl.unsafe_promise_clamped(y, 0, height - 1), 0, 0, v.c, v.n]
-    value = read(spec.gather.written, tile[place])
+    row = hl.RDom([hl.Range(0, width)], "first_row")
+
+    def value(x: Any, y: Any) -> Any:
+        return read(spec.gather.written, tile[[x, hl.unsafe_promise_clamped(y, 0, height - 1), 0, 0, v.c, v.n]])
+
     count = hl.cast(hl.Float(32), hl.min(rows, height - strip * rows) * width)
     here = (v.c, strip, v.n)
-    sums, moved = hl.Func("strip_sum"), hl.Func("strip_moments")
+    # Squares around the mean of the first row: that of all is no further from it than makes them as many times as
+    # large as there are rows, and is the one that is found.
+    sums, moved = hl.Func("row_sum"), hl.Func("strip_moments")
     sums[here] = hl.f32(0.0)
-    sums[here] += value
-    away = value - sums[here] / count
+    sums[here] += value(row.x, strip * rows)
+    near = sums[here] / hl.cast(hl.Float(32), width)
+    away = value(pixel[0], y) - near
     moved[here] = (hl.f32(0.0), hl.f32(0.0))
     moved[here] = (moved[here][0] + away, moved[here][1] + away * away)
-    # What the first sum has lost is in the second.
     rest = moved[here][0] / count
     part = hl.Func("part")
-    part[v.c, k, strip, v.n] = hl.mux(k, [sums[here] / count + rest, moved[here][1] - moved[here][0] * rest])
+    part[v.c, k, strip, v.n] = hl.mux(k, [near + rest, moved[here][1] - moved[here][0] * rest])
     split_in_tasks(part, v, spec.gather)
     part.compute_root().reorder(ci, cv, k, block, strip, v.n).bound(k, 0, 2).unroll(k).never_partition_all()
     runtime.parallel(runtime.parallel(part, strip), v.n)
     for function in (sums, moved):
         function.compute_at(part, block).bound_extent(v.c, spec.gather.tile.block)
         function.vectorize(v.c, spec.gather.tile.lanes).never_partition_all()
-        update = function.update().never_partition_all()
-        update.split(v.c, cv, ci, spec.gather.tile.lanes).reorder(ci, cv, pixel[0], pixel[1])
-        update.vectorize(ci).unroll(cv)
+        add_pixels(function, v.c, [row.x] if function is sums else [pixel[0], pixel[1]], spec.gather.tile)
     total = _merged(spec, v, part, rows, (width, height, images))
     return part, total
 
@@ -201,7 +217,8 @@ def _merged(spec: DepthwiseStageSpec, v: Vars, part: Any, rows: Any, sizes: tupl
     apart = part[v.c, 0, over[0], over[1]] - mean[v.c]
     squares[v.c] = hl.f32(0.0)
     squares[v.c] += part[v.c, 1, over[0], over[1]] + share * (apart * apart)
-    total[v.c, k] = hl.mux(k, [mean[v.c], squares[v.c] / every])
+    rounded = hl.strict_float(hl.select(squares[v.c] < hl.f32(0.0), hl.f32(0.0), squares[v.c]))
+    total[v.c, k] = hl.mux(k, [mean[v.c], rounded / every])
     total.bound(k, 0, 2).reorder(v.c, k).unroll(k).vectorize(v.c, spec.gather.tile.lanes)
     total.output_buffer().dim(0).set_min(0).set_stride(1)
     total.output_buffer().dim(1).set_min(0)

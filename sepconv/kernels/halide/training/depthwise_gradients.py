@@ -32,6 +32,7 @@ from sepconv.kernels.halide.schedule.depthwise import WeightTile
 from sepconv.kernels.halide.training import slopes
 from sepconv.kernels.halide.training.depthwise import (
     Norm,
+    add_pixels,
     add_strips,
     channel_param,
     normalised_source,
@@ -135,9 +136,9 @@ def build(spec: DepthwiseGradientsSpec) -> tuple[Any, list[Any]]:
         tiles += [] if inner is None else [inner]
     for function in tiles:
         function.compute_at(parent, w.block)
-    schedule_padded(w.dz.compute_at(parent, w.block), 1, spec.gather)
+    schedule_padded(w.dz.compute_at(parent, w.block), 1, spec.gather, apart=True)
     if spec.need[1]:
-        schedule_padded(w.h.compute_at(parent, w.block), 1, spec.gather)
+        schedule_padded(w.h.compute_at(parent, w.block), 1, spec.gather, apart=True)
     if tile is not None:
         schedule_tile(spec.gather, w.v, tile.compute_at(parent, w.block), sums)
     return results, w.arguments()
@@ -156,11 +157,7 @@ def _input_gradient(w: _Walk) -> tuple[Any, Any, dict[tuple[int, ...], Any]]:
     here = [v.x, v.y, v.z, v.m, v.c, v.n]
     tile, image = hl.Func("tile"), hl.Func("image")
     grad = pick_phase(gather, v, sums)
-    if w.norm is not None:
-        x, y = (hl.clamp(var, 0, w.source.dim(d).extent() - 1) for d, var in enumerate((v.x, v.y)))
-        argument = w.norm.argument(read(gather.numbers, w.source[x, y, v.z, v.m, v.c, v.n]), v.c)
-        grad = slopes.backward(w.norm.activation, grad, argument)
-    tile[here] = grad
+    tile[here] = grad if w.norm is None else slopes.backward(w.norm.activation, grad, _slope_from(w, w.norm))
     scale = hl.f32(1.0) if w.norm is None else w.norm.vectors[1][v.c]
     image[here] = write(gather.written, tile[here] * scale)
     fix_layout(image.output_buffer(), 2, 1, channels_last=True)
@@ -172,6 +169,15 @@ def _input_gradient(w: _Walk) -> tuple[Any, Any, dict[tuple[int, ...], Any]]:
     runtime.parallel(runtime.parallel(image, w.strip), v.n)
     tile.align_bounds(v.x, len(gather.taps[0])).align_bounds(v.y, len(gather.taps[1]))
     return image, tile, sums
+
+
+def _slope_from(w: _Walk, norm: Norm) -> Any:
+    """What tells an activation's slope: of one with limits its result, which lies in a tile where filters need it."""
+    v = w.v
+    if w.spec.need[1] and slopes.told_by_result(norm.activation):
+        return w.h[v.x + w.low[0], v.y + w.low[1], v.z, v.m, v.c, v.n]
+    x, y = (hl.clamp(var, 0, w.source.dim(d).extent() - 1) for d, var in enumerate((v.x, v.y)))
+    return norm.argument(read(w.spec.gather.numbers, w.source[x, y, v.z, v.m, v.c, v.n]), v.c)
 
 
 def _of_norm(w: _Walk, tile: Any) -> Callable[[Any, Any], list[Any]]:
@@ -208,8 +214,7 @@ def _sums_of_pixels(
     part.reorder(w.ci, w.cv, w.k, w.block, w.strip, v.n).bound(w.k, 0, len(added)).unroll(w.k)
     lanes = w.spec.gather.tile.lanes
     inner.bound_extent(v.c, w.spec.gather.tile.block).vectorize(v.c, lanes).never_partition_all()
-    update = inner.update().never_partition_all()
-    update.split(v.c, w.cv, w.ci, lanes).reorder(w.ci, w.cv, pixel[0], pixel[1]).vectorize(w.ci).unroll(w.cv)
+    add_pixels(inner, v.c, [pixel[0], pixel[1]], w.spec.gather.tile)
     over = w.all_strips()
     total[v.c, w.k] = hl.f32(0.0)
     total[v.c, w.k] += part[v.c, w.k, over[0], over[1]]

@@ -22,6 +22,11 @@ def missing(activation: str) -> str:
     return f"the kernel has no derivative of {activation}"
 
 
+def told_by_result(activation: str) -> bool:
+    """Whether :func:`backward` may be given the activation's result instead of x."""
+    return ACTIVATIONS[activation].limits is not None
+
+
 def backward(activation: str, grad: Any, x: Any) -> Any:
     """``grad`` times the derivative at x, both float32 expressions."""
     limits = ACTIVATIONS[activation].limits

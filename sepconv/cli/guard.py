@@ -75,13 +75,14 @@ def _warnings_as_lines() -> Iterator[None]:
 
 @contextmanager
 def resumable(folder: Path, command: str) -> Iterator[None]:
-    """Ctrl-C inside the block says which checkpoint is kept and how to go on."""
+    """Ctrl-C inside the block says what is kept and how to go on."""
+    from sepconv.runs import fitted
     from sepconv.train import checkpoint
 
     try:
         yield
     except KeyboardInterrupt:
-        kept = checkpoint.checkpoints(folder)
+        kept = [*checkpoint.checkpoints(folder), *folder.glob(fitted.FILE)]
         if not kept:
             raise Interrupted("interrupted before the first epoch was over: there is no checkpoint") from None
         again = command if "--resume" in command.split() else f"{command} --resume"

@@ -35,7 +35,7 @@ def train_model(
 
     Under `accelerate launch` or `torchrun` the main process writes.
     """
-    prepare(out, "train", model)
+    prepare(out, "train", model, resume=resume)
     card.with_data(data).check()
     history = train(model, data, recipe, out, resume=resume, on_progress=relay(on_progress, "train"))
     metrics = evaluate(model, data.test)

@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from sepconv.convert import Plan, closed_form, convert
-from sepconv.data import Data, SampleData, Split, load
+from sepconv.data import Data, LoaderSplit, SampleData, Split, load
 from sepconv.layers.borrowed import copied
 from sepconv.leaves import Inputs
 from sepconv.report import write_report
-from sepconv.runs import compare, layer_data, model_file
+from sepconv.runs import compare, fitted, layer_data, model_file
 from sepconv.runs.classes import matched
+from sepconv.runs.fitted import Fitted
 from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
 from sepconv.runs.live import LiveNetwork, write_live
 from sepconv.runs.model_file import Card
@@ -34,6 +35,7 @@ from sepconv.runs.run_folder import (
     RESULT,
     about,
     export_onnx,
+    finished,
     prepare,
     remove_checkpoints,
     write_json,
@@ -117,6 +119,8 @@ class Outcome:
     curves: list[dict[str, Any]] = field(default_factory=list)
     kept: str = "converted"
     """The stage whose network is written."""
+    steps: int = 1
+    """Of the conversion, as progress is told."""
 
     def finished(self, name: str, model: nn.Module, seconds: float) -> None:
         score = self.judge.stage(model, self.choices.data.test)
@@ -194,10 +198,12 @@ def convert_model(
     Args:
         model: trained; left as it was.
         card: how `model` is built.
-        resume: go on with an interrupted run of the same job in `out`.
+        resume: go on with an interrupted distillation in `out`, even if it does not say of which conversion; and if
+            `out` holds the results of this very job, return their record. A conversion whose network was fitted already
+            goes on without being told, if weights, images and settings are the same.
 
     Raises:
-        ValueError: the budget cannot be reached, nothing can be converted, `out` holds another run.
+        ValueError: the budget cannot be reached, nothing can be converted, `out` holds another run, or results.
         TrainingStopped: the loss is not finite.
         OSError: `out` cannot be written.
 
@@ -214,7 +220,7 @@ def convert_model(
     # What is wrong with the user's function, or cannot be described in a file, shows before the work.
     judge.metrics(model)
     card.changed_to(model).with_data(data).check()
-    prepare(out, job.kind, model, int8=job.precision == INT8, live=job.live)
+    prepare(out, job.kind, model, resume=resume, int8=job.precision == INT8, live=job.live)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data), judge)
     if judge.classes:
@@ -243,8 +249,16 @@ def _run(
     on_progress: OnProgress,
     started: float,
 ) -> dict[str, Any]:
-    plan = _convert(outcome, job, on_progress)
-    _distil(outcome, job, out, resume, on_progress)
+    images = _calibration(outcome.choices.data, job)
+    identity = _identity(outcome, data, job, images)
+    if job.kind != "demo" and (done := of_first(finished(out, job.kind, identity))) is not None:
+        return done
+    found = fitted.find(out / CHECKPOINTS, outcome.original, images, identity["conversion"])
+    plan = _convert(outcome, job, images, found, on_progress)
+    if found is None and job.kind != "demo" and processes().is_main_process:
+        made = Fitted(outcome.separable, plan, outcome.stages[-2:])
+        fitted.keep(out / CHECKPOINTS, made, outcome.original, images, identity["conversion"])
+    _distil(outcome, job, out, resume or found is not None, on_progress)
     card = outcome.card.changed_to(outcome.separable)
     if processes().is_main_process:
         # Whatever happens while it is measured, the network is there; what is of an earlier one is not beside it.
@@ -262,6 +276,7 @@ def _run(
         measured["precisions"] = precisions(networks, quantized, judged, outcome.judge, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
+        measured["identity"] = identity
         record = _write(replace(outcome, card=card), measured, plan, data, job, out, started, quantized)
     record = of_first(record)
     remove_checkpoints(out)
@@ -318,18 +333,49 @@ def _live(outcome: Outcome, quantized: QuantizedNetwork | str) -> list[LiveNetwo
     return found if isinstance(quantized, str) else [*found, LiveNetwork("separable", INT8, quantized.module)]
 
 
-def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
+def _calibration(data: Data | SampleData, job: Job) -> Inputs:
+    return Inputs.of(data.calibration(min(job.calibration_images, len(data.train)), job.seed))
+
+
+def _identity(outcome: Outcome, data: Data | SampleData, job: Job, images: Inputs) -> dict[str, Any]:
+    """What the results follow from: the settings, the weights and the images."""
+    settings = {"task": outcome.judge.task, "held_out": outcome.choices.held_out}
+    settings |= {name: getattr(job, name) for name in ("budget", "metric", "form", "skip", "output_weights")}
+    conversion = fitted.identity_of(
+        outcome.original, images, settings, repeatable=not isinstance(data.train, LoaderSplit)
+    )
+    return fitted.plain(
+        {
+            "conversion": conversion,
+            "data": {"name": data.name, "test": len(data.test)},
+            "recipe": job.recipe and {**asdict(job.recipe), "kernels": ""},
+            "distillation": asdict(job.distillation),
+            **{name: getattr(job, name) for name in ("batch", "classes", "data_range", "precision", "live", "seed")},
+            "metric_function": getattr(job.metric_function, "__name__", None),
+        }
+    )
+
+
+def _convert(outcome: Outcome, job: Job, images: Inputs, found: Fitted | None, on_progress: OnProgress) -> Plan:
+    """Fitted now, unless it was before."""
     on_progress(Step("convert", 0, 1))
+    if found is None:
+        plan = _fit(outcome, job, images, on_progress)
+    else:
+        outcome.separable, plan = found.network, found.plan
+        outcome.stages += found.stages
+    last, steps = outcome.stages[-1], outcome.steps
+    on_progress(Step("convert", steps, steps, accuracy=last.get("accuracy"), error=last.get("error")))
+    return plan
+
+
+def _fit(outcome: Outcome, job: Job, images: Inputs, on_progress: OnProgress) -> Plan:
     started = time.perf_counter()
-    data = outcome.choices.data
-    images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
-    steps = 1
 
     def relay(done: int, total: int) -> None:
-        nonlocal steps
         # One more for the accuracies.
-        steps = total + 1
-        on_progress(Step("convert", done, steps))
+        outcome.steps = total + 1
+        on_progress(Step("convert", done, outcome.steps))
 
     outcome.separable, plan = convert(
         outcome.original,
@@ -343,11 +389,9 @@ def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
     )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    simple = closed_form(outcome.original, plan, Inputs.of(images)[:2])
+    simple = closed_form(outcome.original, plan, images[:2])
     outcome.finished("closed form", simple, time.perf_counter() - started)
     outcome.finished("converted", outcome.separable, seconds)
-    last = outcome.stages[-1]
-    on_progress(Step("convert", steps, steps, accuracy=last.get("accuracy"), error=last.get("error")))
     return plan
 
 

@@ -32,6 +32,7 @@ FILE = "fitted.safetensors"
 ELSEWHERE = "use another folder"
 _KEY = "sepconv fitted"
 _NETWORK, _ANSWER = "network.", "answer."
+_LONGEST_HEADER = 64 << 20
 _SAME = 1e-3
 """Relative difference of answers that threads and machines explain; another network's are farther off."""
 
@@ -93,11 +94,12 @@ def keep(folder: Path, fitted: Fitted, original: nn.Module, images: Inputs, iden
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is what :func:`keep` writes."""
-    try:
-        return _description(path) is not None
-    except (OSError, ValueError):
+    """Whether a file begins as :func:`keep` writes it, whole or not."""
+    if not path.is_file():
         return False
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return f'"{_KEY}"'.encode() in file.read(min(length, _LONGEST_HEADER))
 
 
 def find(folder: Path, original: nn.Module, images: Inputs, identity: dict[str, Any]) -> Fitted | None:

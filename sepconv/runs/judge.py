@@ -75,8 +75,16 @@ def answers_to(model: nn.Module, data: Data | SampleData, caller: str = "convert
         raise ValueError(f"{caller}: the model does not take images of shape {shape}: {complaint(error)}") from error
     for name, leaf in leaves(answer).items():
         if not leaf.isfinite().all():
-            raise ValueError(f"{caller}: {said(name)} of the network holds NaN or infinity on this data")
+            raise ValueError(f"{caller}: {said(name)} of the network holds NaN or infinity on this data{cause(model)}")
     return answer
+
+
+def cause(model: nn.Module) -> str:
+    """Why a network's outputs are no numbers, where its own weights are none."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f": so does its own {name}"
+    return ""
 
 
 def near_chance(accuracy: float, labels: Tensor) -> str:

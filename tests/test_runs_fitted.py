@@ -185,6 +185,28 @@ def test_every_kind_of_network_is_kept_as_it_is(tmp_path: Path) -> None:
         assert torch.equal(old, new)
 
 
+class _Answer(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.network(x)}
+
+
+def test_what_cannot_be_is_found_out_before_the_work(tmp_path: Path, no_fit: None) -> None:
+    model, card = open_model(str(trained_folder()))
+    message = r"convert: the model's output is dict .*; without classes \(--task outputs\) any outputs are compared"
+    with pytest.raises(ValueError, match=message):
+        _convert(tmp_path, model=_Answer(model))
+    model.requires_grad_(False)
+    recipe = Recipe(epochs=1)
+    with pytest.raises(ValueError, match="convert: all parameters of the network are frozen, so it cannot learn"):
+        _convert(tmp_path, replace(JOB, recipe=recipe), model=model)
+    with pytest.raises(ValueError, match="quantize: all parameters of the network are frozen, so it cannot learn"):
+        quantize_model(model, card, load("digits"), QuantizationJob(recipe=recipe), tmp_path)
+
+
 class TestFinished:
     def test_is_not_replaced(self, tmp_path: Path) -> None:
         out = shutil.copytree(converted_folder(), tmp_path / "out")

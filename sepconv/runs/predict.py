@@ -15,9 +15,8 @@ from sepconv.compile import compile
 from sepconv.data import Crop
 from sepconv.data.images import BrokenImage, read_images
 from sepconv.data.listing import image_files
-from sepconv.layers.borrowed import evaluating
+from sepconv.layers.borrowed import because_of_weights, evaluating
 from sepconv.leaves.complaint import complaint
-from sepconv.runs.judge import cause
 from sepconv.runs.model_file import Card, class_names
 
 BATCH = 64
@@ -122,7 +121,7 @@ def _check(scores: object, files: Sequence[Path], classes: Sequence[str], model:
         raise ValueError(f"predict: {len(classes)} classes are named but the network has {scores.shape[1]} outputs")
     for file, finite in zip(files, scores.isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise ValueError(f"predict: the scores of {file} hold NaN or infinity{cause(model)}")
+            raise ValueError(f"predict: the scores of {file} hold NaN or infinity{because_of_weights(model)}")
 
 
 def _scores(model: nn.Module, images: Tensor) -> Any:

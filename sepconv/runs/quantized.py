@@ -16,7 +16,7 @@ from sepconv.leaves import Inputs
 from sepconv.quantize import QuantizationPlan, quantize
 from sepconv.runs import fitted, model_file
 from sepconv.runs.classes import matched
-from sepconv.runs.judge import Judge, answers_to, is_worse
+from sepconv.runs.judge import Judge, answers_to, check_can_learn, is_worse
 from sepconv.runs.model_file import Card
 from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import (
@@ -94,6 +94,8 @@ def quantize_model(
     """
     started = time.perf_counter()
     model = copied(model, "quantize")
+    if job.recipe is not None:
+        check_can_learn(model, "quantize")
     data = _with_classes(model, card, data, job)
     card.with_data(data).check()
     prepare(out, "quantize", model, resume=resume)

@@ -21,7 +21,7 @@ from sepconv.report import write_report
 from sepconv.runs import compare, fitted, layer_data, model_file
 from sepconv.runs.classes import matched
 from sepconv.runs.fitted import Fitted
-from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
+from sepconv.runs.judge import Judge, MetricFunction, answers_to, check_can_learn, is_worse, near_chance
 from sepconv.runs.live import LiveNetwork, write_live
 from sepconv.runs.model_file import Card
 from sepconv.runs.precisions import precisions
@@ -217,6 +217,8 @@ def convert_model(
     if isinstance(data, Data) and data.classes:
         data = _with_classes_of(data, job, card, answer)
     judge = Judge(model, bool(data.classes), job.output_weights, job.data_range, job.metric_function)
+    if job.recipe is not None:
+        check_can_learn(model, "convert")
     # What is wrong with the user's function, or cannot be described in a file, shows before the work.
     judge.metrics(model)
     card.changed_to(model).with_data(data).check()
@@ -233,7 +235,10 @@ def convert_model(
 
 def _with_classes_of(data: Data, job: Job, card: Card, answer: Any) -> Data:
     """The data with its classes matched to the network's outputs."""
-    check_outputs(answer, data.num_classes)
+    try:
+        check_outputs(answer, data.num_classes)
+    except ValueError as error:
+        raise ValueError(f"convert: {error}; without classes (--task outputs) any outputs are compared") from None
     outputs = int(answer.shape[1])
     if job.classes and len(job.classes) != outputs:
         raise ValueError(f"convert: {len(job.classes)} classes are named but the network has {outputs} outputs")

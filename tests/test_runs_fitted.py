@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from sepconv.data import Data, load
 from sepconv.runs import fitted, onnx_file, workflow
 from sepconv.runs.model_file import open_model
 from sepconv.runs.quantized import QuantizationJob, quantize_model
-from sepconv.runs.run_folder import CHECKPOINTS, RESULT
+from sepconv.runs.run_folder import CHECKPOINTS, RESULT, owned
+from sepconv.runs.training import train_model
 from sepconv.runs.workflow import Job
+from sepconv.system.files import LOCK
 from sepconv.train import Recipe
 
 JOB = Job(budget=0.5, recipe=None, calibration_images=100)
@@ -205,6 +209,33 @@ def test_what_cannot_be_is_found_out_before_the_work(tmp_path: Path, no_fit: Non
         _convert(tmp_path, replace(JOB, recipe=recipe), model=model)
     with pytest.raises(ValueError, match="quantize: all parameters of the network are frozen, so it cannot learn"):
         quantize_model(model, card, load("digits"), QuantizationJob(recipe=recipe), tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, no_fit: None) -> None:
+    out = tmp_path / "a" / "b"
+    with owned(out, "convert"):
+        message = "{}: another process is writing to .*/b: give another --out, or wait"
+        with pytest.raises(ValueError, match=message.format("convert")):
+            _convert(out)
+        model, card = open_model(str(trained_folder()))
+        with pytest.raises(ValueError, match=message.format("quantize")):
+            quantize_model(model, card, load("digits"), QuantizationJob(), out)
+        with pytest.raises(ValueError, match=message.format("train")):
+            train_model(model, card, load("digits"), Recipe(epochs=1), out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_killed_run_gives_its_folder_free(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        with owned(tmp_path, "convert"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / LOCK).exists()
+    with owned(tmp_path, "convert"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 class TestFinished:

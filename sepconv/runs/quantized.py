@@ -26,6 +26,7 @@ from sepconv.runs.run_folder import (
     about,
     export_onnx,
     finished,
+    owned,
     prepare,
     remove_checkpoints,
     write_json,
@@ -92,13 +93,26 @@ def quantize_model(
         ValueError: see :func:`sepconv.quantize`; or `out` holds another run, or results.
         OSError: `out` cannot be written.
     """
+    prepare(out, "quantize", model, resume=resume)
+    with owned(out, "quantize"):
+        return _work(model, card, data, job, out, resume, on_progress)
+
+
+def _work(
+    model: nn.Module,
+    card: Card,
+    data: Data | SampleData,
+    job: QuantizationJob,
+    out: Path,
+    resume: bool,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = copied(model, "quantize")
     if job.recipe is not None:
         check_can_learn(model, "quantize")
     data = _with_classes(model, card, data, job)
     card.with_data(data).check()
-    prepare(out, "quantize", model, resume=resume)
     choices, judge = Choices.of(data), Judge(model, bool(data.classes))
     identity = _identity(model, choices, data, job)
     if (done := of_first(finished(out, "quantize", identity))) is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ from sepconv.data import Data, SampleData
 from sepconv.data.samples import first_of
 from sepconv.runs import fitted, model_file, onnx_file
 from sepconv.system import environment
-from sepconv.system.files import check_folder, nearest_folder, refuse_inputs, remove_partial_files, replacing
+from sepconv.system.files import (
+    alone_in,
+    check_folder,
+    nearest_folder,
+    refuse_inputs,
+    remove_partial_files,
+    replacing,
+)
 from sepconv.train import checkpoint, history
 from sepconv.train.processes import processes
 
@@ -185,6 +192,16 @@ def prepare(
     needed, free = 2 * weights + room, shutil.disk_usage(nearest_folder(out)).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
+
+
+@contextmanager
+def owned(out: Path, kind: str) -> Iterator[None]:
+    """Inside the block the folder is this run's alone; of several processes the first stands for all."""
+    if not processes().is_main_process:
+        yield
+        return
+    with alone_in(out, kind):
+        yield
 
 
 def remove_checkpoints(out: Path) -> None:

@@ -36,6 +36,7 @@ from sepconv.runs.run_folder import (
     about,
     export_onnx,
     finished,
+    owned,
     prepare,
     remove_checkpoints,
     write_json,
@@ -258,6 +259,21 @@ def _run(
     identity = _identity(outcome, data, job, images)
     if job.kind != "demo" and (done := of_first(finished(out, job.kind, identity))) is not None:
         return done
+    with owned(out, job.kind):
+        return _work(outcome, data, job, out, resume, on_progress, started, images, identity)
+
+
+def _work(
+    outcome: Outcome,
+    data: Data | SampleData,
+    job: Job,
+    out: Path,
+    resume: bool,
+    on_progress: OnProgress,
+    started: float,
+    images: Inputs,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
     found = fitted.find(out / CHECKPOINTS, outcome.original, images, identity["conversion"])
     plan = _convert(outcome, job, images, found, on_progress)
     if found is None and job.kind != "demo" and processes().is_main_process:

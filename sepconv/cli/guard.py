@@ -35,6 +35,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with _warnings_as_lines():
                 command(**options)
+                # What was written to a pipe that nobody reads any more is found out here, not when Python ends.
+                sys.stdout.flush()
         except (KeyboardInterrupt, Interrupted) as error:
             console.error(str(error) or "interrupted")
             raise typer.Exit(INTERRUPTED) from None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ import torch
 from torch import nn
 
 from sepconv.convert import Plan, closed_form, convert
-from sepconv.data import Data, LoaderSplit, SampleData, Split, load
+from sepconv.data import Data, SampleData, Split, load
 from sepconv.layers.borrowed import copied
 from sepconv.leaves import Inputs
 from sepconv.report import write_report
 from sepconv.runs import compare, fitted, layer_data, model_file
 from sepconv.runs.classes import matched
 from sepconv.runs.fitted import Fitted
-from sepconv.runs.judge import Judge, MetricFunction, answers_to, check_can_learn, is_worse, near_chance
+from sepconv.runs.job import Job as Job
+from sepconv.runs.job import calibration_of, identity_of
+from sepconv.runs.judge import Judge, answers_to, check_can_learn, is_worse, near_chance
 from sepconv.runs.live import LiveNetwork, write_live
 from sepconv.runs.model_file import Card
 from sepconv.runs.precisions import precisions
@@ -43,7 +44,7 @@ from sepconv.runs.run_folder import (
 )
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
-from sepconv.train import Distillation, Recipe, train
+from sepconv.train import Recipe, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
@@ -61,50 +62,6 @@ DEMO_FORM = "separable"
 """The textbook's."""
 DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
 DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.01, crop_padding=1)
-
-
-@dataclass(frozen=True)
-class Job:
-    """How a network is converted and measured.
-
-    Args:
-        budget: share of the original's cost that the separable network may have.
-        metric: that cost: "conv_params", "macs" or "latency".
-        form: what convolutions become, "bottleneck" or "separable".
-        recipe: how the separable network learns from the original afterwards; None leaves it as converted. Learning
-            that ends with fewer right answers than it began with, on images held out from it, is undone.
-        distillation: what it learns.
-        calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
-        skip: names of modules that stay as they are.
-        batch: images in one call while latency is measured.
-        classes: names of the network's outputs in their order, by which the data's classes are found; those of the card
-            where it is empty.
-        output_weights, data_range: of the outputs where there are no classes; see :func:`sepconv.train.evaluate`.
-        metric_function: the user's own numbers of a network, such as ``lambda network: {"iou": ...}``, told of both.
-        seed: of the choice of calibration images.
-        command: what the user typed, for the record.
-        precision: "float32", or "int8" for a quantized network beside it, in the folder ``int8``.
-        live: whether the page runs the networks in the browser.
-        kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
-    """
-
-    budget: float = 0.125
-    metric: str = "conv_params"
-    form: str = "bottleneck"
-    recipe: Recipe | None = field(default_factory=Recipe)
-    distillation: Distillation = field(default_factory=Distillation)
-    calibration_images: int = 1000
-    skip: tuple[str, ...] = ()
-    batch: int = 1
-    classes: tuple[str, ...] = ()
-    output_weights: Mapping[str, float] | None = None
-    data_range: float | None = None
-    metric_function: MetricFunction | None = None
-    seed: int = 0
-    command: str = ""
-    precision: str = "float32"
-    live: bool = False
-    kind: str = "convert"
 
 
 @dataclass
@@ -255,8 +212,8 @@ def _run(
     on_progress: OnProgress,
     started: float,
 ) -> dict[str, Any]:
-    images = _calibration(outcome.choices.data, job)
-    identity = _identity(outcome, data, job, images)
+    images = calibration_of(outcome.choices.data, job)
+    identity = identity_of(outcome.original, outcome.choices, data, job, images)
     if job.kind != "demo" and (done := of_first(finished(out, job.kind, identity))) is not None:
         return done
     with owned(out, job.kind):
@@ -352,29 +309,6 @@ def _live(outcome: Outcome, quantized: QuantizedNetwork | str) -> list[LiveNetwo
         LiveNetwork("separable", "float32", outcome.separable),
     ]
     return found if isinstance(quantized, str) else [*found, LiveNetwork("separable", INT8, quantized.module)]
-
-
-def _calibration(data: Data | SampleData, job: Job) -> Inputs:
-    return Inputs.of(data.calibration(min(job.calibration_images, len(data.train)), job.seed))
-
-
-def _identity(outcome: Outcome, data: Data | SampleData, job: Job, images: Inputs) -> dict[str, Any]:
-    """What the results follow from: the settings, the weights and the images."""
-    settings = {"task": outcome.judge.task, "held_out": outcome.choices.held_out}
-    settings |= {name: getattr(job, name) for name in ("budget", "metric", "form", "skip", "output_weights")}
-    conversion = fitted.identity_of(
-        outcome.original, images, settings, repeatable=not isinstance(data.train, LoaderSplit)
-    )
-    return fitted.plain(
-        {
-            "conversion": conversion,
-            "data": {"name": data.name, "test": len(data.test)},
-            "recipe": job.recipe and {**asdict(job.recipe), "kernels": ""},
-            "distillation": asdict(job.distillation),
-            **{name: getattr(job, name) for name in ("batch", "classes", "data_range", "precision", "live", "seed")},
-            "metric_function": getattr(job.metric_function, "__name__", None),
-        }
-    )
 
 
 def _convert(outcome: Outcome, job: Job, images: Inputs, found: Fitted | None, on_progress: OnProgress) -> Plan:

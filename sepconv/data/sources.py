@@ -116,7 +116,7 @@ def _without_waiting(datasets: Any) -> Iterator[None]:
         return
     from huggingface_hub import constants
 
-    places = (datasets.config, constants)
+    places: tuple[Any, ...] = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:

@@ -212,4 +212,4 @@ def test_a_short_answer_to_a_closed_pipe_is_no_traceback_either(monkeypatch: pyt
     os.close(reading)
     with os.fdopen(writing, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert cli.run(["count", "vgg_small", "--input", "1x8x8", "--json", "-"]) == 1
+        assert cli.run(["count", "vgg_small", "--input", "3x32x32", "--json", "-"]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -203,3 +204,12 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "mobilenet_v1_normal"
     assert done.stderr == ""
+
+
+def test_a_short_answer_to_a_closed_pipe_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits in the buffer, and would come to light when Python ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.run(["count", "vgg_small", "--input", "3x32x32", "--json", "-"]) == 1

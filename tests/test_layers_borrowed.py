@@ -15,10 +15,12 @@ from torch.nn.utils import prune
 
 import sepconv
 from sepconv.data import Data
-from sepconv.layers.borrowed import copied, evaluating, in_training
+from sepconv.layers.borrowed import because_of_weights, copied, evaluating, in_training
 from sepconv.leaves import Inputs
 from sepconv.runs import compare, latency, layer_data, onnx_file, png
+from sepconv.runs.library import Device, export_library
 from sepconv.runs.model_file import Card
+from sepconv.runs.onnx_file import export_onnx
 from sepconv.runs.predict import predict
 from sepconv.train import Recipe, evaluate, train
 
@@ -222,3 +224,19 @@ def test_a_copy_that_shares_has_computed_weights_of_its_own() -> None:
     shared = copied(nn.Sequential(model), "test", sharing=True)
     assert shared[0].weight_orig.data_ptr() == model.weight_orig.data_ptr()
     assert shared[0].weight.data_ptr() != model.weight.data_ptr()
+
+
+def test_weights_that_are_no_numbers_are_named_before_a_file_is_written(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+    model.register_buffer("mask", torch.full((1,), -torch.inf))
+    assert because_of_weights(model) == ""
+    model[1].running_mean[0] = torch.nan
+    assert because_of_weights(model) == ": so does its own 1.running_mean"
+    model[0].weight.data[0] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"export_onnx: the outputs .* hold NaN or infinity: so does its own 0\.weight"
+    ):
+        export_onnx(model, (1, 8, 8), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"export: the outputs .* hold NaN or infinity: so does its own 0\.weight"):
+        export_library(model, Card("mine"), (1, 8, 8), tmp_path / "c", Device("x86-64-linux"))
+    assert list(tmp_path.iterdir()) == []

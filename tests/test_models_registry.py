@@ -221,3 +221,14 @@ def test_torchvision_loads_no_weights_unless_told(monkeypatch: pytest.MonkeyPatc
     assert given == {"weights": "DEFAULT", "backbone": "mine"}
     create("torchvision/classifier", pretrained=False)
     assert given["weights"] is None
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
+
+
+def test_layers_without_a_shape_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"create: 0\.weight of .*:lazy has no shape yet: let the function run the model"
+    ):
+        create(f"{__name__}:lazy")

@@ -158,6 +158,14 @@ def test_answers_that_are_no_scores(answer: Any, message: str, photos: Path) -> 
         predict(_Answers(answer), CARD, [photos / "c.jpeg"])
 
 
+def test_weights_that_are_no_numbers_are_named(photos: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    network(torch.zeros(1, *CARD.input_shape))
+    nn.init.constant_(network[1].bias, float("nan"))
+    with pytest.raises(ValueError, match=r"hold NaN or infinity: so does its own 1\.bias"):
+        predict(network, CARD, [photos / "c.jpeg"])
+
+
 def test_training_says_what_was_left_out_and_what_is_for_what(tmp_path: Path) -> None:
     for split in ("Train", "Test", "val"):
         write_images(tmp_path / "set" / split, {"cat": [png(1, (8, 8))] * 2, "dog": [png(2, (8, 8))] * 2})

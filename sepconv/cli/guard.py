@@ -35,6 +35,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with _warnings_as_lines():
                 command(**options)
+                # What was written to a pipe that nobody reads any more is found out here, not when Python ends.
+                sys.stdout.flush()
         except (KeyboardInterrupt, Interrupted) as error:
             console.error(str(error) or "interrupted")
             raise typer.Exit(INTERRUPTED) from None
@@ -75,13 +77,14 @@ def _warnings_as_lines() -> Iterator[None]:
 
 @contextmanager
 def resumable(folder: Path, command: str) -> Iterator[None]:
-    """Ctrl-C inside the block says which checkpoint is kept and how to go on."""
+    """Ctrl-C inside the block says what is kept and how to go on."""
+    from sepconv.runs import fitted
     from sepconv.train import checkpoint
 
     try:
         yield
     except KeyboardInterrupt:
-        kept = checkpoint.checkpoints(folder)
+        kept = [*checkpoint.checkpoints(folder), *folder.glob(fitted.FILE)]
         if not kept:
             raise Interrupted("interrupted before the first epoch was over: there is no checkpoint") from None
         again = command if "--resume" in command.split() else f"{command} --resume"

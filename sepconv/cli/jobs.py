@@ -18,7 +18,7 @@ from sepconv.models.registry import function_of
 from sepconv.runs.classes import names_of, read_classes
 from sepconv.runs.model_file import model_path, open_model
 from sepconv.runs.preprocessing import preprocessing_of
-from sepconv.runs.run_folder import CHECKPOINTS, FILES, INT8, claim
+from sepconv.runs.run_folder import CHECKPOINTS, FILES, INT8, RESULT, claim, claim_beside, refuse_earlier
 from sepconv.runs.training import train_model
 from sepconv.runs.workflow import DISTILLATION_LR, OUTPUTS_LR, Job, convert_model, demo
 from sepconv.system.allocator import keep_freed_memory
@@ -42,7 +42,9 @@ def demo_command(
     """The main job on embedded data, in about a minute: train, convert, distil, measure."""
     screen = Screen(quiet, json_file)
     claim_outputs(out, "demo", [], json_file)
-    claim(out / INT8, "quantize")
+    claim_beside(out)
+    if (out / RESULT).exists():
+        screen.say(f"This demo takes the place of the one in {out}.")
     keep_freed_memory()
     with threads_set_to(threads), screen.progress() as on_progress:
         record = demo(out, seed=seed, live=live, command=context.obj, on_progress=on_progress)
@@ -202,9 +204,9 @@ def convert_command(
     given = arguments.parse_settings(settings or ())
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
-    claim_outputs(out, "convert", read := arguments.inputs(model, weights, data), json_file)
+    claim_outputs(out, "convert", read := arguments.inputs(model, weights, data), json_file, resume)
     if precision == INT8:
-        claim(out / INT8, "quantize", read)
+        claim_beside(out, read)
     wanted = typed.over(preprocessing_of(model, weights))
     images = load_data(screen, data, wanted, skip_broken, arguments.parse_task(task))
     show.preparation(screen, images)
@@ -288,7 +290,7 @@ def train_command(
     given = arguments.parse_settings(settings or ())
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
-    claim_outputs(out, "train", arguments.inputs(model, weights, data), json_file)
+    claim_outputs(out, "train", arguments.inputs(model, weights, data), json_file, resume)
     # Of a network that begins with random weights nobody else has a say.
     known = preprocessing_of(model, weights) if weights or model_path(model) or given.get("pretrained") else None
     images = load_data(screen, data, typed.over(known), skip_broken, labelled=True)
@@ -303,9 +305,10 @@ def train_command(
     screen.result(record)
 
 
-def claim_outputs(out: Path, kind: str, read: list[Path], json_file: Path | None) -> None:
-    """Refuse outputs that would replace what is read, or somebody else's work, before anything is done."""
+def claim_outputs(out: Path, kind: str, read: list[Path], json_file: Path | None, resume: bool = False) -> None:
+    """Refuse outputs that would replace what is read, or work that was done before, before anything is done."""
     claim(out, kind, read)
+    refuse_earlier(out, kind, resume)
     check_folder(out)
     arguments.check_outputs(read, taken=[out / name for name in FILES], json=json_file)
 

@@ -97,7 +97,7 @@ def quantize_command(
     )
     typed = arguments.Typed(image_size, crop, interpolation, mean, std, bgr)
     screen = Screen(quiet, json_file)
-    claim_outputs(out, "quantize", arguments.inputs(model, weights, data), json_file)
+    claim_outputs(out, "quantize", arguments.inputs(model, weights, data), json_file, resume)
     images = load_data(screen, data, typed.over(preprocessing_of(model, weights)), skip_broken)
     show.preparation(screen, images)
     network, card = open_model(model, weights, arguments.parse_settings(settings or ()), data=images)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sepconv.leaves import Inputs
-from sepconv.leaves.inputs import joined
+from sepconv.leaves.inputs import joined, refuse_single_samples
 
 NAME = "convert: calibration"
+
+MOST_SAMPLES, MOST_BYTES = 10_000, 2 << 30
+"""That are taken from a loader, which may be a whole data set, or may never end."""
 
 
 class CalibrationImages:
@@ -20,7 +24,8 @@ class CalibrationImages:
 
     Args:
         source: a float tensor (N, C, *), or an iterable of batches such as a ``DataLoader``; what a batch may be says
-            :meth:`sepconv.leaves.Inputs.of`.
+            :meth:`sepconv.leaves.Inputs.of`. Of more than ``MOST_SAMPLES`` samples or ``MOST_BYTES`` that no list or
+            tuple holds, the first are taken, and a warning says so.
         device, dtype: where the model wants them.
         name: of the caller and its argument, for messages.
     """
@@ -32,7 +37,7 @@ class CalibrationImages:
         dtype: torch.dtype,
         name: str = NAME,
     ) -> None:
-        parts = [_check(part, name) for part in ([source] if isinstance(source, Tensor | Inputs) else source)]
+        parts = [_check(source, name)] if isinstance(source, Tensor | Inputs) else _taken(source, name)
         self._parts = [part for part in parts if len(part)]
         if not self._parts:
             raise ValueError(f"{name} holds no images")
@@ -74,6 +79,24 @@ class CalibrationImages:
             few._chosen.append(chosen[out])
             number += units
         return most, few
+
+
+def _taken(source: Iterable[Any], name: str) -> list[Inputs]:
+    """The batches of a loader, as far as they are looked at."""
+    refuse_single_samples(source, name)
+    bounded = not isinstance(source, Sequence)
+    parts: list[Inputs] = []
+    samples = size = 0
+    for batch in source:
+        if bounded and (samples >= MOST_SAMPLES or size >= MOST_BYTES):
+            warnings.warn(
+                f"{name} has more than the {samples:,} samples ({size >> 20:,} MB) that are looked at", stacklevel=2
+            )
+            break
+        parts.append(part := _check(batch, name))
+        samples += len(part)
+        size += sum(t.numel() * t.element_size() for t in part.tensors)
+    return parts
 
 
 def _check(part: Any, name: str) -> Inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +21,14 @@ from sepconv.data.listing import Ignored, entries, files_below
 from sepconv.data.parts import readable
 from sepconv.data.splits import roles, splits_among
 from sepconv.leaves import Inputs
-from sepconv.leaves.inputs import joined, labels_of
+from sepconv.leaves.inputs import joined, labels_of, refuse_single_samples
 from sepconv.system.files import name_for_libraries
 
 SUFFIXES = (".npy", ".safetensors")
+MOST_BATCHES = 10_000
+"""That a loader may give that does not say how many it has: it might never end."""
+MOST_BYTES = 4 << 30
+"""Of batches that can be gone through only once, and are kept in memory."""
 ASTRAY = 10
 """Of so many files in a folder one may be of another kind."""
 
@@ -94,22 +99,38 @@ class SampleFiles:
 
 @dataclass(frozen=True)
 class LoaderSplit:
-    """The batches of a loader as it gives them: their size and order are the loader's."""
+    """The batches of a loader as it gives them: their size and order are the loader's.
+
+    Where a loader never ends, ``LoaderSplit(loader, 100)`` is its first hundred batches.
+    """
 
     loader: Iterable[Any]
     count: int
-    """Batches in one pass."""
+    """Batches in one pass; what the loader has beyond them is not asked for."""
 
     @classmethod
     def of(cls, loader: Iterable[Any]) -> LoaderSplit:
-        """A loader that can be gone through only once is read into memory."""
+        """A loader that can be gone through only once is read into memory. Its length, if it has one, ends a pass.
+
+        Raises:
+            ValueError: it has no length and gives more batches than ``MOST_BATCHES``, or than memory should hold.
+            TypeError: it is a data set, which gives single samples.
+        """
+        if isinstance(loader, LoaderSplit):
+            return loader
+        refuse_single_samples(loader, "the loader")
         if isinstance(loader, Tensor | Inputs):
             loader = [loader]
-        kept = loader if iter(loader) is not loader else list(loader)
+        kept = _in_memory(loader) if isinstance(loader, Iterator) else loader
         try:
             count = len(kept)  # type: ignore[arg-type]
         except TypeError:  # of an iterable data set
-            count = sum(1 for _ in kept)
+            count = sum(1 for _ in islice(kept, MOST_BATCHES + 1))
+            if count > MOST_BATCHES:
+                raise ValueError(
+                    f"the loader has no length and gives more than {MOST_BATCHES:,} batches, as one that never ends: "
+                    "say how many with sepconv.data.LoaderSplit(loader, N)"
+                ) from None
         if not count:
             raise ValueError("the loader gives no batch")
         return cls(kept, count)
@@ -118,10 +139,13 @@ class LoaderSplit:
         """Samples, where all batches are as large as the first."""
         return self.count * max(1, len(self.first(1)))
 
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.count)
+
     def first(self, samples: int) -> Inputs:
         """So many samples from the beginning, or more where a batch cannot be divided."""
         found: list[Inputs] = []
-        for batch in self.loader:
+        for batch in self:
             inputs = Inputs.of(batch)
             if found and (inputs.structure != found[0].structure or not inputs.divisible):
                 break
@@ -146,7 +170,20 @@ class LoaderSplit:
     ) -> Iterator[tuple[Inputs, Tensor | None]]:
         """All batches of the loader, whatever size is asked for."""
         _refuse_augment(augment)
-        return ((Inputs.of(batch), labels_of(batch)) for batch in self.loader)
+        return ((Inputs.of(batch), labels_of(batch)) for batch in self)
+
+
+def _in_memory(loader: Iterator[Any]) -> list[Any]:
+    kept, size = [], 0
+    for batch in loader:
+        kept.append(batch)
+        size += sum(t.numel() * t.element_size() for t in Inputs.of(batch).tensors)
+        if size > MOST_BYTES or len(kept) > MOST_BATCHES:
+            raise ValueError(
+                f"the batches can be gone through only once, and {len(kept):,} of them take {size >> 20:,} MB of "
+                "memory and do not end: give a loader, or so many of them: list(itertools.islice(batches, N))"
+            )
+    return kept
 
 
 def as_samples(source: Samples | Iterable[Any]) -> Samples:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -85,7 +92,7 @@ def read_pattern(path: Path) -> Source:
 def read_hub(name: str) -> Source:
     """A data set of the Hugging Face hub, by name."""
     try:
-        with quiet_datasets() as datasets:
+        with quiet_datasets() as datasets, _without_waiting(datasets):
             splits = datasets.load_dataset(name)
     except ModuleNotFoundError:
         raise
@@ -96,3 +103,33 @@ def read_hub(name: str) -> Source:
             f"({reason}); known are {POSSIBILITIES}"
         ) from error
     return read_table(name, dict(splits), name)
+
+
+@contextmanager
+def _without_waiting(datasets: Any) -> Iterator[None]:
+    """Where the hub's name is not known, as on a machine without a network, only what is on disk is asked for.
+
+    The library would try for most of a minute, whatever folder was mistyped.
+    """
+    if getproxies() or _is_known(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname):
+        yield
+        return
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (datasets.config, constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _is_known(host: str | None) -> bool:
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True

@@ -99,3 +99,13 @@ def _uncopied(model: nn.Module, memo: dict[int, Tensor]) -> str:
             except Exception:
                 return f"{key} of layer {name!r} ({type(module).__name__})" if name else f"{key} of the model"
     return f"the model ({type(model).__name__})"
+
+
+def because_of_weights(model: nn.Module) -> str:
+    """What to add where outputs are no numbers and the network's own weights are none; else ""."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return f": so does its own {name}"
+    # Buffers may hold infinity on purpose, as the masks of attention do.
+    broken = (name for name, tensor in model.named_buffers() if tensor.is_floating_point() and tensor.isnan().any())
+    return next((f": so does its own {name}" for name in broken), "")

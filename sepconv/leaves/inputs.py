@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.data import Dataset, IterableDataset
 
 TARGETS = ("label", "labels", "target", "targets")
 """Entries of a batch by name that are no arguments of the network but what it should answer."""
@@ -124,6 +125,15 @@ class Inputs:
         """What the model answers; it may change its arguments in place, so it gets its own."""
         mine = self.clone()
         return model(*mine.args, **mine.kwargs)
+
+
+def refuse_single_samples(source: Any, name: str) -> None:
+    """TypeError for a data set without a loader around it, whose samples would be taken for batches."""
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        raise TypeError(
+            f"{name} must give batches, but {type(source).__name__} is a data set of single samples: give "
+            "torch.utils.data.DataLoader(dataset, batch_size)"
+        )
 
 
 def joined(batches: Sequence[Inputs]) -> Inputs:

@@ -13,6 +13,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sepconv.leaves.complaint import complaint
 from sepconv.models.mobilenet_v1 import MobileNetV1, MobileNetV1Normal
@@ -43,7 +44,7 @@ def create(name: str, /, **settings: Any) -> nn.Module:
 
     Raises:
         ValueError: unknown name (the nearest ones are named), unknown or unfit setting (the known ones are named), a
-            module that cannot be imported.
+            module that cannot be imported, lazy layers that have not seen an input.
         TypeError: the function returned something else than a module.
 
     Example:
@@ -91,6 +92,9 @@ def _build(name: str, factory: Callable[..., Any], settings: dict[str, Any]) -> 
         raise ValueError(f"create: {name} cannot be built with {shortened(settings)} ({complaint(error)})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"create: {name} must return a torch.nn.Module, got {type(model).__name__}")
+    lazy = next((key for key, value in model.state_dict(keep_vars=True).items() if is_lazy(value)), None)
+    if lazy is not None:
+        raise ValueError(f"create: {lazy} of {name} has no shape yet: let the function run the model once before")
     return model
 
 

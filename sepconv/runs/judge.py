@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sepconv.data import Data, SampleData, Samples
-from sepconv.layers.borrowed import evaluating
+from sepconv.layers.borrowed import because_of_weights, evaluating
 from sepconv.leaves import Closeness, Inputs, leaves
 from sepconv.leaves.complaint import complaint
 from sepconv.leaves.outputs import said
@@ -75,8 +75,17 @@ def answers_to(model: nn.Module, data: Data | SampleData, caller: str = "convert
         raise ValueError(f"{caller}: the model does not take images of shape {shape}: {complaint(error)}") from error
     for name, leaf in leaves(answer).items():
         if not leaf.isfinite().all():
-            raise ValueError(f"{caller}: {said(name)} of the network holds NaN or infinity on this data")
+            why = because_of_weights(model)
+            raise ValueError(f"{caller}: {said(name)} of the network holds NaN or infinity on this data{why}")
     return answer
+
+
+def check_can_learn(model: nn.Module, caller: str) -> None:
+    """ValueError where all parameters are frozen: what is made of them would be, too."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"{caller}: all parameters of the network are frozen, so it cannot learn: 0 epochs leave that out"
+        )
 
 
 def near_chance(accuracy: float, labels: Tensor) -> str:

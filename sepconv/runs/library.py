@@ -11,6 +11,7 @@ from torch import nn
 
 from sepconv.compile.precision import INT8
 from sepconv.device import ExportedLibrary, export_c
+from sepconv.layers.borrowed import because_of_weights
 from sepconv.quantize.saving import is_quantized
 from sepconv.runs.card import Card
 
@@ -33,10 +34,12 @@ def export_library(
     """For one image at a time.
 
     Raises:
-        ValueError: it cannot be exported, or not in the precision that is asked for.
+        ValueError: it cannot be exported, or not in the precision that is asked for, or its weights are no numbers.
         OSError: the folder cannot be written.
     """
     _check_precision(model, device.precision)
+    if why := because_of_weights(model):
+        raise ValueError(f"export: the outputs of the model hold NaN or infinity{why}")
     return export_c(
         model.eval(),
         torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)),

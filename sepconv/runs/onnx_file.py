@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sepconv.layers.borrowed import copied, evaluating
+from sepconv.layers.borrowed import because_of_weights, copied, evaluating
 from sepconv.leaves import Inputs, leaves
 from sepconv.leaves.complaint import complaint
 from sepconv.quantize import is_quantized
@@ -75,7 +75,7 @@ def export_onnx(model: nn.Module, input_shape: Sequence[int] | Inputs, path: str
 
     Raises:
         ModuleNotFoundError: the extra `sepconv[onnx]` is needed.
-        ValueError: the model cannot be exported, or ONNX Runtime's outputs differ.
+        ValueError: the model cannot be exported, has weights that are no numbers, or ONNX Runtime's outputs differ.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -113,6 +113,9 @@ def _names(model: nn.Module, example: Inputs) -> tuple[list[str], list[str]]:
         reason = complaint(error)
         raise ValueError(f"export_onnx: the model does not take inputs of shape {example}: {reason}") from error
     found = leaves(output)
+    finite = all(bool(leaf.isfinite().all()) for leaf in found.values())
+    if not finite and (why := because_of_weights(model)):
+        raise ValueError(f"export_onnx: the outputs of the model hold NaN or infinity{why}")
     inputs = list(example.kwargs) or [f"input_{i}" for i in range(len(example.args))]
     if example.tensor is not None and example.tensor.dim() == 4:
         inputs = ["images"]

@@ -15,7 +15,7 @@ from sepconv.compile import compile
 from sepconv.data import Crop
 from sepconv.data.images import BrokenImage, read_images
 from sepconv.data.listing import image_files
-from sepconv.layers.borrowed import evaluating
+from sepconv.layers.borrowed import because_of_weights, evaluating
 from sepconv.leaves.complaint import complaint
 from sepconv.runs.model_file import Card, class_names
 
@@ -80,7 +80,7 @@ def predict(
         if not chunk:
             continue
         scores = scores_of(card.normalise(torch.cat(images)))
-        _check(scores, chunk, classes)
+        _check(scores, chunk, classes, model)
         names = classes or _names(card, known, scores.shape[1])
         best = scores.softmax(1).topk(min(top, scores.shape[1]))
         for path, probabilities, labels in zip(chunk, best.values.tolist(), best.indices.tolist(), strict=True):
@@ -112,7 +112,7 @@ def _names(card: Card, known: Sequence[Sequence[str]], outputs: int) -> Sequence
     return next(fitting, class_names(card, outputs))
 
 
-def _check(scores: object, files: Sequence[Path], classes: Sequence[str]) -> None:
+def _check(scores: object, files: Sequence[Path], classes: Sequence[str], model: nn.Module) -> None:
     """ValueError unless there is a row of finite scores for each file, a score for each class."""
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -121,7 +121,7 @@ def _check(scores: object, files: Sequence[Path], classes: Sequence[str]) -> Non
         raise ValueError(f"predict: {len(classes)} classes are named but the network has {scores.shape[1]} outputs")
     for file, finite in zip(files, scores.isfinite().all(1).tolist(), strict=True):
         if not finite:
-            raise ValueError(f"predict: the scores of {file} hold NaN or infinity")
+            raise ValueError(f"predict: the scores of {file} hold NaN or infinity{because_of_weights(model)}")
 
 
 def _scores(model: nn.Module, images: Tensor) -> Any:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from sepconv.data import Data, SampleData
+from sepconv.data import Data, LoaderSplit, SampleData
 from sepconv.layers.borrowed import copied
+from sepconv.leaves import Inputs
 from sepconv.quantize import QuantizationPlan, quantize
-from sepconv.runs import model_file
+from sepconv.runs import fitted, model_file
 from sepconv.runs.classes import matched
-from sepconv.runs.judge import Judge, answers_to, is_worse
+from sepconv.runs.judge import Judge, answers_to, check_can_learn, is_worse
 from sepconv.runs.model_file import Card
 from sepconv.runs.relay import relay
 from sepconv.runs.run_folder import (
@@ -24,6 +25,8 @@ from sepconv.runs.run_folder import (
     RESULT,
     about,
     export_onnx,
+    finished,
+    owned,
     prepare,
     remove_checkpoints,
     write_json,
@@ -80,21 +83,40 @@ def quantize_model(
     Args:
         model: trained; left as it was.
         card: how `model` is built.
-        resume: go on with an interrupted learning of the same job in `out`.
+        resume: go on with an interrupted learning of the same job in `out`; if `out` holds the results of this very
+            job, return their record.
 
     Returns:
         The record that is written as ``result.json``.
 
     Raises:
-        ValueError: see :func:`sepconv.quantize`; or `out` holds another run.
+        ValueError: see :func:`sepconv.quantize`; or `out` holds another run, or results.
         OSError: `out` cannot be written.
     """
+    prepare(out, "quantize", model, resume=resume)
+    with owned(out, "quantize"):
+        return _work(model, card, data, job, out, resume, on_progress)
+
+
+def _work(
+    model: nn.Module,
+    card: Card,
+    data: Data | SampleData,
+    job: QuantizationJob,
+    out: Path,
+    resume: bool,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = copied(model, "quantize")
+    if job.recipe is not None:
+        check_can_learn(model, "quantize")
     data = _with_classes(model, card, data, job)
     card.with_data(data).check()
-    prepare(out, "quantize", model)
     choices, judge = Choices.of(data), Judge(model, bool(data.classes))
+    identity = _identity(model, choices, data, job)
+    if (done := of_first(finished(out, "quantize", identity))) is not None:
+        return done
     quantized, plan = _quantize(model, choices, job, on_progress)
     stages = [{"name": name, **judge.stage(net, choices.data.test)} for name, net in _named(model, quantized, judge)]
     kept = "quantized"
@@ -117,6 +139,7 @@ def quantize_model(
             kept = "quantized"
     found = {
         **about(card.model, data, "quantize", job.command, 0),
+        "identity": identity,
         "task": judge.task,
         "normal": {**judge.stage(model, data.test), "bytes_of_weights": _bytes(model)},
         "stages": stages,
@@ -177,16 +200,30 @@ def write_quantized(
 def _quantize(
     model: nn.Module, choices: Choices, job: QuantizationJob, on_progress: OnProgress
 ) -> tuple[nn.Module, QuantizationPlan]:
-    data = choices.data
-    images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
     on_progress(Step("quantize", 0, 1))
     return quantize(
         model,
-        images,
+        _calibration(choices.data, job),
         skip=job.skip,
         force=job.force,
         on_progress=lambda done, total: on_progress(Step("quantize", done, total)),
     )
+
+
+def _calibration(data: Data | SampleData, job: QuantizationJob) -> Inputs:
+    return Inputs.of(data.calibration(min(job.calibration_images, len(data.train)), job.seed))
+
+
+def _identity(model: nn.Module, choices: Choices, data: Data | SampleData, job: QuantizationJob) -> dict[str, Any]:
+    """What the results follow from: the settings, the weights and the images."""
+    settings = {name: getattr(job, name) for name in ("skip", "force", "classes", "seed")}
+    settings |= {"data": {"name": data.name, "test": len(data.test)}, "held_out": choices.held_out}
+    settings |= {
+        "recipe": job.recipe and {**asdict(job.recipe), "kernels": ""},
+        "distillation": asdict(job.distillation),
+    }
+    repeatable = not isinstance(data.train, LoaderSplit)
+    return fitted.identity_of(model, _calibration(choices.data, job), settings, repeatable=repeatable)
 
 
 def _named(model: nn.Module, quantized: nn.Module, judge: Judge) -> list[tuple[str, nn.Module]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,16 @@ from torch import nn
 
 from sepconv.data import Data, SampleData
 from sepconv.data.samples import first_of
-from sepconv.runs import model_file, onnx_file
+from sepconv.runs import fitted, model_file, onnx_file
 from sepconv.system import environment
-from sepconv.system.files import check_folder, nearest_folder, refuse_inputs, remove_partial_files, replacing
+from sepconv.system.files import (
+    alone_in,
+    check_folder,
+    nearest_folder,
+    refuse_inputs,
+    remove_partial_files,
+    replacing,
+)
 from sepconv.train import checkpoint, history
 from sepconv.train.processes import processes
 
@@ -58,16 +65,29 @@ def claim(out: Path, kind: str, inputs: Iterable[Path] = ()) -> None:
         raise ValueError(f"{kind}: {out} holds what sepconv {found} wrote: give another --out")
 
 
+def claim_beside(out: Path, inputs: Iterable[Path] = ()) -> None:
+    """The same for the folder of the network in 8-bit integers that a conversion in `out` may write.
+
+    Raises:
+        ValueError: see :func:`claim` and :func:`refuse_earlier`.
+    """
+    claim(out / INT8, "quantize", inputs)
+    refuse_earlier(out / INT8, "quantize", False)
+
+
 def _kind_in(out: Path, asked: str) -> str:
     """The kind of the run that wrote to `out`, by what is there; "" if there is nothing that a run would touch.
 
     Checkpoints alone do not say which of two kinds they are of: then it is the one that is asked for.
     """
     ended, trained, distilled = out / RESULT, checkpoint.checkpoints(out), checkpoint.checkpoints(out / CHECKPOINTS)
+    kept = out / CHECKPOINTS / fitted.FILE
     if ended.exists():
         kind = _kind_of(ended)
     elif trained:
         kind = "train" if all(map(checkpoint.is_ours, trained)) else None
+    elif kept.exists():
+        kind = "convert" if fitted.is_ours(kept) else None
     elif distilled:
         either = asked if asked in _LEARNS_FROM_ANOTHER else "convert"
         kind = either if all(map(checkpoint.is_ours, distilled)) else None
@@ -107,26 +127,81 @@ def _kind_of(result: Path) -> str | None:
     return kind if kind in KINDS else None
 
 
-def prepare(out: Path, kind: str, model: nn.Module | None = None, *, int8: bool = False, live: bool = False) -> None:
+def refuse_earlier(out: Path, kind: str, resume: bool) -> None:
+    """See that a run that begins here replaces nothing that another one of its kind has worked for.
+
+    A demo replaces a demo. A conversion that was interrupted goes on, if it is the same; whether it is, is found out
+    when its data are known.
+
+    Raises:
+        ValueError: `out` holds results or checkpoints, and `resume` is off; or results of a training without the
+            checkpoints to go on from.
+    """
+    if kind == "demo" or (out / CHECKPOINTS / fitted.FILE).exists():
+        return
+    ended, begun = (out / RESULT).exists(), checkpoint.checkpoints(out if kind == "train" else out / CHECKPOINTS)
+    if (ended or begun) and not resume:
+        found = "checkpoints" if begun else "results"
+        raise ValueError(f"{kind}: {out} holds {found} of an earlier run: resume it, or {fitted.ELSEWHERE}")
+    if kind == "train" and ended and not begun:
+        raise ValueError(f"{kind}: {out} holds results of a run without its checkpoints: {fitted.ELSEWHERE}")
+
+
+def finished(out: Path, kind: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a run that is over; None where it is not.
+
+    Raises:
+        ValueError: it is of another run.
+    """
+    kept = out / CHECKPOINTS
+    if not (out / RESULT).exists() or checkpoint.checkpoints(kept) or (kept / fitted.FILE).exists():
+        return None
+    record: dict[str, Any] = json.loads((out / RESULT).read_bytes())
+    if difference := fitted.difference_in_words(record.get("identity"), identity):
+        raise ValueError(f"{kind}: {out} holds results of another run ({difference}): {fitted.ELSEWHERE}")
+    return record
+
+
+def prepare(
+    out: Path,
+    kind: str,
+    model: nn.Module | None = None,
+    *,
+    resume: bool = False,
+    int8: bool = False,
+    live: bool = False,
+) -> None:
     """See that the folder is this run's to write, can be written and has room, before any long work.
 
     Args:
+        resume: whether it may hold a run that is gone on with.
         int8: whether a network in 8-bit integers will lie in a folder of its own there.
         live: whether the page will run networks.
 
     Raises:
-        ValueError: see :func:`claim`.
+        ValueError: see :func:`claim` and :func:`refuse_earlier`.
         OSError: it cannot be written, or has no room.
     """
     claim(out, kind)
+    refuse_earlier(out, kind, resume)
     if int8:
-        claim(out / INT8, "quantize")
+        claim_beside(out)
     check_folder(out)
     weights = 0 if model is None else sum(t.numel() * t.element_size() for t in model.state_dict().values())
     room = SPACE + (2 * LARGEST_LIVE if live else 0)
     needed, free = 2 * weights + room, shutil.disk_usage(nearest_folder(out)).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"the results need {needed >> 20} MB but {out} has {free >> 20} MB left")
+
+
+@contextmanager
+def owned(out: Path, kind: str) -> Iterator[None]:
+    """Inside the block the folder is this run's alone; of several processes the first stands for all."""
+    if not processes().is_main_process:
+        yield
+        return
+    with alone_in(out, kind):
+        yield
 
 
 def remove_checkpoints(out: Path) -> None:
@@ -136,6 +211,8 @@ def remove_checkpoints(out: Path) -> None:
         remove_partial_files(folder)
         for path in (*filter(checkpoint.is_ours, checkpoint.checkpoints(folder)), folder / history.LOG):
             path.unlink(missing_ok=True)
+        if fitted.is_ours(folder / fitted.FILE):
+            (folder / fitted.FILE).unlink()
         with suppress(OSError):
             folder.rmdir()
     processes().wait_for_everyone()

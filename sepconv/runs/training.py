@@ -13,7 +13,7 @@ from sepconv.report import write_report
 from sepconv.runs import compare, model_file
 from sepconv.runs.card import Card
 from sepconv.runs.relay import relay
-from sepconv.runs.run_folder import RESULT, about, prepare, write_json
+from sepconv.runs.run_folder import RESULT, about, owned, prepare, write_json
 from sepconv.system.progress import OnProgress, ignore
 from sepconv.train import Recipe, evaluate, train
 from sepconv.train.processes import processes
@@ -35,8 +35,22 @@ def train_model(
 
     Under `accelerate launch` or `torchrun` the main process writes.
     """
-    prepare(out, "train", model)
+    prepare(out, "train", model, resume=resume)
     card.with_data(data).check()
+    with owned(out, "train"):
+        return _work(model, card, data, recipe, out, resume, command, on_progress)
+
+
+def _work(
+    model: nn.Module,
+    card: Card,
+    data: Data,
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    command: str,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
     history = train(model, data, recipe, out, resume=resume, on_progress=relay(on_progress, "train"))
     metrics = evaluate(model, data.test)
     model = model.cpu()

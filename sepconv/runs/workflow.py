@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,12 @@ from sepconv.data import Data, SampleData, Split, load
 from sepconv.layers.borrowed import copied
 from sepconv.leaves import Inputs
 from sepconv.report import write_report
-from sepconv.runs import compare, layer_data, model_file
+from sepconv.runs import compare, fitted, layer_data, model_file
 from sepconv.runs.classes import matched
-from sepconv.runs.judge import Judge, MetricFunction, answers_to, is_worse, near_chance
+from sepconv.runs.fitted import Fitted
+from sepconv.runs.job import Job as Job
+from sepconv.runs.job import calibration_of, identity_of
+from sepconv.runs.judge import Judge, answers_to, check_can_learn, is_worse, near_chance
 from sepconv.runs.live import LiveNetwork, write_live
 from sepconv.runs.model_file import Card
 from sepconv.runs.precisions import precisions
@@ -34,13 +36,15 @@ from sepconv.runs.run_folder import (
     RESULT,
     about,
     export_onnx,
+    finished,
+    owned,
     prepare,
     remove_checkpoints,
     write_json,
 )
 from sepconv.system.processes import of_first
 from sepconv.system.progress import OnProgress, Step, ignore
-from sepconv.train import Distillation, Recipe, train
+from sepconv.train import Recipe, train
 from sepconv.train.evaluate import check_outputs
 from sepconv.train.holdout import Choices
 from sepconv.train.processes import processes
@@ -60,50 +64,6 @@ DEMO_TRAINING = Recipe(epochs=12, batch_size=64, lr=0.05, crop_padding=1)
 DEMO_DISTILLATION = Recipe(epochs=12, batch_size=64, lr=0.01, crop_padding=1)
 
 
-@dataclass(frozen=True)
-class Job:
-    """How a network is converted and measured.
-
-    Args:
-        budget: share of the original's cost that the separable network may have.
-        metric: that cost: "conv_params", "macs" or "latency".
-        form: what convolutions become, "bottleneck" or "separable".
-        recipe: how the separable network learns from the original afterwards; None leaves it as converted. Learning
-            that ends with fewer right answers than it began with, on images held out from it, is undone.
-        distillation: what it learns.
-        calibration_images: unlabelled training images that the conversion looks at; all where there are fewer.
-        skip: names of modules that stay as they are.
-        batch: images in one call while latency is measured.
-        classes: names of the network's outputs in their order, by which the data's classes are found; those of the card
-            where it is empty.
-        output_weights, data_range: of the outputs where there are no classes; see :func:`sepconv.train.evaluate`.
-        metric_function: the user's own numbers of a network, such as ``lambda network: {"iou": ...}``, told of both.
-        seed: of the choice of calibration images.
-        command: what the user typed, for the record.
-        precision: "float32", or "int8" for a quantized network beside it, in the folder ``int8``.
-        live: whether the page runs the networks in the browser.
-        kind: "convert" or "demo", for the record; a demo cannot be resumed and keeps no checkpoints.
-    """
-
-    budget: float = 0.125
-    metric: str = "conv_params"
-    form: str = "bottleneck"
-    recipe: Recipe | None = field(default_factory=Recipe)
-    distillation: Distillation = field(default_factory=Distillation)
-    calibration_images: int = 1000
-    skip: tuple[str, ...] = ()
-    batch: int = 1
-    classes: tuple[str, ...] = ()
-    output_weights: Mapping[str, float] | None = None
-    data_range: float | None = None
-    metric_function: MetricFunction | None = None
-    seed: int = 0
-    command: str = ""
-    precision: str = "float32"
-    live: bool = False
-    kind: str = "convert"
-
-
 @dataclass
 class Outcome:
     """Everything a run has found so far, before it is written."""
@@ -117,6 +77,8 @@ class Outcome:
     curves: list[dict[str, Any]] = field(default_factory=list)
     kept: str = "converted"
     """The stage whose network is written."""
+    steps: int = 1
+    """Of the conversion, as progress is told."""
 
     def finished(self, name: str, model: nn.Module, seconds: float) -> None:
         score = self.judge.stage(model, self.choices.data.test)
@@ -194,10 +156,12 @@ def convert_model(
     Args:
         model: trained; left as it was.
         card: how `model` is built.
-        resume: go on with an interrupted run of the same job in `out`.
+        resume: go on with an interrupted distillation in `out`, even if it does not say of which conversion; and if
+            `out` holds the results of this very job, return their record. A conversion whose network was fitted already
+            goes on without being told, if weights, images and settings are the same.
 
     Raises:
-        ValueError: the budget cannot be reached, nothing can be converted, `out` holds another run.
+        ValueError: the budget cannot be reached, nothing can be converted, `out` holds another run, or results.
         TrainingStopped: the loss is not finite.
         OSError: `out` cannot be written.
 
@@ -211,10 +175,12 @@ def convert_model(
     if isinstance(data, Data) and data.classes:
         data = _with_classes_of(data, job, card, answer)
     judge = Judge(model, bool(data.classes), job.output_weights, job.data_range, job.metric_function)
+    if job.recipe is not None:
+        check_can_learn(model, "convert")
     # What is wrong with the user's function, or cannot be described in a file, shows before the work.
     judge.metrics(model)
     card.changed_to(model).with_data(data).check()
-    prepare(out, job.kind, model, int8=job.precision == INT8, live=job.live)
+    prepare(out, job.kind, model, resume=resume, int8=job.precision == INT8, live=job.live)
     started = time.perf_counter()
     outcome = Outcome(model, model, card.with_data(data), Choices.of(data), judge)
     if judge.classes:
@@ -227,7 +193,10 @@ def convert_model(
 
 def _with_classes_of(data: Data, job: Job, card: Card, answer: Any) -> Data:
     """The data with its classes matched to the network's outputs."""
-    check_outputs(answer, data.num_classes)
+    try:
+        check_outputs(answer, data.num_classes)
+    except ValueError as error:
+        raise ValueError(f"convert: {error}; without classes (--task outputs) any outputs are compared") from None
     outputs = int(answer.shape[1])
     if job.classes and len(job.classes) != outputs:
         raise ValueError(f"convert: {len(job.classes)} classes are named but the network has {outputs} outputs")
@@ -243,8 +212,31 @@ def _run(
     on_progress: OnProgress,
     started: float,
 ) -> dict[str, Any]:
-    plan = _convert(outcome, job, on_progress)
-    _distil(outcome, job, out, resume, on_progress)
+    images = calibration_of(outcome.choices.data, job)
+    identity = identity_of(outcome.original, outcome.choices, data, job, images)
+    if job.kind != "demo" and (done := of_first(finished(out, job.kind, identity))) is not None:
+        return done
+    with owned(out, job.kind):
+        return _work(outcome, data, job, out, resume, on_progress, started, images, identity)
+
+
+def _work(
+    outcome: Outcome,
+    data: Data | SampleData,
+    job: Job,
+    out: Path,
+    resume: bool,
+    on_progress: OnProgress,
+    started: float,
+    images: Inputs,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    found = fitted.find(out / CHECKPOINTS, outcome.original, images, identity["conversion"])
+    plan = _convert(outcome, job, images, found, on_progress)
+    if found is None and job.kind != "demo" and processes().is_main_process:
+        made = Fitted(outcome.separable, plan, outcome.stages[-2:])
+        fitted.keep(out / CHECKPOINTS, made, outcome.original, images, identity["conversion"])
+    _distil(outcome, job, out, resume or found is not None, on_progress)
     card = outcome.card.changed_to(outcome.separable)
     if processes().is_main_process:
         # Whatever happens while it is measured, the network is there; what is of an earlier one is not beside it.
@@ -262,6 +254,7 @@ def _run(
         measured["precisions"] = precisions(networks, quantized, judged, outcome.judge, data, job.batch)
         on_progress(Step("measure", 1, 1))
         on_progress(Step("write", 0, 1))
+        measured["identity"] = identity
         record = _write(replace(outcome, card=card), measured, plan, data, job, out, started, quantized)
     record = of_first(record)
     remove_checkpoints(out)
@@ -318,18 +311,26 @@ def _live(outcome: Outcome, quantized: QuantizedNetwork | str) -> list[LiveNetwo
     return found if isinstance(quantized, str) else [*found, LiveNetwork("separable", INT8, quantized.module)]
 
 
-def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
+def _convert(outcome: Outcome, job: Job, images: Inputs, found: Fitted | None, on_progress: OnProgress) -> Plan:
+    """Fitted now, unless it was before."""
     on_progress(Step("convert", 0, 1))
+    if found is None:
+        plan = _fit(outcome, job, images, on_progress)
+    else:
+        outcome.separable, plan = found.network, found.plan
+        outcome.stages += found.stages
+    last, steps = outcome.stages[-1], outcome.steps
+    on_progress(Step("convert", steps, steps, accuracy=last.get("accuracy"), error=last.get("error")))
+    return plan
+
+
+def _fit(outcome: Outcome, job: Job, images: Inputs, on_progress: OnProgress) -> Plan:
     started = time.perf_counter()
-    data = outcome.choices.data
-    images = data.calibration(min(job.calibration_images, len(data.train)), job.seed)
-    steps = 1
 
     def relay(done: int, total: int) -> None:
-        nonlocal steps
         # One more for the accuracies.
-        steps = total + 1
-        on_progress(Step("convert", done, steps))
+        outcome.steps = total + 1
+        on_progress(Step("convert", done, outcome.steps))
 
     outcome.separable, plan = convert(
         outcome.original,
@@ -343,11 +344,9 @@ def _convert(outcome: Outcome, job: Job, on_progress: OnProgress) -> Plan:
     )
     seconds = time.perf_counter() - started
     started = time.perf_counter()
-    simple = closed_form(outcome.original, plan, Inputs.of(images)[:2])
+    simple = closed_form(outcome.original, plan, images[:2])
     outcome.finished("closed form", simple, time.perf_counter() - started)
     outcome.finished("converted", outcome.separable, seconds)
-    last = outcome.stages[-1]
-    on_progress(Step("convert", steps, steps, accuracy=last.get("accuracy"), error=last.get("error")))
     return plan
 
 

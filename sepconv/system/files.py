@@ -15,6 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".sepconv.lock"
 TEMPORARY_SUFFIX = ".partial"
 _TEMPORARY = re.compile(r".+\.\d+\.partial")
 _DESCRIPTORS = re.compile(r"/proc/(self|\d+)(/task/\d+)?/fd|/dev/fd")
@@ -190,6 +196,41 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path, name: str) -> Iterator[None]:
+    """Inside the block no other process is in such a block for this folder; one that dies is in none any longer.
+
+    Where a file system or Windows knows no such locks, nothing is checked.
+
+    Args:
+        name: of the caller, for the message.
+
+    Raises:
+        ValueError: another process is.
+        OSError: the folder cannot be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{name}: another process is writing to {folder}: give another --out, or wait") from None
+        except OSError:  # as some network file systems say
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                for place in made:
+                    place.rmdir()  # where a run was refused, nothing is in it
 
 
 def _flush_folder(folder: Path) -> None:

@@ -328,6 +328,29 @@ def test_programs_are_launched_on_the_device_of_their_tensors(monkeypatch: pytes
     assert entered[1:] == [x.device] * 3
 
 
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_parameters_may_lie_anywhere(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the flat memory of all parameters, say: what was compiled and proven is for addresses that 16 divides."""
+    from sepconv.kernels.triton.compiled import launch
+
+    addresses, gather = [], launch.gather_programs.gather
+
+    class Watch:
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*given: Any, **options: Any) -> None:
+                addresses.append([t.data_ptr() % 16 for t in given if isinstance(t, Tensor)])
+                gather[grid](*given, **options)
+
+            return run
+
+    flat, x, walk = torch.randn(27).to(DEVICE), torch.randn(1, 2, 3, 3), ((1, 1), ((1, 1), (1, 1)), (1, 1))
+    weight, bias = flat[1:19].view(2, 1, 3, 3), flat[19:21]
+    monkeypatch.setattr(launch.gather_programs, "gather", Watch())
+    y = forward(_arrange(x, how), weight, bias, *walk)
+    assert addresses == [[0, 0, 0, 0]]
+    torch.testing.assert_close(y.cpu(), torch.conv2d(x, weight.cpu(), bias.cpu(), 1, 1, 1, 2), rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_of_filters_is_the_same_in_every_run() -> None:
     """Also where many programs share the images."""
     x, grad = torch.randn(5, 3, 8, 8).to(DEVICE), torch.randn(5, 3, 8, 8).to(DEVICE)

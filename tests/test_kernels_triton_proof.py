@@ -146,6 +146,18 @@ def test_what_was_not_written_is_wrong(value: float) -> None:
     assert "sizes (2, 5, 7, 5)" in proof.prove(case, [lambda: lambda *t: _good(case)(*t)[..., 1:]], _bench()).reason
 
 
+def test_large_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the comparison would take several times their memory."""
+    compared, wrong = [], proof._wrong
+    monkeypatch.setattr(proof, "_COMPARED", 450)
+    monkeypatch.setattr(proof, "_wrong", lambda ours, *given: compared.append(ours.numel()) or wrong(ours, *given))
+    truth = torch.ones(5, 5, 7, 6)
+    result = truth.clone()
+    result[0, 1, 2, 3] = result[4, 4, 6, 5] = torch.nan
+    assert proof.compare(result, truth, "") == "its result is wrong: 2 of 1050 numbers"
+    assert compared == [420, 420, 210]
+
+
 @pytest.mark.parametrize(
     ("ours", "reason"),
     [
@@ -288,6 +300,11 @@ def test_what_it_cannot_do_is_said() -> None:
     large = torch.empty(1, 1, 1, device="meta").expand(2**40, 1, 1)
     many = depthwise_case("forward", large, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
     assert "tiles are more than can be counted in 32 bits" in depthwise.unsuitable(many)
+    # The first tile that is tried would do here, one of half its size would not.
+    wide = torch.empty(1, 1, 1, device="meta").expand(2**24, 1, 12800)
+    halves = depthwise_case("forward", wide, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
+    assert plan.launch(halves, plan.schedules(halves)[0]).tiles < plan.MOST
+    assert depthwise.unsuitable(halves) == "3355443200 tiles are more than can be counted in 32 bits"
     grad = depthwise_case("grad_weight", large, large, (1,), ((0, 0),), (1,), size=(1, 1, 1))
     assert "tiles are more than can be counted in 32 bits" in depthwise.unsuitable(grad)
     filters, volume = (torch.empty(shape, device="meta") for shape in ((9000, 1, 63, 63, 63), (1, 9000, 63, 63, 63)))
@@ -353,6 +370,21 @@ def test_events_stand_around_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flushed == [2**12] * events._FLUSHES * 2 * 5, "twice what the caches hold, before each call"
     told = events.interleaved(calls, 0.0, torch.device("cpu"))
     assert {name: (one.median_ms, one.samples) for name, one in told.items()} == dict.fromkeys(counts, (1.0, 7))
+
+
+def test_long_calls_are_timed_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else PyTorch's slowest kernels, half a second each, would be called for minutes."""
+    done: list[str] = []
+    monkeypatch.setattr(events, "_SMALLEST_FLUSH", 2**10)
+    monkeypatch.setattr(_Event, "elapsed_time", lambda start, end: 500.0)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**11))
+    monkeypatch.setattr(timing, "seconds", lambda call: call() or 0.5)
+    found = events.measure({"torch": lambda: done.append("torch")}, torch.device("cpu"), budget=0.0)
+    assert found == {"torch": Times(500.0, 500.0)}
+    assert len(done) == 1 + 3 + 3
 
 
 def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ class Wanted(NamedTuple):
     stride: int
     tile: int
     dims: int = 2
+    multiplier: int = 1
 
     def case(self) -> Case:
         dtype = getattr(torch, self.dtype)
@@ -48,10 +49,10 @@ class Wanted(NamedTuple):
         x = torch.empty(image, dtype=dtype, device="meta")
         if self.layout == "channels_last":
             x = x.to(memory_format=forms[x.dim()])
-        weight = torch.empty(CHANNELS, 1, *(self.size,) * self.dims, dtype=dtype, device="meta")
+        weight = torch.empty(CHANNELS * self.multiplier, 1, *(self.size,) * self.dims, dtype=dtype, device="meta")
         padding = ((self.size // 2,) * 2,) * self.dims
         geometry = Geometry((self.stride,) * self.dims, padding, (1,) * self.dims)
-        bias = torch.empty(CHANNELS, dtype=dtype, device="meta")
+        bias = torch.empty(CHANNELS * self.multiplier, dtype=dtype, device="meta")
         forward = case.depthwise(x, weight, bias, geometry, "silu")
         if self.which == "forward":
             return forward

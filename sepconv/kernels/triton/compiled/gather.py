@@ -176,7 +176,7 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
     for _ in tl.static_range(DEEP):
         sums = sums + (tl.zeros([PLACES, CHANNELS], tl.float32),)
 
-    for m in tl.static_range(M if FORM.transposed else 1):
+    for m in range(M if FORM.transposed else 1):
         # Of a gradient each channel reads from M, else M filters read from one.
         f = c * M + m if FORM.transposed else c
         of = f if FORM.transposed else c // M

@@ -73,6 +73,20 @@ def test_on_every_target(target: tuple[str, Any], layout: str, dtype: str, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", [("cuda", 90), ("hip", "gfx942")], ids=lambda target: str(target[1]))
+def test_small_contiguous_images_go_through_no_shared_memory(target: tuple[str, Any], tmp_path: Path) -> None:
+    """A tile has several channels of them, whose taps the compiler could load in another order than the pixels."""
+    _check(
+        [
+            [*target, "bfloat16", "contiguous", which, size, 1, 0, dims, 1, side]
+            for which in ("forward", "grad_input")
+            for size, dims, side in [(3, 2, 7), (7, 2, 14), (31, 1, 40), (3, 3, 7)]
+        ],
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", _PASSES)
 def test_every_tile_that_is_tried(which: str, tmp_path: Path) -> None:
     [first] = _codes([["cuda", 90, "bfloat16", "channels_last", which, 3, 1, 0]], tmp_path)

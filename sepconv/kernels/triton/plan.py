@@ -83,7 +83,7 @@ def specialization(case: Case, schedule: Schedule) -> Specialization:
     return Specialization(
         triple(case.kernel_size, 1), stride, low, dilation, case.weight.shape[0] // case.x.shape[1], transposed,
         skip, advance, *_activation(case.activation), case.bias is not None,
-        _unit(both, case.x.dtype.itemsize), max(_span(case.x), _span(case.y)) > MOST, *schedule,
+        pixelwise(case), _unit(both, case.x.dtype.itemsize), max(_span(case.x), _span(case.y)) > MOST, *schedule,
     )  # fmt: skip
 
 

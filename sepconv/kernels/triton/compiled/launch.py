@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sepconv.kernels.case import Case, Outline
+from sepconv.kernels.triton import tiles
 from sepconv.kernels.triton.compiled import filters as filter_programs
 from sepconv.kernels.triton.compiled import gather as gather_programs
 from sepconv.kernels.triton.forms import Schedule
@@ -47,7 +48,7 @@ def _filters(weight: Tensor, prepared: Launch) -> Tensor:
 def gather(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
     """The forward pass, or the gradient of the input."""
     prepared = launch(case, schedule)
-    grid, warps = (prepared.programs,), prepared.form.tile.warps
+    grid, options = (prepared.programs,), tiles.options(prepared.form)
 
     def run(image: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = _new(case.result, image.device)
@@ -55,7 +56,7 @@ def gather(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
             added = out if bias is None else _aligned(bias)
             gather_programs.gather[grid](
                 image, _filters(weight, prepared), added, out, prepared.read, prepared.written, prepared.steps,
-                FORM=prepared.form, num_warps=warps,
+                FORM=prepared.form, **options,
             )  # fmt: skip
         return out
 
@@ -66,7 +67,7 @@ def filter_gradient(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
     """By shares of the images, whose sums are then added in an order of their own: the same numbers in every run."""
     prepared = launch(case, schedule)
     assert prepared.shares is not None
-    grid, warps = (prepared.programs,), prepared.form.tile.warps
+    grid, options = (prepared.programs,), tiles.options(prepared.form)
     filters, taps, shares = case.weight.shape[0], prod(case.kernel_size), prepared.shares.shares
     last = (taps * -(-filters // _FILTERS_AT_ONCE),)
     at_once = _SHARES_AT_ONCE if shares > _SHARES_AT_ONCE // 8 else _SHARES_AT_ONCE // 8
@@ -77,7 +78,7 @@ def filter_gradient(case: Case, schedule: Schedule) -> Callable[..., Tensor]:
         with _on(grad.device):
             filter_programs.filter_gradient[grid](
                 grad, image, partial, prepared.read, prepared.written, prepared.shares,
-                FORM=prepared.form, num_warps=warps,
+                FORM=prepared.form, **options,
             )  # fmt: skip
             filter_programs.add_shares[last](
                 partial, out, shares, filters, taps, AT_ONCE=at_once, BLOCK=_FILTERS_AT_ONCE, num_warps=4

@@ -46,7 +46,7 @@ Calls = Mapping[str, Callable[[], object]]
 
 
 def _alone(calls: Calls, device: torch.device, rounds: int, fewest: int, budget: float) -> dict[str, list[float]]:
-    """Milliseconds of every contender on the device alone, in rounds; after ``fewest`` none begins beyond the budget."""
+    """Milliseconds of every contender on the device alone; after ``fewest`` rounds none begins beyond the budget."""
     flush = _flush(device)
 
     def sample(name: str, call: Callable[[], object]) -> float:

@@ -365,6 +365,17 @@ def test_a_gradient_of_filters_is_the_same_in_every_run() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("shares", [1, 64, 131])
+def test_all_shares_are_added(shares: int) -> None:
+    """Also more than are read at once, and of more filters than a program has; an interpreted case has few of them."""
+    from sepconv.kernels.triton.compiled.filters import add_shares
+
+    partial, out = torch.randn(shares, 3, 37).to(DEVICE), torch.full((37, 1, 1, 3), float("nan")).to(DEVICE)
+    add_shares[(6,)](partial, out, shares, 37, 3, AT_ONCE=64, BLOCK=32, num_warps=4)
+    truth = partial.cpu().double().sum(0).T.reshape(37, 1, 1, 3)
+    torch.testing.assert_close(out.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+
+
 _FAR = 2**30 + 64
 """Two of these steps are beyond what 32 bits hold."""
 _ALONG = [

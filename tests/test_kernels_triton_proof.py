@@ -20,10 +20,9 @@ from torch import Tensor
 from sepconv.kernels.case import Case
 from sepconv.kernels.halide.jit import code_cache
 from sepconv.kernels.torch import prepared
-from sepconv.kernels.triton import depthwise, events, plan, proof, tiles, verdicts
+from sepconv.kernels.triton import depthwise, plan, proof, tiles, verdicts
 from sepconv.kernels.triton.events import Times
 from sepconv.kernels.triton.proof import Kernel, Verdict, Workbench
-from sepconv.system import timing
 
 _WALK = (1, 1), ((1, 1), (1, 1)), (1, 1)
 _SLOW, _FAST = Times(0.04, 0.05), Times(0.01, 0.02)
@@ -144,6 +143,18 @@ def test_what_was_not_written_is_wrong(value: float) -> None:
 
     assert proof.prove(case, [lambda: run], _bench()).reason == "its result is wrong: 1 of 420 numbers"
     assert "sizes (2, 5, 7, 5)" in proof.prove(case, [lambda: lambda *t: _good(case)(*t)[..., 1:]], _bench()).reason
+
+
+def test_large_results_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the comparison would take several times their memory."""
+    compared, wrong = [], proof._wrong
+    monkeypatch.setattr(proof, "_COMPARED", 450)
+    monkeypatch.setattr(proof, "_wrong", lambda ours, *given: compared.append(ours.numel()) or wrong(ours, *given))
+    truth = torch.ones(5, 5, 7, 6)
+    result = truth.clone()
+    result[0, 1, 2, 3] = result[4, 4, 6, 5] = torch.nan
+    assert proof.compare(result, truth, "") == "its result is wrong: 2 of 1050 numbers"
+    assert compared == [420, 420, 210]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +299,11 @@ def test_what_it_cannot_do_is_said() -> None:
     large = torch.empty(1, 1, 1, device="meta").expand(2**40, 1, 1)
     many = depthwise_case("forward", large, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
     assert "tiles are more than can be counted in 32 bits" in depthwise.unsuitable(many)
+    # The first tile that is tried would do here, one of half its size would not.
+    wide = torch.empty(1, 1, 1, device="meta").expand(2**24, 1, 12800)
+    halves = depthwise_case("forward", wide, torch.empty(1, 1, 1, device="meta"), (1,), ((0, 0),), (1,))
+    assert plan.launch(halves, plan.schedules(halves)[0]).tiles < plan.MOST
+    assert depthwise.unsuitable(halves) == "3355443200 tiles are more than can be counted in 32 bits"
     grad = depthwise_case("grad_weight", large, large, (1,), ((0, 0),), (1,), size=(1, 1, 1))
     assert "tiles are more than can be counted in 32 bits" in depthwise.unsuitable(grad)
     filters, volume = (torch.empty(shape, device="meta") for shape in ((9000, 1, 63, 63, 63), (1, 9000, 63, 63, 63)))
@@ -307,52 +323,6 @@ def test_what_of_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.4.0"))
     assert "has version 3.4.0, and 3.5 (of PyTorch 2.9) is the first that will do" in depthwise.missing()
     depthwise.missing.cache_clear()
-
-
-class _Event:
-    """Each lasts a millisecond longer than the one before."""
-
-    made = 0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-        _Event.made += 1
-        self.number, self.recorded = _Event.made, False
-
-    def record(self) -> None:
-        self.recorded = True
-
-    def synchronize(self) -> None:
-        assert self.recorded
-
-    def elapsed_time(self, end: _Event) -> float:
-        assert self.recorded
-        assert end.recorded
-        return float(end.number - self.number)
-
-
-def test_events_stand_around_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timer as far as it goes without a device: every contender as often as the others, caches flushed before."""
-    counts, flushed, flush = {"torch": 0, "0": 0}, [], events._flush
-
-    def noted(device: torch.device) -> SimpleNamespace:
-        memory = flush(device)
-        return SimpleNamespace(zero_=lambda: flushed.append(memory.zero_().numel()))
-
-    monkeypatch.setattr(events, "_SMALLEST_FLUSH", 2**10)
-    monkeypatch.setattr(events, "_flush", noted)
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**11))
-    monkeypatch.setattr(timing, "seconds", lambda call: call() or 0.02)
-    calls = {name: lambda name=name: counts.__setitem__(name, counts[name] + 1) for name in counts}
-    found = events.measure(calls, torch.device("cpu"), 5)
-    assert found == {name: Times(1.0, 1.0) for name in counts}
-    assert counts["torch"] == counts["0"] == 1 + 5 + 3 * events.IN_A_ROW
-    assert flushed == [2**12] * events._FLUSHES * 2 * 5, "twice what the caches hold, before each call"
-    told = events.interleaved(calls, 0.0, torch.device("cpu"))
-    assert {name: (one.median_ms, one.samples) for name, one in told.items()} == dict.fromkeys(counts, (1.0, 7))
 
 
 def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

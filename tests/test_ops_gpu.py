@@ -124,6 +124,23 @@ def test_images_at_addresses_that_were_not_proven_are_pytorchs(proofs: list[str]
     assert told.kernel == "triton"
 
 
+def test_no_code_for_other_addresses_is_loaded_while_a_graph_is_captured(
+    proofs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of contiguous images Triton makes two: for addresses that 16 divides, and for others."""
+    memory, (_, weight, bias), known = torch.randn(1000).to(DEVICE), _tensors(), []
+    even, odd = memory[:240].view(1, 8, 5, 6), memory[1:241].view(1, 8, 5, 6)
+    sepconv.depthwise_conv2d(even, weight, bias)
+    monkeypatch.setattr(depthwise, "_captures", lambda device: True)
+    for x in (even, odd):
+        known += sepconv.explain(sepconv.depthwise_conv2d, x, weight, bias)
+    assert [one.kernel for one in known] == ["triton", "torch"]
+    assert known[1].reasons["triton"] == (
+        "a CUDA graph is captured, and no call before had its tensors at such addresses"
+    )
+    assert proofs == ["forward"]
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_while_a_graph_is_captured_pytorchs_kernel_runs(
     proofs: list[str], monkeypatch: pytest.MonkeyPatch, needs_grad: bool

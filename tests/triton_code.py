@@ -41,17 +41,19 @@ class Wanted(NamedTuple):
     stride: int
     tile: int
     dims: int = 2
+    multiplier: int = 1
+    side: int = 56
 
     def case(self) -> Case:
         dtype = getattr(torch, self.dtype)
-        image, forms = (32, CHANNELS, *(56,) * self.dims), {4: torch.channels_last, 5: torch.channels_last_3d}
+        image, forms = (32, CHANNELS, *(self.side,) * self.dims), {4: torch.channels_last, 5: torch.channels_last_3d}
         x = torch.empty(image, dtype=dtype, device="meta")
         if self.layout == "channels_last":
             x = x.to(memory_format=forms[x.dim()])
-        weight = torch.empty(CHANNELS, 1, *(self.size,) * self.dims, dtype=dtype, device="meta")
+        weight = torch.empty(CHANNELS * self.multiplier, 1, *(self.size,) * self.dims, dtype=dtype, device="meta")
         padding = ((self.size // 2,) * 2,) * self.dims
         geometry = Geometry((self.stride,) * self.dims, padding, (1,) * self.dims)
-        bias = torch.empty(CHANNELS, dtype=dtype, device="meta")
+        bias = torch.empty(CHANNELS * self.multiplier, dtype=dtype, device="meta")
         forward = case.depthwise(x, weight, bias, geometry, "silu")
         if self.which == "forward":
             return forward
@@ -88,7 +90,7 @@ def compiled(known: Case, schedule: Schedule, target: GPUTarget) -> Any:
     types = [_types(argument, (i,), constants, attributes) for i, argument in enumerate(arguments)]
     signature = dict(zip(program.arg_names, [*types, "constexpr"], strict=True))
     source = ASTSource(program, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": schedule.tile.warps})
+    return triton.compile(source, target=target, options=tiles.options(planned.form, target.backend == "hip"))
 
 
 def _nvidia(code: Any) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def unsuitable(case: Case) -> str:
         return f"filters have {max(case.kernel_size)} taps in a row, and {LONGEST} are the most"
     if case.weight.elements > plan.MOST:
         return f"the filters have {case.weight.elements} numbers, and offsets of 32 bits reach {plan.MOST}"
-    tiles = plan.launch(case, plan.schedules(case)[0]).tiles
+    tiles = max(plan.launch(case, one).tiles for one in plan.schedules(case))
     return f"{tiles} tiles are more than can be counted in 32 bits" if tiles > plan.MOST else ""
 
 
@@ -97,13 +97,15 @@ def postponed(case: Case) -> str:
     """Why it cannot be proven at the moment, in a sentence; "" if it can."""
     if torch.compiler.is_compiling():
         return "torch.compile traces, and nothing is proven meanwhile"
-    if case.x.device.type == "cuda" and _captures(case.x.device):
+    if _captures(case.x.device):
         return "a CUDA graph is captured, and nothing is proven or loaded meanwhile; call it once before"
     return ""
 
 
 def _captures(device: torch.device) -> bool:
     """Whether a graph is captured on the stream of this device, which need not be the current one."""
+    if device.type != "cuda":
+        return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -170,16 +172,23 @@ def prepare(case: Case) -> Callable[..., Tensor]:
     """Where a launch fails, the next kernel computes; also for images at addresses that ask for code that was not
     proven, with loads of fewer bytes."""
     launched, together = _chosen(case), plan.reads_together(case)
-    images = 2 if case.which == "grad_weight" else 1  # filters are copied first
+    images = 2 if case.which == "grad_weight" else 1  # filters and biases are copied where need be
+    loaded: set[tuple[bool, ...]] = set()
 
     def run(*tensors: Tensor | None) -> Tensor:
-        if together and any(t is not None and t.data_ptr() % plan.BYTES_AT_ONCE for t in tensors[:images]):
+        aligned = tuple(t is None or t.data_ptr() % plan.BYTES_AT_ONCE == 0 for t in tensors[:images])
+        if together and not all(aligned):
             raise BuildError(f"a tensor's memory begins at no multiple of {plan.BYTES_AT_ONCE} bytes")
+        # Triton makes other code for other addresses, and to load it would end the capture.
+        if aligned not in loaded and _captures(case.x.device):
+            raise BuildError("a CUDA graph is captured, and no call before had its tensors at such addresses")
         try:
-            return launched(*tensors)
+            result = launched(*tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise BuildError(f"it failed on this device: {type(error).__name__}: {error}") from error
+        loaded.add(aligned)
+        return result
 
     return run

@@ -71,6 +71,7 @@ class Specialization(NamedTuple):
         skip: from one tap to the next that meets the same phase, 1 where there are none.
         advance: from what one such tap reads to what the next does.
         parameters: of the activation.
+        pixelwise: whether the channels of a pixel lie side by side in what is written, else pixels do.
         unit: a number that divides all steps and the channels, where channels lie side by side: so many numbers are
             read at once.
         wide: whether offsets need 64 bits.
@@ -87,6 +88,7 @@ class Specialization(NamedTuple):
     activation: str
     parameters: tuple[float, float]
     has_bias: bool
+    pixelwise: bool
     unit: int
     wide: bool
     tile: Patch

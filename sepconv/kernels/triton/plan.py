@@ -64,6 +64,9 @@ def schedules(case: Case) -> tuple[Schedule, ...]:
     over = view(case.y if case.which == "grad_weight" else case.result)
     kernel = triple(case.kernel_size, 1)
     vector = BYTES_AT_ONCE // case.x.dtype.itemsize if pixelwise(case) else 0
+    if case.weight.shape[0] > case.x.shape[1]:
+        # Each channel of several filters is read by itself, and its address takes as much room as what it holds.
+        vector = -(-vector // 4)
     rows, columns = -(-over.rows // phases[1]), -(-over.columns // phases[2])
     extent = Extent(over.channels, rows, columns, kernel[1], kernel[2], vector)
     make = tiles.of_filters if case.which == "grad_weight" else tiles.gathering
@@ -83,7 +86,7 @@ def specialization(case: Case, schedule: Schedule) -> Specialization:
     return Specialization(
         triple(case.kernel_size, 1), stride, low, dilation, case.weight.shape[0] // case.x.shape[1], transposed,
         skip, advance, *_activation(case.activation), case.bias is not None,
-        _unit(both, case.x.dtype.itemsize), max(_span(case.x), _span(case.y)) > MOST, *schedule,
+        pixelwise(case), _unit(both, case.x.dtype.itemsize), max(_span(case.x), _span(case.y)) > MOST, *schedule,
     )  # fmt: skip
 
 

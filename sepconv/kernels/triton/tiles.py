@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from sepconv.kernels.triton.forms import Patch, Schedule, Taps
+from sepconv.kernels.triton.forms import Patch, Schedule, Specialization, Taps
 
 MOST = 4
 """So many tiles are tried: each is compiled, which takes a second or two."""
 _MOST_UNROLLED = 27
 """Taps without a loop; where a tap is a number for each of several channels, a third of them."""
+_REGISTERS = 255
 _MOST_SUMS = 72
 _MOST_PRODUCTS = 192
 """Of one number of an image for the rows of a place and of taps, times the channels of a thread."""
@@ -42,6 +43,16 @@ def gpu(device: torch.device) -> Gpu:
 def _power(n: int) -> int:
     """The smallest power of two that is no smaller."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def options(form: Specialization, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+    """What a compiler is told besides the program.
+
+    NVIDIA's stops at a number of registers of its own choice, and puts aside in memory what is beyond; of programs that
+    read pixels one by one it is told that all may be used. Others need so many that its choice leaves room enough.
+    """
+    told = {"num_warps": form.tile.warps}
+    return told if amd or form.pixelwise else told | {"maxnreg": _REGISTERS}
 
 
 class Extent(NamedTuple):

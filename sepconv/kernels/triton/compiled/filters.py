@@ -127,12 +127,17 @@ def filter_gradient(grad, image, partial, given, read, work, FORM: tl.constexpr)
 
 
 @triton.jit
-def add_shares(partial, out, shares, filters, taps, BLOCK: tl.constexpr):
-    """The sum over the shares, in their order: (share, tap, filter) -> (filter, tap)."""
+def add_shares(partial, out, shares, filters, taps, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over the shares: (share, tap, filter) -> (filter, tap).
+
+    Few programs have much to add: ``AT_ONCE`` shares are read before any of them is waited for.
+    """
     tap = tl.program_id(0) % taps
     f = tl.program_id(0) // taps * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for share in range(shares):
-        place = (share * taps + tap).to(tl.int64) * filters + f
-        total += tl.load(partial + place, f < filters, 0.0)
-    tl.store(out + f.to(tl.int64) * taps + tap, total.to(out.dtype.element_ty), f < filters)
+    total = tl.zeros([AT_ONCE, BLOCK], tl.float32)
+    for first in range(0, shares, AT_ONCE):
+        share = first + tl.arange(0, AT_ONCE)[:, None]
+        place = (share * taps + tap).to(tl.int64) * filters + f[None, :]
+        total += tl.load(partial + place, (share < shares) & (f < filters)[None, :], 0.0)
+    value = tl.sum(total, axis=0).to(out.dtype.element_ty)
+    tl.store(out + f.to(tl.int64) * taps + tap, value, f < filters)

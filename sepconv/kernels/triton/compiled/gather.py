@@ -149,8 +149,16 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
         plane = plane.to(tl.int64)
         picture = picture.to(tl.int64)
 
-    c = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    place = tl.arange(0, PLACES)[:, None]
+    # What lies side by side is the last dimension: the compiler takes that for numbers of which it does not know, taps,
+    # and would bring them into the order of the pixels through shared memory.
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
+    place = tl.arange(0, PLACES)
+    if FORM.pixelwise:
+        c = c[None, :]
+        place = place[:, None]
+    else:
+        c = c[:, None]
+        place = place[None, :]
     if FORM.wide:
         c = c.to(tl.int64)
         place = place.to(tl.int64)
@@ -174,9 +182,9 @@ def gather(image, weight, bias, out, read, written, steps, FORM: tl.constexpr):
     of_tap = steps.of_tap // UNIT * UNIT
     sums = ()
     for _ in tl.static_range(DEEP):
-        sums = sums + (tl.zeros([PLACES, CHANNELS], tl.float32),)
+        sums = sums + (nowhere.to(tl.float32),)
 
-    for m in tl.static_range(M if FORM.transposed else 1):
+    for m in range(M if FORM.transposed else 1):
         # Of a gradient each channel reads from M, else M filters read from one.
         f = c * M + m if FORM.transposed else c
         of = f if FORM.transposed else c // M

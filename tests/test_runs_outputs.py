@@ -175,7 +175,7 @@ def test_a_function_that_fails_in_the_end_costs_no_conversion(code: str, tmp_pat
     out, plain = tmp_path / "out", ("--mean", "0,0,0", "--std", "1,1,1", "--epochs", 0, "--budget", "1/2")
     given = ("convert", f"{code}:mask", "--data", tmp_path / "pictures", *plain, "--out", out)
     sepconv(*given, "--metric-function", f"{code}:once").failed_with(2, "once fails on Sequential", "too often")
-    assert {path.name for path in out.iterdir()} == {"model.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "checkpoints"}
     ran = sepconv("count", f"{code}:mask", "--weights", out / "model.safetensors", "--json", "-")
     assert {row["kind"] for row in json.loads(ran.out)["layers"]} >= {"depthwise", "pointwise"}
 

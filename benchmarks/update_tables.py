@@ -113,6 +113,8 @@ def documents() -> dict[Path, str]:
     if record.path("training").exists():
         content = tables.read(record.path("training"))
         put(trained, "training", _training(content))
+    if record.path("training-zen3").exists():
+        put(trained, "training-zen3", _training(tables.read(record.path("training-zen3"))))
     put(conversion, "evidence", evidence.conversion())
     put(conversion, "published", published.table())
     if record.path(conversion_cost.NAME).exists():

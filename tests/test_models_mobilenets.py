@@ -46,16 +46,19 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNet(8, num_classes=5),
     "resnet-projection": lambda: ResNet(14, 0.5, 5, 1, shortcut="projection"),
 }
-V1 = dict.fromkeys(("v1", "v1-small-grey", "v1-tf"), torch.float64)
+IN_FLOAT64 = dict.fromkeys(("v1", "v1-small-grey", "v1-tf", "v2"), torch.float64)
 small = pytest.mark.parametrize("build", SMALL.values(), ids=SMALL)
 
 
 @pytest.mark.parametrize(
     ("build", "dtype"),
     [
-        # In float64 PyTorch computes the many kinds of layers of v1, for whose gradients kernels would be compiled.
-        *(pytest.param(build, V1.get(name, torch.float32), id=name) for name, build in SMALL.items()),
-        *(pytest.param(SMALL[name], torch.float32, id=f"{name}-float32", marks=pytest.mark.slow) for name in V1),
+        # In float64 PyTorch computes the many kinds of layers, for whose gradients kernels would be compiled.
+        *(pytest.param(build, IN_FLOAT64.get(name, torch.float32), id=name) for name, build in SMALL.items()),
+        *(
+            pytest.param(SMALL[name], torch.float32, id=f"{name}-float32", marks=pytest.mark.slow)
+            for name in IN_FLOAT64
+        ),
     ],
 )
 def test_every_parameter_gets_a_finite_gradient_and_a_batch_is_learnt(

@@ -21,10 +21,10 @@ PICTURES = Path(__file__).parents[1] / "artifacts"
 @pytest.mark.parametrize(
     ("run", "width", "theme"),
     [
-        ("digits", 390, "light"),
+        pytest.param("digits", 390, "light", marks=pytest.mark.slow),
         ("digits", 390, "dark"),
         ("digits", 1440, "light"),
-        ("digits", 1440, "dark"),
+        pytest.param("digits", 1440, "dark", marks=pytest.mark.slow),
         ("mobilenet", 390, "dark"),
         ("mobilenet", 1440, "light"),
     ],
